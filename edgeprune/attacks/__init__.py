@@ -1,0 +1,1 @@
+"""How to perturb an input so that the model errs; one file per attack."""

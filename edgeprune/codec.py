@@ -1,0 +1,113 @@
+"""Records to JSON and back: strict, so that a truncated or foreign file is refused with the field's name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Mapping, Type, TypeVar, Union, get_type_hints
+
+from edgeprune.errors import EdgepruneError, UsageError
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """A record, or a nest of them, as dicts, lists, strings, numbers and None. Infinities and NaN become None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def from_json(cls: Type[T], data: Any, where: str = "") -> T:
+    """Build a record of type `cls` from what `to_json` gave.
+
+    Raises:
+        UsageError: a field is missing, unknown or of the wrong type; says which.
+    """
+    return _decode(cls, data, where or cls.__name__)
+
+
+def write(path: Path, value: Any) -> None:
+    """Write a record as indented JSON: to a temporary file first, then renamed, so it is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_json(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(cls: Type[T], path: Path, error: Type[EdgepruneError] = UsageError) -> T:
+    """Read a record from a JSON file.
+
+    Raises:
+        error: not readable, not JSON, or not such a record; says which field.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
+        raise error(f"{path} is not a readable JSON file: {cause}") from cause
+    try:
+        return from_json(cls, data)
+    except UsageError as cause:
+        raise error(f"{path} is not a {cls.__name__.lower()}: {cause.message}") from cause
+
+
+def _decode(hint: Any, data: Any, where: str) -> Any:
+    origin = getattr(hint, "__origin__", None)
+    if hint is Any:
+        return data
+    if is_dataclass(hint):
+        return _record(hint, data, where)
+    if origin is Union:
+        return None if data is None else _decode(hint.__args__[0], data, where)
+    if origin is tuple:
+        return _tuple(hint.__args__, data, where)
+    if origin is not None:
+        if not isinstance(data, Mapping):
+            raise UsageError(f"{where} must be an object, found {_kind(data)}")
+        return {k: _decode(hint.__args__[1], v, f"{where}.{k}") for k, v in data.items()}
+    return _scalar(hint, data, where)
+
+
+def _record(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{where} must be an object, found {_kind(data)}")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise UsageError(f"{where} has an unknown field {unknown[0]!r}")
+    values = {}
+    for item in fields(cls):
+        if item.name in data:
+            values[item.name] = _decode(hints[item.name], data[item.name], f"{where}.{item.name}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UsageError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
+
+
+def _tuple(args: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, (list, tuple)):
+        raise UsageError(f"{where} must be a list, found {_kind(data)}")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_decode(args[0], v, f"{where}[{i}]") for i, v in enumerate(data))
+    if len(args) != len(data):
+        raise UsageError(f"{where} must have {len(args)} values, found {len(data)}")
+    return tuple(_decode(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, data)))
+
+
+def _scalar(kind: Any, data: Any, where: str) -> Any:
+    good = isinstance(data, (int, float) if kind is float else kind) and (kind is bool or not isinstance(data, bool))
+    if not good:
+        raise UsageError(f"{where} must be a {kind.__name__}, found {_kind(data)}")
+    return kind(data)
+
+
+def _kind(data: Any) -> str:
+    return "nothing" if data is None else f"{type(data).__name__} {data!r:.40}"

@@ -1,0 +1,1 @@
+"""Torch plumbing that stages and families share."""

@@ -1,0 +1,105 @@
+"""Text with a unit to a number in the base unit, and back: "12 ms" is 0.012, "8/255" is a fraction."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from typing import Iterable, Optional
+
+from edgeprune.errors import UsageError
+from edgeprune.records import METRICS, Limit
+
+_NUMBER = re.compile(r"^\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*([A-Za-zµ%]*)\s*$")
+_SCALES = {
+    "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9},
+    "B": {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+    "J": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "µJ": 1e-6},
+    "": {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "MMACs": 1e6, "GMACs": 1e9, "MMAC": 1e6, "GMAC": 1e9},
+    "fraction": {"": 1.0, "%": 1e-2},
+}
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The sentence "did you mean ...?" for the closest known name, or the list of all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "accepted: " + ", ".join(known) if known else ""
+
+
+def number(text: str, unit: str) -> float:
+    """Read a quantity of the base unit "s", "B", "J", "" (a count) or "fraction".
+
+    Raises:
+        UsageError: not a finite number, or a unit that does not belong there.
+    """
+    match = _NUMBER.match(text)
+    scales = _SCALES[unit]
+    if not match or match.group(3) not in scales:
+        accepted = ", ".join(u or "no unit" for u in scales)
+        raise UsageError(f"{text!r} is not a quantity of that kind", f"give a number with one of: {accepted}")
+    value = float(match.group(1)) / float(match.group(2) or 1.0) * scales[match.group(3)]
+    if not math.isfinite(value):
+        raise UsageError(f"{text!r} is not a finite number")
+    return value
+
+
+def limit(metric: str, text: object) -> Limit:
+    """Read one limit of a budget: absolute with a unit, "50 %" of the dense model, or "-1 pp" for accuracies.
+
+    Raises:
+        UsageError: unknown metric, a number without its unit, a limit that can't be met by anything.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r} in the budget", suggest(metric, METRICS))
+    info, raw = METRICS[metric], str(text).strip()
+    points = re.match(r"^([+-]?\d+(?:\.\d+)?)\s*pp$", raw)
+    if points:
+        if info.less_is_better:
+            raise UsageError(f"{metric}={raw}: percentage points are for accuracies", f"write {metric}=50 %")
+        return Limit(metric, "delta", float(points.group(1)) / 100.0, raw)
+    if info.unit == "fraction":
+        value = number(raw, "fraction")
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"{metric}={raw} must be between 0 and 100 %", f"write {metric}=90 % or {metric}=-1 pp")
+        return Limit(metric, "absolute", value, raw)
+    if raw.endswith("%"):
+        return _share(metric, raw)
+    value = _absolute(metric, raw, info.unit)
+    return Limit(metric, "absolute", value, raw)
+
+
+def _share(metric: str, raw: str) -> Limit:
+    share = number(raw, "fraction")
+    if share <= 0:
+        raise UsageError(f"{metric}={raw} must be more than 0 % of the dense model", f"write {metric}=50 %")
+    return Limit(metric, "share", share, raw)
+
+
+def _absolute(metric: str, raw: str, unit: str) -> float:
+    if unit and re.match(r"^[+-]?[\d.]+$", raw):
+        example = next(iter(_SCALES[unit])) if unit != "s" else "ms"
+        raise UsageError(f"{metric}={raw} has no unit", f"write {metric}={raw} {example}, or {metric}=50 % of the dense model")
+    value = number(raw, unit)
+    if value <= 0:
+        raise UsageError(f"{metric}={raw} must be more than 0")
+    return value
+
+
+def show(value: Optional[float], unit: str) -> str:
+    """A number in the base unit as people read it: 0.0123 "s" is "12.3 ms". None is "-"."""
+    if value is None:
+        return "-"
+    if unit == "fraction":
+        return f"{100 * value:.2f} %"
+    steps = {
+        "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
+        "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
+        "J": ((1.0, "J"), (1e-3, "mJ")),
+        "": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+    }[unit]
+    scale, name = next(((s, n) for s, n in steps if abs(value) >= s), steps[-1])
+    digits = f"{value / scale:.3g}" if abs(value / scale) < 1000 else f"{value / scale:.0f}"
+    return f"{digits} {name}".strip()

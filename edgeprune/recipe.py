@@ -1,0 +1,256 @@
+"""Everything that decides a run: recipe.toml and flags -> Recipe, with every default written out.
+
+A recipe is TOML with the tables below; a flag or `--set table.key=value` wins over the file. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Dict, Mapping, Sequence, Tuple
+
+from edgeprune import plugins
+from edgeprune.errors import UsageError
+from edgeprune.quantities import limit, suggest
+from edgeprune.records import Budget
+
+GRANULARITIES = ("channel", "weight", "2:4")
+OBJECTIVES = ("natural", "fgsm", "pgd", "trades")
+PRECISIONS = ("auto", "fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """[model]: the network and how to load it. `input` is "CxHxW" or empty when the file says it."""
+
+    path: str = ""
+    arch: str = ""
+    input: str = ""
+    mean: Tuple[float, ...] = ()
+    std: Tuple[float, ...] = ()
+    allow_class: Tuple[str, ...] = ()
+    trust_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """[data]: where the images are. `use` is "all" or "evaluate" (then nothing is trained or calibrated on them).
+
+    val_share: held-out share of a set that came without a split. calibration: which images methods, batch-norm
+    recalibration and quantization look at, a name or path of `calibration/*.toml`.
+    """
+
+    path: str = ""
+    use: str = "all"
+    val_share: float = 0.2
+    calibration: str = "default"
+
+
+@dataclass(frozen=True)
+class PruneTable:
+    """[prune]: the method and how channels are shared out.
+
+    allocation: "global" or "uniform". floor: the least share of a layer's channels that stays.
+    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. `options` are the method's own (its dataclass fields).
+    """
+
+    method: str = "auto"
+    granularity: str = "channel"
+    allocation: str = "global"
+    floor: float = 0.1
+    multiple_of: int = 0
+    skip: Tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TuneTable:
+    """[tune]: repair with data. lr of SGD with momentum and a cosine; distill is the weight of the dense model's answers."""
+
+    epochs: int = 0
+    objective: str = "natural"
+    lr: float = 0.02
+    batch: int = 128
+    weight_decay: float = 5e-4
+    distill: float = 0.5
+    temperature: float = 4.0
+    augment: bool = True
+    recalibrate: bool = True
+
+
+@dataclass(frozen=True)
+class ExportTable:
+    """[export]: the file that ships. opset 0 takes the target's."""
+
+    precision: str = "auto"
+    opset: int = 0
+    dynamic_batch: bool = False
+    tolerance: float = 1e-4
+
+
+@dataclass(frozen=True)
+class MeasureTable:
+    """[measure]: how the file is timed. seconds bounds the time for each of the two files; threads 0 takes the target's."""
+
+    device: str = "local"
+    threads: int = 1
+    warmup: int = 10
+    iterations: int = 200
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, decided completely: same recipe, same model, same data give the same result."""
+
+    target: str = "local"
+    seed: int = 0
+    model: ModelTable = ModelTable()
+    data: DataTable = DataTable()
+    prune: PruneTable = PruneTable()
+    budget: Mapping[str, str] = field(default_factory=dict)
+    tune: TuneTable = TuneTable()
+    export: ExportTable = ExportTable()
+    measure: MeasureTable = MeasureTable()
+
+
+_TABLES = {"model": ModelTable, "data": DataTable, "prune": PruneTable, "tune": TuneTable, "export": ExportTable, "measure": MeasureTable}
+
+
+def build(file_tables: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+    """Merge a recipe file's tables, the flags (nested like the file, only what was given) and `table.key=value` lines.
+
+    Raises:
+        UsageError: an unknown table or key (says the closest), a value of the wrong type or out of range.
+    """
+    merged: Dict[str, Any] = {}
+    for layer in (file_tables, flags, _parse_sets(sets)):
+        for key, value in layer.items():
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+    scalars = {"target", "seed"}
+    for key in merged:
+        if key not in scalars and key not in _TABLES and key != "budget":
+            raise UsageError(f"unknown recipe key {key!r}", suggest(key, [*_TABLES, "budget", *scalars]))
+    tables = {name: _table(name, cls, merged.get(name, {})) for name, cls in _TABLES.items()}
+    target = _typed("target", merged.get("target", "local"), "")
+    seed = _typed("seed", merged.get("seed", 0), 0)
+    limits = merged.get("budget", {})
+    if not isinstance(limits, Mapping):
+        raise UsageError(f"[budget] must be a table, got {limits!r}")
+    recipe = Recipe(target=target, seed=seed, budget={k: str(v) for k, v in limits.items()}, **tables)
+    _validate(recipe)
+    return recipe
+
+
+def budget(recipe: Recipe) -> Budget:
+    """The recipe's budget, parsed; `macs=50 %` when it names none."""
+    limits = dict(recipe.budget) or {"macs": "50 %"}
+    return Budget({metric: limit(metric, text) for metric, text in limits.items()})
+
+
+def to_dict(recipe: Recipe) -> Dict[str, Any]:
+    """Plain nested dicts and lists, every default written out; `build(to_dict(r), {})` gives r again."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def with_defaults(recipe: Recipe, **tables: Mapping[str, Any]) -> Recipe:
+    """A copy with some fields of some tables changed, as in with_defaults(r, prune={"method": "taylor"})."""
+    return replace(recipe, **{name: replace(getattr(recipe, name), **change) for name, change in tables.items()})
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as the text of a recipe.toml."""
+    lines = [f"target = {json.dumps(recipe.target)}", f"seed = {recipe.seed}"]
+    for name, table in to_dict(recipe).items():
+        if isinstance(table, dict):
+            nested = {k: v for k, v in table.items() if isinstance(v, dict)}
+            lines += ["", f"[{name}]"] + [f"{k} = {json.dumps(v)}" for k, v in table.items() if k not in nested]
+            for key, values in nested.items():
+                lines += ["", f"[{name}.{key}]"] + [f"{k} = {json.dumps(v)}" for k, v in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _table(name: str, cls: Any, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"[{name}] must be a table, got {values!r}")
+    defaults = {f.name: getattr(cls(), f.name) for f in fields(cls)}
+    known: Dict[str, Any] = {}
+    options = dict(values.get("options", {})) if name == "prune" else {}
+    for key, value in values.items():
+        if key == "options" and name == "prune":
+            continue
+        if key in defaults:
+            known[key] = _typed(f"{name}.{key}", value, defaults[key])
+        elif name == "prune":
+            options[key] = value
+        else:
+            raise UsageError(f"[{name}] has no key {key!r}", suggest(key, defaults))
+    if name == "prune":
+        known["options"] = options
+    return cls(**known)
+
+
+def _typed(where: str, value: Any, default: Any) -> Any:
+    if isinstance(default, tuple):
+        values = value if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v.strip()]
+        try:
+            return tuple(float(v) if where in ("model.mean", "model.std") else str(v) for v in values)
+        except ValueError as error:
+            raise UsageError(f"{where} = {value!r} must be numbers with commas between") from error
+    kind = type(default)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int) if kind is float else kind):
+        raise UsageError(f"{where} = {value!r} must be of type {kind.__name__}")
+    return kind(value)
+
+
+def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
+    import tomllib
+
+    out: Dict[str, Any] = {}
+    for text in sets:
+        path, equals, raw = text.partition("=")
+        table, dot, key = path.strip().partition(".")
+        if not equals or (dot and not key):
+            raise UsageError(f"--set {text!r} must be table.key=value", 'for example --set prune.allocation="uniform"')
+        try:
+            value = tomllib.loads(f"v = {raw.strip()}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = raw.strip()
+        if dot:
+            out.setdefault(table, {})[key] = value
+        else:
+            out[table] = value
+    return out
+
+
+def _validate(recipe: Recipe) -> None:
+    choices = (
+        ("data.use", recipe.data.use, ("all", "evaluate")),
+        ("prune.granularity", recipe.prune.granularity, GRANULARITIES),
+        ("prune.allocation", recipe.prune.allocation, ("global", "uniform")),
+        ("tune.objective", recipe.tune.objective, OBJECTIVES),
+        ("export.precision", recipe.export.precision, PRECISIONS),
+    )
+    for where, value, accepted in choices:
+        if value not in accepted:
+            raise UsageError(f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted))
+    method = recipe.prune.method
+    if method != "auto" and "." not in method:
+        plugins.check_options("methods", method, recipe.prune.options)
+    ranges = (
+        ("prune.floor", recipe.prune.floor, 0.0, 1.0),
+        ("data.val_share", recipe.data.val_share, 0.01, 0.99),
+        ("tune.distill", recipe.tune.distill, 0.0, 1.0),
+        ("tune.lr", recipe.tune.lr, 0.0, 100.0),
+        ("tune.epochs", recipe.tune.epochs, 0, 100000),
+        ("tune.batch", recipe.tune.batch, 2, 65536),
+        ("prune.multiple_of", recipe.prune.multiple_of, 0, 1024),
+        ("measure.threads", recipe.measure.threads, 1, 1024),
+        ("measure.iterations", recipe.measure.iterations, 10, 10**6),
+        ("measure.seconds", recipe.measure.seconds, 0.1, 86400.0),
+    )
+    for where, value, low, high in ranges:
+        if not low <= value <= high:
+            raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
+    for metric, text in recipe.budget.items():
+        limit(metric, text)
