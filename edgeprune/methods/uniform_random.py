@@ -1,0 +1,20 @@
+"""Keep channels drawn at random: the baseline that every other method must beat; needs no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.methods import PruneTask, ScoreMethod
+
+
+@dataclass(frozen=True)
+class UniformRandom(ScoreMethod):
+    """Uniformly random scores, the same for the same seed."""
+
+    def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
+        """Independent draws from [0, 1)."""
+        generator = torch.Generator().manual_seed(task.seed)
+        return {g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in task.groups}

@@ -1,0 +1,170 @@
+"""How many channels each group keeps, so that a budget holds: the cheapest loss of importance per cost saved.
+
+Kept counts move on levels: multiples of what the hardware is fast with, never below the floor and never zero.
+Where no choice on those levels meets the budget, finer levels are tried, and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import InfeasibleBudget
+from edgeprune.nn.costs import CostModel
+from edgeprune.quantities import show
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """kept: group -> channels that stay. cost: metric -> what that costs. multiple_of: what the levels ended as."""
+
+    kept: dict[str, int]
+    cost: dict[str, float]
+    multiple_of: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """limits: metric (macs, params) -> most allowed. floor: least share of a group that stays. uniform: same share for all."""
+
+    limits: Mapping[str, float]
+    multiple_of: int = 1
+    floor: float = 0.1
+    uniform: bool = False
+
+
+def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
+    """Counts that a group of so many channels may keep, descending from all of them; at least one is kept.
+
+    A group too small to hold two multiples uses a half, a quarter, ... of `multiple_of`.
+    """
+    step = max(1, multiple_of)
+    while step > 1 and channels < 2 * step:
+        step //= 2
+    least = max(1, -int(-floor * channels // 1))
+    down = [k for k in range(channels - channels % step, 0, -step) if least <= k < channels]
+    return (channels, *down)
+
+
+def allocate(scores: Mapping[str, Tensor], costs: CostModel, rules: Rules) -> Allocation:
+    """Choose how many channels each group keeps.
+
+    Args:
+        scores: group -> float64 (C,), >= 0; larger means keep; comparable between groups unless `rules.uniform`.
+
+    Raises:
+        InfeasibleBudget: even the floor of every group costs more than a limit; says how far it got.
+    """
+    multiple = max(1, rules.multiple_of)
+    while True:
+        steps = {g: levels(costs.channels[g], multiple, rules.floor) for g in scores}
+        if _fits(costs.cost({g: s[-1] for g, s in steps.items()}), rules.limits):
+            break
+        if multiple == 1:
+            raise _infeasible(costs, {g: s[-1] for g, s in steps.items()}, rules)
+        multiple //= 2
+    choose = _uniform if rules.uniform else _descend
+    kept = choose(scores, steps, costs, rules.limits)
+    return Allocation(kept, costs.cost(kept), multiple)
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Exactly `count` True for the largest scores; of equal ones the first.
+
+    Args:
+        scores: float (C,).
+
+    Returns:
+        bool (C,).
+    """
+    keep = torch.zeros(len(scores), dtype=torch.bool)
+    keep[torch.argsort(scores, descending=True, stable=True)[:count]] = True
+    return keep
+
+
+def _fits(cost: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    return all(cost[metric] <= limit for metric, limit in limits.items())
+
+
+def _losses(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """losses[g][k]: importance that is lost when group g keeps k channels."""
+    out = {}
+    for group, values in scores.items():
+        ascending = torch.sort(values.double()).values.cumsum(0).tolist()
+        out[group] = [*reversed(ascending), 0.0]
+    return out
+
+
+def _descend(
+    scores: Mapping[str, Tensor], steps: dict[str, tuple[int, ...]], costs: CostModel, limits: Mapping[str, float]
+) -> dict[str, int]:
+    """Greedy: always the step with the least importance lost per (relative) cost saved, then what can be given back."""
+    losses = _losses(scores)
+    at = dict.fromkeys(steps, 0)
+    kept = {g: s[0] for g, s in steps.items()}
+    now = costs.cost(kept)
+    while not _fits(now, limits):
+        over = [m for m, limit in limits.items() if now[m] > limit]
+        best: tuple[float, str, dict[str, float]] | None = None
+        for group, levels_ in steps.items():
+            if at[group] + 1 == len(levels_):
+                continue
+            after = costs.cost({**kept, group: levels_[at[group] + 1]})
+            saved = sum((now[m] - after[m]) / limits[m] for m in over)
+            lost = losses[group][levels_[at[group] + 1]] - losses[group][kept[group]]
+            price = lost / saved if saved > 0 else float("inf")
+            if best is None or price < best[0]:
+                best = (price, group, after)
+        assert best is not None, "the floor of every group was checked to fit"
+        _, group, now = best
+        at[group] += 1
+        kept[group] = steps[group][at[group]]
+    return _give_back(kept, at, steps, losses, (costs, limits))
+
+
+def _give_back(
+    kept: dict[str, int],
+    at: dict[str, int],
+    steps: dict[str, tuple[int, ...]],
+    losses: dict[str, list[float]],
+    fit: tuple[CostModel, Mapping[str, float]],
+) -> dict[str, int]:
+    """The last step often saves more than was needed: undo what still fits, dearest importance first."""
+    costs, limits = fit
+    while True:
+        gains = []
+        for group, index in at.items():
+            if index and _fits(costs.cost({**kept, group: steps[group][index - 1]}), limits):
+                gains.append((losses[group][kept[group]] - losses[group][steps[group][index - 1]], group))
+        if not gains:
+            return kept
+        _, group = max(gains)
+        at[group] -= 1
+        kept = {**kept, group: steps[group][at[group]]}
+
+
+def _uniform(
+    scores: Mapping[str, Tensor], steps: dict[str, tuple[int, ...]], costs: CostModel, limits: Mapping[str, float]
+) -> dict[str, int]:
+    """The largest share of channels, the same for every group and rounded to its nearest level, that fits."""
+    for permille in range(1000, -1, -1):
+        kept = {g: min(s, key=lambda k: (abs(k - permille / 1000 * s[0]), k)) for g, s in steps.items()}
+        if _fits(costs.cost(kept), limits):
+            return kept
+    raise AssertionError("the floor of every group was checked to fit")
+
+
+def _infeasible(costs: CostModel, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:
+    dense, least = costs.cost({}), costs.cost(kept)
+    rows = [
+        f"{m}: asked for at most {show(limit, '')}, got down to {show(least[m], '')} ({100 * least[m] / dense[m]:.1f} % of dense)"
+        for m, limit in rules.limits.items()
+        if least[m] > limit
+    ]
+    return InfeasibleBudget(
+        f"the budget can't be met with {rules.floor:.0%} of every prunable layer kept: {'; '.join(rows)}",
+        "raise the budget, lower --set prune.floor, or see `edgeprune why` for the layers that can't be pruned",
+    )

@@ -1,0 +1,205 @@
+"""Image files to uint8 pixels of the size and channels that a model eats, and the two ways to keep them."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from edgeprune.errors import UsageError
+from edgeprune.nn.progress import bar
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MAX_PIXELS = 50_000_000
+MAX_FILE_BYTES = 256 * 2**20
+# What Pillow's decoders raise on broken files, besides OSError (its documentation names no full list).
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, ZeroDivisionError),
+    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image: its path inside the data set, and its bytes, or the file that holds them."""
+
+    name: str
+    content: bytes | Path
+
+    def read(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            UsageError: not readable, or larger than any image should be.
+        """
+        if isinstance(self.content, bytes):
+            return self.content
+        try:
+            if self.content.stat().st_size > MAX_FILE_BYTES:
+                raise UsageError(f"image {self.name!r} has {self.content.stat().st_size} bytes", _remove(self.name))
+            return self.content.read_bytes()
+        except OSError as error:
+            raise UsageError(f"image {self.name!r} can't be read: {error}", _remove(self.name)) from error
+
+
+class Pixels(Protocol):
+    """Where the pixels of a part of a data set are kept."""
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (n,) as uint8 (n, C, H, W)."""
+        ...
+
+    def count(self) -> int:
+        """How many images there are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels in memory: uint8 (N, C, H, W)."""
+
+    pixels: Tensor
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (n,) as uint8 (n, C, H, W)."""
+        return self.pixels[indices]
+
+    def count(self) -> int:
+        """How many images there are."""
+        return int(self.pixels.shape[0])
+
+
+@dataclass(frozen=True)
+class OnDemand:
+    """Files that are decoded each time they are asked for, for sets that don't fit in memory."""
+
+    files: tuple[ImageFile, ...]
+    shape: tuple[int, int, int]
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (n,) as uint8 (n, C, H, W).
+
+        Raises:
+            UsageError: a file is not a readable image; says which.
+        """
+        wanted = [self.files[i] for i in indices.tolist()]
+        return torch.from_numpy(_decode_all(wanted, self.shape, _nothing))
+
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self.files)
+
+
+def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], max_bytes: int, label: str) -> Pixels:
+    """Decode the files to `shape` (C, H, W) at once if that takes at most `max_bytes`, otherwise on demand.
+
+    Raises:
+        UsageError: a file is not a readable image; says which.
+    """
+    if len(files) * int(np.prod(shape)) > max_bytes:
+        return OnDemand(tuple(files), shape)
+    with bar(len(files), label) as advance:
+        return Decoded(torch.from_numpy(_decode_all(files, shape, advance)))
+
+
+def describe(file: ImageFile) -> tuple[int, int, int]:
+    """Channels, height and width of an image file, from its header.
+
+    Raises:
+        UsageError: not a readable image.
+    """
+    try:
+        with _open(file) as image:
+            return (1 if _is_gray(image) else 3), image.height, image.width
+    except BROKEN as error:
+        raise _unreadable(file, error) from error
+
+
+def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
+    """One image as uint8 (C, H, W); gray becomes RGB and back, other sizes are resized and centre-cropped.
+
+    Raises:
+        UsageError: not a readable image, or one of more than 50 million pixels.
+    """
+    try:
+        with _open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UsageError(
+                    f"image {file.name!r} is {image.width}x{image.height} pixels, accepted are at most {MAX_PIXELS}",
+                    _remove(file.name),
+                )
+            return fit(_in_mode(image, MODES[shape[0]]), shape)
+    except BROKEN as error:
+        raise _unreadable(file, error) from error
+
+
+def fit(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image of the right mode as uint8 (C, H, W): the shorter side resized (bilinear, antialiased), the centre cut."""
+    channels, height, width = shape
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
+    values = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
+    return values.transpose(2, 0, 1)
+
+
+def _open(file: ImageFile) -> Image.Image:
+    return Image.open(io.BytesIO(file.read()), formats=FORMATS)
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit gray at 255 when it converts; the high byte is what is meant.
+        high_byte = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = Image.fromarray(high_byte.astype(np.uint8))
+    if image.mode == "P":
+        # A palette may be transparent, which "L" and "RGB" would warn about.
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _decode_all(files: Sequence[ImageFile], shape: tuple[int, int, int], advance: Callable[..., None]) -> np.ndarray:
+    out = np.empty((len(files), *shape), np.uint8)
+
+    def one(index: int) -> None:
+        out[index] = decode(files[index], shape)
+
+    # Pillow frees the interpreter while it decodes; for tiny images threads would cost more than they bring.
+    if shape[1] * shape[2] < 64 * 64:
+        for index in range(len(files)):
+            one(index)
+            advance()
+        return out
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(one, range(len(files))):
+            advance()
+    return out
+
+
+def _unreadable(file: ImageFile, error: BaseException) -> UsageError:
+    reason = "not a PNG, JPEG, BMP or WebP image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    return UsageError(f"image {file.name!r} can't be decoded: {reason}", _remove(file.name))
+
+
+def _remove(name: str) -> str:
+    return f"repair or remove {name!r}"
+
+
+def _nothing(steps: int = 1) -> None:
+    """No bar while batches are decoded."""

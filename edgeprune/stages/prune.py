@@ -1,0 +1,201 @@
+"""prune: decide which channels go, so that every limit of the budget that can be known now holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import plugins
+from edgeprune.errors import InfeasibleBudget, UsageError
+from edgeprune.methods import Method, PruneTask, ScoreMethod, choose_by
+from edgeprune.nn import surgery
+from edgeprune.nn.allocate import Rules
+from edgeprune.nn.bundle import deployed
+from edgeprune.nn.costs import CostModel, cost_model, total_macs, total_params
+from edgeprune.nn.graph import find_groups, provable_groups
+from edgeprune.quantities import show
+from edgeprune.recipe import PruneTable
+from edgeprune.records import METRICS, Budget, Bundle, Group, InputSpec, Limit, Masks
+
+RESULT_VERSION = 1
+COUNTED = ("macs", "params")
+PROBES = 8
+# A timing that just fits would miss half of the time when it is repeated.
+TIMING_MARGIN = 0.97
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What prune hands on: the groups that can be cut, what to keep of them, what was left out and why, and notes."""
+
+    groups: tuple[Group, ...]
+    masks: Masks
+    left_out: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A metric that is only known by building the file: the dense reading, and a reading of a cut network."""
+
+    dense: float
+    read: Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a method may look at, and what can be tried out while searching.
+
+    images: float32 (N, C, H, W) in [0, 1], labels: int64 (N,), or None. probes: metric -> Probe.
+    """
+
+    images: Tensor | None
+    labels: Tensor | None
+    probes: Mapping[str, Probe]
+    multiple_of: int
+    seed: int
+
+
+def normalized_example(spec: InputSpec, seed: int, batch: int = 1) -> Tensor:
+    """Random pixels as the bare network eats them: float32 (batch, C, H, W), normalized by the spec's mean and std."""
+    generator = torch.Generator().manual_seed(seed)
+    x = spec.low + (spec.high - spec.low) * torch.rand((batch, *spec.shape), generator=generator)
+    if spec.mean:
+        x = (x - torch.tensor(spec.mean).view(-1, 1, 1)) / torch.tensor(spec.std).view(-1, 1, 1)
+    return x
+
+
+def method_name(table: PruneTable, has_data: bool) -> str:
+    """The method that "auto" stands for: taylor when there are training images, magnitude otherwise."""
+    if table.method != "auto":
+        return table.method
+    return "taylor" if has_data else "magnitude"
+
+
+def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -> Chosen:
+    """Find what can be cut, and choose within it.
+
+    Raises:
+        UsageError: a granularity or a metric that can't be pruned for. UnsupportedModel: nothing can be cut.
+        InfeasibleBudget: no choice meets the budget; says how far it got.
+    """
+    if table.granularity != "channel":
+        raise UsageError(f"granularity {table.granularity!r} is not in this version", "accepted: channel")
+    method: Method = plugins.build("methods", method_name(table, material.images is not None), table.options)
+    network = deepcopy(bundle.module)
+    example = normalized_example(bundle.input, material.seed)
+    graph = provable_groups(network, find_groups(network, example, table.skip), example, material.seed)
+    costs = cost_model(network, graph.groups, example)
+    rules = Rules(
+        limits=counted_limits(budget, costs), multiple_of=material.multiple_of, floor=table.floor,
+        uniform=table.allocation == "uniform",
+    )  # fmt: skip
+    wrapped = deployed(replace(bundle, module=network))
+    task = PruneTask(graph.groups, costs, rules, wrapped, material.images, material.labels, material.seed)
+    masks, notes = _search(network, method, task, (budget, material.probes))
+    if all(bool(keep.all()) for keep in masks.channels.values()):
+        notes = (*notes, "The dense model already meets the budget: nothing was removed.")
+    return Chosen(graph.groups, masks, graph.left_out, notes)
+
+
+def counted_limits(budget: Budget, costs: CostModel) -> dict[str, float]:
+    """The limits on what is counted (macs, params), in numbers."""
+    dense = costs.cost({})
+    return {m: absolute(limit, dense[m]) for m, limit in budget.limits.items() if m in COUNTED}
+
+
+def absolute(limit: Limit, dense: float) -> float:
+    """A limit as a number in the base unit."""
+    return {"absolute": limit.value, "share": limit.value * dense, "delta": dense + limit.value}[limit.kind]
+
+
+def _search(
+    network: nn.Module, method: Method, task: PruneTask, wanted: tuple[Budget, Mapping[str, Probe]]
+) -> tuple[Masks, tuple[str, ...]]:
+    budget, probes = wanted
+    measured = {m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better}
+    unknown = sorted(set(measured) - set(probes))
+    if unknown:
+        raise UsageError(
+            f"the budget's {unknown[0]} can't be read while pruning here",
+            "prune for macs, params, size or latency, and hold the rest with `edgeprune gate`",
+        )
+    scores = method.scores(network, task) if isinstance(method, ScoreMethod) else None
+
+    def choose(limits: Mapping[str, float]) -> Masks:
+        tighter = replace(task, rules=replace(task.rules, limits=dict(limits)))
+        return choose_by(scores, tighter) if scores is not None else method(deepcopy(network), tighter)
+
+    if not measured:
+        return choose(task.rules.limits), ()
+    targets = {m: absolute(limit, probes[m].dense) for m, limit in measured.items()}
+    return _bisect(network, task, choose, (targets, probes))
+
+
+def _bisect(
+    network: nn.Module,
+    task: PruneTask,
+    choose: Callable[[Mapping[str, float]], Masks],
+    wanted: tuple[dict[str, float], Mapping[str, Probe]],
+) -> tuple[Masks, tuple[str, ...]]:
+    """Halve the share of MACs until the largest one is found whose built file keeps every measured limit."""
+    targets, probes = wanted
+    dense_macs = task.costs.cost({})["macs"]
+    low, high, best = 0.0, 1.0, None
+    closest: dict[str, float] = {}
+    tried: list[str] = []
+    share = 1.0
+    for _ in range(PROBES):
+        limits = {**task.rules.limits, "macs": min(task.rules.limits.get("macs", dense_macs), share * dense_macs)}
+        try:
+            masks = choose(limits)
+        except InfeasibleBudget:
+            if not closest and share <= 1 / 2**PROBES:
+                raise
+            low = share
+            share = (low + high) / 2
+            continue
+        readings = _read(network, task.groups, masks, probes, targets)
+        tried.append(f"{100 * share:.0f} % of the MACs: " + ", ".join(_shown(m, v) for m, v in readings.items()))
+        fits = all(v <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1.0) for m, v in readings.items())
+        if not closest or all(readings[m] <= closest[m] for m in readings):
+            closest = readings
+        if fits:
+            low, best = share, masks
+            if share == 1.0:
+                break
+        else:
+            high = share
+        share = (low + high) / 2
+    if best is None:
+        got = ", ".join(f"{_shown(m, closest.get(m))} (asked for {show(targets[m], METRICS[m].unit)})" for m in targets)
+        raise InfeasibleBudget(
+            f"the budget can't be met on this machine: the closest got to {got}",
+            "raise the budget, lower --set prune.floor, or give a smaller network",
+        )
+    return best, ("Searched by building the file at " + "; ".join(tried) + ".",)
+
+
+def _read(
+    network: nn.Module,
+    groups: tuple[Group, ...],
+    masks: Masks,
+    probes: Mapping[str, Probe],
+    targets: Mapping[str, float],
+) -> dict[str, float]:
+    small = deepcopy(network)
+    surgery.cut(small, surgery.removed_positions(groups, masks.channels))
+    return {metric: probes[metric].read(small) for metric in targets}
+
+
+def _shown(metric: str, value: float | None) -> str:
+    return f"{metric} {show(value, METRICS[metric].unit)}"
+
+
+def counts(network: nn.Module, spec: InputSpec) -> tuple[int, int]:
+    """Non-zero parameters and multiply-accumulates of one image."""
+    return total_params(network), total_macs(network, normalized_example(spec, 0))

@@ -1,0 +1,160 @@
+"""Write a run's report as JSON, Markdown and HTML, show it in a terminal, and read report.json back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from edgeprune import codec
+from edgeprune.errors import UsageError
+from edgeprune.quantities import show
+from edgeprune.records import REPORT_SCHEMA, Report
+from edgeprune.stages.report_html import page
+from edgeprune.stages.report_markdown import document
+from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had, value_of
+
+RESULT_VERSION = 1
+
+
+def run(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and report.html into a folder; each is whole or absent, never half."""
+    sentences = _sentences(report)
+    _write(folder / "report.md", document(report, sentences))
+    _write(folder / "report.html", page(report, sentences))
+    codec.write(folder / "report.json", report)
+
+
+def terminal(report: Report) -> Table:
+    """The before/after table for a terminal; print it with rich."""
+    model, target = heading(report)
+    table = Table(title=Text(f"{model} for {target}"), title_justify="left", header_style="dim")
+    for name in ("metric", "dense", "compressed", "change"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    table.add_column("how and where", style="dim", overflow="fold")
+    for row in comparison(report):
+        style = "" if row.better is None else ("green" if row.better else "red")
+        # Text, not str: a name in square brackets is no color.
+        table.add_row(row.metric, row.dense, row.compressed, Text(row.change, style=style), Text(row.how))
+    return table
+
+
+def summary_lines(report: Report) -> list[str]:
+    """The outcome in plain words: smaller, faster, still right; then every note of the report."""
+    return [*_sentences(report), *report.notes]
+
+
+def load(path: Path) -> Report:
+    """Read the report of a run directory, or a report.json.
+
+    Raises:
+        UsageError: no such file, not a whole report, or one of a schema that this version does not read.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir():
+            hint = "the run has not finished: give `edgeprune compress` the same command again to resume it"
+            raise UsageError(f"{path} has no report.json", hint)
+        raise UsageError(f"no such run directory or report: {path}", "edgeprune compress MODEL --target NAME writes one")
+    data = _json(file)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(schema, str):
+        raise UsageError(f"{file} is not a report of edgeprune: it has no schema", f"its schema must be {REPORT_SCHEMA!r}")
+    if schema != REPORT_SCHEMA:
+        hint = "make the report again with this version, or use the version of edgeprune that wrote it"
+        raise UsageError(f"{file} has the schema {schema!r:.80}; this edgeprune reads {REPORT_SCHEMA!r}", hint)
+    try:
+        report = codec.from_json(Report, data, "report")
+        _verify(report)
+    except (UsageError, OverflowError) as error:
+        raise UsageError(f"{file} is not a whole report: {error}", _again()) from error
+    return report
+
+
+def _json(file: Path) -> Any:
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        # Half a surrogate pair is legal in a JSON escape and can't be written to any output.
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not a readable report: {error}", _again()) from error
+    return data
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is not a number that a report may hold")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def _verify(report: Report) -> None:
+    for side in ("before", "after", "ledger"):
+        for i, reading in enumerate(getattr(report, side)):
+            if reading.spread and reading.spread[0] > reading.spread[1]:
+                raise UsageError(f"report.{side}[{i}].spread must be (low, high), found {reading.spread}")
+            if reading.n < 0:
+                raise UsageError(f"report.{side}[{i}].n must be at least 0, found {reading.n}")
+    for name, values in report.samples.items():
+        if any(v < 0 for v in values):
+            raise UsageError(f"report.samples.{name} holds a negative time, {min(values)}")
+
+
+def _again() -> str:
+    return "give a report.json as edgeprune wrote it; `edgeprune compress` with the same command writes it again"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.replace(path)
+
+
+def _sentences(report: Report) -> list[str]:
+    rows = {row.metric: row for row in comparison(report)}
+    sayings: tuple[Callable[[Report, dict[str, Row]], Iterator[str]], ...] = (_smaller, _faster, _right)
+    return [sentence for saying in sayings for sentence in saying(report, rows)]
+
+
+def _smaller(report: Report, rows: dict[str, Row]) -> Iterator[str]:
+    words = {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}
+    said = [f"{text} {rows[name].change}" for name, text in words.items() if name in rows and rows[name].change != "-"]
+    if said:
+        yield f"Compared with the dense model: {', '.join(said)}."
+
+
+def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
+    row = rows.get("latency_p50")
+    after = find(report.after, "latency_p50")
+    if row is None or after is None or value_of(after) is None:
+        yield "Speed is unknown: no latency was measured."
+        return
+    if row.change == "-":
+        yield f"Median time of one image {row.compressed} ({how_had(after)}); nothing to compare it with."
+        return
+    times = f"median {row.dense} before, {row.compressed} after, {row.how}"
+    if "faster" in row.change:
+        yield f"{row.change[:1].upper()}{row.change[1:]}: {times}."
+    elif row.change == "not comparable":
+        yield f"Dense and compressed were timed in different ways and can't be compared: {times}."
+    else:
+        yield f"NOT faster ({row.change}): {times}."
+
+
+def _right(report: Report, rows: dict[str, Row]) -> Iterator[str]:
+    for metric, words in (("clean_accuracy", "Clean accuracy"), ("robust_accuracy", "Accuracy under attack")):
+        row, after = rows.get(metric), find(report.after, metric)
+        if row and after and value_of(after) is not None:
+            images = f" of {after.n} held-out images" if after.n else ""
+            was = f", dense {row.dense} ({row.change})" if row.change != "-" else ""
+            yield f"{words} {show(value_of(after), 'fraction')}{images}{was}."
+    if value_of(find(report.after, "clean_accuracy")) is None:
+        yield "Accuracy is unknown: the compressed model was not tried on labeled images."

@@ -1,0 +1,126 @@
+"""The style of report.html: two palettes as variables, system fonts, one column that fits a phone."""
+
+from __future__ import annotations
+
+LIGHT = {
+    "ground": "#ffffff",
+    "raised": "#f5f6f8",
+    "ink": "#181b20",
+    "muted": "#5b636e",
+    "line": "#dde1e6",
+    "dense": "#868f9b",
+    "compressed": "#0b69a8",
+    "good": "#17703f",
+    "bad": "#b0271c",
+}
+DARK = {
+    "ground": "#14171b",
+    "raised": "#1d2127",
+    "ink": "#e7e9ec",
+    "muted": "#a0a8b2",
+    "line": "#333941",
+    "dense": "#7d8793",
+    "compressed": "#5fb2e8",
+    "good": "#6cc793",
+    "bad": "#f28b80",
+}
+
+
+def _variables(palette: dict[str, str]) -> str:
+    return "".join(f"--{name}:{color};" for name, color in palette.items())
+
+
+_RULES = """
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0 auto;padding:2.5rem 1.25rem 4rem;max-width:66rem;background:var(--ground);color:var(--ink);
+font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+font-variant-numeric:tabular-nums}
+h1{margin:.15rem 0 .4rem;font-size:1.8rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;overflow-wrap:anywhere}
+h1 small{font-size:1em;font-weight:400;color:var(--muted)}
+h2{margin:0 0 .9rem;font-size:1.1rem;font-weight:650}
+p{margin:0 0 .5rem}
+section{margin-top:2.75rem;min-width:0}
+.eyebrow,.facts,.fine,.absent,.legend,caption,dt{color:var(--muted);font-size:.875rem}
+.eyebrow{margin:0}
+.facts span:not(:last-child)::after{content:"\\00b7";margin:0 .5rem}
+.absent{font-style:italic}
+.summary{max-width:44rem;overflow-wrap:anywhere}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1px;margin:0 0 1.5rem;
+background:var(--line);border:1px solid var(--line);border-radius:6px;overflow:hidden}
+.tiles>div{background:var(--ground);padding:.85rem 1rem}
+.tiles dd{margin:0}
+.tiles .big{font-size:1.45rem;font-weight:650;line-height:1.35;letter-spacing:-.01em}
+.good{color:var(--good)}.bad{color:var(--bad)}
+.notes{margin:0;padding:.8rem 1rem .8rem 2.1rem;background:var(--raised);border-left:3px solid var(--muted);
+border-radius:0 6px 6px 0;overflow-wrap:anywhere}
+.notes li+li{margin-top:.35rem}
+.scroll{overflow:auto;max-height:34rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
+.scroll:focus-visible,pre:focus-visible,summary:focus-visible{outline:2px solid var(--compressed);outline-offset:2px}
+table{border-collapse:collapse;width:100%;font-size:.9375rem}
+caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.scroll{position:relative}
+th,td{padding:.5rem .75rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
+th:first-child{padding-left:0}
+thead th{position:sticky;top:0;z-index:1;background:var(--ground);border-top:0;color:var(--muted);font-size:.8125rem;
+font-weight:500;white-space:nowrap;box-shadow:0 1px 0 var(--line)}
+tbody tr:first-child>*{border-top:0}
+tbody th{font-weight:550}
+td .fine,th .fine{display:block;font-size:.8125rem;font-weight:400}
+.number{text-align:right;white-space:nowrap}
+.how{color:var(--muted);min-width:11rem}
+.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}
+.legend i{display:inline-block;width:.8rem;height:.55rem;margin-right:.45rem;background:var(--dense)}
+.legend i.compressed{background:var(--compressed)}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:0 2.5rem}
+.plots{table-layout:fixed;font-size:.8125rem}
+.plots th,.plots td{padding:.22rem .75rem .22rem 0;border-top:0;vertical-align:middle}
+.plots tbody th{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;font-weight:400}
+.plots thead th:first-child{width:34%}
+.plots thead .number{width:27%}
+.plots .number{padding-right:.25rem}
+.plots thead th{padding:.45rem .75rem .45rem 0}
+.two .plots thead th:first-child{width:36%}
+.two .plots thead .number{width:36%}
+svg{display:block;overflow:visible}
+svg.clip{overflow:hidden}
+svg.skyline{width:100%;height:84px;margin:.25rem 0 1rem}
+.dense{fill:var(--dense)}.compressed{fill:var(--compressed)}
+.skyline .dense{fill-opacity:.45}
+.rule{stroke:var(--line)}
+.curve{fill:none;stroke:var(--compressed);stroke-width:2;vector-effect:non-scaling-stroke}
+.dense.curve{stroke:var(--dense);stroke-dasharray:5 3}
+.guide{stroke:var(--compressed);stroke-dasharray:2 3}
+.dense.guide{stroke:var(--dense)}
+.dot{stroke:var(--ground);stroke-width:1.5}
+.whisker{stroke:var(--compressed);stroke-width:1.5}
+.chart text{fill:var(--muted);font-size:.75rem}
+.axes{padding:.6rem 1.5rem 2.2rem 3rem}
+.axes .fine{margin:2rem 0 -1.5rem -3rem}
+details{border-top:1px solid var(--line)}
+details:last-child{border-bottom:1px solid var(--line)}
+summary{padding:.65rem 0;cursor:pointer;font-weight:550}
+details .scroll,details pre{margin-bottom:1rem}
+details table{font-size:.8125rem}
+pre{overflow:auto;max-height:34rem;padding:.9rem 1rem;background:var(--raised);border-radius:6px;
+font:.8125rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+@media(max-width:46rem){
+body{padding:1.5rem 1rem 3rem}
+h1{font-size:1.45rem}
+.two{grid-template-columns:1fr}
+.tiles{grid-template-columns:1fr 1fr}
+.tiles .big{font-size:1.2rem}
+th,td{padding:.45rem .6rem}
+.plots thead th:first-child,.two .plots thead th:first-child{width:32%}
+.plots thead .number,.two .plots thead .number{width:36%}
+.plots .number{white-space:normal}
+}
+@media print{.scroll,pre{max-height:none;overflow:visible}thead th{position:static}}
+"""
+
+CSS = (
+    f":root{{color-scheme:light dark;{_variables(LIGHT)}}}"
+    f"@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{_variables(DARK)}}}}}"
+    f":root[data-theme=dark]{{color-scheme:dark;{_variables(DARK)}}}"
+    ":root[data-theme=light]{color-scheme:light}"
+) + _RULES

@@ -1,0 +1,240 @@
+"""report.html: the whole report as one page that needs no network, no script and no font of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from edgeprune.records import Reading, Report
+from edgeprune.stages import report_plots as plots
+from edgeprune.stages.report_css import CSS
+from edgeprune.stages.report_markup import Markup, element, join
+from edgeprune.stages.report_rows import (
+    Row,
+    comparison,
+    facts,
+    heading,
+    how_had,
+    interval_of,
+    layer_cells,
+    ledger,
+    number_in,
+    quantity,
+    text_of,
+    unit_of,
+)
+
+HEADLINES = ("macs", "size", "latency_p50", "clean_accuracy")
+MANY_LAYERS = 24
+LONGEST_S = 1e6
+DENSE_AND_COMPRESSED = plots.legend(("dense", "dense"), ("compressed", "compressed"))
+
+
+def page(report: Report, sentences: Sequence[str]) -> str:
+    """The page as text; `sentences` is the summary in plain words that opens it."""
+    model, target = heading(report)
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("title", f"{model} for {target} - edgeprune report"),
+        element("style", Markup(CSS)),
+    )
+    body = element("body", _header(report, model, target), element("main", _sections(report, sentences)))
+    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+
+
+def _header(report: Report, model: str, target: str) -> Markup:
+    prune = dict(facts(report.recipe))
+    parts = [
+        ("method", prune.get("prune.method")),
+        ("granularity", prune.get("prune.granularity")),
+        ("seed", prune.get("seed")),
+        ("edgeprune", dict(facts(report.environment)).get("edgeprune")),
+    ]
+    words = [element("span", f"{name} {value}") for name, value in parts if value]
+    return element(
+        "header",
+        element("p", "edgeprune report", class_="eyebrow"),
+        element("h1", model, element("small", f" for {target}")),
+        element("p", words, class_="facts") if words else "",
+    )
+
+
+def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
+    rows = comparison(report)
+    notes = [element("li", note) for note in report.notes]
+    layers = [
+        _section("Channels kept in each layer", _layer_plot(report, "channels", "channels", "")),
+        element(
+            "div",
+            _section("Time of each layer", _layer_plot(report, "time", "time", "s")),
+            _section("Size of each layer", _layer_plot(report, "size", "size of the weights", "B")),
+            class_="two",
+        ),
+    ]
+    return [
+        element("section", _headlines(rows), element("div", [element("p", s) for s in sentences], class_="summary")),
+        _section("Read this first", element("ul", notes, class_="notes")) if notes else Markup(""),
+        _section("Before and after", _comparison_table(rows)),
+        _section("Accuracy after each stage", _ledger(report)),
+        _section("Time of one image", _distribution(report)),
+        *(layers if report.layers else []),
+        _section("In full", _details(report)),
+    ]
+
+
+def _section(title: str, *children: str) -> Markup:
+    return element("section", element("h2", title), *children)
+
+
+def _headlines(rows: Sequence[Row]) -> Markup:
+    found = [row for name in HEADLINES for row in rows if row.metric == name and row.before and row.after]
+    tiles = [
+        element(
+            "div",
+            element("dt", row.metric),
+            element("dd", row.change, class_=f"big {_tone(row)}"),
+            element("dd", f"{row.dense} to {row.compressed}", class_="fine"),
+        )
+        for row in found
+        if row.change != "-"
+    ]
+    return element("dl", tiles, class_="tiles") if tiles else Markup("")
+
+
+def _comparison_table(rows: Sequence[Row]) -> Markup:
+    if not rows:
+        return _absent("This report has no readings.")
+    head = [("metric", ""), ("dense", "number"), ("compressed", "number"), ("change", "number"), ("how and where", "")]
+    body = [
+        element(
+            "tr",
+            element("th", row.metric, element("span", row.about, class_="fine"), scope="row"),
+            element("td", row.dense, _spread(row.before), class_="number", title=_exact(row.before)),
+            element("td", row.compressed, _spread(row.after), class_="number", title=_exact(row.after)),
+            element("td", row.change, class_=f"number {_tone(row)}"),
+            element("td", row.how, class_="how"),
+        )
+        for row in rows
+    ]
+    return _table("Before and after, with 95 % intervals", head, body)
+
+
+def _ledger(report: Report) -> Markup:
+    rows = ledger(report)
+    if not rows:
+        return _absent("No accuracies were taken: the run had no labeled images.")
+    groups = groupby(sorted(rows, key=lambda r: [x.metric for x in rows].index(r.metric)), key=lambda r: r.metric)
+    return join([plots.intervals(metric, list(group)) for metric, group in groups])
+
+
+def _distribution(report: Report) -> Markup:
+    samples: dict[str, Sequence[float]] = {}
+    for name in ("dense", "compressed"):
+        good = sorted(v for v in report.samples.get(name, ()) if math.isfinite(v) and 0 <= v < LONGEST_S)
+        if good:
+            samples[name] = good
+    if not samples:
+        return _absent("No latency was measured in this run.")
+    after = next((r for r in report.after if r.metric.startswith("latency")), None)
+    where = f" ({how_had(after)})" if after else ""
+    said = element("p", f"Share of images answered within a time{where}; the dots are the medians.", class_="fine")
+    middles = {name: values[(len(values) - 1) // 2] for name, values in samples.items()}
+    key = plots.legend(*[(n, f"{n}, median {quantity(m, 's')}, {len(samples[n])} images") for n, m in middles.items()])
+    return join(said, key, element("div", plots.distribution(samples), class_="axes"))
+
+
+def _layer_plot(report: Report, column: str, what: str, unit: str) -> Markup:
+    suffix = "_s" if unit == "s" else ""
+    bars = []
+    for row in report.layers:
+        before, after = number_in(row, f"{column}_before{suffix}"), number_in(row, f"{column}_after{suffix}")
+        if before is not None or after is not None:
+            text = " of ".join("?" if v is None else f"{v:.0f}" for v in (after, before)) if not unit else _pair(before, after, unit)
+            bars.append(plots.Bar(str(row.get("layer") or "-"), before, after, text))
+    if not bars:
+        return _absent(f"This report has no {what} of single layers.")
+    overview = plots.skyline(bars, what) if len(bars) > MANY_LAYERS else Markup("")
+    number = "kept of" if not unit else "dense to compressed"
+    return join(DENSE_AND_COMPRESSED, overview, plots.paired_bars(what, bars, number))
+
+
+def _pair(before: float | None, after: float | None, unit: str) -> str:
+    return " to ".join("?" if v is None else quantity(v, unit) for v in (before, after))
+
+
+def _details(report: Report) -> list[Markup]:
+    readings = [*report.before, *report.after]
+    columns = ("layer", "operator", "channels", "parameters", "macs", "size", "time", "why it was kept whole")
+    layers = [_cells(layer_cells(row)) for row in report.layers]
+    left = [_cells([name, why]) for name, why in report.left_out.items()]
+    return [
+        _fold(f"Layers ({len(layers)})", _table("Layers", [(c, "") for c in columns], layers)) if layers else Markup(""),
+        _fold(f"Groups that were not pruned ({len(left)})", _table("Not pruned", [("group", ""), ("why", "")], left))
+        if left
+        else Markup(""),
+        _fold(f"How each number was had ({len(readings)})", _readings(readings)),
+        _fold("Environment", _facts_table("Environment", facts(report.environment))),
+        _fold("Recipe", element("pre", json.dumps(report.recipe, indent=1, ensure_ascii=False, default=str), tabindex="0")),
+    ]
+
+
+def _readings(readings: Sequence[Reading]) -> Markup:
+    head = [(c, "") for c in ("metric", "of", "value", "95 % interval", "n", "how and where", "conditions")]
+    body = [
+        _cells([r.metric, r.artifact, text_of(r), _interval(r), str(r.n), how_had(r), _conditions(r)]) for r in readings
+    ]
+    return _table("Readings", head, body)
+
+
+def _conditions(reading: Reading) -> str:
+    return "; ".join(f"{key} {value}" for key, value in facts(reading.conditions) if key != "why")
+
+
+def _facts_table(caption: str, pairs: Sequence[tuple[str, str]]) -> Markup:
+    return _table(caption, [("name", ""), ("value", "")], [_cells([k, v]) for k, v in pairs])
+
+
+def _cells(texts: Sequence[str]) -> Markup:
+    first = element("th", texts[0], scope="row")
+    return element("tr", first, [element("td", text) for text in texts[1:]])
+
+
+def _table(caption: str, head: Sequence[tuple[str, str]], body: Sequence[Markup]) -> Markup:
+    headings = element("tr", [element("th", text, scope="col", class_=c or None) for text, c in head])
+    table = element("table", element("caption", caption), element("thead", headings), element("tbody", body))
+    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def _fold(title: str, content: Markup) -> Markup:
+    return element("details", element("summary", title), content)
+
+
+def _absent(sentence: str) -> Markup:
+    return element("p", sentence, class_="absent")
+
+
+def _tone(row: Row) -> str:
+    return "" if row.better is None else ("good" if row.better else "bad")
+
+
+def _spread(reading: Reading | None) -> Markup:
+    text = _interval(reading)
+    return element("span", text, class_="fine") if text else Markup("")
+
+
+def _interval(reading: Reading | None) -> str:
+    interval = interval_of(reading)
+    if not interval or reading is None:
+        return ""
+    return f"{quantity(interval[0], unit_of(reading))} to {quantity(interval[1], unit_of(reading))}"
+
+
+def _exact(reading: Reading | None) -> str | None:
+    return None if reading is None or reading.value is None else f"{reading.value:.9g} {unit_of(reading)}".strip()

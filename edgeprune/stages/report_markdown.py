@@ -1,0 +1,78 @@
+"""report.md: the report as GitHub shows it, with long tables folded away."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from edgeprune.records import Report
+from edgeprune.stages.report_rows import comparison, facts, heading, how_had, interval_of, layer_cells, ledger, quantity, text_of, unit_of
+
+_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
+
+
+def document(report: Report, sentences: Sequence[str]) -> str:
+    """The report as Markdown; `sentences` is the summary in plain words that opens it."""
+    model, target = heading(report)
+    blocks = [f"# {plain(model)} for {plain(target)}", *[plain(s) for s in sentences]]
+    if report.notes:
+        blocks += ["## Read this first", "\n".join(f"- {plain(note)}" for note in report.notes)]
+    blocks += ["## Before and after", _comparison(report)]
+    if report.ledger:
+        rows = [[r.stage, r.metric, r.text, str(r.n)] for r in ledger(report)]
+        blocks += ["## Accuracy after each stage", table(["after", "metric", "value (95 % interval)", "images"], rows)]
+    blocks += _folds(report)
+    return "\n\n".join(blocks) + "\n"
+
+
+def plain(text: str) -> str:
+    """Text that shows as itself: no markup, no HTML, one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\1", text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+    """A GitHub table; the columns in `numbers` are aligned to the right."""
+    marks = ["---:" if i in numbers else "---" for i in range(len(head))]
+    lines = [[plain(cell) or " " for cell in row] for row in (head, *rows)]
+    lines.insert(1, marks)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _comparison(report: Report) -> str:
+    rows = [[r.metric, r.dense, r.compressed, r.change, r.how] for r in comparison(report)]
+    if not rows:
+        return "This report has no readings."
+    return table(["metric", "dense", "compressed", "change", "how and where"], rows, numbers=(1, 2, 3))
+
+
+def _folds(report: Report) -> list[str]:
+    columns = ["layer", "operator", "channels", "parameters", "macs", "size", "time", "why it was kept whole"]
+    layers = [layer_cells(row) for row in report.layers]
+    left = list(report.left_out.items())
+    readings = []
+    for r in (*report.before, *report.after):
+        interval = interval_of(r)
+        spread = " to ".join(quantity(edge, unit_of(r)) for edge in interval) if interval else ""
+        conditions = "; ".join(f"{key} {value}" for key, value in facts(r.conditions) if key != "why")
+        readings.append([r.metric, r.artifact, text_of(r), spread, str(r.n), how_had(r), conditions])
+    full = table(["metric", "of", "value", "95 % interval", "n", "how and where", "conditions"], readings, numbers=(2,))
+    return [
+        *(_fold(f"Layers ({len(layers)})", table(columns, layers)) if layers else []),
+        *(_fold(f"Groups that were not pruned ({len(left)})", table(["group", "why"], left)) if left else []),
+        *(_fold("How each number was had", full) if readings else []),
+        *_fold("Environment", table(["name", "value"], facts(report.environment))),
+        *_fold("Recipe", _code(json.dumps(report.recipe, indent=1, default=str))),
+    ]
+
+
+def _fold(title: str, content: str) -> list[str]:
+    # GitHub reads Markdown inside details only after an empty line.
+    return [f"<details><summary>{title}</summary>", content, "</details>"]
+
+
+def _code(text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}json\n{text}\n{fence}"

@@ -1,0 +1,195 @@
+"""The plots of report.html: inline SVG whose text keeps its size at every width, and tables that are plots.
+
+Positions across are percentages of the width and lengths down are pixels, so a plot fits a phone without shrinking
+its labels. Every mark has a title that says its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgeprune.quantities import show
+from edgeprune.stages.report_markup import Markup, element, join
+from edgeprune.stages.report_rows import LedgerRow, quantity
+
+PLOT_HEIGHT = 220
+CURVE_POINTS = 400
+TAIL = 0.995
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A layer's number before and after, in base units, and both as text."""
+
+    name: str
+    before: float | None
+    after: float | None
+    text: str
+
+
+def legend(*items: tuple[str, str]) -> Markup:
+    """The key of a plot: (mark, words) with mark "dense" or "compressed"."""
+    return element("p", [element("span", element("i", class_=mark), words) for mark, words in items], class_="legend")
+
+
+def paired_bars(caption: str, bars: Sequence[Bar], number: str) -> Markup:
+    """A table with two bars a row, dense over compressed, all to one scale. number: the last column's heading."""
+    top = max((v for b in bars for v in (b.before, b.after) if v is not None), default=0.0)
+    rows = [
+        element(
+            "tr",
+            element("th", bar.name, scope="row", title=bar.name),
+            element("td", _pair(bar, top), class_="plot"),
+            element("td", bar.text, class_="number"),
+        )
+        for bar in bars
+    ]
+    return _plot_table(caption, ("layer", "dense over compressed", number), rows)
+
+
+def skyline(bars: Sequence[Bar], what: str) -> Markup:
+    """Every layer of the network as one column, in order: the outline is the dense network, the filled part is kept."""
+    top = max((v for b in bars for v in (b.before, b.after) if v is not None), default=0.0) or 1.0
+    columns = []
+    for i, bar in enumerate(bars):
+        marks = [
+            element("rect", x=i, y=_fixed(100 * (1 - value / top)), width=0.86, height=_fixed(100 * value / top), class_=mark)
+            for mark, value in (("dense", bar.before), ("compressed", bar.after))
+            if value is not None
+        ]
+        columns.append(element("g", element("title", f"{bar.name}: {bar.text}"), marks))
+    # The width is in layers and the height in percent, so the box is stretched in both directions.
+    box = {"viewBox": f"0 0 {len(bars)} 100", "preserveAspectRatio": "none"}
+    words = f"{what} of each of {len(bars)} layers, in network order"
+    return element("svg", element("title", words), columns, class_="skyline", role="img", aria_label=words, **box)
+
+
+def distribution(samples: dict[str, Sequence[float]]) -> Markup:
+    """The share of images answered within a time, for "dense" and "compressed" latencies in seconds (each sorted).
+
+    The axis ends at the 99.5th percentile of the slower one; what lies beyond is said below the plot.
+    """
+    low = min(values[0] for values in samples.values())
+    high = max(values[_rank(values, TAIL)] for values in samples.values())
+    low, high = _widen(low, high, 0.04)
+    curves, marks = [], []
+    for name, values in samples.items():
+        curves.append(element("polyline", points=_curve(values, low, high), class_=f"{name} curve"))
+        middle = values[_rank(values, 0.5)]
+        across = f"{_fixed(100 * (middle - low) / (high - low))}%"
+        marks.append(element("line", x1=across, x2=across, y1="50%", y2="100%", class_=f"{name} guide"))
+        title = element("title", f"{name}: half of the images within {show(middle, 's')}")
+        marks.append(element("circle", title, cx=across, cy="50%", r=4.5, class_=f"{name} dot"))
+    box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none"}
+    inner = element("svg", curves, width="100%", height="100%", class_="clip", **box)
+    words = "; ".join(f"{n}: median {show(v[_rank(v, 0.5)], 's')} of {len(v)} images" for n, v in samples.items())
+    label = f"Share of images answered within a time. {words}"
+    attributes = {"role": "img", "aria_label": label, "width": "100%", "height": PLOT_HEIGHT, "class_": "chart"}
+    drawing = element("svg", element("title", label), _grid(low, high), inner, marks, **attributes)
+    beyond = {name: sum(v > high for v in values) for name, values in samples.items()}
+    said = [f"{count} of {len(samples[name])} {name} times" for name, count in beyond.items() if count]
+    tail = element("p", f"Longer than {show(high, 's')} and not drawn: {', '.join(said)}.", class_="fine") if said else ""
+    return join(drawing, tail)
+
+
+def intervals(metric: str, rows: Sequence[LedgerRow]) -> Markup:
+    """A table with a dot and its 95 % interval a row, all on one axis that is zoomed to them."""
+    edges = [v for r in rows for v in (r.value, r.low, r.high) if v is not None] or [0.0, 1.0]
+    low, high = _widen(min(edges), max(edges), 0.08)
+    if rows[0].unit == "fraction" and min(edges) >= 0 and max(edges) <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
+    body = [
+        element(
+            "tr",
+            element("th", row.stage, scope="row", title=row.stage),
+            element("td", _interval(row, low, high), class_="plot"),
+            element("td", row.text, class_="number"),
+        )
+        for row in rows
+    ]
+    axis = f"{quantity(low, rows[0].unit)} to {quantity(high, rows[0].unit)}"
+    return _plot_table(metric, ("after", axis, "value (95 % interval)"), body)
+
+
+def _plot_table(caption: str, headings: tuple[str, str, str], rows: list[Markup]) -> Markup:
+    head = element("tr", [element("th", h, scope="col", class_=c) for h, c in zip(headings, ("", "plot", "number"), strict=True)])
+    table = element("table", element("caption", caption), element("thead", head), element("tbody", rows), class_="plots")
+    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def _pair(bar: Bar, top: float) -> Markup:
+    words = f"{bar.name}: {bar.text}"
+    marks = [
+        element("rect", x=0, y=y, height=6, width=f"{_fixed(100 * value / top if top else 0.0)}%", class_=mark)
+        for mark, value, y in (("dense", bar.before, 1), ("compressed", bar.after, 8))
+        if value is not None
+    ]
+    return element("svg", element("title", words), marks, width="100%", height=15, role="img", aria_label=words)
+
+
+def _interval(row: LedgerRow, low: float, high: float) -> Markup:
+    if row.value is None:
+        return Markup("")
+    place = [f"{_fixed(100 * (v - low) / (high - low))}%" for v in (row.value, _or(row.low, row.value), _or(row.high, row.value))]
+    words = f"{row.stage}: {row.text}"
+    whisker = element("line", x1=place[1], x2=place[2], y1=8, y2=8, class_="whisker")
+    ends = [element("line", x1=x, x2=x, y1=4, y2=12, class_="whisker") for x in place[1:] if row.low is not None]
+    dot = element("circle", cx=place[0], cy=8, r=4.5, class_="compressed dot")
+    rule = element("line", x1="0", x2="100%", y1=8, y2=8, class_="rule")
+    return element("svg", element("title", words), rule, whisker, ends, dot, width="100%", height=16, role="img", aria_label=words)
+
+
+def _grid(low: float, high: float) -> list[Markup]:
+    lines = []
+    for share in (0, 25, 50, 75, 100):
+        y = f"{100 - share}%"
+        lines.append(element("line", x1="0", x2="100%", y1=y, y2=y, class_="rule"))
+        lines.append(element("text", f"{share} %", x="-8", y=y, dy="0.32em", text_anchor="end"))
+    ticks, unit, scale = _ticks(low, high)
+    for tick in ticks:
+        x = f"{_fixed(100 * (tick * scale - low) / (high - low))}%"
+        lines.append(element("line", x1=x, x2=x, y1=PLOT_HEIGHT, y2=PLOT_HEIGHT + 4, class_="rule"))
+        lines.append(element("text", f"{tick:.10g} {unit}", x=x, y=PLOT_HEIGHT + 18, text_anchor="middle"))
+    return lines
+
+
+def _ticks(low: float, high: float) -> tuple[list[float], str, float]:
+    """At most five round numbers between low and high (seconds), the unit that they are in, and its size."""
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if high >= s), ("us", 1e-6))
+    rough = (high - low) / scale / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / scale / step - 1e-9)
+    last = math.floor(high / scale / step + 1e-9)
+    return [i * step for i in range(first, last + 1)], unit, scale
+
+
+def _curve(values: Sequence[float], low: float, high: float) -> str:
+    """Points of the empirical distribution in a 100 x 100 box, thinned to about CURVE_POINTS steps."""
+    stride = max(1, len(values) // CURVE_POINTS)
+    points, share = ["0,100"], 0.0
+    for rank in [*range(stride - 1, len(values), stride), len(values) - 1]:
+        across = _fixed(100 * (min(values[rank], high * 2) - low) / (high - low))
+        points.append(f"{across},{_fixed(100 - share)}")
+        share = 100 * (rank + 1) / len(values)
+        points.append(f"{across},{_fixed(100 - share)}")
+    return " ".join([*points, "100,0"] if values[-1] < high else points)
+
+
+def _widen(low: float, high: float, share: float) -> tuple[float, float]:
+    span = (high - low) or abs(high) * 0.1 or 0.01
+    return low - share * span, high + share * span
+
+
+def _rank(values: Sequence[float], quantile: float) -> int:
+    return min(len(values) - 1, max(0, math.ceil(quantile * len(values)) - 1))
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def _fixed(value: float) -> str:
+    return f"{value:.3f}".rstrip("0").rstrip(".")

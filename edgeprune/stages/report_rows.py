@@ -1,0 +1,229 @@
+"""What a report says, worked out once: the rows that the terminal, Markdown and HTML forms all show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.quantities import show
+from edgeprune.records import METRICS, Reading, Report
+
+SPEED = ("latency_p50", "latency_p90", "latency_p99")
+LAYER_COLUMNS = (
+    ("channels", "channels_before", "channels_after", ""),
+    ("params", "params_before", "params_after", ""),
+    ("macs", "macs_before", "macs_after", ""),
+    ("size", "size_before", "size_after", "B"),
+    ("time", "time_before_s", "time_after_s", "s"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of the before/after table as text. better: True, False, or None when it can't be said."""
+
+    metric: str
+    about: str
+    dense: str
+    compressed: str
+    change: str
+    how: str
+    better: bool | None
+    before: Reading | None
+    after: Reading | None
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One accuracy after one stage; value, low and high are in the unit, the last two None without an interval."""
+
+    metric: str
+    stage: str
+    unit: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    text: str
+
+
+def comparison(report: Report) -> list[Row]:
+    """The before/after table: one row per metric that either side has a reading of, in the order of METRICS."""
+    present = {r.metric for r in (*report.before, *report.after)}
+    metrics = [m for m in METRICS if m in present] + sorted(present - set(METRICS))
+    return [_row(metric, find(report.before, metric), find(report.after, metric)) for metric in metrics]
+
+
+def ledger(report: Report) -> list[LedgerRow]:
+    """The accuracies after each stage, in the order in which they were taken."""
+    return [_ledger_row(reading) for reading in report.ledger]
+
+
+def find(readings: Sequence[Reading], metric: str) -> Reading | None:
+    """The reading of a metric: the first that has a value, else the first that says why it has none."""
+    found = [r for r in readings if r.metric == metric]
+    return next((r for r in found if value_of(r) is not None), found[0] if found else None)
+
+
+def value_of(reading: Reading | None) -> float | None:
+    """The reading's value, None when there is no reading, no value, or no finite one."""
+    if reading is None or reading.value is None or not math.isfinite(reading.value):
+        return None
+    return reading.value
+
+
+def text_of(reading: Reading | None) -> str:
+    """The value as people read it; "-" when there is none."""
+    return quantity(value_of(reading), unit_of(reading)) if reading else "-"
+
+
+def interval_of(reading: Reading | None) -> tuple[float, float] | None:
+    """The reading's 95 % interval, None when it has none."""
+    if value_of(reading) is None or reading is None or reading.spread is None:
+        return None
+    low, high = reading.spread
+    return (low, high) if math.isfinite(low) and math.isfinite(high) and low <= high else None
+
+
+def unit_of(reading: Reading) -> str:
+    """The base unit of a reading; METRICS decides, the reading itself only for metrics it does not know."""
+    return METRICS[reading.metric].unit if reading.metric in METRICS else reading.unit
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A number in a base unit as people read it; in a unit that is not ours, the number and the unit."""
+    if value is None or unit in ("s", "B", "J", "", "fraction"):
+        return show(value, unit)
+    return f"{value:.4g} {unit}"
+
+
+def how_had(reading: Reading) -> str:
+    """How and where a reading was had: "measured on local x86_64", "counted", "estimated: ...", "not had: why"."""
+    if value_of(reading) is None:
+        return f"not had: {reading.conditions.get('why') or 'no reason was recorded'}"
+    if reading.where.startswith(("counted", "estimated")) or not reading.where:
+        return reading.where or "unknown"
+    return f"measured on {reading.where}"
+
+
+def change(before: Reading, after: Reading) -> tuple[str, bool | None]:
+    """By how much a metric changed, in words, and whether that is better.
+
+    Speed is a factor, and only when the two 95 % intervals do not overlap; accuracies are in percentage points,
+    everything else in percent of the dense model. Readings that were had in different ways are not compared.
+    """
+    old, new = value_of(before), value_of(after)
+    if old is None or new is None:
+        return "-", None
+    if how_had(before) != how_had(after):
+        return "not comparable", None
+    less_is_better = METRICS[after.metric].less_is_better if after.metric in METRICS else None
+    better = None if less_is_better is None or old == new else (new < old) == less_is_better
+    if after.metric in SPEED:
+        return _speed(before, after, better)
+    if unit_of(after) == "fraction":
+        points = round(100 * (new - old), 2)
+        return (f"{points:+.2f} pp", better) if points else ("0.00 pp", None)
+    return _percent(old, new), better
+
+
+def heading(report: Report) -> tuple[str, str]:
+    """The model's name and the target's, as the recipe says them."""
+    model = report.recipe.get("model")
+    table = model if isinstance(model, Mapping) else {}
+    path, arch = str(table.get("path") or ""), str(table.get("arch") or "")
+    name = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return name or arch or "model", str(report.recipe.get("target") or "unknown target")
+
+
+def number_in(row: Mapping[str, Any], key: str) -> float | None:
+    """A layer row's number, None when it is missing, not a number, not finite or negative."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    # A JSON integer may be longer than any float: it is no size or time of a layer.
+    if value < 0 or value > 1e300 or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def layer_cells(row: Mapping[str, Any]) -> list[str]:
+    """One layer as text: name, operator, five columns "before -> after", and why it was kept whole."""
+    cells = [str(row.get("layer") or "-"), str(row.get("op") or "-")]
+    for _, before, after, unit in LAYER_COLUMNS:
+        old, new = number_in(row, before), number_in(row, after)
+        cells.append("-" if old is None and new is None else f"{_count(old, unit)} -> {_count(new, unit)}")
+    return [*cells, str(row.get("why_kept") or "")]
+
+
+def facts(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested table as flat (dotted key, text) pairs; empty values are left out."""
+    flat: list[tuple[str, str]] = []
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat += facts(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            flat += [(name, ", ".join(str(v) for v in value))] if value else []
+        elif value is not None and value != "":
+            flat.append((name, str(value)))
+    return flat
+
+
+def _row(metric: str, before: Reading | None, after: Reading | None) -> Row:
+    words, better = change(before, after) if before and after else ("-", None)
+    about = METRICS[metric].about if metric in METRICS else ""
+    return Row(metric, about, text_of(before), text_of(after), words, _how(before, after), better, before, after)
+
+
+def _how(before: Reading | None, after: Reading | None) -> str:
+    sides = [how_had(r) for r in (before, after) if r is not None]
+    if len(set(sides)) == 1:
+        return sides[0]
+    return f"dense {sides[0]}; compressed {sides[1]}"
+
+
+def _speed(before: Reading, after: Reading, better: bool | None) -> tuple[str, bool | None]:
+    old, new = value_of(before), value_of(after)
+    if not old or not new or old < 0 or new < 0:
+        return "-", None
+    one, two = interval_of(before), interval_of(after)
+    if one and two and one[0] <= two[1] and two[0] <= one[1]:
+        return "within noise", None
+    factor = max(old / new, new / old)
+    if factor < 1.005:
+        return "unchanged", None
+    return f"{factor:.2f}x {'faster' if new < old else 'slower'}", better
+
+
+def _percent(old: float, new: float) -> str:
+    if old == new:
+        return "unchanged"
+    if old <= 0:
+        return "-"
+    percent = 100 * (new / old - 1)
+    if abs(percent) < 0.05:
+        return f"{'+' if percent > 0 else '-'}<0.1 %"
+    return f"{percent:+.1f} %" if abs(percent) < 1000 else f"{percent:+.0f} %"
+
+
+def _ledger_row(reading: Reading) -> LedgerRow:
+    interval = interval_of(reading)
+    text = text_of(reading)
+    if interval and unit_of(reading) == "fraction":
+        text += f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    elif interval:
+        text += f" ({quantity(interval[0], unit_of(reading))} to {quantity(interval[1], unit_of(reading))})"
+    elif value_of(reading) is None:
+        text = how_had(reading)
+    low, high = interval if interval else (None, None)
+    stage = str(reading.conditions.get("stage") or reading.artifact or "-")
+    return LedgerRow(reading.metric, stage, unit_of(reading), value_of(reading), low, high, reading.n, text)
+
+
+def _count(value: float | None, unit: str) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.0f}" if not unit and value < 10000 else show(value, unit)
