@@ -1,7 +1,7 @@
-"""ResNet-20 for 32x32 images (He et al. 2016, section 4.2): three stages of three blocks, shortcuts without weights.
+"""ResNet-20 for 32x32 images (He et al. 2016, section 4.2): three stages of three residual blocks.
 
-Where a stage halves the image and doubles the channels, the shortcut takes every second pixel and pads the channels
-with zeros on both sides (option A of the paper). Use it with weights that were trained elsewhere:
+Where a stage halves the image and doubles the channels, the shortcut has no weights: it takes every second
+pixel and pads the channels with zeros on both sides (option A of the paper). For weights trained elsewhere:
 
     edgeprune compress resnet20.pt --arch examples/resnet20_cifar10.py:resnet20 --input 3x32x32 --target local
 """
@@ -63,7 +63,7 @@ class ResNet20(nn.Module):
 
 
 def resnet20(classes: int = 10) -> nn.Module:
-    """The network with random weights: 269,722 parameters and 40.6 million multiply-accumulates for 10 classes."""
+    """The network with random weights; 269,722 parameters for 10 classes."""
     return ResNet20(classes)
 
 

@@ -21,14 +21,14 @@ class PruneTask:
     """All that a method may know.
 
     groups: what can go. costs, rules: what it saves, and what must hold in the end.
-    logits: pixels (N, C, H, W) in [0, 1] -> logits (N, K), through the network that is being pruned.
+    logits: (network, pixels (N, C, H, W) in [0, 1]) -> logits (N, K); the normalization is inside.
     images: float32 (N, C, H, W) in [0, 1] and labels: int64 (N,), or None when there is no data.
     """
 
     groups: tuple[Group, ...]
     costs: CostModel
     rules: Rules
-    logits: Callable[[Tensor], Tensor]
+    logits: Callable[[nn.Module, Tensor], Tensor]
     images: Tensor | None = None
     labels: Tensor | None = None
     seed: int = 0

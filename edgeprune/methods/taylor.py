@@ -39,7 +39,7 @@ class Taylor(ScoreMethod):
         for start in track(starts, len(starts), "taylor scores"):
             x, y = images[start : start + self.batch], labels[start : start + self.batch]
             network.zero_grad(set_to_none=True)
-            functional.cross_entropy(task.logits(x), y, reduction="sum").backward()
+            functional.cross_entropy(task.logits(network, x), y, reduction="sum").backward()
             change = {n: (p.detach() * p.grad).double() for n, p in parameters.items() if p.grad is not None}
             for group in task.groups:
                 total[group.name] += channel_sums(group, change, ("consumer",)) ** 2

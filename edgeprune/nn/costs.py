@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.nn.surgery import logits
-from edgeprune.records import Group
+from edgeprune.records import Group, InputSpec
 
 LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -57,6 +57,15 @@ class CostModel:
             macs += self.positions.get(name, 0.0) * entries
             params += entries if name in self.parameters else 0.0
         return {"macs": macs, "params": params}
+
+
+def normalized_example(spec: InputSpec, seed: int, batch: int = 1) -> Tensor:
+    """Random pixels as the bare network eats them: float32 (batch, C, H, W), normalized by the spec's mean and std."""
+    generator = torch.Generator().manual_seed(seed)
+    x = spec.low + (spec.high - spec.low) * torch.rand((batch, *spec.shape), generator=generator)
+    if spec.mean:
+        x = (x - torch.tensor(spec.mean).view(-1, 1, 1)) / torch.tensor(spec.std).view(-1, 1, 1)
+    return x
 
 
 def layer_costs(network: nn.Module, example: Tensor) -> tuple[LayerCost, ...]:

@@ -8,6 +8,7 @@ differs is left out with the reason.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -86,13 +87,13 @@ def find_groups(network: nn.Module, example: Tensor, skip: Sequence[str] = ()) -
 def provable_groups(network: nn.Module, graph: Graph, example: Tensor, seed: int) -> Graph:
     """Keep the groups for which cutting half of the channels equals masking them; the others are left out.
 
-    Constant parameters (fresh scales of 1, shifts of 0) are first disturbed on a copy, or a residual branch whose
-    last scale is 0 would hide a wrong cut.
+    The proof runs on a disturbed copy (`surgery.disturbed`), or a residual branch whose last scale is 0 would hide a
+    wrong cut: structure is what is proven here, and `cut` proves the chosen masks again on the real weights.
 
     Raises:
         UnsupportedModel: no group is left.
     """
-    probe = surgery.disturbed(network, seed)
+    probe = surgery.disturbed(network, example, seed)
     masks = {g.name: _half(g, seed + i) for i, g in enumerate(graph.groups)}
     left_out = dict(graph.left_out)
     good = list(graph.groups)
@@ -182,6 +183,8 @@ def _group(name: str, items: list[Any], names: dict[nn.Module, str], dependency:
             # Whole normalization groups go, so that the statistics of the others stay what they are.
             share = module.num_channels // module.num_groups
             tied += _tied_by(owned, lambda position, s=share: position // s)
+        if isinstance(module, torch_pruning.ops._SplitOp) and out:
+            tied += _tied_by_split(owned, module.offsets)
         for tensor, axis, size, modulus, role in _tensors(module, out, names, dependency):
             if modulus:
                 tied += _tied_by(owned, lambda position, m=modulus: position % m)
@@ -202,6 +205,15 @@ def _tied_by(owned: dict[int, list[int]], key: Callable[[int], int]) -> list[lis
         for position in positions:
             classes.setdefault(key(position), []).append(root)
     return list(classes.values())
+
+
+def _tied_by_split(owned: dict[int, list[int]], offsets: Sequence[int] | None) -> list[list[int]]:
+    """`chunk` makes equal parts of what it is given, so channels at the same place of each part go together."""
+    sizes = {b - a for a, b in itertools.pairwise(offsets or ())}
+    if len(sizes) != 1 or not min(sizes):
+        return []
+    part = sizes.pop()
+    return _tied_by(owned, lambda position: position % part)
 
 
 def _assemble(name: str, roots: list[int], entries: list[Any], tied: list[list[int]]) -> Group:

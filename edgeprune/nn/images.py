@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from edgeprune.errors import UsageError
@@ -27,7 +27,17 @@ MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 256 * 2**20
 # What Pillow's decoders raise on broken files, besides OSError (its documentation names no full list).
 BROKEN = (
-    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, ZeroDivisionError),
+    *(
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        EOFError,
+        OverflowError,
+        ZeroDivisionError,
+    ),
     *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
@@ -49,7 +59,9 @@ class ImageFile:
             return self.content
         try:
             if self.content.stat().st_size > MAX_FILE_BYTES:
-                raise UsageError(f"image {self.name!r} has {self.content.stat().st_size} bytes", _remove(self.name))
+                raise UsageError(
+                    f"image {self.name!r} has {self.content.stat().st_size} bytes", _remove(self.name)
+                )
             return self.content.read_bytes()
         except OSError as error:
             raise UsageError(f"image {self.name!r} can't be read: {error}", _remove(self.name)) from error
@@ -103,16 +115,37 @@ class OnDemand:
         return len(self.files)
 
 
-def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], max_bytes: int, label: str) -> Pixels:
-    """Decode the files to `shape` (C, H, W) at once if that takes at most `max_bytes`, otherwise on demand.
+def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], in_memory: bool, label: str) -> Pixels:
+    """Decode the files to `shape` (C, H, W) now, under a bar with that label, or whenever they are needed.
 
     Raises:
         UsageError: a file is not a readable image; says which.
     """
-    if len(files) * int(np.prod(shape)) > max_bytes:
+    if not in_memory:
         return OnDemand(tuple(files), shape)
     with bar(len(files), label) as advance:
         return Decoded(torch.from_numpy(_decode_all(files, shape, advance)))
+
+
+def from_array(x: np.ndarray, shape: tuple[int, int, int]) -> Decoded:
+    """Pixels uint8 (N, H, W, C) as the model eats them; gray becomes RGB and back, other sizes are fitted.
+
+    Raises:
+        UsageError: they have another number of channels that can't be converted.
+    """
+    if x.shape[1:] == (*shape[1:], shape[0]):
+        return Decoded(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
+    if x.shape[3] not in MODES or shape[0] not in MODES:
+        raise UsageError(
+            f"images have {x.shape[3]} channels, the model takes {shape[0]}",
+            "give images of the model's channels",
+        )
+    out = np.empty((len(x), *shape), np.uint8)
+    for index, image in enumerate(x):
+        out[index] = fit(
+            _in_mode(Image.fromarray(image.squeeze(2) if x.shape[3] == 1 else image), MODES[shape[0]]), shape
+        )
+    return Decoded(torch.from_numpy(out))
 
 
 def describe(file: ImageFile) -> tuple[int, int, int]:
@@ -138,7 +171,7 @@ def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
         with _open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UsageError(
-                    f"image {file.name!r} is {image.width}x{image.height} pixels, accepted are at most {MAX_PIXELS}",
+                    f"image {file.name!r} is {image.width}x{image.height}, accepted are {MAX_PIXELS} pixels",
                     _remove(file.name),
                 )
             return fit(_in_mode(image, MODES[shape[0]]), shape)
@@ -147,7 +180,7 @@ def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def fit(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image of the right mode as uint8 (C, H, W): the shorter side resized (bilinear, antialiased), the centre cut."""
+    """An image of the right mode as uint8 (C, H, W): resized (bilinear, antialiased) to cover it and cropped."""
     channels, height, width = shape
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
@@ -174,7 +207,9 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _decode_all(files: Sequence[ImageFile], shape: tuple[int, int, int], advance: Callable[..., None]) -> np.ndarray:
+def _decode_all(
+    files: Sequence[ImageFile], shape: tuple[int, int, int], advance: Callable[..., None]
+) -> np.ndarray:
     out = np.empty((len(files), *shape), np.uint8)
 
     def one(index: int) -> None:
@@ -193,7 +228,7 @@ def _decode_all(files: Sequence[ImageFile], shape: tuple[int, int, int], advance
 
 
 def _unreadable(file: ImageFile, error: BaseException) -> UsageError:
-    reason = "not a PNG, JPEG, BMP or WebP image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    reason = "not a PNG, JPEG, BMP or WebP image" if isinstance(error, UnidentifiedImageError) else str(error)
     return UsageError(f"image {file.name!r} can't be decoded: {reason}", _remove(file.name))
 
 

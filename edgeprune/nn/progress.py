@@ -8,14 +8,21 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 
 
 @contextmanager
 def bar(total: int, label: str) -> Iterator[Callable[..., None]]:
-    """A bar of `total` steps; gives `advance(steps=1, label=None)`. It is gone when the block is left, however it is."""
+    """A bar of `total` steps; gives `advance(steps=1, label=None)`. It goes when the block is left, in any way."""
     if not sys.stderr.isatty():
         yield _silent
         return

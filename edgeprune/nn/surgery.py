@@ -18,6 +18,8 @@ from edgeprune.records import Group, Plan
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 # What a network's forward is known to raise when its tensors do not fit together.
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -128,20 +130,52 @@ def logits(network: nn.Module, x: Tensor) -> Tensor:
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
-def disturbed(network: nn.Module, seed: int) -> nn.Module:
-    """A copy whose constant parameters and fresh statistics got noise, so that no branch is silent by accident."""
+def disturbed(network: nn.Module, example: Tensor, seed: int) -> nn.Module:
+    """A copy in which every branch and channel speaks: what is wrong in structure must show in the outputs.
+
+    A scale of zero at the end of a residual branch, or a channel that never passes its ReLU, would hide a wrong cut.
+    So norms get fresh scales and upward shifts and the statistics of `example`, and other constant parameters noise.
+    """
     copy = deepcopy(network).eval()
     generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_((low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)).to(tensor))
+
     with torch.no_grad():
-        for name, tensor in _tensors(copy).items():
-            if not tensor.is_floating_point() or tensor.numel() < 2 or float(tensor.max() - tensor.min()) != 0.0:
+        for module in copy.modules():
+            if isinstance(module, NORMS) and module.weight is not None:
+                uniform(module.weight, 0.5, 1.5)
+                if module.bias is not None:
+                    uniform(module.bias, 0.0, 0.5)
+            elif isinstance(module, BATCH_NORMS):
                 continue
-            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-            if name.endswith("running_var"):
-                tensor.copy_(0.5 + noise)
-            elif name in dict(copy.named_parameters()) or name.endswith("running_mean"):
-                tensor.add_(0.5 * noise - 0.25)
+            else:
+                for parameter in module.parameters(recurse=False):
+                    if parameter.numel() > 1 and bool(parameter.max() == parameter.min()):
+                        uniform(parameter, 0.25, 0.75)
+    _fit_statistics(copy, example)
     return copy
+
+
+def _fit_statistics(network: nn.Module, example: Tensor) -> None:
+    """Set batch-norm statistics to those of the example, layer after layer, on normalized ground."""
+    handles = []
+
+    def fit(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module.running_mean is None:
+            return
+        x = inputs[0].detach()
+        axes = [i for i in range(x.ndim) if i != 1]
+        module.running_mean.copy_(x.mean(axes))
+        module.running_var.copy_(x.var(axes, unbiased=False) + 1e-3 if x.numel() > x.shape[1] else torch.ones(x.shape[1]))
+
+    try:
+        handles = [m.register_forward_pre_hook(fit) for m in network.modules() if isinstance(m, BATCH_NORMS)]
+        logits(network, example)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _difference(expected: Tensor, found: Tensor, tolerance: float) -> str | None:

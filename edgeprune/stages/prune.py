@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Tuple
 
-import torch
 from torch import Tensor, nn
 
-from edgeprune import plugins
-from edgeprune.errors import InfeasibleBudget, UsageError
+from edgeprune import codec, plugins
+from edgeprune.errors import InfeasibleBudget, UsageError, WorkdirError
 from edgeprune.methods import Method, PruneTask, ScoreMethod, choose_by
 from edgeprune.nn import surgery
 from edgeprune.nn.allocate import Rules
 from edgeprune.nn.bundle import deployed
-from edgeprune.nn.costs import CostModel, cost_model, total_macs, total_params
+from edgeprune.nn.costs import CostModel, cost_model, normalized_example, total_params
 from edgeprune.nn.graph import find_groups, provable_groups
+from edgeprune.nn.store import load_tensors, masks_to_tensors, save_tensors
 from edgeprune.quantities import show
 from edgeprune.recipe import PruneTable
-from edgeprune.records import METRICS, Budget, Bundle, Group, InputSpec, Limit, Masks
+from edgeprune.records import METRICS, Budget, Bundle, Group, Limit, Masks
 
 RESULT_VERSION = 1
 COUNTED = ("macs", "params")
@@ -60,15 +62,6 @@ class Material:
     seed: int
 
 
-def normalized_example(spec: InputSpec, seed: int, batch: int = 1) -> Tensor:
-    """Random pixels as the bare network eats them: float32 (batch, C, H, W), normalized by the spec's mean and std."""
-    generator = torch.Generator().manual_seed(seed)
-    x = spec.low + (spec.high - spec.low) * torch.rand((batch, *spec.shape), generator=generator)
-    if spec.mean:
-        x = (x - torch.tensor(spec.mean).view(-1, 1, 1)) / torch.tensor(spec.std).view(-1, 1, 1)
-    return x
-
-
 def method_name(table: PruneTable, has_data: bool) -> str:
     """The method that "auto" stands for: taylor when there are training images, magnitude otherwise."""
     if table.method != "auto":
@@ -91,20 +84,24 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     graph = provable_groups(network, find_groups(network, example, table.skip), example, material.seed)
     costs = cost_model(network, graph.groups, example)
     rules = Rules(
-        limits=counted_limits(budget, costs), multiple_of=material.multiple_of, floor=table.floor,
+        limits=counted_limits(budget, network, costs), multiple_of=material.multiple_of, floor=table.floor,
         uniform=table.allocation == "uniform",
     )  # fmt: skip
-    wrapped = deployed(replace(bundle, module=network))
-    task = PruneTask(graph.groups, costs, rules, wrapped, material.images, material.labels, material.seed)
+
+    def logits(pruned: nn.Module, x: Tensor) -> Tensor:
+        return deployed(replace(bundle, module=pruned))(x)
+
+    task = PruneTask(graph.groups, costs, rules, logits, material.images, material.labels, material.seed)
     masks, notes = _search(network, method, task, (budget, material.probes))
     if all(bool(keep.all()) for keep in masks.channels.values()):
         notes = (*notes, "The dense model already meets the budget: nothing was removed.")
     return Chosen(graph.groups, masks, graph.left_out, notes)
 
 
-def counted_limits(budget: Budget, costs: CostModel) -> dict[str, float]:
+def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict[str, float]:
     """The limits on what is counted (macs, params), in numbers."""
-    dense = costs.cost({})
+    # `params` counts what is not zero; the cost model counts every entry, so it errs on the side of the budget.
+    dense = {"macs": costs.cost({})["macs"], "params": float(total_params(network))}
     return {m: absolute(limit, dense[m]) for m, limit in budget.limits.items() if m in COUNTED}
 
 
@@ -196,6 +193,25 @@ def _shown(metric: str, value: float | None) -> str:
     return f"{metric} {show(value, METRICS[metric].unit)}"
 
 
-def counts(network: nn.Module, spec: InputSpec) -> tuple[int, int]:
-    """Non-zero parameters and multiply-accumulates of one image."""
-    return total_params(network), total_macs(network, normalized_example(spec, 0))
+def write(chosen: Chosen, folder: Path) -> None:
+    """Leave the choice in a folder: masks.safetensors and chosen.json."""
+    save_tensors(masks_to_tensors(dict(chosen.masks.channels)), folder / "masks.safetensors")
+    codec.write(folder / "chosen.json", {"groups": chosen.groups, "left_out": chosen.left_out, "notes": chosen.notes})
+
+
+def read(folder: Path) -> Chosen:
+    """The choice that `write` left.
+
+    Raises:
+        WorkdirError: the files are not readable.
+    """
+    rest = codec.read(_Rest, folder / "chosen.json", WorkdirError)
+    masks = Masks(channels={k: v.bool() for k, v in load_tensors(folder / "masks.safetensors").items()})
+    return Chosen(rest.groups, masks, dict(rest.left_out), rest.notes)
+
+
+@dataclass(frozen=True)
+class _Rest:
+    groups: Tuple[Group, ...]
+    left_out: Mapping[str, str]
+    notes: Tuple[str, ...]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +21,8 @@ from edgeprune.stages.report_markdown import document
 from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had, value_of
 
 RESULT_VERSION = 1
+DEEPEST = 64
+MOST_SAMPLES = 10**12
 
 
 def run(report: Report, folder: Path) -> None:
@@ -33,7 +36,7 @@ def run(report: Report, folder: Path) -> None:
 def terminal(report: Report) -> Table:
     """The before/after table for a terminal; print it with rich."""
     model, target = heading(report)
-    table = Table(title=Text(f"{model} for {target}"), title_justify="left", header_style="dim")
+    table = Table(title=Text(f"{model} for {target}"), title_justify="left", box=SIMPLE_HEAD)
     for name in ("metric", "dense", "compressed", "change"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     table.add_column("how and where", style="dim", overflow="fold")
@@ -55,25 +58,41 @@ def load(path: Path) -> Report:
     Raises:
         UsageError: no such file, not a whole report, or one of a schema that this version does not read.
     """
-    file = path / "report.json" if path.is_dir() else path
-    if not file.is_file():
-        if path.is_dir():
-            hint = "the run has not finished: give `edgeprune compress` the same command again to resume it"
-            raise UsageError(f"{path} has no report.json", hint)
-        raise UsageError(f"no such run directory or report: {path}", "edgeprune compress MODEL --target NAME writes one")
+    file = _locate(path)
     data = _json(file)
     schema = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(schema, str):
-        raise UsageError(f"{file} is not a report of edgeprune: it has no schema", f"its schema must be {REPORT_SCHEMA!r}")
+        raise UsageError(
+            f"{file} is not a report of edgeprune: it has no schema", f"its schema must be {REPORT_SCHEMA!r}"
+        )
     if schema != REPORT_SCHEMA:
         hint = "make the report again with this version, or use the version of edgeprune that wrote it"
-        raise UsageError(f"{file} has the schema {schema!r:.80}; this edgeprune reads {REPORT_SCHEMA!r}", hint)
+        raise UsageError(
+            f"{file} has the schema {schema!r:.80}; this edgeprune reads {REPORT_SCHEMA!r}", hint
+        )
     try:
         report = codec.from_json(Report, data, "report")
         _verify(report)
     except (UsageError, OverflowError) as error:
         raise UsageError(f"{file} is not a whole report: {error}", _again()) from error
     return report
+
+
+def _locate(path: Path) -> Path:
+    try:
+        folder = path.is_dir()
+        file = path / "report.json" if folder else path
+        found = file.is_file()
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error}") from error
+    if folder and not found:
+        hint = "the run has not finished: give `edgeprune compress` the same command again to resume it"
+        raise UsageError(f"{path} has no report.json", hint)
+    if not found:
+        raise UsageError(
+            f"no such run directory or report: {path}", "edgeprune compress MODEL --target NAME writes one"
+        )
+    return file
 
 
 def _json(file: Path) -> Any:
@@ -84,7 +103,24 @@ def _json(file: Path) -> Any:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not a readable report: {error}", _again()) from error
+    if _depth(data) > DEEPEST:
+        raise UsageError(
+            f"{file} is not a readable report: it is nested deeper than {DEEPEST} levels", _again()
+        )
     return data
+
+
+def _depth(data: Any) -> int:
+    level, depth = [data], 0
+    while level:
+        level = [
+            v
+            for d in level
+            if isinstance(d, (dict, list))
+            for v in (d.values() if isinstance(d, dict) else d)
+        ]
+        depth += 1
+    return depth
 
 
 def _refuse(name: str) -> float:
@@ -101,15 +137,19 @@ def _verify(report: Report) -> None:
         for i, reading in enumerate(getattr(report, side)):
             if reading.spread and reading.spread[0] > reading.spread[1]:
                 raise UsageError(f"report.{side}[{i}].spread must be (low, high), found {reading.spread}")
-            if reading.n < 0:
-                raise UsageError(f"report.{side}[{i}].n must be at least 0, found {reading.n}")
+            if not 0 <= reading.n <= MOST_SAMPLES:
+                raise UsageError(
+                    f"report.{side}[{i}].n must be between 0 and {MOST_SAMPLES}, found {reading.n}"
+                )
     for name, values in report.samples.items():
         if any(v < 0 for v in values):
             raise UsageError(f"report.samples.{name} holds a negative time, {min(values)}")
 
 
 def _again() -> str:
-    return "give a report.json as edgeprune wrote it; `edgeprune compress` with the same command writes it again"
+    return (
+        "give a report.json as edgeprune wrote it; `edgeprune compress` with the same command writes it again"
+    )
 
 
 def _write(path: Path, text: str) -> None:
@@ -126,7 +166,11 @@ def _sentences(report: Report) -> list[str]:
 
 def _smaller(report: Report, rows: dict[str, Row]) -> Iterator[str]:
     words = {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}
-    said = [f"{text} {rows[name].change}" for name, text in words.items() if name in rows and rows[name].change != "-"]
+    said = [
+        f"{text} {rows[name].change}"
+        for name, text in words.items()
+        if name in rows and rows[name].change != "-"
+    ]
     if said:
         yield f"Compared with the dense model: {', '.join(said)}."
 

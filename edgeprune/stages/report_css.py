@@ -39,6 +39,8 @@ font-variant-numeric:tabular-nums}
 h1{margin:.15rem 0 .4rem;font-size:1.8rem;line-height:1.2;font-weight:650;letter-spacing:-.015em;overflow-wrap:anywhere}
 h1 small{font-size:1em;font-weight:400;color:var(--muted)}
 h2{margin:0 0 .9rem;font-size:1.1rem;font-weight:650}
+h3{margin:1.4rem 0 .3rem;font-size:.9375rem;font-weight:550}
+h2+h3{margin-top:0}
 p{margin:0 0 .5rem}
 section{margin-top:2.75rem;min-width:0}
 .eyebrow,.facts,.fine,.absent,.legend,caption,dt{color:var(--muted);font-size:.875rem}
@@ -55,11 +57,11 @@ background:var(--line);border:1px solid var(--line);border-radius:6px;overflow:h
 .notes{margin:0;padding:.8rem 1rem .8rem 2.1rem;background:var(--raised);border-left:3px solid var(--muted);
 border-radius:0 6px 6px 0;overflow-wrap:anywhere}
 .notes li+li{margin-top:.35rem}
-.scroll{overflow:auto;max-height:34rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
+.scroll{overflow:auto;position:relative;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
 .scroll:focus-visible,pre:focus-visible,summary:focus-visible{outline:2px solid var(--compressed);outline-offset:2px}
 table{border-collapse:collapse;width:100%;font-size:.9375rem}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-.scroll{position:relative}
+.long{max-height:34rem}
 th,td{padding:.5rem .75rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
 th:first-child{padding-left:0}
 thead th{position:sticky;top:0;z-index:1;background:var(--ground);border-top:0;color:var(--muted);font-size:.8125rem;
@@ -74,14 +76,14 @@ td .fine,th .fine{display:block;font-size:.8125rem;font-weight:400}
 .legend i.compressed{background:var(--compressed)}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:0 2.5rem}
 .plots{table-layout:fixed;font-size:.8125rem}
-.plots th,.plots td{padding:.22rem .75rem .22rem 0;border-top:0;vertical-align:middle}
-.plots tbody th{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;font-weight:400}
-.plots thead th:first-child{width:34%}
-.plots thead .number{width:27%}
-.plots .number{padding-right:.25rem}
-.plots thead th{padding:.45rem .75rem .45rem 0}
-.two .plots thead th:first-child{width:36%}
-.two .plots thead .number{width:36%}
+.plots th,.plots td{padding:.22rem 1rem .22rem 0;border-top:0;vertical-align:middle}
+.plots thead th{padding-top:.45rem;padding-bottom:.45rem}
+.plots thead th:first-child{width:30%}
+.two .plots thead th:first-child{width:38%}
+.plots .number{width:var(--numbers);padding-right:.25rem}
+.plots tbody th{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;font-weight:400;direction:rtl;text-align:left}
+.plots bdi{direction:ltr}
+.ends{display:flex;justify-content:space-between}
 svg{display:block;overflow:visible}
 svg.clip{overflow:hidden}
 svg.skyline{width:100%;height:84px;margin:.25rem 0 1rem}
@@ -102,6 +104,8 @@ details:last-child{border-bottom:1px solid var(--line)}
 summary{padding:.65rem 0;cursor:pointer;font-weight:550}
 details .scroll,details pre{margin-bottom:1rem}
 details table{font-size:.8125rem}
+details td:not(:last-child),details th{white-space:nowrap}
+details td:last-child{min-width:10rem}
 pre{overflow:auto;max-height:34rem;padding:.9rem 1rem;background:var(--raised);border-radius:6px;
 font:.8125rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:46rem){
@@ -110,12 +114,22 @@ h1{font-size:1.45rem}
 .two{grid-template-columns:1fr}
 .tiles{grid-template-columns:1fr 1fr}
 .tiles .big{font-size:1.2rem}
-th,td{padding:.45rem .6rem}
-.plots thead th:first-child,.two .plots thead th:first-child{width:32%}
-.plots thead .number,.two .plots thead .number{width:36%}
-.plots .number{white-space:normal}
+.compare,.compare thead,.compare tbody,.plots,.plots thead,.plots tbody{display:block}
+.compare{font-size:.8125rem}
+.compare tr{display:grid;grid-template-columns:1.45fr 1fr 1.1fr 1.2fr;border-top:1px solid var(--line);padding:.5rem 0}
+.compare th,.compare td{padding:0 0 0 .4rem;border:0;white-space:normal}
+.compare th:first-child,.compare .how{padding-left:0}
+.compare thead tr{border:0}
+.compare thead th{box-shadow:none;white-space:nowrap}
+.compare thead th:last-child,.compare .fine{display:none}
+.compare .how{grid-column:1/-1;font-size:.8125rem}
+.plots tr{display:grid;grid-template-columns:1fr var(--numbers);column-gap:1rem;padding:.25rem 0}
+.plots th,.plots td,.plots thead th{padding:.1rem 0;width:auto}
+.plots tbody th,.plots thead th:first-child{grid-column:1/-1}
+.plots thead{position:sticky;top:0;z-index:1;background:var(--ground)}
+.plots thead th{position:static;box-shadow:none}
 }
-@media print{.scroll,pre{max-height:none;overflow:visible}thead th{position:static}}
+@media print{.long,pre{max-height:none;overflow:visible}thead th{position:static}}
 """
 
 CSS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from edgeprune.records import Reading, Report
@@ -27,7 +27,7 @@ from edgeprune.stages.report_rows import (
 )
 
 HEADLINES = ("macs", "size", "latency_p50", "clean_accuracy")
-MANY_LAYERS = 24
+MANY_LAYERS = plots.LONG_TABLE
 LONGEST_S = 1e6
 DENSE_AND_COMPRESSED = plots.legend(("dense", "dense"), ("compressed", "compressed"))
 
@@ -79,7 +79,11 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
         ),
     ]
     return [
-        element("section", _headlines(rows), element("div", [element("p", s) for s in sentences], class_="summary")),
+        element(
+            "section",
+            _headlines(rows),
+            element("div", [element("p", s) for s in sentences], class_="summary"),
+        ),
         _section("Read this first", element("ul", notes, class_="notes")) if notes else Markup(""),
         _section("Before and after", _comparison_table(rows)),
         _section("Accuracy after each stage", _ledger(report)),
@@ -89,7 +93,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
     ]
 
 
-def _section(title: str, *children: str) -> Markup:
+def _section(title: str, *children: str | Iterable[str]) -> Markup:
     return element("section", element("h2", title), *children)
 
 
@@ -111,11 +115,17 @@ def _headlines(rows: Sequence[Row]) -> Markup:
 def _comparison_table(rows: Sequence[Row]) -> Markup:
     if not rows:
         return _absent("This report has no readings.")
-    head = [("metric", ""), ("dense", "number"), ("compressed", "number"), ("change", "number"), ("how and where", "")]
+    head = [
+        ("metric", ""),
+        ("dense", "number"),
+        ("compressed", "number"),
+        ("change", "number"),
+        ("how and where", ""),
+    ]
     body = [
         element(
             "tr",
-            element("th", row.metric, element("span", row.about, class_="fine"), scope="row"),
+            element("th", _breakable(row.metric), element("span", row.about, class_="fine"), scope="row"),
             element("td", row.dense, _spread(row.before), class_="number", title=_exact(row.before)),
             element("td", row.compressed, _spread(row.after), class_="number", title=_exact(row.after)),
             element("td", row.change, class_=f"number {_tone(row)}"),
@@ -123,15 +133,19 @@ def _comparison_table(rows: Sequence[Row]) -> Markup:
         )
         for row in rows
     ]
-    return _table("Before and after, with 95 % intervals", head, body)
+    return _table("Before and after, with 95 % intervals", head, body, kind="compare")
 
 
 def _ledger(report: Report) -> Markup:
     rows = ledger(report)
     if not rows:
-        return _absent("No accuracies were taken: the run had no labeled images.")
-    groups = groupby(sorted(rows, key=lambda r: [x.metric for x in rows].index(r.metric)), key=lambda r: r.metric)
-    return join([plots.intervals(metric, list(group)) for metric, group in groups])
+        return _absent("No accuracies were taken after the stages of this run.")
+    groups = groupby(
+        sorted(rows, key=lambda r: [x.metric for x in rows].index(r.metric)), key=lambda r: r.metric
+    )
+    return join(
+        [join(element("h3", metric), plots.intervals(metric, list(group))) for metric, group in groups]
+    )
 
 
 def _distribution(report: Report) -> Markup:
@@ -141,12 +155,16 @@ def _distribution(report: Report) -> Markup:
         if good:
             samples[name] = good
     if not samples:
-        return _absent("No latency was measured in this run.")
+        return _absent("This report holds no single times, so there is no distribution to draw.")
     after = next((r for r in report.after if r.metric.startswith("latency")), None)
     where = f" ({how_had(after)})" if after else ""
-    said = element("p", f"Share of images answered within a time{where}; the dots are the medians.", class_="fine")
+    said = element(
+        "p", f"Share of images answered within a time{where}; the dots are the medians.", class_="fine"
+    )
     middles = {name: values[(len(values) - 1) // 2] for name, values in samples.items()}
-    key = plots.legend(*[(n, f"{n}, median {quantity(m, 's')}, {len(samples[n])} images") for n, m in middles.items()])
+    key = plots.legend(
+        *[(n, f"{n}, median {quantity(m, 's')}, {len(samples[n])} images") for n, m in middles.items()]
+    )
     return join(said, key, element("div", plots.distribution(samples), class_="axes"))
 
 
@@ -156,13 +174,17 @@ def _layer_plot(report: Report, column: str, what: str, unit: str) -> Markup:
     for row in report.layers:
         before, after = number_in(row, f"{column}_before{suffix}"), number_in(row, f"{column}_after{suffix}")
         if before is not None or after is not None:
-            text = " of ".join("?" if v is None else f"{v:.0f}" for v in (after, before)) if not unit else _pair(before, after, unit)
+            text = (
+                " of ".join("?" if v is None else f"{v:.0f}" for v in (after, before))
+                if not unit
+                else _pair(before, after, unit)
+            )
             bars.append(plots.Bar(str(row.get("layer") or "-"), before, after, text))
     if not bars:
         return _absent(f"This report has no {what} of single layers.")
     overview = plots.skyline(bars, what) if len(bars) > MANY_LAYERS else Markup("")
-    number = "kept of" if not unit else "dense to compressed"
-    return join(DENSE_AND_COMPRESSED, overview, plots.paired_bars(what, bars, number))
+    number = column if unit else "kept"
+    return join(DENSE_AND_COMPRESSED, overview, plots.paired_bars(what, bars, number, unit))
 
 
 def _pair(before: float | None, after: float | None, unit: str) -> str:
@@ -175,20 +197,31 @@ def _details(report: Report) -> list[Markup]:
     layers = [_cells(layer_cells(row)) for row in report.layers]
     left = [_cells([name, why]) for name, why in report.left_out.items()]
     return [
-        _fold(f"Layers ({len(layers)})", _table("Layers", [(c, "") for c in columns], layers)) if layers else Markup(""),
-        _fold(f"Groups that were not pruned ({len(left)})", _table("Not pruned", [("group", ""), ("why", "")], left))
+        _fold(f"Layers ({len(layers)})", _table("Layers", [(c, "") for c in columns], layers))
+        if layers
+        else Markup(""),
+        _fold(
+            f"Groups that were not pruned ({len(left)})",
+            _table("Not pruned", [("group", ""), ("why", "")], left),
+        )
         if left
         else Markup(""),
         _fold(f"How each number was had ({len(readings)})", _readings(readings)),
         _fold("Environment", _facts_table("Environment", facts(report.environment))),
-        _fold("Recipe", element("pre", json.dumps(report.recipe, indent=1, ensure_ascii=False, default=str), tabindex="0")),
+        _fold(
+            "Recipe",
+            element(
+                "pre", json.dumps(report.recipe, indent=1, ensure_ascii=False, default=str), tabindex="0"
+            ),
+        ),
     ]
 
 
 def _readings(readings: Sequence[Reading]) -> Markup:
     head = [(c, "") for c in ("metric", "of", "value", "95 % interval", "n", "how and where", "conditions")]
     body = [
-        _cells([r.metric, r.artifact, text_of(r), _interval(r), str(r.n), how_had(r), _conditions(r)]) for r in readings
+        _cells([r.metric, r.artifact, text_of(r), _interval(r), str(r.n), how_had(r), _conditions(r)])
+        for r in readings
     ]
     return _table("Readings", head, body)
 
@@ -206,10 +239,14 @@ def _cells(texts: Sequence[str]) -> Markup:
     return element("tr", first, [element("td", text) for text in texts[1:]])
 
 
-def _table(caption: str, head: Sequence[tuple[str, str]], body: Sequence[Markup]) -> Markup:
+def _table(
+    caption: str, head: Sequence[tuple[str, str]], body: Sequence[Markup], kind: str | None = None
+) -> Markup:
     headings = element("tr", [element("th", text, scope="col", class_=c or None) for text, c in head])
-    table = element("table", element("caption", caption), element("thead", headings), element("tbody", body))
-    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    parts = (element("caption", caption), element("thead", headings), element("tbody", body))
+    table = element("table", *parts, class_=kind)
+    size = "scroll long" if len(body) > MANY_LAYERS else "scroll"
+    return element("div", table, class_=size, tabindex="0", role="region", aria_label=caption)
 
 
 def _fold(title: str, content: Markup) -> Markup:
@@ -218,6 +255,12 @@ def _fold(title: str, content: Markup) -> Markup:
 
 def _absent(sentence: str) -> Markup:
     return element("p", sentence, class_="absent")
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken after an underscore, and nowhere else."""
+    words = name.split("_")
+    return join([join(word, "_", element("wbr")) for word in words[:-1]], words[-1])
 
 
 def _tone(row: Row) -> str:
@@ -237,4 +280,8 @@ def _interval(reading: Reading | None) -> str:
 
 
 def _exact(reading: Reading | None) -> str | None:
-    return None if reading is None or reading.value is None else f"{reading.value:.9g} {unit_of(reading)}".strip()
+    return (
+        None
+        if reading is None or reading.value is None
+        else f"{reading.value:.9g} {unit_of(reading)}".strip()
+    )

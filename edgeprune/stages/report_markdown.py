@@ -7,9 +7,21 @@ import re
 from collections.abc import Sequence
 
 from edgeprune.records import Report
-from edgeprune.stages.report_rows import comparison, facts, heading, how_had, interval_of, layer_cells, ledger, quantity, text_of, unit_of
+from edgeprune.stages.report_rows import (
+    comparison,
+    facts,
+    heading,
+    how_had,
+    interval_of,
+    layer_cells,
+    ledger,
+    quantity,
+    text_of,
+    unit_of,
+)
 
-_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
+# An underscore inside a word is no emphasis, and metrics have many.
+_SPECIAL = re.compile(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^>|^[#+-](?=[#\s]))")
 
 
 def document(report: Report, sentences: Sequence[str]) -> str:
@@ -21,15 +33,18 @@ def document(report: Report, sentences: Sequence[str]) -> str:
     blocks += ["## Before and after", _comparison(report)]
     if report.ledger:
         rows = [[r.stage, r.metric, r.text, str(r.n)] for r in ledger(report)]
-        blocks += ["## Accuracy after each stage", table(["after", "metric", "value (95 % interval)", "images"], rows)]
+        blocks += [
+            "## Accuracy after each stage",
+            table(["after", "metric", "value (95 % interval)", "images"], rows),
+        ]
     blocks += _folds(report)
     return "\n\n".join(blocks) + "\n"
 
 
 def plain(text: str) -> str:
     """Text that shows as itself: no markup, no HTML, one line."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", text)
+    text = _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
@@ -57,7 +72,9 @@ def _folds(report: Report) -> list[str]:
         spread = " to ".join(quantity(edge, unit_of(r)) for edge in interval) if interval else ""
         conditions = "; ".join(f"{key} {value}" for key, value in facts(r.conditions) if key != "why")
         readings.append([r.metric, r.artifact, text_of(r), spread, str(r.n), how_had(r), conditions])
-    full = table(["metric", "of", "value", "95 % interval", "n", "how and where", "conditions"], readings, numbers=(2,))
+    full = table(
+        ["metric", "of", "value", "95 % interval", "n", "how and where", "conditions"], readings, numbers=(2,)
+    )
     return [
         *(_fold(f"Layers ({len(layers)})", table(columns, layers)) if layers else []),
         *(_fold(f"Groups that were not pruned ({len(left)})", table(["group", "why"], left)) if left else []),

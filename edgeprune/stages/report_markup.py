@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Iterable
 
-_VOID = ("meta", "br", "hr", "link", "img")
+_VOID = ("meta", "wbr")
 # Characters that no XML or HTML document may hold, and halves of surrogate pairs, which UTF-8 can't write.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
 
@@ -17,19 +17,19 @@ class Markup(str):
     __slots__ = ()
 
 
-def element(name: str, *children: str | Iterable[str], **attributes: object) -> Markup:
+def element(tag: str, /, *children: str | Iterable[str], **attributes: object) -> Markup:
     """One element. Children that are not `Markup` are escaped; attributes that are None or False are left out.
 
     An attribute's name is written with "_" for "-", and with a trailing "_" where it is a Python keyword.
     """
-    opening = name
+    opening = tag
     for key, value in attributes.items():
         if value is None or value is False:
             continue
         opening += f' {key.rstrip("_").replace("_", "-")}="{escape("" if value is True else str(value))}"'
-    if name in _VOID:
+    if tag in _VOID:
         return Markup(f"<{opening}>")
-    return Markup(f"<{opening}>{join(*children)}</{name}>")
+    return Markup(f"<{opening}>{join(*children)}</{tag}>")
 
 
 def join(*children: str | Iterable[str]) -> Markup:

@@ -16,7 +16,9 @@ from edgeprune.stages.report_rows import LedgerRow, quantity
 
 PLOT_HEIGHT = 220
 CURVE_POINTS = 400
-TAIL = 0.995
+LEAST_BAR = 0.5
+LONG_TABLE = 24
+WIDEST_NUMBER = 28
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,25 @@ class Bar:
 
 def legend(*items: tuple[str, str]) -> Markup:
     """The key of a plot: (mark, words) with mark "dense" or "compressed"."""
-    return element("p", [element("span", element("i", class_=mark), words) for mark, words in items], class_="legend")
+    return element(
+        "p", [element("span", element("i", class_=mark), words) for mark, words in items], class_="legend"
+    )
 
 
-def paired_bars(caption: str, bars: Sequence[Bar], number: str) -> Markup:
+def paired_bars(caption: str, bars: Sequence[Bar], number: str, unit: str) -> Markup:
     """A table with two bars a row, dense over compressed, all to one scale. number: the last column's heading."""
     top = max((v for b in bars for v in (b.before, b.after) if v is not None), default=0.0)
     rows = [
         element(
             "tr",
-            element("th", bar.name, scope="row", title=bar.name),
+            element("th", element("bdi", bar.name), scope="row", title=bar.name),
             element("td", _pair(bar, top), class_="plot"),
             element("td", bar.text, class_="number"),
         )
         for bar in bars
     ]
-    return _plot_table(caption, ("layer", "dense over compressed", number), rows)
+    widest = max((len(bar.text) for bar in bars), default=0)
+    return _plot_table(caption, ("layer", ("0", quantity(top, unit)), number), rows, widest=widest)
 
 
 def skyline(bars: Sequence[Bar], what: str) -> Markup:
@@ -55,7 +60,14 @@ def skyline(bars: Sequence[Bar], what: str) -> Markup:
     columns = []
     for i, bar in enumerate(bars):
         marks = [
-            element("rect", x=i, y=_fixed(100 * (1 - value / top)), width=0.86, height=_fixed(100 * value / top), class_=mark)
+            element(
+                "rect",
+                x=i,
+                y=_fixed(100 * (1 - value / top)),
+                width=0.86,
+                height=_fixed(100 * value / top),
+                class_=mark,
+            )
             for mark, value in (("dense", bar.before), ("compressed", bar.after))
             if value is not None
         ]
@@ -63,17 +75,21 @@ def skyline(bars: Sequence[Bar], what: str) -> Markup:
     # The width is in layers and the height in percent, so the box is stretched in both directions.
     box = {"viewBox": f"0 0 {len(bars)} 100", "preserveAspectRatio": "none"}
     words = f"{what} of each of {len(bars)} layers, in network order"
-    return element("svg", element("title", words), columns, class_="skyline", role="img", aria_label=words, **box)
+    return element(
+        "svg", element("title", words), columns, class_="skyline", role="img", aria_label=words, **box
+    )
 
 
 def distribution(samples: dict[str, Sequence[float]]) -> Markup:
     """The share of images answered within a time, for "dense" and "compressed" latencies in seconds (each sorted).
 
-    The axis ends at the 99.5th percentile of the slower one; what lies beyond is said below the plot.
+    The axis ends where the long tail begins; how many times lie beyond is said below the plot.
     """
     low = min(values[0] for values in samples.values())
-    high = max(values[_rank(values, TAIL)] for values in samples.values())
-    low, high = _widen(low, high, 0.04)
+    high = max(
+        min(values[_rank(values, 0.99)], 1.5 * values[_rank(values, 0.9)]) for values in samples.values()
+    )
+    low, high = _widen(low, high, 0.05)
     curves, marks = [], []
     for name, values in samples.items():
         curves.append(element("polyline", points=_curve(values, low, high), class_=f"{name} curve"))
@@ -84,13 +100,25 @@ def distribution(samples: dict[str, Sequence[float]]) -> Markup:
         marks.append(element("circle", title, cx=across, cy="50%", r=4.5, class_=f"{name} dot"))
     box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none"}
     inner = element("svg", curves, width="100%", height="100%", class_="clip", **box)
-    words = "; ".join(f"{n}: median {show(v[_rank(v, 0.5)], 's')} of {len(v)} images" for n, v in samples.items())
+    words = "; ".join(
+        f"{n}: median {show(v[_rank(v, 0.5)], 's')} of {len(v)} images" for n, v in samples.items()
+    )
     label = f"Share of images answered within a time. {words}"
-    attributes = {"role": "img", "aria_label": label, "width": "100%", "height": PLOT_HEIGHT, "class_": "chart"}
+    attributes = {
+        "role": "img",
+        "aria_label": label,
+        "width": "100%",
+        "height": PLOT_HEIGHT,
+        "class_": "chart",
+    }
     drawing = element("svg", element("title", label), _grid(low, high), inner, marks, **attributes)
     beyond = {name: sum(v > high for v in values) for name, values in samples.items()}
     said = [f"{count} of {len(samples[name])} {name} times" for name, count in beyond.items() if count]
-    tail = element("p", f"Longer than {show(high, 's')} and not drawn: {', '.join(said)}.", class_="fine") if said else ""
+    tail = (
+        element("p", f"Longer than {show(high, 's')} and not drawn: {', '.join(said)}.", class_="fine")
+        if said
+        else ""
+    )
     return join(drawing, tail)
 
 
@@ -103,42 +131,70 @@ def intervals(metric: str, rows: Sequence[LedgerRow]) -> Markup:
     body = [
         element(
             "tr",
-            element("th", row.stage, scope="row", title=row.stage),
+            element("th", element("bdi", row.stage), scope="row", title=row.stage),
             element("td", _interval(row, low, high), class_="plot"),
             element("td", row.text, class_="number"),
         )
         for row in rows
     ]
-    axis = f"{quantity(low, rows[0].unit)} to {quantity(high, rows[0].unit)}"
-    return _plot_table(metric, ("after", axis, "value (95 % interval)"), body)
+    ends = (quantity(low, rows[0].unit), quantity(high, rows[0].unit))
+    widest = max(len(row.text) for row in rows)
+    return _plot_table(metric, ("after", ends, "value (95 %)"), body, widest=widest)
 
 
-def _plot_table(caption: str, headings: tuple[str, str, str], rows: list[Markup]) -> Markup:
-    head = element("tr", [element("th", h, scope="col", class_=c) for h, c in zip(headings, ("", "plot", "number"), strict=True)])
-    table = element("table", element("caption", caption), element("thead", head), element("tbody", rows), class_="plots")
-    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
+def _plot_table(
+    caption: str, headings: tuple[str, tuple[str, str], str], rows: list[Markup], *, widest: int
+) -> Markup:
+    """Headings: of the names, the two ends of the axis, of the numbers; widest: characters of the longest number."""
+    first, ends, last = headings
+    axis = element("div", [element("span", end) for end in ends], class_="ends")
+    cells = [element("th", first, scope="col"), element("th", axis, scope="col", class_="plot")]
+    head = element("tr", cells, element("th", last, scope="col", class_="number"))
+    parts = (element("caption", caption), element("thead", head), element("tbody", rows))
+    width = f"--numbers:{min(max(widest, len(last)), WIDEST_NUMBER) + 1}ch"
+    table = element("table", *parts, class_="plots", style=width)
+    size = "scroll long" if len(rows) > LONG_TABLE else "scroll"
+    return element("div", table, class_=size, tabindex="0", role="region", aria_label=caption)
 
 
 def _pair(bar: Bar, top: float) -> Markup:
     words = f"{bar.name}: {bar.text}"
     marks = [
-        element("rect", x=0, y=y, height=6, width=f"{_fixed(100 * value / top if top else 0.0)}%", class_=mark)
+        element("rect", x=0, y=y, height=6, width=_width(value, top), class_=mark)
         for mark, value, y in (("dense", bar.before, 1), ("compressed", bar.after, 8))
         if value is not None
     ]
-    return element("svg", element("title", words), marks, width="100%", height=15, role="img", aria_label=words)
+    return element(
+        "svg", element("title", words), marks, width="100%", height=15, role="img", aria_label=words
+    )
 
 
 def _interval(row: LedgerRow, low: float, high: float) -> Markup:
     if row.value is None:
         return Markup("")
-    place = [f"{_fixed(100 * (v - low) / (high - low))}%" for v in (row.value, _or(row.low, row.value), _or(row.high, row.value))]
+    place = [
+        f"{_fixed(100 * (v - low) / (high - low))}%"
+        for v in (row.value, _or(row.low, row.value), _or(row.high, row.value))
+    ]
     words = f"{row.stage}: {row.text}"
     whisker = element("line", x1=place[1], x2=place[2], y1=8, y2=8, class_="whisker")
-    ends = [element("line", x1=x, x2=x, y1=4, y2=12, class_="whisker") for x in place[1:] if row.low is not None]
+    ends = [
+        element("line", x1=x, x2=x, y1=4, y2=12, class_="whisker") for x in place[1:] if row.low is not None
+    ]
     dot = element("circle", cx=place[0], cy=8, r=4.5, class_="compressed dot")
     rule = element("line", x1="0", x2="100%", y1=8, y2=8, class_="rule")
-    return element("svg", element("title", words), rule, whisker, ends, dot, width="100%", height=16, role="img", aria_label=words)
+    return element(
+        "svg",
+        element("title", words),
+        rule,
+        whisker,
+        ends,
+        dot,
+        width="100%",
+        height=16,
+        role="img",
+        aria_label=words,
+    )
 
 
 def _grid(low: float, high: float) -> list[Markup]:
@@ -156,9 +212,9 @@ def _grid(low: float, high: float) -> list[Markup]:
 
 
 def _ticks(low: float, high: float) -> tuple[list[float], str, float]:
-    """At most five round numbers between low and high (seconds), the unit that they are in, and its size."""
+    """At most six round numbers between low and high (seconds), the unit that they are in, and its size."""
     unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if high >= s), ("us", 1e-6))
-    rough = (high - low) / scale / 4
+    rough = (high - low) / scale / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
     first = math.ceil(low / scale / step - 1e-9)
@@ -179,12 +235,18 @@ def _curve(values: Sequence[float], low: float, high: float) -> str:
 
 
 def _widen(low: float, high: float, share: float) -> tuple[float, float]:
-    span = (high - low) or abs(high) * 0.1 or 0.01
+    # One value alone, or values that hardly differ, still get an axis that can be read.
+    span = max(high - low, abs(high) * 0.01, 1e-9)
     return low - share * span, high + share * span
 
 
 def _rank(values: Sequence[float], quantile: float) -> int:
     return min(len(values) - 1, max(0, math.ceil(quantile * len(values)) - 1))
+
+
+def _width(value: float, top: float) -> str:
+    # What is there at all stays visible beside a much larger one.
+    return f"{_fixed(max(100 * value / top, LEAST_BAR)) if value > 0 else 0}%"
 
 
 def _or(value: float | None, other: float) -> float:

@@ -100,9 +100,9 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def how_had(reading: Reading) -> str:
-    """How and where a reading was had: "measured on local x86_64", "counted", "estimated: ...", "not had: why"."""
+    """How and where it was had: "measured on local x86_64", "counted", "estimated: ...", "not available: ..."."""
     if value_of(reading) is None:
-        return f"not had: {reading.conditions.get('why') or 'no reason was recorded'}"
+        return f"not available: {reading.conditions.get('why') or 'no reason was recorded'}"
     if reading.where.startswith(("counted", "estimated")) or not reading.where:
         return reading.where or "unknown"
     return f"measured on {reading.where}"
@@ -125,7 +125,11 @@ def change(before: Reading, after: Reading) -> tuple[str, bool | None]:
         return _speed(before, after, better)
     if unit_of(after) == "fraction":
         points = round(100 * (new - old), 2)
-        return (f"{points:+.2f} pp", better) if points else ("0.00 pp", None)
+        return (
+            (f"{points:+.2f} pp", None if _overlap(before, after) else better)
+            if points
+            else ("0.00 pp", None)
+        )
     return _percent(old, new), better
 
 
@@ -175,7 +179,9 @@ def facts(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _row(metric: str, before: Reading | None, after: Reading | None) -> Row:
     words, better = change(before, after) if before and after else ("-", None)
     about = METRICS[metric].about if metric in METRICS else ""
-    return Row(metric, about, text_of(before), text_of(after), words, _how(before, after), better, before, after)
+    return Row(
+        metric, about, text_of(before), text_of(after), words, _how(before, after), better, before, after
+    )
 
 
 def _how(before: Reading | None, after: Reading | None) -> str:
@@ -189,13 +195,17 @@ def _speed(before: Reading, after: Reading, better: bool | None) -> tuple[str, b
     old, new = value_of(before), value_of(after)
     if not old or not new or old < 0 or new < 0:
         return "-", None
-    one, two = interval_of(before), interval_of(after)
-    if one and two and one[0] <= two[1] and two[0] <= one[1]:
+    if _overlap(before, after):
         return "within noise", None
     factor = max(old / new, new / old)
     if factor < 1.005:
         return "unchanged", None
     return f"{factor:.2f}x {'faster' if new < old else 'slower'}", better
+
+
+def _overlap(before: Reading, after: Reading) -> bool:
+    one, two = interval_of(before), interval_of(after)
+    return bool(one and two and one[0] <= two[1] and two[0] <= one[1])
 
 
 def _percent(old: float, new: float) -> str:

@@ -1,0 +1,337 @@
+"""The command line: parse, call the pipeline, print, exit code. No logic, no heavy import."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from edgeprune import __version__, pipeline, recipe
+from edgeprune.codec import to_json
+from edgeprune.errors import EdgepruneError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Make a trained vision network small, fast and still right on the device it ships to.",
+)  # fmt: skip
+BUG = 70
+INTERRUPTED = 130
+
+Model = Annotated[str, typer.Argument(help=".pt2, .pt/.pth, .safetensors or a run directory", metavar="MODEL")]
+TargetName = Annotated[Optional[str], typer.Option("--target", help="a name of `edgeprune list targets`, or a .toml file")]
+Arch = Annotated[Optional[str], typer.Option(help="timm:NAME, torchvision:NAME, package.module:callable, file.py:callable")]
+Input = Annotated[Optional[str], typer.Option("--input", help="the shape of one image", metavar="CxHxW")]
+Mean = Annotated[Optional[str], typer.Option(help="per channel, of pixels in [0, 1]", metavar="R,G,B")]
+Std = Annotated[Optional[str], typer.Option(help="per channel, of pixels in [0, 1]", metavar="R,G,B")]
+Allow = Annotated[Optional[list[str]], typer.Option("--allow-class", help="a class that a pickle may make", metavar="PKG.CLASS")]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help="run whatever code the pickle holds; the last resort")]
+Data = Annotated[Optional[str], typer.Option(help="class folders, a tar of them, or an .npz", metavar="PATH")]
+DeviceUrl = Annotated[Optional[str], typer.Option("--device", help="where to measure", metavar="URL")]
+Seed = Annotated[Optional[int], typer.Option(help="every random choice follows from it")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else")]
+Sets = Annotated[Optional[list[str]], typer.Option("--set", help="any key of the recipe", metavar="TABLE.KEY=VALUE")]
+Budgets = Annotated[Optional[list[str]], typer.Option("--budget", help='as in "macs=50 %" or "latency_p50=5 ms"')]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    target: TargetName = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="default: runs/MODEL-TARGET", metavar="DIR")] = None,
+    arch: Arch = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_class: Allow = None,
+    trust_pickle: Trust = False,
+    data: Data = None,
+    data_use: Annotated[Optional[str], typer.Option(help="all|evaluate", metavar="all|evaluate")] = None,
+    method: Annotated[Optional[str], typer.Option(help="a name of `edgeprune list methods`")] = None,
+    granularity: Annotated[Optional[str], typer.Option(metavar="channel|weight|2:4")] = None,
+    budget: Budgets = None,
+    objective: Annotated[Optional[str], typer.Option(metavar="natural|fgsm|pgd|trades")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="fine-tuning after the cut")] = None,
+    precision: Annotated[Optional[str], typer.Option(metavar="auto|fp32|fp16|int8")] = None,
+    device: DeviceUrl = None,
+    recipe_file: Annotated[Optional[Path], typer.Option("--recipe", help="a recipe.toml; flags win over it", metavar="FILE")] = None,
+    sets: Sets = None,
+    seed: Seed = None,
+    force: Annotated[Optional[str], typer.Option(help="redo from this stage on", metavar="STAGE")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Load, prune, cut, tune, export, measure and report; resumes where it was stopped."""
+    flags = _flags(
+        {"path": model, "arch": arch, "input": input_shape, "mean": mean, "std": std,
+         "allow_class": allow_class, "trust_pickle": trust_pickle or None},
+        data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},
+        tune={"objective": objective, "epochs": epochs}, export={"precision": precision},
+        measure={"device": device}, budget=_pairs(budget), target=target, seed=seed,
+    )  # fmt: skip
+
+    def work() -> int:
+        built = pipeline.recipe_from(recipe_file, flags, sets or [])
+        result = pipeline.compress(built, output, force=force, say=_say)
+        _show_run(result, as_json)
+        return result.exit_code
+
+    _guard(work, as_json, debug)
+
+
+@app.command()
+def profile(
+    artifact: Annotated[Path, typer.Argument(help="an .onnx file, or a run directory")],
+    target: TargetName = None,
+    device: DeviceUrl = None,
+    data: Data = None,
+    sets: Sets = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a file, and read its memory, size and, with data, its accuracy."""
+    flags = _flags({}, data={"path": data, "use": "evaluate"}, measure={"device": device}, target=target)
+
+    def work() -> int:
+        readings = pipeline.profile(artifact, recipe.build({}, flags, sets or []), say=_say)
+        _show_readings(readings, as_json)
+        return 0
+
+    _guard(work, as_json, debug)
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[str, typer.Argument(help="an .onnx file, a run directory, or a model", metavar="ARTIFACT|RUN|MODEL")],
+    data: Data = None,
+    arch: Arch = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_class: Allow = None,
+    trust_pickle: Trust = False,
+    attack: Annotated[str, typer.Option(metavar="none|fgsm|pgd|standard")] = "none",
+    eps: Annotated[str, typer.Option(help="radius of the attack")] = "8/255",
+    limit: Annotated[Optional[int], typer.Option(help="only so many images, the same share of each class", metavar="N")] = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The accuracy of a file or a model on held-out images."""
+    flags = _flags(
+        {"path": artifact, "arch": arch, "input": input_shape, "mean": mean, "std": std,
+         "allow_class": allow_class, "trust_pickle": trust_pickle or None},
+        data={"path": data, "use": "evaluate"}, seed=seed,
+    )  # fmt: skip
+
+    def work() -> int:
+        readings = pipeline.evaluate(recipe.build({}, flags), attack=attack, eps=eps, limit=limit)
+        _show_readings(readings, as_json)
+        return 0
+
+    _guard(work, as_json, debug)
+
+
+@app.command()
+def gate(
+    run: Annotated[Path, typer.Argument(help="a run directory or a report.json", metavar="RUN|report.json")],
+    budget: Annotated[Optional[list[str]], typer.Option("--budget", help='a TOML file or "METRIC=LIMIT"')] = None,
+    baseline: Annotated[Optional[Path], typer.Option(help="the report.json that relative limits are held against")] = None,
+    output_format: Annotated[str, typer.Option("--format", metavar="text|json|markdown|junit")] = "text",
+    debug: Debug = False,
+) -> None:
+    """Hold a report against a budget. Exit 0: met; 1: missed; 8: can't tell; 2: wrong input."""
+
+    def work() -> int:
+        text, code = pipeline.gate(run, budget or [], baseline, output_format)
+        typer.echo(text)
+        return code
+
+    _guard(work, False, debug)
+
+
+@app.command()
+def why(
+    model: Model,
+    target: TargetName = None,
+    arch: Arch = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_class: Allow = None,
+    trust_pickle: Trust = False,
+    sets: Sets = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What every layer costs, and why a layer can't be pruned."""
+    flags = _flags(
+        {"path": model, "arch": arch, "input": input_shape, "mean": mean, "std": std,
+         "allow_class": allow_class, "trust_pickle": trust_pickle or None}, target=target,
+    )  # fmt: skip
+
+    def work() -> int:
+        rows, lines = pipeline.why(recipe.build({}, flags, sets or []), say=_say)
+        if as_json:
+            typer.echo(json.dumps({"layers": to_json(rows), "notes": lines}))
+            return 0
+        Console().print(pipeline.why_table(rows))
+        _print_lines(lines)
+        return 0
+
+    _guard(work, as_json, debug)
+
+
+@app.command()
+def doctor(target: TargetName = None, device: DeviceUrl = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What works here, what is missing, and the line that installs it."""
+
+    def work() -> int:
+        rows = pipeline.doctor(target, device or "local")
+        if as_json:
+            typer.echo(json.dumps({"checks": to_json(rows)}))
+            return 0
+        Console().print(pipeline.doctor_table(rows))
+        return 0
+
+    _guard(work, as_json, debug)
+
+
+@app.command("list")
+def list_(
+    family: Annotated[str, typer.Argument(metavar="methods|targets|attacks|runtimes|devices|calibration")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The members of a family, one line each."""
+
+    def work() -> int:
+        members = pipeline.members(family)
+        if as_json:
+            typer.echo(json.dumps({family: members}))
+            return 0
+        width = max((len(m["name"]) for m in members), default=0)
+        for member in members:
+            typer.echo(f"{member['name']:<{width}}  {member['about']}")
+        if not members:
+            typer.echo(f"no {family} in this version")
+        return 0
+
+    _guard(work, as_json, debug)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")] = Path("runs/demo"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small network on real digits and compress it for this machine; nothing to download."""
+
+    def work() -> int:
+        result = pipeline.demo(output, say=_say)
+        _show_run(result, as_json)
+        return result.exit_code
+
+    _guard(work, as_json, debug)
+
+
+def main() -> None:
+    """The program."""
+    app()
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"edgeprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Make a trained vision network small, fast and still right on the device it ships to."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s".lower()))
+    logger = logging.getLogger("edgeprune")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def _flags(model: dict[str, Any], **tables: Any) -> dict[str, Any]:
+    """Only what was given on the command line."""
+    given = {"model": model, **tables}
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if v is not None}
+            if kept:
+                out[key] = kept
+        elif value is not None:
+            out[key] = value
+    return out
+
+
+def _pairs(budget: Optional[list[str]]) -> dict[str, str]:
+    return pipeline.budget_pairs(budget or [])
+
+
+def _guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
+    """The only `except`: an error becomes two lines on stderr and its own exit code."""
+    try:
+        code = work()
+    except EdgepruneError as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(error.message, error.hint, error.exit_code, as_json)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _print_error("interrupted", "start the same command again to go on", INTERRUPTED, as_json)
+        code = INTERRUPTED
+    except Exception as error:  # a bug: everything that was foreseen is an EdgepruneError
+        if debug:
+            traceback.print_exc()
+        text = f"a bug in edgeprune: {type(error).__name__}: {error}"
+        _print_error(text, "run again with --debug and report the traceback", BUG, as_json)
+        code = BUG
+    raise typer.Exit(code)
+
+
+def _print_error(message: str, hint: str, code: int, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _show_run(result: pipeline.Result, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}))
+        return
+    Console().print(pipeline.report_table(result.report))
+    _print_lines(pipeline.summary(result))
+
+
+def _show_readings(readings: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"readings": to_json(readings)}))
+        return
+    Console().print(pipeline.readings_table(readings))

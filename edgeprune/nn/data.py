@@ -1,0 +1,222 @@
+"""Labelled images: what may be learned from, what is held out, and which images calibrate.
+
+Held-out images are never among those that train or calibrate: the parts share no file, and training images
+that are copies of a held-out one are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgeprune import bundled
+from edgeprune.errors import UsageError
+from edgeprune.nn import images, parts
+from edgeprune.nn.progress import bar
+from edgeprune.quantities import suggest
+from edgeprune.recipe import DataTable
+from edgeprune.records import InputSpec
+
+MEMORY_BYTES = 2 * 2**30
+SELECTIONS = ("balanced", "random", "first")
+_SAMPLED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set. labels: int64 (N,), class numbers."""
+
+    name: str
+    labels: Tensor
+    pixels: images.Pixels
+
+    def __len__(self) -> int:
+        """N, how many images there are."""
+        return int(self.labels.shape[0])
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (n,), float32 (n, C, H, W) in [0, 1].
+
+        Raises:
+            UsageError: a file that is read on demand is not a readable image.
+        """
+        return self.pixels.take(indices).to(torch.float32).div_(255.0)
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images, or those of `order`, `size` at a time (the last may be fewer), with their labels."""
+        order = torch.arange(len(self)) if order is None else order
+        for indices in order.split(size):
+            yield self.take(indices), self.labels[indices]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set. `train` is None when nothing may be learned from it.
+
+    labels: class names in the order of the logits. notes: what a reader of the results should know.
+    fingerprint: changes when the files do.
+    """
+
+    train: Split | None
+    held_out: Split
+    labels: tuple[str, ...]
+    notes: tuple[str, ...]
+    fingerprint: str
+
+
+def in_memory(name: str, pixels: Tensor, labels: Tensor) -> Split:
+    """A part from uint8 pixels (N, C, H, W) and class numbers (N,)."""
+    return Split(name, labels.to(torch.int64), images.Decoded(pixels))
+
+
+def open_data(table: DataTable, spec: InputSpec, seed: int) -> Data:
+    """Open the data set of a recipe for a model.
+
+    A set with parts is trained on train/ and measured on test/ (val/ when there is no test/); one without is
+    split by the seed, each class alike. With `use = "evaluate"`, or without training images, `train` is None.
+
+    Raises:
+        UsageError: the path, its layout, an image, an array or the number of classes is not what is needed.
+    """
+    path = Path(table.path).expanduser()
+    found = parts.find(path, spec, table.use == "evaluate")
+    choice = parts.choose(path, found.by_name, table, seed)
+    notes = found.notes + choice.notes
+    used = [part for part in (choice.train, choice.held_out) if part]
+    fits = sum(len(part.labels) for part in used) * int(np.prod(spec.shape)) <= MEMORY_BYTES
+    for part in used:
+        notes += _notes(part, found.labels, spec)
+    held_out = _decode(choice.held_out, spec, fits)
+    train = _decode(choice.train, spec, fits) if choice.train else None
+    if train:
+        train, copies = _without_copies(train, held_out)
+        notes += copies
+    return Data(train, held_out, found.labels, tuple(dict.fromkeys(notes)), found.fingerprint)
+
+
+def calibration_indices(labels: Tensor, name_or_path: str) -> Tensor:
+    """Which images of a training part a recipe of `calibration/` looks at: int64 (n,), for `labels` (N,).
+
+    Raises:
+        UsageError: no such recipe, or an unknown key or wrong value in it.
+    """
+    count, seed, selection = _calibration_recipe(bundled.resolve("calibration", name_or_path))
+    count = min(count, len(labels))
+    if selection == "first":
+        return torch.arange(count)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if selection == "random":
+        return order[:count]
+    # Round-robin: the k-th image of every class comes before the k+1-th of any.
+    turn = torch.empty_like(order)
+    for label in labels.unique():
+        mine = labels[order] == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    return order[torch.argsort(turn, stable=True)[:count]]
+
+
+def calibration_images(
+    data: Data, name_or_path: str, progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """The calibration images, of the training part only: float32 (n, C, H, W) in [0, 1].
+
+    Args:
+        data: where they are taken from.
+        name_or_path: a recipe of `calibration/`, by bare name or path.
+        progress: called with how many images were read since the last call; by default a bar is shown.
+
+    Raises:
+        UsageError: the data is for evaluation only, or the recipe is wrong.
+    """
+    if data.train is None:
+        raise UsageError(
+            "the data is for evaluation only, so nothing is calibrated on it", "give training images"
+        )
+    indices = calibration_indices(data.train.labels, name_or_path)
+    chunks = []
+    with bar(len(indices), "calibration images") as advance:
+        for chunk in indices.split(256):
+            chunks.append(data.train.take(chunk))
+            (progress or advance)(len(chunk))
+    return torch.cat(chunks)
+
+
+def _decode(part: parts.Part, spec: InputSpec, at_once: bool) -> Split:
+    if isinstance(part.content, np.ndarray):
+        pixels: images.Pixels = images.from_array(part.content, spec.shape)
+    else:
+        pixels = images.keep(part.content, spec.shape, at_once, f"decoding {part.name}")
+    return Split(part.name, torch.from_numpy(part.labels), pixels)
+
+
+def _notes(part: parts.Part, labels: tuple[str, ...], spec: InputSpec) -> tuple[str, ...]:
+    """Classes without images, and images of another size or other channels (in a sample of the files)."""
+    notes = []
+    present = set(part.labels.tolist())
+    missing = [name for index, name in enumerate(labels) if index not in present]
+    if missing:
+        notes.append(f"{part.name} has no image of: {', '.join(missing)}")
+    if isinstance(part.content, np.ndarray):
+        shapes = [(int(part.content.shape[3]), *part.content.shape[1:3])]
+    else:
+        step = max(1, len(part.content) // _SAMPLED)
+        shapes = [images.describe(file) for file in part.content[::step]]
+    channels, height, width = spec.shape
+    sizes = sorted({shape[1:] for shape in shapes if shape[1:] != (height, width)})
+    if sizes:
+        example = f"{sizes[0][0]}x{sizes[0][1]}"
+        notes.append(
+            f"images that are not {height}x{width} (such as {example}) are resized and centre-cropped"
+        )
+    if any(shape[0] != channels for shape in shapes):
+        notes.append("gray images are made RGB" if channels > 1 else "color images are made gray")
+    return tuple(notes)
+
+
+def _without_copies(train: Split, held_out: Split) -> tuple[Split, tuple[str, ...]]:
+    """The training part without copies of held-out images; files that are read on demand are not compared."""
+    if not isinstance(train.pixels, images.Decoded) or not isinstance(held_out.pixels, images.Decoded):
+        return train, ()
+    held = set(_digests(held_out.pixels.pixels))
+    keep = [index for index, digest in enumerate(_digests(train.pixels.pixels)) if digest not in held]
+    copies = len(train) - len(keep)
+    if not copies:
+        return train, ()
+    if not keep:
+        raise UsageError(
+            f"each of the {len(train)} training images is also among the {len(held_out)} held-out ones",
+            "give a test part of its own, or one folder of class folders, which is split",
+        )
+    chosen = torch.tensor(keep)
+    left = in_memory(train.name, train.pixels.pixels[chosen], train.labels[chosen])
+    return left, (f"{copies} training images are copies of held-out ones and are left out",)
+
+
+def _digests(pixels: Tensor) -> Iterator[bytes]:
+    for image in pixels.numpy():
+        yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def _calibration_recipe(path: Path) -> tuple[int, int, str]:
+    """Count, seed and selection."""
+    table = bundled.read_toml(path)
+    known = {"title": str, "count": int, "seed": int, "selection": str}
+    for key in table:
+        if key not in known:
+            raise UsageError(f"{path}: unknown key {key!r}", suggest(key, known))
+    for key, kind in known.items():
+        if type(table.get(key)) is not kind:
+            found = f"is {table[key]!r}" if key in table else "is missing"
+            raise UsageError(f"{path}: {key} {found}, it must be of type {kind.__name__}")
+    for key, least in (("count", 1), ("seed", 0)):
+        if table[key] < least:
+            raise UsageError(f"{path}: {key} = {table[key]} must be at least {least}")
+    if table["selection"] not in SELECTIONS:
+        raise UsageError(f"{path}: selection = {table['selection']!r} is not one of {', '.join(SELECTIONS)}")
+    return table["count"], table["seed"], table["selection"]

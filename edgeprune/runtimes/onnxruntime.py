@@ -1,0 +1,160 @@
+"""ONNX Runtime on the CPU: runs the ONNX file as it is, one thread after the other unless told otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
+
+from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel
+from edgeprune.runtimes import NodeTime, Runtime, Session
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_RAISED = (
+    "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelRequiresCompilation", "NoModel",
+    "NoSuchFile", "NotFound", "NotImplemented", "RuntimeException",
+)  # fmt: skip
+_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_PROVIDER = "CPUExecutionProvider"
+_SUFFIX = "_kernel_time"
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Runtime):
+    """ONNX Runtime's CPU provider: all graph optimizations, sequential, spinning as it does by default."""
+
+    accepts: ClassVar[Tuple[str, ...]] = ("fp32", "fp16", "int8")
+
+    def version(self) -> str:
+        """As Runtime.version."""
+        return f"onnxruntime {_library().__version__}"
+
+    def make(self, onnx: Path, out: Path, precision: str) -> None:
+        """Copy the file, after a look that ONNX Runtime takes it; the precision is in the file already."""
+        _session(onnx, threads=1)
+        if onnx.resolve() != out.resolve():
+            shutil.copyfile(onnx, out)
+
+    def open(self, built: Path, threads: int) -> Session:
+        """As Runtime.open."""
+        return _wrap(_session(built, threads=threads), built)
+
+    def profile(self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]) -> List[NodeTime]:
+        """As Runtime.profile."""
+        warmup = max(1, runs // 10)
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            inner = _session(built, threads=threads, profile_to=str(Path(folder) / "profile"))
+            session = _wrap(inner, built)
+            x = session.image(shape)
+            for _ in range(warmup + runs):
+                session.infer(x)
+            events = json.loads(Path(inner.end_profiling()).read_text(encoding="utf-8"))
+        return _node_times(events, warmup)
+
+
+@dataclass(frozen=True)
+class _OrtSession(Session):
+    inner: Any
+    input_name: str
+    output_name: str
+    dtype: str
+    input_shape: Tuple[Optional[int], ...]
+
+    def infer(self, x: "np.ndarray") -> "np.ndarray":
+        if self.dtype != "float32":
+            x = x.astype(self.dtype)
+        try:
+            return self.inner.run([self.output_name], {self.input_name: x})[0]
+        except _errors() as error:
+            raise ModelError(f"ONNX Runtime failed on {x.dtype} {x.shape}: {error}") from error
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency(f"ONNX Runtime can't be imported by {sys.executable}: {error}", "pip install onnxruntime") from error
+    return onnxruntime
+
+
+def _errors() -> Tuple[Type[Exception], ...]:
+    """What ONNX Runtime raises: classes without a common base, not all of them in each version."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(vars(state)[name] for name in _RAISED if name in vars(state))
+
+
+def _session(path: Path, *, threads: int, profile_to: str = "") -> Any:
+    ort = _library()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    if profile_to:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_to
+    try:
+        return ort.InferenceSession(str(path), options, providers=[_PROVIDER])
+    except _errors() as error:
+        hint = "export it again with a lower opset, or update onnxruntime" if "opset" in str(error) else ""
+        raise ModelError(f"ONNX Runtime {ort.__version__} can't open {path}: {error}", hint) from error
+
+
+def _wrap(inner: Any, path: Path) -> _OrtSession:
+    inputs, outputs = inner.get_inputs(), inner.get_outputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _FLOATS:
+        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs) or "none"
+        raise UnsupportedModel(f"{path} has the inputs {found}; accepted: one float tensor (N, C, H, W)")
+    shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
+    return _OrtSession(inner, inputs[0].name, outputs[0].name, _FLOATS[inputs[0].type], shape)
+
+
+def _node_times(events: Sequence[Dict[str, Any]], warmup: int) -> List[NodeTime]:
+    """One record a node from the events of a profile, in the order in which they ran."""
+    found: Dict[str, List[Dict[str, Any]]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and str(event.get("name", "")).endswith(_SUFFIX):
+            # Nodes without a name of their own (reorders) share one; their place in the graph tells them apart.
+            key = f"{event['name'][: -len(_SUFFIX)]}\n{event['args'].get('node_index', '')}"
+            found.setdefault(key, []).append(event)
+    times = []
+    for key, all_runs in found.items():
+        kept = all_runs[warmup:] or all_runs
+        args = kept[-1]["args"]
+        times.append(
+            NodeTime(
+                name=key.split("\n")[0],
+                op=str(args.get("op_name", "")),
+                seconds=statistics.median(e["dur"] for e in kept) * 1e-6,
+                macs=_macs(args),
+                bytes=sum(int(args.get(k, 0)) for k in ("parameter_size", "activation_size", "output_size")),
+            )
+        )
+    return times
+
+
+def _macs(args: Dict[str, Any]) -> int:
+    """Multiply-accumulates of one node from the shapes in its profile event."""
+    op = str(args.get("op_name", ""))
+    inputs = [next(iter(t.values())) for t in args.get("input_type_shape", []) if t]
+    outputs = [next(iter(t.values())) for t in args.get("output_type_shape", []) if t]
+    if not outputs:
+        return 0
+    made = 1
+    for size in outputs[0]:
+        made *= size
+    kernels = [s for s in inputs[1:] if len(s) == 4]
+    if "Conv" in op and kernels:
+        return made * kernels[0][1] * kernels[0][2] * kernels[0][3]
+    if ("Gemm" in op or "MatMul" in op) and inputs and inputs[0]:
+        return made * inputs[0][-1]
+    return 0

@@ -1,0 +1,270 @@
+"""Write what ships, model.onnx and what rebuilds the network in torch, each proven before it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import edgeprune
+from edgeprune import codec
+from edgeprune.errors import EdgepruneError, ModelError, ParityError, UnsupportedModel
+from edgeprune.nn import onnx_export, onnx_file, parity, store
+from edgeprune.nn.bundle import deployed
+from edgeprune.nn.capture import capture, check_logits, quiet
+from edgeprune.nn.reload import PLAN, PROGRAM, WEIGHTS, Answer, PlanFile, Request
+from edgeprune.recipe import ExportTable
+from edgeprune.records import Artifact, Bundle, InputSpec, Reading
+
+RESULT_VERSION = 1
+# The wrapped network's attribute in the module that `nn.bundle.deployed` gives.
+PREFIX = "network."
+SEED = 20
+RELOAD_TOLERANCE = 1e-5
+RELOAD_TIMEOUT_S = 1800
+
+
+def run(  # noqa: PLR0913
+    module: nn.Module,
+    spec: InputSpec,
+    out: Path,
+    *,
+    opset: int,
+    table: ExportTable,
+    meta: Mapping[str, str],
+    real: Tensor | None,
+) -> tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]:
+    """Write the network as one ONNX file that answers as it does.
+
+    Args:
+        module: pixels float32 (N, C, H, W) in [spec.low, spec.high] -> logits (N, K), in eval mode.
+        spec: what it eats.
+        out: the file; whole or absent.
+        opset: the version of the standard operators that the file must have.
+        table: batch dimension and tolerance.
+        meta: what to add to the metadata that says version, input and normalization: "labels", "parent".
+        real: images to compare on besides random ones, or None.
+
+    Returns:
+        The file; how far its answers are from the module's, on random and on real images; sentences for people.
+
+    Raises:
+        UnsupportedModel: the network can't be exported, or not at that opset; says what stands in the way.
+        ParityError: the file's answers differ from the module's; says by how much and on which input.
+    """
+    onnx_export.check_size(module)
+    check_logits(module, spec)
+    job = _Job(module, spec, opset, table, _about(spec, meta), real, out.name)
+    model, readings, notes = _first_that_holds(job)
+    data = model.SerializeToString()
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(out)
+    sha256 = hashlib.sha256(data).hexdigest()
+    artifact = Artifact(
+        str(out), "onnx", "fp32", spec, sha256, len(data), parent=meta.get("parent", ""), opset=opset
+    )
+    return artifact, readings, notes
+
+
+def save_modules(bundle: Bundle, folder: Path) -> None:
+    """Write what rebuilds the network in torch: model.pt2, weights.safetensors and plan.json.
+
+    - model.pt2: the network with its normalization (pixels -> logits) as torch.export saves it, with an open
+      batch dimension where the network allows one. Loading it needs nothing but torch.
+    - weights.safetensors: the state dict of the bare network, tensors that share memory written each.
+    - plan.json: `edgeprune` (version), `source` (records.Source), `input` (records.InputSpec), `labels`, and
+      `plans`: a list of records.Plan to replay on the original network, in order, before the weights are loaded.
+
+    Raises:
+        UnsupportedModel: the network can't be traced.
+    """
+    wrapped = deployed(bundle).eval()
+    try:
+        program = capture(wrapped, bundle.input, dynamic_batch=True)
+    except UnsupportedModel:
+        program = capture(wrapped, bundle.input, dynamic_batch=False)
+    forget_origin(program)
+    with quiet():
+        torch.export.save(program, folder / PROGRAM)
+    store.save_network(bundle.module, folder / WEIGHTS)
+    known = PlanFile(edgeprune.__version__, bundle.source, bundle.input, bundle.plans, bundle.labels)
+    codec.write(folder / PLAN, known)
+
+
+def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[Reading, ...]:
+    """Prove that a fresh process can rebuild the network from what `save_modules` wrote.
+
+    It does so twice: from the original architecture, plan and weights (not for a network that came from memory:
+    then that reading has no value and says why), and from model.pt2 alone.
+
+    Args:
+        folder: where the files are.
+        spec: what the network eats.
+        reference: the network itself, pixels -> logits, in eval mode.
+
+    Raises:
+        ModelError: a fresh process can't rebuild it; says why.
+        ParityError: what it rebuilt answers differently.
+    """
+    source = codec.read(PlanFile, folder / PLAN, ModelError).source
+    ways = ("program",) if source.kind == "memory" else ("plan", "program")
+    images = [pixels for _, pixels in parity.probes(spec, SEED)]
+    with tempfile.TemporaryDirectory(prefix="edgeprune-reload-") as scratch:
+        pixels, out = Path(scratch, "pixels"), Path(scratch, "logits")
+        store.save_tensors({"pixels": torch.cat(images)}, pixels)
+        request = Request(str(folder.resolve()), str(pixels), str(out), ways, torch.get_num_threads())
+        answer = _ask_fresh_process(request)
+        for way, (message, hint) in answer.errors.items():
+            raise ModelError(f"a fresh process can't rebuild the network from {_FILES[way]}: {message}", hint)
+        logits = store.load_tensors(out)
+    readings = tuple(_reload_reading(way, logits[way], spec, reference) for way in ways)
+    if "plan" in ways:
+        return readings
+    why = "the network came from memory: there is no file to take its architecture from"
+    missing = Reading(parity.METRIC, None, "fraction", 0, None, "not measured", _FILES["plan"], {"why": why})
+    return (missing, *readings)
+
+
+def forget_origin(program: ExportedProgram) -> None:
+    """Remove the source paths and stack traces that torch.export notes at every operation, in place."""
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                for key in ("stack_trace", "from_node", "source_fn_stack"):
+                    node.meta.pop(key, None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    module: nn.Module
+    spec: InputSpec
+    opset: int
+    table: ExportTable
+    about: Mapping[str, str]
+    real: Tensor | None
+    name: str
+
+
+_Proven = tuple[ModelProto, tuple[Reading, ...], tuple[str, ...]]
+_FILES = {"plan": f"{PLAN} and {WEIGHTS}", "program": PROGRAM}
+
+
+def _about(spec: InputSpec, meta: Mapping[str, str]) -> dict[str, str]:
+    normalization = {"mean": spec.mean, "std": spec.std, "where": "inside the model"}
+    pixels = {"layout": "NCHW", "shape": spec.shape, "type": "float32", "low": spec.low, "high": spec.high}
+    own = {
+        "version": edgeprune.__version__,
+        "input": json.dumps(pixels),
+        "normalization": json.dumps(normalization),
+    }
+    return {f"edgeprune.{key}": value for key, value in {**own, **meta}.items()}
+
+
+def _first_that_holds(job: _Job) -> _Proven:
+    failures: list[EdgepruneError] = []
+    for way in onnx_export.candidates(
+        job.module, job.spec, job.opset, dynamic_batch=job.table.dynamic_batch, prefix=PREFIX
+    ):
+        try:
+            return _prove(job, way())
+        except (UnsupportedModel, ParityError) as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    said = "; ".join(error.message for error in failures)
+    raise type(failures[0])(said, failures[0].hint) from failures[-1]
+
+
+def _prove(job: _Job, exported: onnx_export.Exported) -> _Proven:
+    """The simplified model if it holds, else the model as it was exported."""
+    notes = (f"{job.name} was {exported.note}",) if exported.note else ()
+    try:
+        slimmed = onnx_file.slim(exported.model)
+        return slimmed, _check(job, slimmed), notes
+    except (UnsupportedModel, ParityError) as error:
+        notes = (*notes, f"{job.name} was not simplified: {error.message}")
+    return exported.model, _check(job, exported.model), notes
+
+
+def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
+    onnx_file.finish(model, job.about, producer="edgeprune", version=edgeprune.__version__)
+    got = onnx_export.opset_of(model)
+    if got != job.opset:
+        raise UnsupportedModel(
+            f"{job.name} has opset {got} where {job.opset} was asked for", f"--set export.opset={got}"
+        )
+    if model.ByteSize() > onnx_export.MAX_BYTES:
+        raise UnsupportedModel(
+            f"{job.name} would have {model.ByteSize() / 1e9:.1f} GB; one ONNX file holds at most 1.9 GB"
+        )
+    made, made_from = parity.open_onnx(model), parity.reference(job.module)
+    inputs = {"random": _random(job), "real": _real(job.real)}
+    readings = []
+    for kind, images in inputs.items():
+        difference = parity.compare(made_from, made, images, job.name)
+        if difference.images:
+            readings.append(
+                parity.check(
+                    difference, tolerance=job.table.tolerance, name=job.name, inputs=kind, hint=_HINT
+                )
+            )
+    return tuple(readings)
+
+
+_HINT = "accept it with --set export.tolerance=..., or take another --set export.opset=..."
+
+
+def _random(job: _Job) -> Iterator[tuple[str, Tensor]]:
+    yield from parity.probes(job.spec, SEED)
+    if job.table.dynamic_batch:
+        yield from parity.probes(job.spec, SEED, batch=3)
+
+
+def _real(images: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    for number, image in enumerate(() if images is None else images):
+        yield f"real image {number}", image[None]
+
+
+def _ask_fresh_process(request: Request) -> Answer:
+    # -P: a file such as random.py in the user's directory must not take the place of the standard library's.
+    program = (
+        "import sys; sys.path.append(sys.argv[1]); from edgeprune.nn.reload import main; sys.exit(main())"
+    )
+    package = str(Path(edgeprune.__file__).resolve().parents[1])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program, package],
+            input=json.dumps(codec.to_json(request)),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=RELOAD_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"a fresh process did not rebuild the network in {RELOAD_TIMEOUT_S} s") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        raise ModelError(f"a fresh process that was to rebuild the network failed: {last}")
+    return codec.read(Answer, Path(request.out + ".json"), ModelError)
+
+
+def _reload_reading(way: str, logits: Tensor, spec: InputSpec, reference: nn.Module) -> Reading:
+    answers = iter(logits)
+    difference = parity.compare(
+        parity.reference(reference), lambda _: next(answers)[None], parity.probes(spec, SEED), _FILES[way]
+    )
+    return parity.check(
+        difference, tolerance=RELOAD_TOLERANCE, name=_FILES[way], inputs="random", hint="please report this"
+    )

@@ -1,0 +1,301 @@
+"""Hold a report against a budget: every limit passes, fails, misses its reading, or can't be told.
+
+Light: only the standard library and the light files, so that a CI job starts at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune import bundled
+from edgeprune.errors import UsageError
+from edgeprune.quantities import limit as read_limit
+from edgeprune.quantities import show
+from edgeprune.records import METRICS, Budget, Check, Limit, Reading, Report, Verdict
+from edgeprune.stages.gate_render import FORMATS, render
+
+__all__ = ["FORMATS", "budget_from", "render", "run"]
+
+TIMED = ("latency_p50", "latency_p90", "latency_p99", "energy")
+OF_THE_MACHINE = (*TIMED, "peak_memory")
+NO_BUDGET = """give limits as flags, as in
+  edgeprune gate RUN --budget "latency_p50=5 ms" --budget "size=2 MB" --budget "clean_accuracy=-1 pp"
+or write them into pyproject.toml:
+  [tool.edgeprune.budget]
+  latency_p50 = "5 ms"
+  macs = "50 %"
+  clean_accuracy = "-1 pp\""""
+# Two-sided 95 % of the normal distribution.
+Z = 1.959964
+# A share of a count is rounded in the last bits; that must not decide whether a limit is met exactly.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What a relative limit is relative to. name: "dense" or "baseline"; remark: what the reader must know."""
+
+    name: str
+    reading: Reading | None
+    remark: str = ""
+
+
+def budget_from(sources: Sequence[str], cwd: Path) -> Budget:
+    """Read the limits of a budget; later sources win over earlier ones.
+
+    Each source is "METRIC=LIMIT" or a TOML file with a table [budget], with [tool.edgeprune.budget], or with the
+    limits at the top. Without sources the table [tool.edgeprune.budget] of cwd/pyproject.toml is taken.
+
+    Raises:
+        UsageError: no limits at all (prints an example), no such file, an unknown metric, an impossible limit.
+    """
+    limits: dict[str, Limit] = {}
+    for source in sources:
+        limits.update(_source(source, cwd))
+    if not sources and _is_file(cwd / "pyproject.toml"):
+        limits = _file(cwd / "pyproject.toml")
+    if not limits:
+        raise UsageError("no budget was given, so there is nothing to check", NO_BUDGET)
+    return Budget(limits)
+
+
+def run(report: Report, budget: Budget, baseline: Report | None, *, baseline_missing: bool) -> Verdict:
+    """Check every limit against the compressed model's readings.
+
+    Relative limits are relative to the baseline's compressed model when there is a baseline, else to the dense
+    model of this report. baseline_missing: a baseline was named, and its file is not there yet.
+    """
+    checks = tuple(_check(limit, report, baseline) for limit in budget.limits.values())
+    statuses = {check.status for check in checks}
+    exit_code = 1 if "fail" in statuses else 8 if statuses - {"pass"} else 0
+    notes = [*_baseline_notes(report, budget, baseline, baseline_missing), *_target_notes(report, budget)]
+    return Verdict(checks, exit_code == 0, exit_code, tuple(notes))
+
+
+def _source(source: str, cwd: Path) -> dict[str, Limit]:
+    if _is_file(cwd / source):
+        return _file(cwd / source)
+    metric, equals, text = source.partition("=")
+    if source.endswith(".toml") or not equals:
+        hint = 'give a TOML file with a table [budget], or a limit such as "latency_p50=5 ms"'
+        raise UsageError(f"--budget {source!r} is neither a file nor METRIC=LIMIT", hint)
+    return {metric.strip(): read_limit(metric.strip(), text)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A name that no file system takes, such as a limit of a thousand characters.
+        return False
+
+
+def _file(path: Path) -> dict[str, Limit]:
+    table, place = _table(path)
+    limits: dict[str, Limit] = {}
+    for metric, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise UsageError(
+                f"{place}: {metric} = {value!r} must be a text with a unit", f'write {metric} = "50 %"'
+            )
+        try:
+            limits[metric] = read_limit(metric, value)
+        except UsageError as error:
+            raise UsageError(f"{place}: {error.message}", error.hint) from error
+    if not limits and path.name != "pyproject.toml":
+        raise UsageError(f"{place} holds no limits", 'write one a line, such as latency_p50 = "5 ms"')
+    return limits
+
+
+def _table(path: Path) -> tuple[Mapping[str, Any], str]:
+    data: Any = bundled.read_toml(path)
+    place = str(path)
+    names = (
+        ("tool", "edgeprune", "budget") if path.name == "pyproject.toml" or "tool" in data else ("budget",)
+    )
+    if names == ("budget",) and "budget" not in data:
+        return data, place
+    for name in names:
+        data = data.get(name, {})
+        if not isinstance(data, Mapping):
+            raise UsageError(f"{place}: [{'.'.join(names)}] must be a table, found {data!r:.60}")
+    return data, f"{place} [{'.'.join(names)}]"
+
+
+def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
+    after = _find(report.after, limit.metric)
+    value = _value(after)
+    reference = _reference(limit, report, baseline)
+    threshold = _threshold(limit, reference)
+    remarks = [reference.remark] if reference and reference.remark else []
+    if value is None or after is None or threshold is None:
+        detail = "; ".join([*_missing(limit.metric, after, reference), *remarks])
+        return Check(limit.metric, limit.text, "missing", value, threshold, None, detail)
+    margin = threshold - value if METRICS[limit.metric].less_is_better else value - threshold
+    if math.isclose(value, threshold, rel_tol=ROUNDING, abs_tol=ROUNDING):
+        margin = 0.0
+    doubt = _unlike(limit.metric, after, reference, report, baseline) or _noise(
+        limit, threshold, after, reference, report
+    )
+    status = "inconclusive" if doubt else "pass" if margin >= 0 else "fail"
+    remarks += [doubt] if doubt else []
+    remarks += _where(limit.metric, after, report)
+    return Check(limit.metric, limit.text, status, value, threshold, margin, "; ".join(remarks))
+
+
+def _missing(metric: str, after: Reading | None, reference: _Reference | None) -> list[str]:
+    why = []
+    if _value(after) is None:
+        why.append(f"the compressed model has no {metric}{_why(after)}")
+    if reference is not None and _value(reference.reading) is None:
+        why.append(f"no {metric} of the {reference.name} model to compare with{_why(reference.reading)}")
+    return why
+
+
+def _noise(
+    limit: Limit, threshold: float, after: Reading, reference: _Reference | None, report: Report
+) -> str:
+    low, high = _interval(limit, after, reference, report)
+    if not low < threshold < high:
+        return ""
+    unit = METRICS[limit.metric].unit
+    return f"noise: the limit lies inside the 95 % interval {show(low, unit)} to {show(high, unit)}"
+
+
+def _reference(limit: Limit, report: Report, baseline: Report | None) -> _Reference | None:
+    if limit.kind == "absolute":
+        return None
+    dense = _find(report.before, limit.metric)
+    if baseline is None:
+        return _Reference("dense", dense)
+    base = _find(baseline.after, limit.metric)
+    if _value(base) is not None:
+        return _Reference("baseline", base)
+    return _Reference("dense", dense, f"the baseline has no {limit.metric}: held against the dense model")
+
+
+def _threshold(limit: Limit, reference: _Reference | None) -> float | None:
+    if reference is None:
+        return limit.value
+    value = _value(reference.reading)
+    if value is None:
+        return None
+    return value * limit.value if limit.kind == "share" else value + limit.value
+
+
+def _interval(
+    limit: Limit, after: Reading, reference: _Reference | None, report: Report
+) -> tuple[float, float]:
+    """The 95 % interval to hold against the threshold, the noise of the reference included; around the value."""
+    below, above = _widths(after)
+    if reference is not None and reference.reading is not None:
+        same_images = METRICS[limit.metric].unit == "fraction" and reference.reading.n == after.n
+        if same_images:
+            paired = _paired(limit.metric, after, reference, report)
+            below, above = (below, above) if paired is None else (paired, paired)
+        else:
+            factor = limit.value if limit.kind == "share" else 1.0
+            other_below, other_above = _widths(reference.reading)
+            # The reference's noise moves the threshold: towards a larger one it widens what lies below the value.
+            below, above = math.hypot(below, factor * other_above), math.hypot(above, factor * other_below)
+    value = _value(after) or 0.0
+    return value - below, value + above
+
+
+def _paired(metric: str, after: Reading, reference: _Reference, report: Report) -> float | None:
+    """Half the 95 % interval of the change in clean accuracy on the same images.
+
+    Images that both networks classify alike can't differ in being right, so at most 1 - agreement of them do:
+    the variance of the change d is at most (1 - agreement - d^2) / n.
+    """
+    agreement = _find(report.after, "agreement")
+    same, old, new = _value(agreement), _value(reference.reading), _value(after)
+    if metric != "clean_accuracy" or reference.name != "dense" or agreement is None or agreement.n != after.n:
+        return None
+    if same is None or old is None or new is None or after.n < 1 or not 0 <= same <= 1:
+        return None
+    return Z * math.sqrt(max(1 - same - (new - old) ** 2, 0.0) / after.n)
+
+
+def _widths(reading: Reading) -> tuple[float, float]:
+    value = _value(reading)
+    if value is None or reading.spread is None or not all(math.isfinite(edge) for edge in reading.spread):
+        return 0.0, 0.0
+    return max(value - reading.spread[0], 0.0), max(reading.spread[1] - value, 0.0)
+
+
+def _unlike(
+    metric: str, after: Reading, reference: _Reference | None, report: Report, baseline: Report | None
+) -> str:
+    """Why a reading and its reference can't be compared at all; empty when they can."""
+    if reference is None or reference.reading is None or metric not in OF_THE_MACHINE:
+        return ""
+    if reference.reading.where != after.where:
+        return f"not comparable: the {reference.name} one is {reference.reading.where!r}, this one {after.where!r}"
+    if reference.name != "baseline" or baseline is None or metric not in TIMED:
+        return ""
+    was, now = baseline.environment.get("cpu"), report.environment.get("cpu")
+    if was and now and was != now:
+        return f"not comparable: the baseline was timed on {was}, this one on {now}"
+    return ""
+
+
+def _where(metric: str, after: Reading, report: Report) -> list[str]:
+    if metric in OF_THE_MACHINE and after.where.startswith("estimated"):
+        return [f"not measured, {after.where}"]
+    target = _elsewhere(metric, after, report)
+    return [f"measured on {after.where}, not on {target}"] if target else []
+
+
+def _elsewhere(metric: str, after: Reading, report: Report) -> str:
+    """The target's name when a reading of the machine was taken on this machine, and the target is another one."""
+    target = str(report.recipe.get("target") or "local")
+    taken_here = metric in OF_THE_MACHINE and after.where.startswith("local")
+    return (
+        target if taken_here and target != "local" and after.conditions.get("on_target") is not True else ""
+    )
+
+
+def _baseline_notes(report: Report, budget: Budget, baseline: Report | None, missing: bool) -> list[str]:
+    relative = [limit.metric for limit in budget.limits.values() if limit.kind != "absolute"]
+    if baseline is None:
+        if not missing:
+            return []
+        held = " Relative limits were held against the dense model of this run." if relative else ""
+        return [f"There is no baseline yet.{held} Keep this run's report.json as the baseline of the next."]
+    notes = []
+    was, now = baseline.recipe.get("target"), report.recipe.get("target")
+    if was != now:
+        notes.append(f"The baseline is a run for {was}, this one is for {now}.")
+    if not relative:
+        notes.append("Every limit is absolute, so the baseline was not used.")
+    return notes
+
+
+def _target_notes(report: Report, budget: Budget) -> list[str]:
+    found = [(metric, _find(report.after, metric)) for metric in budget.limits]
+    local = [(m, r) for m, r in found if r is not None and _value(r) is not None and _elsewhere(m, r, report)]
+    if not local:
+        return []
+    names, target = ", ".join(metric for metric, _ in local), report.recipe.get("target")
+    return [f"Not measured on {target}: {names} (taken on {local[0][1].where}; the target may differ)."]
+
+
+def _find(readings: Sequence[Reading], metric: str) -> Reading | None:
+    found = [reading for reading in readings if reading.metric == metric]
+    return next((r for r in found if _value(r) is not None), found[0] if found else None)
+
+
+def _value(reading: Reading | None) -> float | None:
+    if reading is None or reading.value is None or not math.isfinite(reading.value):
+        return None
+    return reading.value
+
+
+def _why(reading: Reading | None) -> str:
+    why = reading.conditions.get("why") if reading is not None else None
+    return f" ({why})" if why else ""

@@ -1,0 +1,144 @@
+"""The run directory: one folder per finished stage, named by a hash of everything that went into it.
+
+A stage writes into `tmp-KEY`, which is renamed to `KEY` when it is whole: a folder that exists is complete. Killing
+a run loses the stage that was running and nothing else; deleting folders is always safe.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edgeprune.codec import to_json, write
+from edgeprune.errors import WorkdirError
+
+STAGES = ("dense", "prune", "cut", "tune", "export", "measure")
+LOCKFILE = "edgeprune.lock"
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+class Workdir:
+    """A run directory that this process holds; use it with `with`."""
+
+    def __init__(self, root: Path) -> None:
+        """Only remembers the folder; `with` creates and locks it."""
+        self.root = root
+        self._held: Any = None
+
+    def __enter__(self) -> Workdir:
+        """Create the folder and lock it for this process.
+
+        Raises:
+            WorkdirError: another process holds it, or it can't be created.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._held = (self.root / ".lock").open("a")
+        except OSError as error:
+            raise WorkdirError(f"{self.root} can't be used as a run directory: {error.strerror}") from error
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._held.close()
+            raise WorkdirError(
+                f"{self.root} is in use by another edgeprune", "wait for it to end, or choose another directory with -o"
+            ) from error
+        for left_over in self.root.glob("*/tmp-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let go of the folder."""
+        self._held.close()
+
+    def claim(self, identity: dict[str, Any], facts: dict[str, Any], *, again: bool) -> None:
+        """Say whose run this is, and write `edgeprune.lock`; `again` gives the folder to another model.
+
+        Raises:
+            WorkdirError: the folder holds the run of another model, or its lock file is not readable.
+        """
+        path = self.root / LOCKFILE
+        if path.exists() and not again:
+            try:
+                held = dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise WorkdirError(f"{path} is corrupt", f"delete {self.root}, or choose another directory with -o") from error
+            if held != to_json(identity):
+                raise WorkdirError(
+                    f"{self.root} holds the run of another model ({held.get('path', '?')}, sha256 {str(held.get('sha256'))[:12]})",
+                    "choose another directory with -o, or give this one up with --force load",
+                )
+        write(path, {"model": identity, **facts})
+
+    def key(self, stage: str, version: int, *inputs: Any) -> str:
+        """The name of a stage's folder: a hash of its name, its version and everything that goes into it."""
+        text = json.dumps([stage, version, *map(to_json, inputs)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def stage(self, name: str, key: str, work: Callable[[Path], None]) -> Path:
+        """The finished folder of a stage; does the work only if it is not there yet.
+
+        Raises:
+            WorkdirError: the folder is there but a file in it is not what was written.
+        """
+        done = self._parent(name) / key
+        if done.is_dir():
+            self._verify(done)
+            return done
+        unfinished = done.with_name(f"tmp-{key}")
+        unfinished.mkdir(parents=True)
+        work(unfinished)
+        files = {str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()}
+        write(unfinished / "record.json", {"stage": name, "key": key, "files": files})
+        unfinished.rename(done)
+        shutil.rmtree(self.scratch(key), ignore_errors=True)
+        return done
+
+    def is_done(self, name: str, key: str) -> bool:
+        """Whether a stage's folder is there."""
+        return (self._parent(name) / key).is_dir()
+
+    def scratch(self, key: str) -> Path:
+        """Where a stage may keep what lets it go on after a kill; gone when the stage is done."""
+        return self.root / "scratch" / key
+
+    def forget_from(self, stage: str) -> None:
+        """Delete the results of a stage and of every later one ("load" means all)."""
+        start = 0 if stage == "load" else STAGES.index(stage)
+        for name in STAGES[start:]:
+            shutil.rmtree(self._parent(name), ignore_errors=True)
+        shutil.rmtree(self.root / "scratch", ignore_errors=True)
+
+    def publish(self, source: Path, name: str) -> Path:
+        """Copy a file to the top of the run directory, whole or not at all."""
+        final = self.root / name
+        temporary = final.with_name(final.name + ".tmp")
+        shutil.copyfile(source, temporary)
+        temporary.replace(final)
+        return final
+
+    def _parent(self, stage: str) -> Path:
+        return self.root / f"{STAGES.index(stage)}-{stage}"
+
+    def _verify(self, folder: Path) -> None:
+        try:
+            files = dict(json.loads((folder / "record.json").read_text(encoding="utf-8"))["files"])
+            bad = next((name for name, sha in files.items() if digest(folder / name) != sha), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WorkdirError(f"{folder} is corrupt: {error}", f"delete {folder}; it will be made again") from error
+        if bad:
+            raise WorkdirError(f"{folder / bad} is not what was written there", f"delete {folder}; it will be made again")

@@ -1,0 +1,25 @@
+"""What all tests share: one thread, repeatable examples, and the way to data that may not be there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports torch or numpy, and inherited by the processes that tests start: with two threads on two
+# busy cores, small convolutions take several times as long as with one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("edgeprune", deadline=None, derandomize=True, database=None)
+settings.load_profile("edgeprune")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of trained models and real images that lies beside some checkouts, or the test is skipped."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: trained models and real images are not here")
+    return folder

@@ -1,0 +1,176 @@
+"""Scores, allocation and budgets: exact worked numbers, and what every method must keep to."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from edgeprune import plugins
+from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
+from edgeprune.methods import Method, PruneTask, choose_by
+from edgeprune.nn import costs, graph, surgery
+from edgeprune.nn.allocate import Rules, allocate, keep_largest, levels
+from edgeprune.nn.units import channel_sums
+from edgeprune.records import Group, Masks, Member
+
+
+def call(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return network(x)
+
+
+def task_for(name: str, limits: dict[str, float], **rules: object) -> tuple[nn.Module, PruneTask]:
+    network = nets.build(name)
+    found = graph.provable_groups(network, graph.find_groups(network, nets.example()), nets.example(), 0)
+    model = costs.cost_model(network, found.groups, nets.example())
+    absolute = {m: share * model.cost({})[m] for m, share in limits.items()}
+    images, labels = nets.example(40), torch.arange(40) % 5
+    return network, PruneTask(found.groups, model, Rules(absolute, **rules), call, images, labels, 7)  # type: ignore[arg-type]
+
+
+def test_levels_are_multiples_never_zero_and_never_below_the_floor() -> None:
+    assert levels(64, 16, 0.1) == (64, 48, 32, 16)
+    assert levels(64, 16, 0.5) == (64, 48, 32)
+    assert levels(16, 16, 0.1) == (16, 8)
+    assert levels(24, 16, 0.0) == (24, 16, 8)
+    assert levels(5, 1, 0.5) == (5, 4, 3)
+    assert levels(1, 8, 0.0) == (1,)
+    assert levels(70, 16, 0.1) == (70, 64, 48, 32, 16)
+
+
+def test_exactly_so_many_are_kept_whatever_ties() -> None:
+    scores = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.9, 0.1])
+    assert keep_largest(scores, 3).tolist() == [True, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_every_method_meets_the_budget_repeats_itself_and_leaves_the_weights_alone(name: str, method: str) -> None:
+    network, task = task_for(name, {"macs": 0.6}, floor=0.1)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    masks = plugins.build("methods", method, {})(network, task)
+    again = plugins.build("methods", method, {})(deepcopy(network), task)
+    assert all(torch.equal(masks.channels[g], again.channels[g]) for g in masks.channels)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    surgery.cut(network, surgery.removed_positions(task.groups, masks.channels))
+    assert costs.total_macs(network, nets.example()) <= task.rules.limits["macs"]
+
+
+def test_several_limits_hold_at_once() -> None:
+    network, task = task_for("plain", {"macs": 0.7, "params": 0.3})
+    masks = plugins.build("methods", "magnitude", {})(network, task)
+    surgery.cut(network, surgery.removed_positions(task.groups, masks.channels))
+    assert costs.total_macs(network, nets.example()) <= task.rules.limits["macs"]
+    assert costs.total_params(network) <= task.rules.limits["params"]
+
+
+def test_an_impossible_budget_says_how_far_it_got() -> None:
+    network, task = task_for("plain", {"macs": 0.001}, floor=0.5)
+    with pytest.raises(InfeasibleBudget, match=r"macs: asked for at most .* got down to .* % of dense"):
+        plugins.build("methods", "magnitude", {})(network, task)
+
+
+def test_alignment_gives_way_to_the_budget_and_no_further() -> None:
+    _, task = task_for("plain", {"macs": 0.2}, multiple_of=8, floor=0.1)
+    scores = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in task.groups}
+    found = allocate(scores, task.costs, task.rules)
+    assert found.multiple_of < 8 and found.cost["macs"] <= task.rules.limits["macs"]
+    loose = allocate(scores, task.costs, replace(task.rules, limits={"macs": 0.7 * task.costs.cost({})["macs"]}))
+    assert loose.multiple_of == 8
+    assert all(k % 4 == 0 or k == task.costs.channels[g] for g, k in loose.kept.items())
+
+
+def test_uniform_allocation_keeps_the_same_share_everywhere() -> None:
+    _, task = task_for("residual", {"macs": 0.5}, uniform=True)
+    scores = {g.name: torch.rand(g.channels, dtype=torch.float64) for g in task.groups}
+    kept = allocate(scores, task.costs, task.rules).kept
+    shares = [k / task.costs.channels[g] for g, k in kept.items()]
+    assert max(shares) - min(shares) <= 1 / 8
+
+
+def test_a_budget_that_holds_already_removes_nothing() -> None:
+    _, task = task_for("residual", {"macs": 1.0})
+    kept = allocate({g.name: torch.ones(g.channels) for g in task.groups}, task.costs, task.rules).kept
+    assert kept == dict(task.costs.channels)
+
+
+def test_channel_sums_are_as_computed_by_hand() -> None:
+    group = Group("a", 2, (
+        Member("w", 0, ((0,), (1,)), "producer"),
+        Member("v", 1, ((0, 1), (2,)), "consumer"),
+    ))  # fmt: skip
+    values = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "v": torch.tensor([[1.0, 10.0, 100.0]])}
+    assert channel_sums(group, values, ("producer",)).tolist() == [3.0, 7.0]
+    assert channel_sums(group, values, ("consumer",)).tolist() == [11.0, 100.0]
+    assert channel_sums(group, values, ("producer", "consumer")).tolist() == [14.0, 107.0]
+
+
+def test_magnitude_is_the_group_norm_over_its_mean() -> None:
+    network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 3, bias=False)).eval()
+    network[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    network[2].weight.data = torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    x = torch.rand(1, 2)
+    groups = graph.find_groups(network, x).groups
+    task = PruneTask(groups, costs.cost_model(network, groups, x), Rules({}), call)
+    scores = plugins.build("methods", "magnitude", {}).scores(network, task)
+    # norms: sqrt(9 + 16) = 5 and sqrt(1) = 1; their mean is 3
+    assert scores["0"].tolist() == pytest.approx([5 / 3, 1 / 3])
+
+
+def test_taylor_predicts_the_change_of_the_loss_to_first_order() -> None:
+    """For a tiny consumer weight the expansion is exact: removing the channel changes the loss by its score."""
+    network = nets.build("plain")
+    network.b[0].weight.data[:, 3] *= 1e-4
+    found = graph.provable_groups(network, graph.find_groups(network, nets.example()), nets.example(), 0)
+    images, labels = nets.example(1, seed=5), torch.tensor([2])
+    task = PruneTask(found.groups, costs.cost_model(network, found.groups, nets.example()), Rules({}), call, images, labels)
+    score = float(plugins.build("methods", "taylor", {}).scores(network, task)["a.0"][3])
+    masked = deepcopy(network).double()
+    surgery.mask(masked, found.groups, {"a.0": torch.arange(8) != 3})
+    x, loss = images.double(), nn.functional.cross_entropy
+    change = (loss(masked(x), labels) - loss(deepcopy(network).double()(x), labels)).item()
+    assert abs(change) > 0 and score == pytest.approx(abs(change), rel=0.02)
+
+
+def test_taylor_without_images_says_what_to_do() -> None:
+    network, task = task_for("plain", {"macs": 0.5})
+    with pytest.raises(UsageError, match="looks at training images") as caught:
+        plugins.build("methods", "taylor", {})(network, replace(task, images=None, labels=None))
+    assert "--data" in caught.value.hint
+
+
+def test_random_scores_depend_on_the_seed_alone() -> None:
+    network, task = task_for("plain", {"macs": 0.5})
+    method = plugins.build("methods", "uniform_random", {})
+    first, other = method.scores(network, task), method.scores(network, replace(task, seed=8))
+    assert torch.equal(first["a.0"], method.scores(nets.build("plain", 4), task)["a.0"])
+    assert not torch.equal(first["a.0"], other["a.0"])
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ({"nowhere": torch.ones(8, dtype=torch.bool)}, "does not exist"),
+        ({"a.0": torch.ones(7, dtype=torch.bool)}, r"must be bool \(8,\)"),
+        ({"a.0": torch.zeros(8, dtype=torch.bool)}, "kept no channel"),
+        ({}, "more than the budget"),
+    ],
+)
+def test_a_method_that_breaks_its_contract_is_caught(channels: dict[str, torch.Tensor], message: str) -> None:
+    class Wrong(Method):
+        def prune(self, network: nn.Module, task: PruneTask) -> Masks:
+            return Masks(channels=channels)
+
+    network, task = task_for("plain", {"macs": 0.5})
+    with pytest.raises(EdgepruneError, match=message):
+        Wrong()(network, task)
+
+
+def test_scores_that_are_not_numbers_are_refused() -> None:
+    _, task = task_for("plain", {"macs": 0.5})
+    with pytest.raises(EdgepruneError, match="not finite"):
+        choose_by({"a.0": torch.full((8,), float("nan"))}, task)
