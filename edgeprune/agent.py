@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
@@ -48,7 +49,7 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
 
     about: python, runtime, cores.
     time: models {name: path}, threads, warmup, iterations, seconds (for each model), shape -> models {name:
-        {wall_ns, cpu_ns}}, warmup (done), block, load. cpu_ns is empty with more than one thread.
+        {wall_ns, cpu_ns, batch}}, warmup (done), block, load. cpu_ns is empty with more than one thread.
     memory: model, threads, shape -> peak and at_load, both added to baseline; peak null, with why, if it can't be had.
     predict: model, x (.npy of images), out (.npy of logits, to be written), workers -> images, classes.
     profile: model, threads, iterations, shape -> nodes [{name, op, seconds, macs, bytes}].
@@ -86,7 +87,8 @@ def _runtime(name: Any) -> Runtime:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(f"no runtime is named {name!r}: {error}") from error
-    return next(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module_name and issubclass(c, Runtime))()
+    found = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module_name]
+    return next(c for c in found if issubclass(c, Runtime))()
 
 
 def _about(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
@@ -99,10 +101,8 @@ def _time(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
     paths = request.get("models")
     if not isinstance(paths, dict) or not paths:
         raise UsageError(f"models must map a name to a path, got {paths!r}")
-    turns = []  # type: List[Tuple[str, Callable[[], Any]]]
-    for name, path in paths.items():
-        session = runtime.open(Path(path), threads)
-        turns.append((name, _runner(session, request)))
+    sessions = {name: runtime.open(Path(path), threads) for name, path in paths.items()}
+    turns = [(name, _runner(session, request)) for name, session in sessions.items()]
     seconds = _positive(request, "seconds") * len(turns)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     warmup = _warm_up(turns, _count(request, "warmup", 0), seconds / 4)
@@ -118,7 +118,14 @@ def _time(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
         done += min(BLOCK, iterations - done)
         turns.reverse()  # A B, B A, A B: a slow drift hits both alike
     # Only with one thread is all the work on the thread whose clock is read.
-    models = {name: {"wall_ns": wall, "cpu_ns": cpu if threads == 1 else []} for name, (wall, cpu) in samples.items()}
+    models = {
+        name: {
+            "wall_ns": wall,
+            "cpu_ns": cpu if threads == 1 else [],
+            "batch": sessions[name].input_shape[0] or 1,
+        }
+        for name, (wall, cpu) in samples.items()
+    }
     return {"models": models, "warmup": warmup, "block": BLOCK, "runtime": runtime.version(), "load": load}
 
 
@@ -152,10 +159,9 @@ def _memory(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
     before = _status("VmRSS")
     if before is None:
         return {"peak": None, "why": "this system has no /proc/self/status", "runtime": version}
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    except OSError:
-        pass  # then VmHWM counts from the start, which the check below notices where it matters
+    # VmHWM starts again from here; where that is not allowed, the check below notices if it matters.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     old_peak = _status("VmHWM") or 0
     session = runtime.open(Path(_text(request, "model")), _count(request, "threads"))
     loaded = _status("VmHWM") or 0
@@ -203,7 +209,9 @@ def _predict(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
 def _profile(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
     runs = _count(request, "iterations")
     nodes = runtime.profile(Path(_text(request, "model")), _count(request, "threads"), runs, _shape(request))
-    rows = [{"name": n.name, "op": n.op, "seconds": n.seconds, "macs": n.macs, "bytes": n.bytes} for n in nodes]
+    rows = [
+        {"name": n.name, "op": n.op, "seconds": n.seconds, "macs": n.macs, "bytes": n.bytes} for n in nodes
+    ]
     return {"nodes": rows, "runtime": runtime.version()}
 
 

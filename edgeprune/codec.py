@@ -106,7 +106,16 @@ def _scalar(kind: Any, data: Any, where: str) -> Any:
     good = isinstance(data, (int, float) if kind is float else kind) and (kind is bool or not isinstance(data, bool))
     if not good:
         raise UsageError(f"{where} must be a {kind.__name__}, found {_kind(data)}")
+    if kind is float and not _finite(data):
+        raise UsageError(f"{where} must be a finite number, found {_kind(data)}")
     return kind(data)
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def _kind(data: Any) -> str:

@@ -22,7 +22,9 @@ def binomial(k: int, n: int, level: float = LEVEL) -> Tuple[float, float]:
         ValueError: not 0 <= k <= n with n >= 1, or level not in (0, 1).
     """
     if not 0 <= k <= n or n < 1 or not 0.0 < level < 1.0:
-        raise ValueError(f"a share needs 0 <= k <= n, n >= 1 and a level in (0, 1), got {k} of {n} at {level}")
+        raise ValueError(
+            f"a share needs 0 <= k <= n, n >= 1 and a level in (0, 1), got {k} of {n} at {level}"
+        )
     tail = (1.0 - level) / 2.0
     low = 0.0 if k == 0 else _inverse_beta(tail, k, n - k + 1)
     high = 1.0 if k == n else _inverse_beta(1.0 - tail, k + 1, n - k)
@@ -43,7 +45,9 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def quantile_interval(ordered: Sequence[float], q: float, level: float = LEVEL) -> Optional[Tuple[float, float]]:
+def quantile_interval(
+    ordered: Sequence[float], q: float, level: float = LEVEL
+) -> Optional[Tuple[float, float]]:
     """The two samples between which the true q-quantile lies, by order statistics.
 
     Args:

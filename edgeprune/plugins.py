@@ -33,6 +33,7 @@ def options(family: str, name: str) -> Dict[str, str]:
     for node in _tree(family, name).body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+            fields = [n for n in fields if "ClassVar" not in ast.unparse(n.annotation)]
             return {n.target.id: ast.unparse(n.value) if n.value else "" for n in fields}  # type: ignore[union-attr]
     return {}
 
@@ -88,6 +89,8 @@ def _import(module: str, what: str) -> Any:
         if missing == "edgeprune" or module.startswith(error.name or " "):
             raise UsageError(f"{what}: {error}") from error
         raise MissingDependency(f"{what} needs the package {missing}", f"pip install {missing}") from error
+    except (ImportError, SyntaxError) as error:
+        raise UsageError(f"{what} can't be imported: {error}") from error
 
 
 def _final_class(family: str, name: str) -> Any:
@@ -99,6 +102,8 @@ def _final_class(family: str, name: str) -> Any:
 
 
 def _outside(family: str, path: str) -> Any:
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise UsageError(f"{path!r} is not a dotted path to a class", "write package.module.Class")
     module_name, _, class_name = path.rpartition(".")
     cls = getattr(_import(module_name, path), class_name, None)
     base = next(v for v in vars(import_module(f"edgeprune.{family}")).values() if isinstance(v, type) and v.__name__ + "s" == family.title())

@@ -40,7 +40,8 @@ def number(text: str, unit: str) -> float:
     if not match or match.group(3) not in scales:
         accepted = ", ".join(u or "no unit" for u in scales)
         raise UsageError(f"{text!r} is not a quantity of that kind", f"give a number with one of: {accepted}")
-    value = float(match.group(1)) / float(match.group(2) or 1.0) * scales[match.group(3)]
+    below = float(match.group(2) or 1.0)
+    value = float(match.group(1)) / below * scales[match.group(3)] if below else math.inf
     if not math.isfinite(value):
         raise UsageError(f"{text!r} is not a finite number")
     return value
@@ -55,11 +56,14 @@ def limit(metric: str, text: object) -> Limit:
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r} in the budget", suggest(metric, METRICS))
     info, raw = METRICS[metric], str(text).strip()
-    points = re.match(r"^([+-]?\d+(?:\.\d+)?)\s*pp$", raw)
+    points = re.match(r"^([+-]?(?:\d+\.?\d*|\.\d+))\s*pp$", raw)
     if points:
         if info.less_is_better:
             raise UsageError(f"{metric}={raw}: percentage points are for accuracies", f"write {metric}=50 %")
-        return Limit(metric, "delta", float(points.group(1)) / 100.0, raw)
+        delta = float(points.group(1)) / 100.0
+        if not -1.0 <= delta <= 1.0:
+            raise UsageError(f"{metric}={raw} must be between -100 and 100 pp", f"write {metric}=-1 pp")
+        return Limit(metric, "delta", delta, raw)
     if info.unit == "fraction":
         value = number(raw, "fraction")
         if not 0.0 <= value <= 1.0:
@@ -101,5 +105,6 @@ def show(value: Optional[float], unit: str) -> str:
         "": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
     }[unit]
     scale, name = next(((s, n) for s, n in steps if abs(value) >= s), steps[-1])
-    digits = f"{value / scale:.3g}" if abs(value / scale) < 1000 else f"{value / scale:.0f}"
+    # 999.5 and more would round to "1e+03" in three digits.
+    digits = f"{value / scale:.3g}" if abs(value / scale) < 999.5 else f"{value / scale:.0f}"
     return f"{digits} {name}".strip()

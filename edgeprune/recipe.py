@@ -6,6 +6,7 @@ A recipe is TOML with the tables below; a flag or `--set table.key=value` wins o
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
@@ -126,7 +127,9 @@ def build(file_tables: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequen
     merged: Dict[str, Any] = {}
     for layer in (file_tables, flags, _parse_sets(sets)):
         for key, value in layer.items():
-            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+            before = merged.get(key)
+            both = isinstance(before, Mapping) and isinstance(value, Mapping)
+            merged[key] = {**before, **value} if both else value
     scalars = {"target", "seed"}
     for key in merged:
         if key not in scalars and key not in _TABLES and key != "budget":
@@ -160,14 +163,19 @@ def with_defaults(recipe: Recipe, **tables: Mapping[str, Any]) -> Recipe:
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as the text of a recipe.toml."""
-    lines = [f"target = {json.dumps(recipe.target)}", f"seed = {recipe.seed}"]
+    lines = [f"target = {_toml(recipe.target)}", f"seed = {recipe.seed}"]
     for name, table in to_dict(recipe).items():
         if isinstance(table, dict):
             nested = {k: v for k, v in table.items() if isinstance(v, dict)}
-            lines += ["", f"[{name}]"] + [f"{k} = {json.dumps(v)}" for k, v in table.items() if k not in nested]
+            lines += ["", f"[{name}]"] + [f"{k} = {_toml(v)}" for k, v in table.items() if k not in nested]
             for key, values in nested.items():
-                lines += ["", f"[{name}.{key}]"] + [f"{k} = {json.dumps(v)}" for k, v in values.items()]
+                lines += ["", f"[{name}.{key}]"] + [f"{k} = {_toml(v)}" for k, v in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """TOML reads what JSON writes, but for pairs of surrogates and a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _table(name: str, cls: Any, values: Any) -> Any:
@@ -175,7 +183,7 @@ def _table(name: str, cls: Any, values: Any) -> Any:
         raise UsageError(f"[{name}] must be a table, got {values!r}")
     defaults = {f.name: getattr(cls(), f.name) for f in fields(cls)}
     known: Dict[str, Any] = {}
-    options = dict(values.get("options", {})) if name == "prune" else {}
+    options = _options(values.get("options", {})) if name == "prune" else {}
     for key, value in values.items():
         if key == "options" and name == "prune":
             continue
@@ -190,17 +198,32 @@ def _table(name: str, cls: Any, values: Any) -> Any:
     return cls(**known)
 
 
+def _options(values: Any) -> Dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"prune.options = {values!r} must be a table of the method's options")
+    return dict(values)
+
+
 def _typed(where: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
-        values = value if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v.strip()]
-        try:
-            return tuple(float(v) if where in ("model.mean", "model.std") else str(v) for v in values)
-        except ValueError as error:
-            raise UsageError(f"{where} = {value!r} must be numbers with commas between") from error
+        values = value if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",") if v.strip()]
+        if where in ("model.mean", "model.std"):
+            return _numbers(where, value, values)
+        return tuple(str(v) for v in values)
     kind = type(default)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int) if kind is float else kind):
         raise UsageError(f"{where} = {value!r} must be of type {kind.__name__}")
     return kind(value)
+
+
+def _numbers(where: str, given: Any, values: Sequence[Any]) -> Tuple[float, ...]:
+    try:
+        numbers = tuple(float(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where} = {given!r} must be numbers with commas between") from error
+    if not all(math.isfinite(v) and (v > 0 or where == "model.mean") for v in numbers):
+        raise UsageError(f"{where} = {given!r} must be finite{', and more than 0' if where == 'model.std' else ''}")
+    return numbers
 
 
 def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
@@ -214,10 +237,12 @@ def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
             raise UsageError(f"--set {text!r} must be table.key=value", 'for example --set prune.allocation="uniform"')
         try:
             value = tomllib.loads(f"v = {raw.strip()}")["v"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = raw.strip()
+        if dot and not isinstance(out.get(table), dict):
+            out[table] = {}
         if dot:
-            out.setdefault(table, {})[key] = value
+            out[table][key] = value
         else:
             out[table] = value
     return out
@@ -238,14 +263,20 @@ def _validate(recipe: Recipe) -> None:
     if method != "auto" and "." not in method:
         plugins.check_options("methods", method, recipe.prune.options)
     ranges = (
+        ("seed", recipe.seed, 0, 2**32 - 1),
         ("prune.floor", recipe.prune.floor, 0.0, 1.0),
         ("data.val_share", recipe.data.val_share, 0.01, 0.99),
         ("tune.distill", recipe.tune.distill, 0.0, 1.0),
         ("tune.lr", recipe.tune.lr, 0.0, 100.0),
+        ("tune.weight_decay", recipe.tune.weight_decay, 0.0, 1.0),
+        ("tune.temperature", recipe.tune.temperature, 0.01, 1000.0),
         ("tune.epochs", recipe.tune.epochs, 0, 100000),
         ("tune.batch", recipe.tune.batch, 2, 65536),
         ("prune.multiple_of", recipe.prune.multiple_of, 0, 1024),
-        ("measure.threads", recipe.measure.threads, 1, 1024),
+        ("export.opset", recipe.export.opset, 0, 100),
+        ("export.tolerance", recipe.export.tolerance, 0.0, 1.0),
+        ("measure.threads", recipe.measure.threads, 0, 1024),
+        ("measure.warmup", recipe.measure.warmup, 0, 10**6),
         ("measure.iterations", recipe.measure.iterations, 10, 10**6),
         ("measure.seconds", recipe.measure.seconds, 0.1, 86400.0),
     )

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from edgeprune import plugins
-from edgeprune.errors import DeviceError, EdgepruneError, MissingDependency, ModelError, UnsupportedModel, UsageError
+from edgeprune.errors import (
+    DeviceError,
+    EdgepruneError,
+    MissingDependency,
+    ModelError,
+    UnsupportedModel,
+    UsageError,
+)
 from edgeprune.quantities import suggest
 
 # One shell script, so that a far machine is asked once; a line that can't be had is left out or empty.
@@ -126,6 +133,23 @@ class Device(ABC):
         finally:
             self.run(["rm", "-rf", path], "", 60.0)
 
+    @contextmanager
+    def holding(self, files: Mapping[str, Path]) -> Iterator[Dict[str, str]]:
+        """Copies of files on the device, name -> path there, gone afterwards.
+
+        Raises:
+            UsageError: a file is not there.
+            DeviceError: it could not be copied.
+        """
+        with self.folder() as folder:
+            there = {}
+            for number, (name, here) in enumerate(files.items()):
+                if not here.is_file():
+                    raise UsageError(f"no file {str(here)!r}")
+                there[name] = f"{folder}/{number}-{here.name}"
+                self.put(here, there[name])
+            yield there
+
     def ask(
         self, request: Mapping[str, Any], *, timeout_s: float, env: Optional[Mapping[str, str]] = None
     ) -> Dict[str, Any]:
@@ -159,7 +183,8 @@ def device_from_url(url: str) -> Device:
     scheme, _, address = url.partition(":")
     known = plugins.names("devices")
     if scheme not in known:
-        raise UsageError(f"device {url!r} is not in this version; accepted: {', '.join(sorted(known, reverse=True))}", _hint(scheme, known))
+        accepted = ", ".join(sorted(known, reverse=True))
+        raise UsageError(f"device {url!r} is not in this version; accepted: {accepted}", _hint(scheme, known))
     address = address[2:] if address.startswith("//") else address
     if address and "address" not in plugins.options("devices", scheme):
         raise UsageError(f"device {url!r}: {scheme} takes no address", f"write --device {scheme}")
@@ -174,12 +199,19 @@ def _hint(scheme: str, known: Sequence[str]) -> str:
 
 
 def _failed(name: str, argv: Sequence[str], answer: Answer) -> DeviceError:
-    how = f"was killed by signal {-answer.status}" if answer.status < 0 else f"ended with status {answer.status}"
+    how = (
+        f"was killed by signal {-answer.status}"
+        if answer.status < 0
+        else f"ended with status {answer.status}"
+    )
     if answer.status == 0:
         how = f"answered with something else than a JSON object: {answer.stdout.strip()[:200]!r}"
     last = " | ".join(line.strip() for line in answer.stderr.strip().splitlines()[-5:])
     command = " ".join(shlex.quote(a) for a in argv)
-    return DeviceError(f"a command on {name} {how}: {command}; its last words: {last or 'none'}", "edgeprune doctor says what is missing")
+    return DeviceError(
+        f"a command on {name} {how}: {command}; its last words: {last or 'none'}",
+        "edgeprune doctor says what is missing",
+    )
 
 
 def _parse_facts(text: str) -> Dict[str, Any]:

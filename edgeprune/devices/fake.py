@@ -14,7 +14,28 @@ from edgeprune.devices import FACTS, Answer, Device
 from edgeprune.errors import DeviceError, UsageError
 
 # Made up, and shaped like a small board: a steady median, and a tail that the 90th and 99th percentile see.
-_SHAPE = (1.0, 1.01, 0.99, 1.0, 1.02, 1.0, 0.99, 1.01, 1.0, 1.03, 1.0, 1.01, 0.98, 1.0, 1.12, 1.0, 1.01, 1.0, 0.99, 1.3)
+_SHAPE = (
+    1.0,
+    1.01,
+    0.99,
+    1.0,
+    1.02,
+    1.0,
+    0.99,
+    1.01,
+    1.0,
+    1.03,
+    1.0,
+    1.01,
+    0.98,
+    1.0,
+    1.12,
+    1.0,
+    1.01,
+    1.0,
+    0.99,
+    1.3,
+)
 _CANNED: Dict[str, Any] = {
     "facts": {
         "machine": "aarch64", "system": "Linux", "board": "Canned board", "cpu": "Canned core", "cores": 4,
@@ -84,10 +105,20 @@ class Fake(Device):
 def _answer(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str, Any]:
     op = request["op"]
     if op == "about":
-        return {"python": "3.8.0", "runtime": readings["runtime"], "cores": int(readings["facts"].get("cores", 1))}
+        return {
+            "python": "3.8.0",
+            "runtime": readings["runtime"],
+            "cores": int(readings["facts"].get("cores", 1)),
+        }
     if op == "time":
         models = {name: _timed(name, request["iterations"], readings) for name in request["models"]}
-        return {"models": models, "warmup": request["warmup"], "block": 5, "runtime": readings["runtime"], "load": 0.0}
+        return {
+            "models": models,
+            "warmup": request["warmup"],
+            "block": 5,
+            "runtime": readings["runtime"],
+            "load": 0.0,
+        }
     if op == "memory":
         added = _of(readings["memory_bytes"], request["name"])
         return {"peak": added, "at_load": added // 2, "baseline": 40_000_000, "runtime": readings["runtime"]}
@@ -98,7 +129,7 @@ def _answer(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str
 
 def _timed(name: str, iterations: int, readings: Mapping[str, Any]) -> Dict[str, Any]:
     wall = [int(s * 1e9) for s in islice(cycle(_of(readings["latency_s"], name)), iterations)]
-    return {"wall_ns": wall, "cpu_ns": wall}
+    return {"wall_ns": wall, "cpu_ns": wall, "batch": 1}
 
 
 def _predicted(request: Mapping[str, Any], classes: int) -> Dict[str, Any]:

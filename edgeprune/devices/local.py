@@ -14,7 +14,7 @@ import edgeprune
 from edgeprune.devices import Answer, Device
 from edgeprune.errors import DeviceError
 
-# Not `python -m`: that would put the user's current folder first on the path, where a file called numpy.py shadows numpy.
+# Not `python -m`: that puts the current folder first on the path, where somebody's numpy.py would shadow numpy.
 _START = (
     "import sys; sys.path[:] = [p for p in sys.path if p] + [sys.argv.pop(1)]; "
     "from edgeprune.agent import main; sys.exit(main())"
@@ -31,7 +31,9 @@ class Local(Device):
         """As Device.run."""
         command = " ".join(shlex.quote(a) for a in argv)
         try:
-            done = subprocess.run(list(argv), input=stdin.encode(), capture_output=True, timeout=timeout_s, check=False)
+            done = subprocess.run(
+                list(argv), input=stdin.encode(), capture_output=True, timeout=timeout_s, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise DeviceError(
                 f"a command on local took longer than {timeout_s:g} s and was stopped: {command}; "
@@ -40,7 +42,9 @@ class Local(Device):
             ) from error
         except OSError as error:
             raise DeviceError(f"a command on local can't be started: {command}: {error}") from error
-        return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+        return Answer(
+            done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        )
 
     def put(self, here: Path, there: str) -> None:
         """As Device.put."""
@@ -59,4 +63,6 @@ def _copy(source: Path, destination: Path) -> None:
     try:
         shutil.copyfile(source, destination)
     except OSError as error:
-        raise DeviceError(f"{source} can't be copied to {destination}: {error}", "free some space, or check the path") from error
+        raise DeviceError(
+            f"{source} can't be copied to {destination}: {error}", "is there space left?"
+        ) from error

@@ -53,10 +53,10 @@ def check_logits(module: nn.Module, spec: InputSpec) -> None:
         raise UnsupportedModel(
             f"{where} fails on an input of shape {spec.shape}: {reason(error)}", "check --input and --arch"
         ) from error
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if found != (1, spec.classes):
+    found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != f"shape {(1, spec.classes)}":
         raise UnsupportedModel(
-            f"the network answers one image with {found}, accepted: a tensor of logits (1, {spec.classes})",
+            f"the network answers one image with {found}; accepted: one tensor of logits {(1, spec.classes)}",
             "wrap it so that forward() returns the logits alone",
         )
 

@@ -180,7 +180,7 @@ def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def fit(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image of the right mode as uint8 (C, H, W): resized (bilinear, antialiased) to cover it and cropped."""
+    """An image of the right mode as uint8 (C, H, W): resized (bilinear, antialiased), the centre cut out."""
     channels, height, width = shape
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)

@@ -128,7 +128,8 @@ def _at_opset(model: ModelProto, opset: int) -> Exported:
         onnx.checker.check_model(converted, full_check=True)
     except ONNX_ERRORS as error:
         raise UnsupportedModel(
-            f"torch's exporter made opset {got}, not {opset}; onnx can't convert it: {_converter_reason(error)}",
+            f"torch's exporter made opset {got}, not {opset}, "
+            f"and onnx can't convert it: {_converter_reason(error)}",
             f"take a target or an export.opset of {got} or more",
         ) from error
     return Exported(converted, f"exported at opset {got} and converted to {opset}")

@@ -54,9 +54,11 @@ def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: st
         scope = _scope(node, modules)
         layer = _layer(node, scope, modules, names)
         node.name = _unique(_without(prefix, layer or f"{scope}.{node.op_type}".strip(".")), names.nodes)
-        for role, name in zip(("weight", "bias"), node.input[1:3], strict=False) if layer else ():
-            if name in names.initializers and names.uses[name] == 1:
-                names.rename(name, f"{node.name}.{role}")
+        for role, value in zip(("weight", "bias"), node.input[1:3], strict=False) if layer else ():
+            # Exporters merge equal tensors: another layer's parameter keeps its name, an anonymous one gets ours.
+            if names.is_weight(value) and (names.uses[value] == 1 or value.rpartition(".")[0] not in modules):
+                names.rename(value, f"{node.name}.{role}")
+    for node in graph.node:
         for position, name in enumerate(node.output):
             names.rename(name, f"{node.name}:{position}" if position else node.name)
     for item in graph.initializer:

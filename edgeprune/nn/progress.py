@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @contextmanager
 def bar(total: int, label: str) -> Iterator[Callable[..., None]]:
-    """A bar of `total` steps; gives `advance(steps=1, label=None)`. It goes when the block is left, in any way."""
+    """A bar of `total` steps; gives `advance(steps=1, label=None)`. It goes when the block is left."""
     if not sys.stderr.isatty():
         yield _silent
         return

@@ -1,7 +1,7 @@
 """Run in a fresh process: rebuild a compressed network from what a run leaves behind, and answer images.
 
-The program reads a request from stdin and writes its answer to a file; `stages/export.py` starts it. It proves
-that the files are enough: nothing of the process that made them is there. `plan.json` is the record `PlanFile`.
+The program reads a request from stdin and writes its answer to a file; `stages/export.py` starts it. It
+proves that the files are enough: nothing of the process that made them is there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What went wrong: way -> (message, hint). The others' logits (M, K) are in the safetensors file `out`."""
+    """What went wrong: way -> (message, hint). The others' logits (M, K) are in the file `out`."""
 
     errors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -73,7 +73,6 @@ def main() -> int:
 
 
 def _serve(request: Request) -> Answer:
-
     torch.set_num_threads(request.threads)
     pixels = load_tensors(Path(request.pixels))["pixels"]
     logits: dict[str, Tensor] = {}
@@ -88,13 +87,11 @@ def _serve(request: Request) -> Answer:
 
 
 def _from_plan(folder: Path) -> Bundle:
-
     known = codec.read(PlanFile, folder / PLAN, ModelError)
     return rebuild(known.source, known.input, known.plans, folder / WEIGHTS)
 
 
 def _from_program(folder: Path) -> Bundle:
-
     return load_bundle(ModelTable(path=str(folder / PROGRAM)))
 
 
@@ -102,7 +99,6 @@ _WAYS: Mapping[str, Callable[[Path], Bundle]] = {"plan": _from_plan, "program": 
 
 
 def _answer(bundle: Bundle, pixels: Tensor) -> Tensor:
-
     network = deployed(bundle).eval()
     with torch.no_grad():
         return torch.cat([network(image[None]) for image in pixels])

@@ -23,8 +23,9 @@ FREE_BATCH = 32
 class NodeTime:
     """One node that the runtime really ran, after its own fusing.
 
-    name: of the node, or of the last value that a fused node makes. seconds: median over runs.
-    macs: multiply-accumulates of convolutions and matrix products, 0 for the rest.
+    name: of the node, or of the last value that a fused node makes. seconds: typical over runs.
+    macs: multiply-accumulates of convolutions and matrix products as they ran, with the zeros that the runtime
+    pads channels with; 0 for the rest.
     bytes: weights, inputs and outputs, each once; 0 when the runtime does not say.
     """
 
@@ -44,10 +45,10 @@ class Session(ABC):
     input_shape: Tuple[Optional[int], ...]
 
     @abstractmethod
-    def infer(self, x: "np.ndarray") -> "np.ndarray":
+    def infer(self, x: np.ndarray) -> np.ndarray:
         """One run on a batch of exactly the model's size, without checks: this is what gets timed."""
 
-    def __call__(self, x: "np.ndarray") -> "np.ndarray":
+    def __call__(self, x: np.ndarray) -> np.ndarray:
         """Answer any number of images; a fixed batch is filled up with zero images where needed.
 
         Raises:
@@ -68,11 +69,13 @@ class Session(ABC):
                 full = np.concatenate([full, np.zeros((missing, *x.shape[1:]), np.float32)])
             logits = np.asarray(self.infer(full), dtype=np.float32)
             if logits.ndim != 2 or len(logits) != len(full):
-                raise UnsupportedModel(f"the model answers {len(full)} images with shape {logits.shape}; accepted: (N, K) logits")
+                raise UnsupportedModel(
+                    f"the model answers {len(full)} images with {logits.shape}; accepted: (N, K)"
+                )
             parts.append(logits[: len(chunk)])
         return np.concatenate(parts)
 
-    def image(self, shape: Optional[Tuple[int, int, int]] = None) -> "np.ndarray":
+    def image(self, shape: Optional[Tuple[int, int, int]] = None) -> np.ndarray:
         """A batch of mixed pixels in [0, 1), float32, the same at each call, of one image where the batch is free.
 
         Raises:
@@ -83,13 +86,17 @@ class Session(ABC):
         batch, *rest = self.input_shape
         known = tuple(r or s for r, s in zip(rest, shape or (None, None, None)))
         if None in known:
-            raise UsageError(f"the model's input is {self.input_shape} with free dimensions", "give the input as CxHxW")
+            raise UsageError(
+                f"the model's input is {self.input_shape} with free dimensions", "give the input as CxHxW"
+            )
         size = (batch or 1, *known)
         # Multiples of the golden ratio modulo 1. Not numpy.random: its import would count as the model's memory.
         count = int(np.prod(size))
-        return np.mod(np.arange(count, dtype=np.float32) * np.float32(0.618034), np.float32(1.0)).reshape(size)
+        return np.mod(np.arange(count, dtype=np.float32) * np.float32(0.618034), np.float32(1.0)).reshape(
+            size
+        )
 
-    def _check(self, x: "np.ndarray") -> None:
+    def _check(self, x: np.ndarray) -> None:
         wanted = self.input_shape
         fits = x.ndim == len(wanted) and all(w is None or w == g for w, g in zip(wanted[1:], x.shape[1:]))
         if not fits or x.dtype.name != "float32":
@@ -124,7 +131,9 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def profile(self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]) -> List[NodeTime]:
+    def profile(
+        self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]
+    ) -> List[NodeTime]:
         """Time each node over so many runs of one batch, after as many as a tenth of them to warm up."""
 
     def build(self, onnx: Path, out: Path, precision: str) -> Path:

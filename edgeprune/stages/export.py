@@ -56,7 +56,7 @@ def run(  # noqa: PLR0913
         real: images to compare on besides random ones, or None.
 
     Returns:
-        The file; how far its answers are from the module's, on random and on real images; sentences for people.
+        The file; how far its answers are from the module's, on random and on real images; notes for people.
 
     Raises:
         UnsupportedModel: the network can't be exported, or not at that opset; says what stands in the way.
@@ -83,8 +83,9 @@ def save_modules(bundle: Bundle, folder: Path) -> None:
     - model.pt2: the network with its normalization (pixels -> logits) as torch.export saves it, with an open
       batch dimension where the network allows one. Loading it needs nothing but torch.
     - weights.safetensors: the state dict of the bare network, tensors that share memory written each.
-    - plan.json: `edgeprune` (version), `source` (records.Source), `input` (records.InputSpec), `labels`, and
-      `plans`: a list of records.Plan to replay on the original network, in order, before the weights are loaded.
+    - plan.json: the record nn.reload.PlanFile: `edgeprune` (version), `source` (records.Source), `input`
+      (records.InputSpec), `labels`, and `plans`: a list of records.Plan to replay on the original network, in
+      this order, before the weights are loaded.
 
     Raises:
         UnsupportedModel: the network can't be traced.
@@ -105,8 +106,8 @@ def save_modules(bundle: Bundle, folder: Path) -> None:
 def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[Reading, ...]:
     """Prove that a fresh process can rebuild the network from what `save_modules` wrote.
 
-    It does so twice: from the original architecture, plan and weights (not for a network that came from memory:
-    then that reading has no value and says why), and from model.pt2 alone.
+    It does so twice: from the original architecture, plan and weights (not for a network that came from
+    memory: then that reading has no value and says why), and from model.pt2 alone.
 
     Args:
         folder: where the files are.
@@ -239,7 +240,7 @@ def _real(images: Tensor | None) -> Iterator[tuple[str, Tensor]]:
 def _ask_fresh_process(request: Request) -> Answer:
     # -P: a file such as random.py in the user's directory must not take the place of the standard library's.
     program = (
-        "import sys; sys.path.append(sys.argv[1]); from edgeprune.nn.reload import main; sys.exit(main())"
+        "import sys; sys.path.insert(0, sys.argv[1]); from edgeprune.nn.reload import main; sys.exit(main())"
     )
     package = str(Path(edgeprune.__file__).resolve().parents[1])
     try:

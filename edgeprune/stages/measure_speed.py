@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from edgeprune.records import Plan, Target
 from edgeprune.runtimes import NodeTime
 
 # Two sessions of the very same file differ by up to this factor from one process to the next: where their memory
@@ -16,12 +17,18 @@ from edgeprune.runtimes import NodeTime
 SAME = 1.02
 # Wider than this, an interval round 1 says that the machine was too busy to tell.
 WIDE = 1.05
-# A node below this does next to nothing: what is timed is the runtime handing over from node to node.
-FLOOR_S = 3e-6
-# Multiply-accumulates that a core does while it fetches one byte (57 GMAC/s in ONNX Runtime's fp32 convolutions and
-# 29 GB/s in a copy, one Zen 4 core); a node with fewer for each of its bytes waits for memory.
+# What ONNX Runtime takes for itself on a Zen 4 core: for each call, and for each node that does next to nothing
+# (0.2 to 0.7 us). On a slower machine it is more, so that the share below is a lower bound.
+CALL_S = 5e-6
+NODE_S = 0.5e-6
+OVERHEAD = 1 / 3
+# Where a machine's facts are unknown. Multiply-accumulates that a core does while it fetches one byte: 57 GMAC/s in
+# fp32 convolutions against 29 GB/s in a copy on that core. And a bandwidth that any machine of today has.
 BALANCE = 2.0
+BANDWIDTH = 10e9
 MOSTLY = 0.5
+# Changing the memory layout between kernels that want different ones is worth a word from this share of the time on.
+REORDERED = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Clues:
 
     macs_before, macs_after: counted. channels: layer -> channels that it kept. multiple_of: what the channels of a
     layer should be a multiple of on the machine that was timed. nodes: of the compressed file, as they ran.
-    latency_s: the compressed model's median. balance: multiply-accumulates per byte, see BALANCE.
+    latency_s: the compressed model's median. balance: multiply-accumulates per byte, and bandwidth: bytes per second
+    of that machine.
     """
 
     macs_before: int = 0
@@ -50,11 +58,34 @@ class Clues:
     nodes: Sequence[NodeTime] = ()
     latency_s: float = 0.0
     balance: float = BALANCE
+    bandwidth: float = BANDWIDTH
 
 
-def balance(peak: float, bandwidth: float) -> float:
-    """Multiply-accumulates per byte of a machine, from operations/s and bytes/s; BALANCE where they are unknown (0)."""
-    return peak / 2.0 / bandwidth if peak > 0 and bandwidth > 0 else BALANCE
+def clues(
+    plan: Plan, machine: Target, precision: str, *, nodes: Sequence[NodeTime] = (), latency_s: float = 0.0
+) -> Clues:
+    """Collect the clues of a cut.
+
+    Args:
+        plan: the cut.
+        machine: the facts of the machine that was timed, which need not be the one that the model is for.
+        precision: of the file, as in `Target.multiple_of`.
+        nodes: of the compressed file, from `measure.node_times`.
+        latency_s: the compressed file's median.
+    """
+    peak = machine.peak.get(precision, 0.0)
+    widths = ("out_channels", "out_features")
+    channels = {name: a[key] for name, a in plan.attributes.items() for key in widths if key in a}
+    return Clues(
+        macs_before=plan.macs_before,
+        macs_after=plan.macs,
+        channels=channels,
+        multiple_of=machine.multiple_of.get(precision, 1),
+        nodes=nodes,
+        latency_s=latency_s,
+        balance=peak / 2.0 / machine.bandwidth if peak > 0 and machine.bandwidth > 0 else BALANCE,
+        bandwidth=machine.bandwidth or BANDWIDTH,
+    )
 
 
 def words(ratio: Ratio, place: str, clues: Clues | None = None) -> str:
@@ -70,10 +101,12 @@ def words(ratio: Ratio, place: str, clues: Clues | None = None) -> str:
         return f"{ratio.value:.2f}x faster {interval}{_though(ratio, clues)}"
     if ratio.low <= 1.0 <= ratio.high and ratio.high / ratio.low > WIDE:
         return (
-            f"NOT shown to be faster: {ratio.value:.2f}x {interval}: inconclusive, because the timings differ more than "
-            "the models; measure again on an idle machine or with more iterations"
+            f"NOT shown to be faster: {ratio.value:.2f}x {interval}: inconclusive, because the timings differ more "
+            "than the models; measure again on an idle machine or with more iterations"
         )
-    return f"NOT faster: {ratio.value:.2f}x the speed of the dense model {interval}, because {_because(clues)}"
+    return (
+        f"NOT faster: {ratio.value:.2f}x the speed of the dense model {interval}, because {_because(clues)}"
+    )
 
 
 def reasons(clues: Clues) -> list[str]:
@@ -83,11 +116,14 @@ def reasons(clues: Clues) -> list[str]:
 
 
 def _because(clues: Clues) -> str:
-    return ", and ".join(reasons(clues)) or "of something that the counts and the times of its layers do not tell"
+    return (
+        ", and ".join(reasons(clues))
+        or "of something that the counts and the times of its layers do not tell"
+    )
 
 
 def _though(ratio: Ratio, clues: Clues) -> str:
-    """The reason why a cut gives less than half of the gain that its multiply-accumulates promise, on a log scale."""
+    """Why a cut gives less than half of the gain that its multiply-accumulates promise, on a log scale."""
     if not 0 < clues.macs_after < clues.macs_before:
         return ""
     promised = clues.macs_before / clues.macs_after
@@ -101,7 +137,9 @@ def _little_gone(clues: Clues) -> str:
     if clues.macs_before <= 0 or clues.macs_after < 0.95 * clues.macs_before:
         return ""
     share = 1.0 - clues.macs_after / clues.macs_before
-    return f"only {100 * share:.1f} % of the multiply-accumulates are gone"
+    return (
+        f"only {100 * share:.1f} % of the multiply-accumulates are gone" if share > 0 else "no work is gone"
+    )
 
 
 def _unaligned(clues: Clues) -> str:
@@ -109,33 +147,39 @@ def _unaligned(clues: Clues) -> str:
     if not off:
         return ""
     name, kept = next(iter(off.items()))
+    total = sum(n.seconds for n in clues.nodes)
+    reordering = sum(n.seconds for n in clues.nodes if n.op.startswith("Reorder"))
+    share = reordering / total if total > 0 else 0.0
+    more = (
+        f"; {100 * share:.0f} % of the time goes into changing the memory layout"
+        if share >= REORDERED
+        else ""
+    )
     return (
-        f"{len(off)} of {len(clues.channels)} cut layers keep channels that are not a multiple of {clues.multiple_of} "
-        f"({name} keeps {kept}), which this machine pads or runs on its slow path"
+        f"{len(off)} of {len(clues.channels)} cut layers keep channels that are not a multiple of "
+        f"{clues.multiple_of} ({name} keeps {kept}), which this machine fills up or runs on a slow path{more}"
     )
 
 
 def _overhead(clues: Clues) -> str:
     total = clues.latency_s or sum(n.seconds for n in clues.nodes)
-    if not clues.nodes or total <= 0:
-        return ""
-    between = max(0.0, total - sum(n.seconds for n in clues.nodes))
-    share = (between + sum(min(n.seconds, FLOOR_S) for n in clues.nodes)) / total
-    if share < MOSTLY:
+    share = (CALL_S + NODE_S * len(clues.nodes)) / total if clues.nodes and total > 0 else 0.0
+    if share < OVERHEAD:
         return ""
     return (
-        f"its layers are too small: about {100 * min(share, 1.0):.0f} % of the time goes into passing from one of its "
-        f"{len(clues.nodes)} nodes to the next, which no cut of channels shortens"
+        f"its layers are too small: at least {100 * min(share, 1.0):.0f} % of the time is what the runtime takes "
+        f"to be called and to go through {len(clues.nodes)} nodes, which no cut of channels shortens"
     )
 
 
 def _memory(clues: Clues) -> str:
     total = sum(n.seconds for n in clues.nodes)
-    bound = [n for n in clues.nodes if n.bytes > 0 and n.seconds > 2 * FLOOR_S and n.macs < clues.balance * n.bytes]
+    busy = [n for n in clues.nodes if n.bytes >= MOSTLY * clues.bandwidth * n.seconds]
+    bound = [n for n in busy if n.macs < clues.balance * n.bytes]
     share = sum(n.seconds for n in bound) / total if total > 0 else 0.0
     if share < MOSTLY:
         return ""
     return (
-        f"it is bound by memory: {100 * share:.0f} % of the time goes into nodes that do fewer than {clues.balance:.2g} "
-        "multiply-accumulates for each byte that they move"
+        f"it is bound by memory: {100 * share:.0f} % of the time goes into nodes that do fewer than "
+        f"{clues.balance:.2g} multiply-accumulates for each byte that they move"
     )

@@ -105,6 +105,7 @@ def _headlines(rows: Sequence[Row]) -> Markup:
             element("dt", row.metric),
             element("dd", row.change, class_=f"big {_tone(row)}"),
             element("dd", f"{row.dense} to {row.compressed}", class_="fine"),
+            element("dd", row.how, class_="fine"),
         )
         for row in found
         if row.change != "-"
@@ -163,7 +164,7 @@ def _distribution(report: Report) -> Markup:
     )
     middles = {name: values[(len(values) - 1) // 2] for name, values in samples.items()}
     key = plots.legend(
-        *[(n, f"{n}, median {quantity(m, 's')}, {len(samples[n])} images") for n, m in middles.items()]
+        *[(n, f"{n}, median {quantity(m, 's')}, {len(samples[n])} times") for n, m in middles.items()]
     )
     return join(said, key, element("div", plots.distribution(samples), class_="axes"))
 

@@ -101,7 +101,7 @@ def distribution(samples: dict[str, Sequence[float]]) -> Markup:
     box = {"viewBox": "0 0 100 100", "preserveAspectRatio": "none"}
     inner = element("svg", curves, width="100%", height="100%", class_="clip", **box)
     words = "; ".join(
-        f"{n}: median {show(v[_rank(v, 0.5)], 's')} of {len(v)} images" for n, v in samples.items()
+        f"{n}: median {show(v[_rank(v, 0.5)], 's')} of {len(v)} times" for n, v in samples.items()
     )
     label = f"Share of images answered within a time. {words}"
     attributes = {
@@ -224,7 +224,7 @@ def _ticks(low: float, high: float) -> tuple[list[float], str, float]:
 
 def _curve(values: Sequence[float], low: float, high: float) -> str:
     """Points of the empirical distribution in a 100 x 100 box, thinned to about CURVE_POINTS steps."""
-    stride = max(1, len(values) // CURVE_POINTS)
+    stride = math.ceil(len(values) / CURVE_POINTS)
     points, share = ["0,100"], 0.0
     for rank in [*range(stride - 1, len(values), stride), len(values) - 1]:
         across = _fixed(100 * (min(values[rank], high * 2) - low) / (high - low))

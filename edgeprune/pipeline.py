@@ -1,0 +1,356 @@
+"""The order of the stages, and the one place that imports a stage, when it runs.
+
+load -> dense -> prune -> cut -> tune -> export -> measure -> report -> the budget
+
+Every stage between load and report leaves a folder in the run directory (`workdir`), and the next one reads it from
+there, so that a run that was killed and started again gives what an undisturbed one gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edgeprune import bundled, plugins
+from edgeprune import recipe as recipes
+from edgeprune.errors import InfeasibleBudget, UsageError
+from edgeprune.quantities import suggest
+from edgeprune.recipe import Recipe
+from edgeprune.records import Budget, Bundle, Plan, Reading, Report, Target, Verdict
+from edgeprune.workdir import STAGES, Workdir, digest
+
+Say = Callable[[str], None]
+FORCEABLE = ("load", *STAGES)
+TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where it lies, its report, and how its own budget came out."""
+
+    folder: Path
+    report: Report
+    verdict: Verdict
+    bundle: Bundle
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 4 when the budget of the run is missed by what was measured in the end."""
+        return InfeasibleBudget.exit_code if any(c.status == "fail" for c in self.verdict.checks) else 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of one run is given. data: `nn.data.Data` or None. device: `devices.Device`."""
+
+    recipe: Recipe
+    target: Target
+    budget: Budget
+    work: Workdir
+    bundle: Bundle
+    data: Any
+    device: Any
+    say: Say
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this the run of one model and not of another."""
+        source, spec = self.bundle.source, self.bundle.input
+        return {
+            "path": Path(source.path).name, "sha256": source.sha256, "arch": source.arch,
+            "input": list(spec.shape), "mean": list(spec.mean), "std": list(spec.std),
+        }  # fmt: skip
+
+    @property
+    def data_key(self) -> Any:
+        """What the results owe to the data."""
+        return [self.data.fingerprint, recipes.to_dict(self.recipe)["data"]] if self.data else None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are images that may be learned from."""
+        return self.data is not None and self.data.train is not None
+
+
+def stage(name: str) -> Any:
+    """The module of a stage, imported now."""
+    return import_module(f"edgeprune.stages.{name}")
+
+
+def torch_part(name: str) -> Any:
+    """A module of `nn/`, imported now."""
+    return import_module(f"edgeprune.nn.{name}")
+
+
+def recipe_from(file: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
+    """Merge a recipe file, flags and `--set` lines.
+
+    Raises:
+        UsageError: an unknown key, a wrong value, or a file that is not TOML.
+    """
+    tables = bundled.read_toml(file) if file else {}
+    return recipes.build(tables, flags, sets)
+
+
+def budget_pairs(lines: Sequence[str]) -> dict[str, str]:
+    """`METRIC=LIMIT` lines as a mapping.
+
+    Raises:
+        UsageError: a line without "=".
+    """
+    out = {}
+    for line in lines:
+        metric, equals, text = line.partition("=")
+        if not equals or not text.strip():
+            raise UsageError(f"--budget {line!r} must be METRIC=LIMIT", 'as in --budget "macs=50 %"')
+        out[metric.strip()] = text.strip()
+    return out
+
+
+def compress(
+    recipe: Recipe, output: Path | None, *, force: str | None = None, say: Say, bundle: Bundle | None = None
+) -> Result:
+    """Run every stage that is not finished yet, and write the report.
+
+    Args:
+        output: the run directory; None for runs/MODEL-TARGET. force: the stage to redo from.
+        bundle: a network in memory, instead of the recipe's model file.
+
+    Raises:
+        EdgepruneError: any of its kinds; what was finished stays in the run directory.
+    """
+    if force is not None and force not in FORCEABLE:
+        raise UsageError(f"--force {force!r} is not a stage", suggest(force, FORCEABLE))
+    target, budget = bundled.target(recipe.target), recipes.budget(recipe)
+    refuse_later_versions(recipe, target)
+    device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
+    folder = output or Path("runs") / f"{Path(recipe.model.path).stem or 'model'}-{recipe.target.replace('/', '-')}"
+    with Workdir(folder) as work:
+        if bundle is None:
+            say(f"load: {recipe.model.path}")
+            bundle = stage("load").run(recipe.model)
+        data = torch_part("data").open_data(recipe.data, bundle.input, recipe.seed) if recipe.data.path else None
+        run = Context(recipe, target, budget, work, bundle, data, device, say)
+        work.claim(run.identity, _facts(run), again=force == "load")
+        (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
+        if force is not None:
+            work.forget_from(force)
+        return _run(run)
+
+
+def refuse_later_versions(recipe: Recipe, target: Target) -> None:
+    """Words of the command line that this version accepts but can't do yet.
+
+    Raises:
+        UsageError: names the option and what is accepted now.
+    """
+    if recipe.export.precision not in ("auto", "fp32"):
+        raise UsageError(f"precision {recipe.export.precision!r} is not in this version", "accepted: auto, fp32")
+    if recipe.prune.granularity != "channel":
+        raise UsageError(f"granularity {recipe.prune.granularity!r} is not in this version", "accepted: channel")
+    if recipe.tune.objective != "natural":
+        raise UsageError(f"objective {recipe.tune.objective!r} is not in this version", "accepted: natural")
+    if not recipe.model.path and recipe.tune.epochs and not recipe.data.path:
+        raise UsageError("fine-tuning needs data", "give --data")
+    if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
+        raise UsageError(f"--epochs {recipe.tune.epochs} needs images to train on", "give --data (without --data-use evaluate)")
+    if "fp32" not in target.precisions:
+        raise UsageError(f"target {target.name} does not run fp32", "choose another target")
+
+
+def _run(run: Context) -> Result:
+    dense_key = _dense_key(run)
+    dense = run.work.stage("dense", dense_key, lambda out: _dense(run, out))
+    prune_key = _prune_key(run, dense_key)
+    chosen = run.work.stage("prune", prune_key, lambda out: _prune(run, dense, out))
+    cut_key = run.work.key("cut", stage("cut").RESULT_VERSION, prune_key)
+    cut = run.work.stage("cut", cut_key, lambda out: _cut(run, chosen, out))
+    tune_key = run.work.key(
+        "tune", stage("tune").RESULT_VERSION, cut_key, run.recipe.tune, run.data_key, run.recipe.seed
+    )
+    tuned = run.work.stage("tune", tune_key, lambda out: _tune(run, cut, out, run.work.scratch(tune_key)))
+    export_key = run.work.key("export", stage("export").RESULT_VERSION, tune_key, run.recipe.export, run.target)
+    exported = run.work.stage("export", export_key, lambda out: _export(run, (cut, tuned), out))
+    measure_key = run.work.key(
+        "measure", stage("measure").RESULT_VERSION, export_key, run.recipe.measure, run.data_key, run.device.where()
+    )
+    folders = {"dense": dense, "prune": chosen, "cut": cut, "tune": tuned, "export": exported}
+    folders["measure"] = run.work.stage("measure", measure_key, lambda out: _measure(run, folders, out))
+    return _finish(run, folders)
+
+
+def _dense_key(run: Context) -> str:
+    return run.work.key("dense", stage("export").RESULT_VERSION, run.identity, run.recipe.export, run.target.opset)
+
+
+def _prune_key(run: Context, dense_key: str) -> str:
+    timed = any(m.startswith("latency") for m in run.budget.limits)
+    return run.work.key(
+        "prune", stage("prune").RESULT_VERSION, dense_key, run.recipe.prune, run.budget, multiple_of(run), run.recipe.seed,
+        run.data_key if run.trainable else None, [run.recipe.measure, run.device.where()] if timed else None,
+    )  # fmt: skip
+
+
+def multiple_of(run: Context) -> int:
+    """What kept channels should be multiples of: the recipe's wish, or the target's fact for what is built."""
+    return run.recipe.prune.multiple_of or run.target.multiple_of["fp32"]
+
+
+def _dense(run: Context, out: Path) -> None:
+    run.say("dense: export the network as it is")
+    _export_onnx(run, run.bundle, out / "dense.onnx", parent="")
+
+
+def _prune(run: Context, dense: Path, out: Path) -> None:
+    prune = stage("prune")
+    method = prune.method_name(run.recipe.prune, run.trainable)
+    run.say(f"prune: {method} at {_budget_words(run.budget)}")
+    images = labels = None
+    if run.trainable:
+        data = torch_part("data")
+        images = data.calibration_images(run.data, run.recipe.data.calibration)
+        labels = run.data.train.labels[data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)]
+    material = prune.Material(images, labels, _probes(run, dense), multiple_of(run), run.recipe.seed)
+    chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
+    prune.write(chosen, out)
+
+
+def _probes(run: Context, dense: Path) -> dict[str, Any]:
+    """Readings that are only had by building the file: its size, and its time on the device."""
+    probes, measure, probe = {}, stage("measure"), stage("prune").Probe
+    if "size" in run.budget.limits:
+        probes["size"] = probe(float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net)))
+    for metric in ("latency_p50", "latency_p90", "latency_p99"):
+        if metric in run.budget.limits:
+            first = measure.latency({"dense": dense / "dense.onnx"}, run.device, run.recipe.measure)
+            reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
+
+            def read(net: Any, metric: str = metric, reference: float = reference) -> float:
+                return _built_time(run, net, dense, metric) * reference
+
+            probes[metric] = probe(reference, read)
+    return probes
+
+
+def _built_size(run: Context, network: Any) -> int:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="edgeprune-") as folder:
+        artifact = _export_onnx(run, replace(run.bundle, module=network), Path(folder, "probe.onnx"), parent="")
+        return artifact.size_bytes
+
+
+def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
+    """The time of a cut network as a share of the dense one's, timed alternately."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="edgeprune-") as folder:
+        path = Path(folder, "probe.onnx")
+        _export_onnx(run, replace(run.bundle, module=network), path, parent="")
+        timed = stage("measure").latency({"dense": dense / "dense.onnx", "compressed": path}, run.device, run.recipe.measure)
+    if metric == "latency_p50":
+        share = 1.0 / timed.ratios["wall"].value
+    else:
+        value = {name: next(r.value for r in rows if r.metric == metric) for name, rows in timed.readings.items()}
+        share = value["compressed"] / value["dense"]
+    run.say(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
+    return share
+
+
+def _cut(run: Context, chosen_folder: Path, out: Path) -> None:
+    run.say("cut: remove the channels and prove it")
+    chosen = stage("prune").read(chosen_folder)
+    example = torch_part("costs").normalized_example(run.bundle.input, run.recipe.seed + 1)
+    plan, small = stage("cut").run(run.bundle, chosen.groups, chosen.masks, chosen.left_out, example)
+    torch_part("store").save_plan(plan, out / "plan.json")
+    torch_part("store").save_network(small.module, out / "weights.safetensors")
+
+
+def _restored(run: Context, cut: Path, weights: Path) -> Bundle:
+    store = torch_part("store")
+    return store.restore(run.bundle, (store.load_plan(cut / "plan.json"),), weights / "weights.safetensors")
+
+
+def _tune(run: Context, cut: Path, out: Path, scratch: Path) -> None:
+    small = _restored(run, cut, cut)
+    ledger: tuple[Reading, ...] = ()
+    if run.data is not None:
+        run.say(f"tune: {_tune_words(run)}")
+        teacher = run.bundle if run.recipe.tune.distill > 0 and run.recipe.tune.epochs else None
+        small, ledger = stage("tune").run(
+            small, run.data, run.recipe.tune, calibration=run.recipe.data.calibration, teacher=teacher,
+            seed=run.recipe.seed, scratch=scratch,
+        )  # fmt: skip
+    torch_part("store").save_network(small.module, out / "weights.safetensors")
+    stage("report").write_readings(out / "ledger.json", ledger)
+
+
+def _tune_words(run: Context) -> str:
+    if not run.trainable:
+        return "nothing (the data is for evaluation only)"
+    epochs = run.recipe.tune.epochs
+    words = ["recalibrate batch-norm"] if run.recipe.tune.recalibrate else []
+    return ", ".join([*words, f"{epochs} epochs of fine-tuning"] if epochs else words) or "nothing"
+
+
+def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
+    run.say("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
+    cut, tuned = folders
+    export, small = stage("export"), _restored(run, cut, tuned)
+    artifact = _export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
+    export.save_modules(small, out)
+    export.check_reload(out, small.input, torch_part("bundle").deployed(small))
+    if "tensorrt" in run.target.setup:
+        script = plugins.build("runtimes", "tensorrt", {}).engine_script(artifact, run.target)
+        (out / "build_engine.sh").write_text(script, encoding="utf-8")
+        (out / "build_engine.sh").chmod(0o755)
+
+
+def _export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> Any:
+    labels = ",".join(bundle.labels or (run.data.labels if run.data else ()))
+    meta = {key: value for key, value in (("labels", labels), ("parent", parent)) if value}
+    held_out = run.data.held_out if run.data else None
+    real = held_out.take(torch_part("data").first(held_out, 8)) if held_out else None
+    artifact, _, notes = stage("export").run(
+        torch_part("bundle").deployed(bundle), bundle.input, out,
+        opset=run.recipe.export.opset or run.target.opset, table=run.recipe.export, meta=meta, real=real,
+    )  # fmt: skip
+    for note in notes:
+        run.say(f"export: {note}")
+    return artifact
+
+
+def _measure(run: Context, folders: Mapping[str, Path], out: Path) -> None:
+    run.say(f"measure: dense and compressed in turn on {run.device.where()}")
+    plan: Plan = torch_part("store").load_plan(folders["cut"] / "plan.json")
+    files = {"dense": folders["dense"] / "dense.onnx", "compressed": folders["export"] / "model.onnx"}
+    measured = stage("measure_run").run(run, plan, files)
+    stage("report").write_measured(out / "measured.json", measured)
+
+
+def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
+    report_stage, assemble = stage("report"), import_module("edgeprune.assemble")
+    for name in TAKE_AWAY:
+        if (folders["export"] / name).exists():
+            run.work.publish(folders["export"] / name, name)
+    run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
+    report = assemble.report(run, folders)
+    report_stage.run(report, run.work.root)
+    verdict = stage("gate").run(report, run.budget, None, baseline_missing=False)
+    return Result(run.work.root, report, verdict, _restored(run, folders["cut"], folders["tune"]))
+
+
+def _facts(run: Context) -> dict[str, Any]:
+    """The rest of edgeprune.lock: what one needs to make the same files again."""
+    calibration = bundled.resolve("calibration", run.recipe.data.calibration)
+    return {
+        "recipe": recipes.to_dict(run.recipe), "versions": import_module("edgeprune.assemble").versions(),
+        "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
+    }  # fmt: skip
+
+
+def _budget_words(budget: Budget) -> str:
+    return ", ".join(f"{m} {limit.text}" for m, limit in budget.limits.items())

@@ -1,0 +1,114 @@
+"""Time of each layer: what the runtime really ran, called by the names that the ONNX file has for it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgeprune.devices import Device
+from edgeprune.errors import DeviceError, ModelError
+from edgeprune.recipe import MeasureTable
+from edgeprune.runtimes import NodeTime
+
+RUNTIME = "onnxruntime"
+# Runs of a profile: more would not make a clock that ticks in microseconds any finer.
+MOST_RUNS = 100
+# What ONNX Runtime adds to the names of nodes that it rewrote.
+_REWRITTEN = re.compile(r"(_nchwc|_token_\d+|_quant|_QLinear|_fused)+$", re.IGNORECASE)
+_START_S = 120.0
+
+
+def per_layer(path: Path, device: Device, table: MeasureTable) -> dict[str, float]:
+    """Seconds for one image of each node of the file, the fused ones under the name of the layer that does the work.
+
+    Raises:
+        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
+    """
+    seconds: dict[str, float] = {}
+    for node in node_times(path, device, table):
+        seconds[node.name] = seconds.get(node.name, 0.0) + node.seconds
+    return seconds
+
+
+def node_times(path: Path, device: Device, table: MeasureTable, *, name: str = "") -> tuple[NodeTime, ...]:
+    """Every node that the runtime ran, in order, with its time, multiply-accumulates and bytes.
+
+    `name` is the model's ("dense", "compressed"), for devices with canned readings. Nodes that the runtime put in
+    by itself (changes of memory layout) keep the runtime's name.
+
+    Raises:
+        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
+    """
+    request = {"op": "profile", "runtime": RUNTIME, "name": name, "threads": table.threads}
+    request["iterations"] = min(table.iterations, MOST_RUNS)
+    with device.holding({"model": path}) as paths:
+        answer = device.ask({**request, "model": paths["model"]}, timeout_s=_START_S + 30.0 * table.seconds)
+    rows = answer.get("nodes")
+    if not isinstance(rows, list):
+        raise DeviceError(f"the agent on {device.name} answered no nodes: {answer!r:.200}")
+    names = _Names(_graph(path))
+    nodes = [_node(row, device.name) for row in rows]
+    ran = {_plain(node.name) for node in nodes}
+    return tuple(replace(node, name=names.find(node, ran)) for node in nodes)
+
+
+def _graph(path: Path) -> onnx.GraphProto:
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError, ValueError) as error:
+        raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
+
+
+def _node(row: Any, device: str) -> NodeTime:
+    texts = [row.get(k) for k in ("name", "op")] if isinstance(row, dict) else []
+    numbers = [row.get(k) for k in ("seconds", "macs", "bytes")] if isinstance(row, dict) else []
+    good = len(numbers) == 3 and all(isinstance(t, str) for t in texts)
+    if not good or not all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in numbers):
+        raise DeviceError(f"the agent on {device} answered a node that is none: {row!r:.200}")
+    return NodeTime(texts[0], texts[1], float(numbers[0]), int(numbers[1]), int(numbers[2]))
+
+
+class _Names:
+    """From what the runtime calls a node to what the file calls it."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.by_name: Mapping[str, onnx.NodeProto] = {n.name: n for n in graph.node if n.name}
+        self.by_output: Mapping[str, onnx.NodeProto] = {o: n for n in graph.node for o in n.output}
+
+    def find(self, node: NodeTime, ran: set[str]) -> str:
+        """The layer's name for a node that ran; `ran` has the names of all of them.
+
+        A convolution that took in the activation behind it is called after the activation's output: then the layer
+        is the nearest node before it that has the convolution's kind and did not run by itself.
+        """
+        plain = _plain(node.name)
+        found = self.by_name.get(plain) or self.by_output.get(plain)
+        if found is None:
+            return node.name
+        here: onnx.NodeProto | None = found
+        while here is not None and _kind(here.op_type) != _kind(node.op):
+            here = self._before(here, ran)
+        return (here or found).name or node.name
+
+    def _before(self, node: onnx.NodeProto, ran: set[str]) -> onnx.NodeProto | None:
+        for value in node.input:
+            maker = self.by_output.get(value)
+            if maker is not None and not {maker.name, *maker.output} & ran:
+                return maker
+        return None
+
+
+def _plain(name: str) -> str:
+    return _REWRITTEN.sub("", name)
+
+
+def _kind(op: str) -> str:
+    """Fused and quantized operators count as what they are made from: FusedConv and QLinearConv are Conv."""
+    return next((kind for kind in ("Conv", "Gemm", "MatMul") if kind in op), op)

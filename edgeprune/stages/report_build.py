@@ -1,0 +1,77 @@
+"""Put a run's records together into its report."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.records import REPORT_SCHEMA, Plan, Reading, Report
+
+PACKAGES = ("torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxslim", "timm", "torchvision", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that the result owes something to; what is not installed is absent."""
+    found = {"edgeprune": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device_facts: Mapping[str, Any], target_title: str) -> dict[str, Any]:
+    """What the run ran on."""
+    keep = ("machine", "system", "release", "board", "cpu", "cores", "memory_bytes", "governor", "power_mode")
+    return {
+        "target": target_title, "versions": versions(), "host": {"system": platform.system(), "python": sys.version.split()[0]},
+        "device": {k: device_facts[k] for k in keep if k in device_facts},
+    }  # fmt: skip
+
+
+def layers(
+    before: Sequence[Any], after: Sequence[Any], times: Mapping[str, Mapping[str, float]], why_kept: Mapping[str, str]
+) -> tuple[dict[str, Any], ...]:
+    """One row for every layer.
+
+    Args:
+        before, after: `nn.costs.LayerCost` of the dense and of the compressed network.
+        times: "dense"/"compressed" -> layer -> seconds. why_kept: layer -> why its channels could not go.
+    """
+    small = {row.name: row for row in after}
+    rows = []
+    for row in before:
+        now = small.get(row.name)
+        rows.append(
+            {
+                "layer": row.name, "op": row.op,
+                "channels_before": row.channels, "channels_after": now.channels if now else None,
+                "params_before": row.params, "params_after": now.params if now else None,
+                "macs_before": row.macs, "macs_after": now.macs if now else None,
+                "size_before": 4 * row.params, "size_after": 4 * now.params if now else None,
+                "time_before_s": times.get("dense", {}).get(row.name),
+                "time_after_s": times.get("compressed", {}).get(row.name),
+                "why_kept": why_kept.get(row.name, ""),
+            }
+        )  # fmt: skip
+    return tuple(rows)
+
+
+def build(
+    parts: Mapping[str, Any], *, ledger: Sequence[Reading], notes: Sequence[str], plan: Plan
+) -> Report:
+    """The report of a run.
+
+    Args:
+        parts: recipe, environment, before, after, layers, samples, as `records.Report` names them.
+    """
+    return Report(
+        schema=REPORT_SCHEMA, recipe=parts["recipe"], environment=parts["environment"], before=tuple(parts["before"]),
+        after=tuple(parts["after"]), ledger=tuple(ledger), layers=tuple(parts["layers"]), samples=parts["samples"],
+        notes=tuple(dict.fromkeys(notes)), left_out=dict(plan.left_out),
+    )  # fmt: skip
