@@ -33,7 +33,8 @@ def main() -> int:
     sys.stdout.flush()
     answer_to = os.dup(1)
     os.dup2(2, 1)
-    status, answer = 0, {}  # type: Tuple[int, Dict[str, Any]]
+    status = 0
+    answer: Dict[str, Any] = {}
     try:
         answer = handle(_request(sys.stdin.read()))
     except EdgepruneError as error:
@@ -59,9 +60,9 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
         MissingDependency: the runtime is not installed here.
         ModelError: the runtime refuses the model.
     """
-    operations = {
+    operations: Dict[str, Callable[[Mapping[str, Any], Runtime], Dict[str, Any]]] = {
         "about": _about, "time": _time, "memory": _memory, "predict": _predict, "profile": _profile,
-    }  # type: Dict[str, Callable[[Mapping[str, Any], Runtime], Dict[str, Any]]]  # fmt: skip
+    }  # fmt: skip
     op = request.get("op")
     if op not in operations:
         raise UsageError(f"the agent has no operation {op!r}; accepted: {', '.join(operations)}")
@@ -106,7 +107,7 @@ def _time(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
     seconds = _positive(request, "seconds") * len(turns)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     warmup = _warm_up(turns, _count(request, "warmup", 0), seconds / 4)
-    samples = {name: ([], []) for name, _ in turns}  # type: Dict[str, Tuple[List[int], List[int]]]
+    samples: Dict[str, Tuple[List[int], List[int]]] = {name: ([], []) for name, _ in turns}
     done, stop_at = 0, time.perf_counter() + seconds
     while done < iterations and (done < LEAST or time.perf_counter() < stop_at):
         for name, run in turns:

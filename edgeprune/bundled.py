@@ -110,7 +110,9 @@ def target(name: str) -> Target:
 def _of_this_machine(path: Path, table: Mapping[str, Any], here: machine.Machine) -> Dict[str, Any]:
     kinds = table["cpu"]
     if not isinstance(kinds, dict) or not isinstance(kinds.get(here.cpu), dict):
-        raise UsageError(f"{path}: no table [cpu.{here.cpu}] for this machine", f"kinds are {', '.join(machine.CPU_KINDS)}")
+        raise UsageError(
+            f"{path}: no table [cpu.{here.cpu}] for this machine", f"kinds are {', '.join(machine.CPU_KINDS)}"
+        )
     setup = {"cpu": here.cpu, "cores": here.cores, **table.get("setup", {})}
     rest = {key: value for key, value in table.items() if key != "cpu"}
     return {"memory": f"{here.memory_bytes} B", "multiple_of": kinds[here.cpu], **rest, "setup": setup}
@@ -124,7 +126,9 @@ def _check_keys(path: Path, table: Mapping[str, Any]) -> None:
             raise UsageError(f"{path}: {key} = {value!r} must be of type {_KINDS[key].__name__}")
     missing = sorted(set(_KINDS) - set(table) - {"setup"})
     if missing:
-        raise UsageError(f"{path}: missing {', '.join(missing)}", "targets/raspberry-pi-5.toml of edgeprune has them all")
+        raise UsageError(
+            f"{path}: missing {', '.join(missing)}", "targets/raspberry-pi-5.toml of edgeprune has them all"
+        )
 
 
 def _precisions(path: Path, values: List[Any]) -> Tuple[str, ...]:
@@ -137,14 +141,18 @@ def _precisions(path: Path, values: List[Any]) -> Tuple[str, ...]:
 def _multiples(path: Path, table: Mapping[str, Any]) -> Dict[str, int]:
     for key, value in table.items():
         if key not in PRECISIONS or type(value) is not int or value < 1:
-            raise UsageError(f"{path}: multiple_of.{key} = {value!r} must be a whole number >= 1 for one of {PRECISIONS}")
+            raise UsageError(
+                f"{path}: multiple_of.{key} = {value!r} must be a whole number >= 1 for one of {PRECISIONS}"
+            )
     return {key: int(table.get(key, 1)) for key in PRECISIONS}
 
 
 def _peaks(path: Path, table: Mapping[str, Any]) -> Dict[str, float]:
     for key, value in table.items():
         if key not in PRECISIONS or type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise UsageError(f"{path}: peak.{key} = {value!r} must be operations per second, > 0, for one of {PRECISIONS}")
+            raise UsageError(
+                f"{path}: peak.{key} = {value!r} must be operations per second, > 0, for one of {PRECISIONS}"
+            )
     return {key: float(value) for key, value in table.items()}
 
 

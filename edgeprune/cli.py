@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
-from edgeprune import __version__, pipeline, recipe
+from edgeprune import __version__, pipeline, queries, recipe
 from edgeprune.codec import to_json
 from edgeprune.errors import EdgepruneError
 
@@ -100,7 +99,7 @@ def profile(
     flags = _flags({}, data={"path": data, "use": "evaluate"}, measure={"device": device}, target=target)
 
     def work() -> int:
-        readings = pipeline.profile(artifact, recipe.build({}, flags, sets or []), say=_say)
+        readings = queries.profile(artifact, recipe.build({}, flags, sets or []), say=_say)
         _show_readings(readings, as_json)
         return 0
 
@@ -132,7 +131,7 @@ def evaluate(
     )  # fmt: skip
 
     def work() -> int:
-        readings = pipeline.evaluate(recipe.build({}, flags), attack=attack, eps=eps, limit=limit)
+        readings = queries.evaluate(recipe.build({}, flags), attack=attack, eps=eps, limit=limit)
         _show_readings(readings, as_json)
         return 0
 
@@ -150,7 +149,7 @@ def gate(
     """Hold a report against a budget. Exit 0: met; 1: missed; 8: can't tell; 2: wrong input."""
 
     def work() -> int:
-        text, code = pipeline.gate(run, budget or [], baseline, output_format)
+        text, code = queries.gate(run, budget or [], baseline, output_format)
         typer.echo(text)
         return code
 
@@ -178,11 +177,11 @@ def why(
     )  # fmt: skip
 
     def work() -> int:
-        rows, lines = pipeline.why(recipe.build({}, flags, sets or []), say=_say)
+        rows, lines = queries.why(recipe.build({}, flags, sets or []), say=_say)
         if as_json:
             typer.echo(json.dumps({"layers": to_json(rows), "notes": lines}))
             return 0
-        Console().print(pipeline.why_table(rows))
+        _print(_tables().why_table(rows))
         _print_lines(lines)
         return 0
 
@@ -194,11 +193,11 @@ def doctor(target: TargetName = None, device: DeviceUrl = None, as_json: Json = 
     """What works here, what is missing, and the line that installs it."""
 
     def work() -> int:
-        rows = pipeline.doctor(target, device or "local")
+        rows = queries.doctor(target, device or "local")
         if as_json:
             typer.echo(json.dumps({"checks": to_json(rows)}))
             return 0
-        Console().print(pipeline.doctor_table(rows))
+        _print(_tables().doctor_table(rows))
         return 0
 
     _guard(work, as_json, debug)
@@ -213,7 +212,7 @@ def list_(
     """The members of a family, one line each."""
 
     def work() -> int:
-        members = pipeline.members(family)
+        members = queries.members(family)
         if as_json:
             typer.echo(json.dumps({family: members}))
             return 0
@@ -236,7 +235,7 @@ def demo(
     """Train a small network on real digits and compress it for this machine; nothing to download."""
 
     def work() -> int:
-        result = pipeline.demo(output, say=_say)
+        result = queries.demo(output, say=_say)
         _show_run(result, as_json)
         return result.exit_code
 
@@ -246,6 +245,13 @@ def demo(
 def main() -> None:
     """The program."""
     app()
+
+
+def _tables() -> Any:
+    """Tables need rich, which `--help` does without."""
+    from importlib import import_module
+
+    return import_module("edgeprune.tables")
 
 
 def _version(show: bool) -> None:
@@ -317,6 +323,12 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
 def _print_lines(lines: list[str]) -> None:
     for line in lines:
         typer.echo(line)
@@ -326,12 +338,12 @@ def _show_run(result: pipeline.Result, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}))
         return
-    Console().print(pipeline.report_table(result.report))
-    _print_lines(pipeline.summary(result))
+    _print(_tables().report_table(result.report))
+    _print_lines(_tables().summary(result))
 
 
 def _show_readings(readings: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"readings": to_json(readings)}))
         return
-    Console().print(pipeline.readings_table(readings))
+    _print(_tables().readings_table(readings))

@@ -103,7 +103,9 @@ def _tuple(args: Any, data: Any, where: str) -> Any:
 
 
 def _scalar(kind: Any, data: Any, where: str) -> Any:
-    good = isinstance(data, (int, float) if kind is float else kind) and (kind is bool or not isinstance(data, bool))
+    good = isinstance(data, (int, float) if kind is float else kind) and (
+        kind is bool or not isinstance(data, bool)
+    )
     if not good:
         raise UsageError(f"{where} must be a {kind.__name__}, found {_kind(data)}")
     if kind is float and not _finite(data):

@@ -45,7 +45,9 @@ def cpu_kind(arch: str, flags: FrozenSet[str]) -> str:
     if arch == "aarch64":
         return "arm64"
     if arch == "x86_64":
-        return next((kind for kind, flag in (("avx512", "avx512f"), ("avx2", "avx2")) if flag in flags), "other")
+        return next(
+            (kind for kind, flag in (("avx512", "avx512f"), ("avx2", "avx2")) if flag in flags), "other"
+        )
     return "other"
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Tuple
 
-from edgeprune import bundled, plugins
+from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
-from edgeprune.errors import InfeasibleBudget, UsageError
+from edgeprune.errors import InfeasibleBudget, UsageError, WorkdirError
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import Budget, Bundle, Plan, Reading, Report, Target, Verdict
@@ -24,6 +24,7 @@ from edgeprune.workdir import STAGES, Workdir, digest
 
 Say = Callable[[str], None]
 FORCEABLE = ("load", *STAGES)
+PARITY_IMAGES = 8
 TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
 
 
@@ -40,6 +41,14 @@ class Result:
     def exit_code(self) -> int:
         """0, or 4 when the budget of the run is missed by what was measured in the end."""
         return InfeasibleBudget.exit_code if any(c.status == "fail" for c in self.verdict.checks) else 0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the tune stage leaves besides the weights: accuracies after each step."""
+
+    readings: Tuple[Reading, ...]
+    notes: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -285,7 +294,7 @@ def _tune(run: Context, cut: Path, out: Path, scratch: Path) -> None:
             seed=run.recipe.seed, scratch=scratch,
         )  # fmt: skip
     torch_part("store").save_network(small.module, out / "weights.safetensors")
-    stage("report").write_readings(out / "ledger.json", ledger)
+    codec.write(out / "ledger.json", Ledger(ledger))
 
 
 def _tune_words(run: Context) -> str:
@@ -312,8 +321,7 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
 def _export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> Any:
     labels = ",".join(bundle.labels or (run.data.labels if run.data else ()))
     meta = {key: value for key, value in (("labels", labels), ("parent", parent)) if value}
-    held_out = run.data.held_out if run.data else None
-    real = held_out.take(torch_part("data").first(held_out, 8)) if held_out else None
+    real = next(iter(run.data.held_out.batches(PARITY_IMAGES)))[0] if run.data else None
     artifact, _, notes = stage("export").run(
         torch_part("bundle").deployed(bundle), bundle.input, out,
         opset=run.recipe.export.opset or run.target.opset, table=run.recipe.export, meta=meta, real=real,
@@ -325,29 +333,61 @@ def _export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> Any
 
 def _measure(run: Context, folders: Mapping[str, Path], out: Path) -> None:
     run.say(f"measure: dense and compressed in turn on {run.device.where()}")
+    measure_run = stage("measure_run")
     plan: Plan = torch_part("store").load_plan(folders["cut"] / "plan.json")
     files = {"dense": folders["dense"] / "dense.onnx", "compressed": folders["export"] / "model.onnx"}
-    measured = stage("measure_run").run(run, plan, files)
-    stage("report").write_measured(out / "measured.json", measured)
+    images = run.data.held_out if run.data else None
+    wanted = measure_run.Wanted(run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say)
+    codec.write(out / "measured.json", measure_run.run(wanted, files, plan))
 
 
 def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
-    report_stage, assemble = stage("report"), import_module("edgeprune.assemble")
     for name in TAKE_AWAY:
         if (folders["export"] / name).exists():
             run.work.publish(folders["export"] / name, name)
     run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
-    report = assemble.report(run, folders)
-    report_stage.run(report, run.work.root)
+    small = _restored(run, folders["cut"], folders["tune"])
+    report = _report(run, folders, small)
+    stage("report").run(report, run.work.root)
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False)
-    return Result(run.work.root, report, verdict, _restored(run, folders["cut"], folders["tune"]))
+    return Result(run.work.root, report, verdict, small)
+
+
+def _report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Report:
+    build, costs, plan = stage("report_build"), torch_part("costs"), small.plans[-1]
+    measured = codec.read(stage("measure_run").Measured, folders["measure"] / "measured.json", WorkdirError)
+    ledger = codec.read(Ledger, folders["tune"] / "ledger.json", WorkdirError)
+    example = costs.normalized_example(run.bundle.input, run.recipe.seed)
+    rows = (costs.layer_costs(run.bundle.module, example), costs.layer_costs(small.module, example))
+    parts = {
+        "recipe": recipes.to_dict(run.recipe),
+        "environment": build.environment(run.device.facts(), run.target.title),
+        "before": measured.before, "after": measured.after, "samples": measured.samples,
+        "layers": build.layers(*rows, measured.times, plan.left_out),
+    }  # fmt: skip
+    notes = (*measured.notes, *ledger.notes, *stage("prune").read(folders["prune"]).notes, *_notes(run, plan))
+    return build.build(parts, ledger=ledger.readings, notes=notes, plan=plan)
+
+
+def _notes(run: Context, plan: Plan) -> list[str]:
+    """What the reader of a report must know of how it came to be."""
+    table = run.recipe.prune
+    notes = list(run.data.notes) if run.data else []
+    if table.method == "auto":
+        why = "there are training images" if run.trainable else "there is no training data"
+        notes.append(f"The method is {stage('prune').method_name(table, run.trainable)}, because {why}.")
+    if run.recipe.export.precision == "auto":
+        notes.append("The file is fp32: other precisions are not in this version.")
+    if plan.left_out:
+        notes.append(f"{len(plan.left_out)} layers or groups were left whole; `edgeprune why` and the report say why.")
+    return notes
 
 
 def _facts(run: Context) -> dict[str, Any]:
     """The rest of edgeprune.lock: what one needs to make the same files again."""
     calibration = bundled.resolve("calibration", run.recipe.data.calibration)
     return {
-        "recipe": recipes.to_dict(run.recipe), "versions": import_module("edgeprune.assemble").versions(),
+        "recipe": recipes.to_dict(run.recipe), "versions": stage("report_build").versions(),
         "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
     }  # fmt: skip
 

@@ -47,7 +47,9 @@ def check_options(family: str, name: str, given: Mapping[str, Any]) -> None:
     known = options(family, name)
     for key in given:
         if key not in known:
-            raise UsageError(f"{name} has no option {key!r}", suggest(key, known) or f"{name} takes no options")
+            raise UsageError(
+                f"{name} has no option {key!r}", suggest(key, known) or f"{name} takes no options"
+            )
 
 
 def build(family: str, name: str, given: Mapping[str, Any]) -> Any:
@@ -95,7 +97,11 @@ def _import(module: str, what: str) -> Any:
 
 def _final_class(family: str, name: str) -> Any:
     module = _import(f"edgeprune.{family}.{name}", name)
-    found = [v for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__ and k[0] != "_"]
+    found = [
+        v
+        for k, v in vars(module).items()
+        if isinstance(v, type) and v.__module__ == module.__name__ and k[0] != "_"
+    ]
     if len(found) != 1:
         raise UsageError(f"{module.__name__} must define exactly one public class, found {len(found)}")
     return found[0]
@@ -106,7 +112,11 @@ def _outside(family: str, path: str) -> Any:
         raise UsageError(f"{path!r} is not a dotted path to a class", "write package.module.Class")
     module_name, _, class_name = path.rpartition(".")
     cls = getattr(_import(module_name, path), class_name, None)
-    base = next(v for v in vars(import_module(f"edgeprune.{family}")).values() if isinstance(v, type) and v.__name__ + "s" == family.title())
+    base = next(
+        v
+        for v in vars(import_module(f"edgeprune.{family}")).values()
+        if isinstance(v, type) and v.__name__ + "s" == family.title()
+    )
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise UsageError(f"{path} is not a subclass of edgeprune.{family}.{base.__name__}")
     return cls

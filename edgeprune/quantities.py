@@ -10,12 +10,33 @@ from typing import Iterable, Optional
 from edgeprune.errors import UsageError
 from edgeprune.records import METRICS, Limit
 
-_NUMBER = re.compile(r"^\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*([A-Za-zµ%]*)\s*$")
+_NUMBER = re.compile(
+    r"^\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*([A-Za-zµ%]*)\s*$"
+)
 _SCALES = {
     "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9},
-    "B": {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+    "B": {
+        "B": 1.0,
+        "kB": 1e3,
+        "KB": 1e3,
+        "MB": 1e6,
+        "GB": 1e9,
+        "KiB": 2.0**10,
+        "MiB": 2.0**20,
+        "GiB": 2.0**30,
+    },
     "J": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "µJ": 1e-6},
-    "": {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "MMACs": 1e6, "GMACs": 1e9, "MMAC": 1e6, "GMAC": 1e9},
+    "": {
+        "": 1.0,
+        "k": 1e3,
+        "K": 1e3,
+        "M": 1e6,
+        "G": 1e9,
+        "MMACs": 1e6,
+        "GMACs": 1e9,
+        "MMAC": 1e6,
+        "GMAC": 1e9,
+    },
     "fraction": {"": 1.0, "%": 1e-2},
 }
 
@@ -67,7 +88,9 @@ def limit(metric: str, text: object) -> Limit:
     if info.unit == "fraction":
         value = number(raw, "fraction")
         if not 0.0 <= value <= 1.0:
-            raise UsageError(f"{metric}={raw} must be between 0 and 100 %", f"write {metric}=90 % or {metric}=-1 pp")
+            raise UsageError(
+                f"{metric}={raw} must be between 0 and 100 %", f"write {metric}=90 % or {metric}=-1 pp"
+            )
         return Limit(metric, "absolute", value, raw)
     if raw.endswith("%"):
         return _share(metric, raw)
@@ -85,7 +108,10 @@ def _share(metric: str, raw: str) -> Limit:
 def _absolute(metric: str, raw: str, unit: str) -> float:
     if unit and re.match(r"^[+-]?[\d.]+$", raw):
         example = next(iter(_SCALES[unit])) if unit != "s" else "ms"
-        raise UsageError(f"{metric}={raw} has no unit", f"write {metric}={raw} {example}, or {metric}=50 % of the dense model")
+        raise UsageError(
+            f"{metric}={raw} has no unit",
+            f"write {metric}={raw} {example}, or {metric}=50 % of the dense model",
+        )
     value = number(raw, unit)
     if value <= 0:
         raise UsageError(f"{metric}={raw} must be more than 0")

@@ -52,7 +52,8 @@ class PruneTable:
     """[prune]: the method and how channels are shared out.
 
     allocation: "global" or "uniform". floor: the least share of a layer's channels that stays.
-    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. `options` are the method's own (its dataclass fields).
+    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. `options` are the method's own
+    (its dataclass fields).
     """
 
     method: str = "auto"
@@ -66,7 +67,10 @@ class PruneTable:
 
 @dataclass(frozen=True)
 class TuneTable:
-    """[tune]: repair with data. lr of SGD with momentum and a cosine; distill is the weight of the dense model's answers."""
+    """[tune]: repair with data. lr of SGD with momentum and a cosine.
+
+    distill: the weight of the dense model's answers.
+    """
 
     epochs: int = 0
     objective: str = "natural"
@@ -91,7 +95,10 @@ class ExportTable:
 
 @dataclass(frozen=True)
 class MeasureTable:
-    """[measure]: how the file is timed. seconds bounds the time for each of the two files; threads 0 takes the target's."""
+    """[measure]: how the file is timed. threads 0 takes the target's.
+
+    seconds bounds the time for each of the two files.
+    """
 
     device: str = "local"
     threads: int = 1
@@ -115,7 +122,14 @@ class Recipe:
     measure: MeasureTable = MeasureTable()
 
 
-_TABLES = {"model": ModelTable, "data": DataTable, "prune": PruneTable, "tune": TuneTable, "export": ExportTable, "measure": MeasureTable}
+_TABLES = {
+    "model": ModelTable,
+    "data": DataTable,
+    "prune": PruneTable,
+    "tune": TuneTable,
+    "export": ExportTable,
+    "measure": MeasureTable,
+}
 
 
 def build(file_tables: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
@@ -128,8 +142,10 @@ def build(file_tables: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequen
     for layer in (file_tables, flags, _parse_sets(sets)):
         for key, value in layer.items():
             before = merged.get(key)
-            both = isinstance(before, Mapping) and isinstance(value, Mapping)
-            merged[key] = {**before, **value} if both else value
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                merged[key] = {**before, **value}
+            else:
+                merged[key] = value
     scalars = {"target", "seed"}
     for key in merged:
         if key not in scalars and key not in _TABLES and key != "budget":
@@ -158,7 +174,9 @@ def to_dict(recipe: Recipe) -> Dict[str, Any]:
 
 def with_defaults(recipe: Recipe, **tables: Mapping[str, Any]) -> Recipe:
     """A copy with some fields of some tables changed, as in with_defaults(r, prune={"method": "taylor"})."""
-    return replace(recipe, **{name: replace(getattr(recipe, name), **change) for name, change in tables.items()})
+    return replace(
+        recipe, **{name: replace(getattr(recipe, name), **change) for name, change in tables.items()}
+    )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -206,12 +224,18 @@ def _options(values: Any) -> Dict[str, Any]:
 
 def _typed(where: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
-        values = value if isinstance(value, (list, tuple)) else [v.strip() for v in str(value).split(",") if v.strip()]
+        values = (
+            value
+            if isinstance(value, (list, tuple))
+            else [v.strip() for v in str(value).split(",") if v.strip()]
+        )
         if where in ("model.mean", "model.std"):
             return _numbers(where, value, values)
         return tuple(str(v) for v in values)
     kind = type(default)
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int) if kind is float else kind):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(
+        value, (kind, int) if kind is float else kind
+    ):
         raise UsageError(f"{where} = {value!r} must be of type {kind.__name__}")
     return kind(value)
 
@@ -222,7 +246,9 @@ def _numbers(where: str, given: Any, values: Sequence[Any]) -> Tuple[float, ...]
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where} = {given!r} must be numbers with commas between") from error
     if not all(math.isfinite(v) and (v > 0 or where == "model.mean") for v in numbers):
-        raise UsageError(f"{where} = {given!r} must be finite{', and more than 0' if where == 'model.std' else ''}")
+        raise UsageError(
+            f"{where} = {given!r} must be finite{', and more than 0' if where == 'model.std' else ''}"
+        )
     return numbers
 
 
@@ -234,7 +260,9 @@ def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
         path, equals, raw = text.partition("=")
         table, dot, key = path.strip().partition(".")
         if not equals or (dot and not key):
-            raise UsageError(f"--set {text!r} must be table.key=value", 'for example --set prune.allocation="uniform"')
+            raise UsageError(
+                f"--set {text!r} must be table.key=value", 'for example --set prune.allocation="uniform"'
+            )
         try:
             value = tomllib.loads(f"v = {raw.strip()}")["v"]
         except (tomllib.TOMLDecodeError, RecursionError):
@@ -258,7 +286,9 @@ def _validate(recipe: Recipe) -> None:
     )
     for where, value, accepted in choices:
         if value not in accepted:
-            raise UsageError(f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted))
+            raise UsageError(
+                f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
+            )
     method = recipe.prune.method
     if method != "auto" and "." not in method:
         plugins.check_options("methods", method, recipe.prune.options)

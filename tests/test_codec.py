@@ -57,7 +57,9 @@ RECORDS = st.one_of(
     st.builds(
         Plan,
         removed=st.dictionaries(NAMES, INDICES, max_size=3),
-        tensors=st.dictionaries(NAMES, st.lists(st.tuples(st.integers(0, 3), INDICES), max_size=3).map(tuple), max_size=3),
+        tensors=st.dictionaries(
+            NAMES, st.lists(st.tuples(st.integers(0, 3), INDICES), max_size=3).map(tuple), max_size=3
+        ),
         attributes=st.dictionaries(NAMES, st.dictionaries(NAMES, st.integers(), max_size=2), max_size=2),
         left_out=st.dictionaries(NAMES, NAMES, max_size=2),
         params=st.integers(),
@@ -76,7 +78,9 @@ RECORDS = st.one_of(
         parent=NAMES,
         opset=st.integers(),
     ),
-    st.builds(Budget, limits=st.dictionaries(NAMES, st.builds(Limit, NAMES, NAMES, FINITE, NAMES), max_size=3)),
+    st.builds(
+        Budget, limits=st.dictionaries(NAMES, st.builds(Limit, NAMES, NAMES, FINITE, NAMES), max_size=3)
+    ),
     st.builds(
         Report,
         schema=st.just(REPORT_SCHEMA),
@@ -155,7 +159,9 @@ def test_a_whole_number_is_a_float_where_one_is_asked(reading: Reading) -> None:
         ({"speed": 1}, "Reading has an unknown field 'speed'"),
     ],
 )
-def test_a_wrong_field_is_named_with_what_was_found(reading: Reading, change: dict[str, Any], message: str) -> None:
+def test_a_wrong_field_is_named_with_what_was_found(
+    reading: Reading, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         codec.from_json(Reading, {**codec.to_json(reading), **change})
     assert caught.value.message == message
@@ -174,7 +180,9 @@ def test_a_missing_field_is_named(reading: Reading) -> None:
 
 
 def test_a_wrong_value_deep_inside_is_named_by_its_path() -> None:
-    data = {"checks": [{"metric": "size", "limit": "2 MB", "status": 1, "value": 1, "threshold": 2, "margin": 1}]}
+    data = {
+        "checks": [{"metric": "size", "limit": "2 MB", "status": 1, "value": 1, "threshold": 2, "margin": 1}]
+    }
     with pytest.raises(UsageError, match=r"Verdict\.checks\[0\]\.status must be a str, found int 1"):
         codec.from_json(Verdict, {**data, "ok": True, "exit_code": 0})
 
@@ -201,7 +209,9 @@ def test_no_prefix_of_a_file_reads_as_the_record(tmp_path: Path, reading: Readin
             codec.read(Reading, tmp_path / "cut.json")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'"x"', b"{}", b"3", b"9" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'"x"', b"{}", b"3", b"9" * 5000]
+)
 def test_a_foreign_file_is_refused_with_the_error_that_was_asked_for(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign.json"
     path.write_bytes(content)
@@ -221,7 +231,9 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(Reading)]), JSON, max_size=8) | JSON)
+@given(
+    st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(Reading)]), JSON, max_size=8) | JSON
+)
 def test_any_json_gives_a_record_or_a_usage_error(data: Any) -> None:
     try:
         record = codec.from_json(Reading, data)

@@ -129,7 +129,9 @@ def test_a_number_reads_as_people_write_it(value: float | None, unit: str, text:
 )
 def test_what_is_shown_reads_back_within_its_three_digits(value: float, unit: str) -> None:
     # three digits are off by at most half of the third, 0.5 %; a fraction has two decimals of a percent
-    assert number(show(value, unit), unit) == pytest.approx(value, rel=0.005, abs=0.5e-4 if unit == "fraction" else 0)
+    assert number(show(value, unit), unit) == pytest.approx(
+        value, rel=0.005, abs=0.5e-4 if unit == "fraction" else 0
+    )
 
 
 @pytest.mark.parametrize(

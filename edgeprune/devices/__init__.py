@@ -62,9 +62,12 @@ class Answer(NamedTuple):
 
 
 class Device(ABC):
-    """A machine that runs commands. `name` is how people call it: "local", "fake"."""
+    """A machine that runs commands."""
 
-    name: str
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How people call it: "local", "fake"."""
 
     @abstractmethod
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
@@ -127,7 +130,7 @@ class Device(ABC):
     @contextmanager
     def folder(self) -> Iterator[str]:
         """A new empty folder on the device, gone with all that is in it afterwards."""
-        path = self.check(["mktemp", "-d"]).strip()
+        path = self.check(["mktemp", "-d", "-t", "edgeprune-XXXXXX"]).strip()
         try:
             yield path
         finally:

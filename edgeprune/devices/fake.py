@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 from edgeprune.devices import FACTS, Answer, Device
 from edgeprune.errors import DeviceError, UsageError
@@ -59,14 +59,18 @@ class Fake(Device):
     """Canned readings. `address` is a JSON file whose keys replace the built-in ones (docs/devices.md)."""
 
     address: str = ""
-    name: ClassVar[str] = "fake"
+
+    @property
+    def name(self) -> str:
+        """As Device.name."""
+        return "fake"
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run, for the commands that measuring needs; status 127 for any other."""
         plain = [a for a in argv if a != "env" and not (argv[0] == "env" and "=" in a)]
         if plain == ["sh", "-c", FACTS]:
             return Answer(0, "".join(f"{k}={v}\n" for k, v in self._readings()["facts"].items()), "")
-        if plain == ["mktemp", "-d"]:
+        if plain[:2] == ["mktemp", "-d"]:
             return Answer(0, tempfile.mkdtemp(prefix=_FOLDER) + "\n", "")
         if plain[:2] == ["rm", "-rf"] and Path(plain[2]).name.startswith(_FOLDER):
             shutil.rmtree(plain[2], ignore_errors=True)

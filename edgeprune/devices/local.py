@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Sequence
+from typing import List, Sequence
 
 import edgeprune
 from edgeprune.devices import Answer, Device
@@ -25,7 +25,10 @@ _START = (
 class Local(Device):
     """The machine that edgeprune runs on."""
 
-    name: ClassVar[str] = "local"
+    @property
+    def name(self) -> str:
+        """As Device.name."""
+        return "local"
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run."""

@@ -41,7 +41,7 @@ def logits(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def modes(training: nn.Module | None, evaluating: nn.Module | None) -> Iterator[None]:
-    """One network in training mode, another in evaluation mode; both are put back afterwards, layer by layer."""
+    """One network in training mode, another in evaluation mode; afterwards each layer is as it was."""
     networks = [network for network in (training, evaluating) if network is not None]
     before = [(layer, layer.training) for network in networks for layer in network.modules()]
     for network in networks:

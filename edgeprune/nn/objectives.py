@@ -33,7 +33,7 @@ def distillation(
 ) -> Tensor:
     """(1 - weight) CE(student, y) + weight T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    Means over the images. Hinton et al. 2015; the factor T^2 keeps the gradient's size the same at every temperature.
+    Means over the images. Hinton et al. 2015; T^2 keeps the gradient's size the same at every temperature.
 
     Args:
         student_logits: (N, K).

@@ -56,7 +56,8 @@ def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: st
         node.name = _unique(_without(prefix, layer or f"{scope}.{node.op_type}".strip(".")), names.nodes)
         for role, value in zip(("weight", "bias"), node.input[1:3], strict=False) if layer else ():
             # Exporters merge equal tensors: another layer's parameter keeps its name, an anonymous one gets ours.
-            if names.is_weight(value) and (names.uses[value] == 1 or value.rpartition(".")[0] not in modules):
+            owned = "." in value and value.rpartition(".")[0] in modules
+            if names.is_weight(value) and (names.uses[value] == 1 or not owned):
                 names.rename(value, f"{node.name}.{role}")
     for node in graph.node:
         for position, name in enumerate(node.output):

@@ -49,6 +49,7 @@ _SCALAR_OPERATOR = re.compile(
 _TOUCHES_THE_MACHINE = ("from_file", "save", "_print", "warn", "manual_seed", "seed", "set_grad_enabled", "to_here", "wait")
 _SYMPY = frozenset(
     "Max Min Mod FloorDiv CeilDiv CleanDiv PythonMod ModularIndexing Where Eq Ne Lt Le Gt Ge And Or Not Abs Pow PowByNatural "
+    "Add Mul Rational Float Equality Unequality GreaterThan LessThan StrictLessThan StrictGreaterThan "
     "FloatPow IntTrueDiv FloatTrueDiv TruncToInt TruncToFloat RoundToInt CeilToInt FloorToInt ToFloat Identity LShift RShift "
     "Integer Symbol IsNonOverlappingAndDenseIndicator".split()
 )

@@ -134,6 +134,9 @@ def _check_end(archive: tarfile.TarFile) -> None:
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"it is cut short or damaged at byte {archive.offset} of its content")
+    while stream.read(2**20):
+        # To the end, where the compressed formats have their checksums.
+        pass
 
 
 def _walk(

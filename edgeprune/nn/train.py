@@ -68,8 +68,8 @@ def fit(
 ) -> History:
     """Train in place with SGD (Nesterov momentum), warm-up and cosine; the last epoch's weights stay.
 
-    Each epoch's state goes to `scratch`; called again with the same arguments after an interruption, the weights
-    become bit for bit those of an undisturbed run on the same machine with the same number of threads.
+    Each epoch's state goes to `scratch`. Called again with the same arguments after an interruption, the
+    weights become bit for bit those of an undisturbed run (same machine, same number of threads).
 
     Args:
         module: pixels in [0, 1] to logits (N, K); parameters that ask for no gradient stay as they are.
@@ -88,26 +88,26 @@ def fit(
         raise UsageError(f"{split.name} has {len(split)} image, training needs at least 2")
     teacher = teacher if table.distill > 0 else None
     loop = _Loop(module, split, table, teacher, seed, _memory_format(module, split))
-    module.to(memory_format=loop.memory_format)
+    _lay_out(module, loop.memory_format)
     optimizer = _optimizer(module, table)
     saved = checkpoint.Checkpoint(scratch / CHECKPOINT, _key(loop))
     losses = saved.restore(module, optimizer)
     resumed = len(losses)
-    with modes(module, teacher), bar(table.epochs * loop.steps, "tuning") as advance:
+    with modes(module, teacher), bar(table.epochs * loop.steps, "training") as advance:
         advance(resumed * loop.steps)
         for epoch in range(resumed, table.epochs):
             total = 0.0
             for step, loss in enumerate(_epoch(loop, epoch, objective, optimizer)):
                 total += loss
-                advance(1, f"tuning, epoch {epoch + 1} of {table.epochs}, loss {total / (step + 1):.3f}")
+                advance(1, f"training, epoch {epoch + 1} of {table.epochs}, loss {total / (step + 1):.3f}")
             losses.append(total / loop.steps)
             saved.save(module, optimizer, losses)
-    module.to(memory_format=torch.contiguous_format)
+    _lay_out(module, torch.contiguous_format)
     return History(tuple(losses), resumed)
 
 
 def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, int]:
-    """How many images of a part are classified right, and how many there are. An answer that isn't finite is wrong.
+    """How many images of a part are classified right, and how many there are; what isn't finite is wrong.
 
     Raises:
         ModelError: the network fails on the images.
@@ -124,7 +124,7 @@ def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, in
 def _epoch(
     loop: _Loop, epoch: int, objective: objectives.Objective, optimizer: torch.optim.Optimizer
 ) -> Iterator[float]:
-    """Train for an epoch; gives the loss of each step. Random numbers depend on the seed and the epoch alone."""
+    """Train for an epoch; gives the loss of each step. Chance depends on the seed and the epoch alone."""
     generator = torch.Generator().manual_seed(_epoch_seed(loop.seed, epoch, "order"))
     order = torch.randperm(len(loop.split), generator=generator)[: loop.steps * loop.batch]
     with torch.random.fork_rng(devices=[]):
@@ -135,10 +135,9 @@ def _epoch(
             loss = _loss(loop, objective, seen.contiguous(memory_format=loop.memory_format), y)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise ModelError(
-                    f"training diverged: the loss is {value} in epoch {epoch + 1}, step {step + 1} of {loop.steps}",
-                    f"lower the learning rate: --set tune.lr={loop.table.lr / 10:g}",
-                )
+                where = f"epoch {epoch + 1}, step {step + 1} of {loop.steps}"
+                hint = f"lower the learning rate: --set tune.lr={loop.table.lr / 10:g}"
+                raise ModelError(f"training diverged: the loss is {value} in {where}", hint)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(_trained(loop.module), MAX_GRAD_NORM)
@@ -156,7 +155,7 @@ def _loss(loop: _Loop, objective: objectives.Objective, x: Tensor, y: Tensor) ->
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its height (the border is mirrored), and mirror every second one.
+    """Shift each image by up to an eighth of its height, with mirrored borders, and mirror every second one.
 
     Args:
         x: (N, C, H, W).
@@ -192,11 +191,8 @@ def _set_lr(optimizer: torch.optim.Optimizer, loop: _Loop, step: int) -> None:
     """Linear warm-up over the first steps, then half a cosine down to zero."""
     total = loop.table.epochs * loop.steps
     warm = max(1, round(WARM_UP_SHARE * total))
-    share = (
-        (step + 1) / warm
-        if step < warm
-        else (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
-    )
+    falling = (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
+    share = (step + 1) / warm if step < warm else falling
     for group in optimizer.param_groups:
         group["lr"] = loop.table.lr * share
 
@@ -207,7 +203,7 @@ def _epoch_seed(seed: int, epoch: int, purpose: str) -> int:
 
 
 def _memory_format(module: nn.Module, split: Split) -> torch.memory_format:
-    """Channels last is a third faster on CPUs, but a network that calls `view` on its feature maps fails with it."""
+    """Channels last is a third faster on CPUs; networks that call `view` on feature maps fail with it."""
     x = split.take(torch.arange(2)).contiguous(memory_format=torch.channels_last)
     try:
         with modes(None, module), torch.no_grad():
@@ -215,6 +211,12 @@ def _memory_format(module: nn.Module, split: Split) -> torch.memory_format:
     except ModelError:
         return torch.contiguous_format
     return torch.channels_last
+
+
+def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _key(loop: _Loop) -> str:

@@ -5,6 +5,7 @@ Light: runs on the device too, so it keeps to Python 3.8 syntax and imports nump
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +85,14 @@ class Session(ABC):
         import numpy as np
 
         batch, *rest = self.input_shape
-        known = tuple(r or s for r, s in zip(rest, shape or (None, None, None)))
-        if None in known:
+        known = [r or s for r, s in zip(rest, shape or (0, 0, 0))]
+        if 0 in known:
             raise UsageError(
                 f"the model's input is {self.input_shape} with free dimensions", "give the input as CxHxW"
             )
         size = (batch or 1, *known)
         # Multiples of the golden ratio modulo 1. Not numpy.random: its import would count as the model's memory.
-        count = int(np.prod(size))
+        count = math.prod(size)
         return np.mod(np.arange(count, dtype=np.float32) * np.float32(0.618034), np.float32(1.0)).reshape(
             size
         )

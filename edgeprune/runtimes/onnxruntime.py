@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
@@ -96,9 +97,8 @@ def _library() -> Any:
 
 def _errors() -> Tuple[Type[Exception], ...]:
     """What ONNX Runtime raises: classes without a common base, not all of them in each version."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    return tuple(vars(state)[name] for name in _RAISED if name in vars(state))
+    state = vars(import_module("onnxruntime.capi.onnxruntime_pybind11_state"))
+    return tuple(state[name] for name in _RAISED if name in state)
 
 
 def _session(path: Path, *, threads: int, profile_to: str = "") -> Any:

@@ -163,7 +163,8 @@ def _noise(
     if not low < threshold < high:
         return ""
     unit = METRICS[limit.metric].unit
-    return f"noise: the limit lies inside the 95 % interval {show(low, unit)} to {show(high, unit)}"
+    busy = " of times taken while other work ran" if after.conditions.get("contended") is True else ""
+    return f"noise: the limit lies inside the 95 % interval {show(low, unit)} to {show(high, unit)}{busy}"
 
 
 def _reference(limit: Limit, report: Report, baseline: Report | None) -> _Reference | None:
@@ -191,41 +192,65 @@ def _interval(
     limit: Limit, after: Reading, reference: _Reference | None, report: Report
 ) -> tuple[float, float]:
     """The 95 % interval to hold against the threshold, the noise of the reference included; around the value."""
-    below, above = _widths(after)
-    if reference is not None and reference.reading is not None:
-        same_images = METRICS[limit.metric].unit == "fraction" and reference.reading.n == after.n
-        if same_images:
-            paired = _paired(limit.metric, after, reference, report)
-            below, above = (below, above) if paired is None else (paired, paired)
-        else:
-            factor = limit.value if limit.kind == "share" else 1.0
-            other_below, other_above = _widths(reference.reading)
-            # The reference's noise moves the threshold: towards a larger one it widens what lies below the value.
-            below, above = math.hypot(below, factor * other_above), math.hypot(above, factor * other_below)
     value = _value(after) or 0.0
-    return value - below, value + above
+    below, above = _widths(after)
+    if reference is None or reference.reading is None:
+        return value - below, value + above
+    paired = _paired_times(after, reference) or _paired_accuracies(limit.metric, after, reference, report)
+    if paired:
+        return min(paired[0], value), max(paired[1], value)
+    if METRICS[limit.metric].unit == "fraction" and reference.reading.n == after.n:
+        # On the same images most of the noise is shared: adding that of the reference would count it twice.
+        return value - below, value + above
+    factor = limit.value if limit.kind == "share" else 1.0
+    other_below, other_above = _widths(reference.reading)
+    # The threshold moves with the reference: a larger one comes nearer to a value above it.
+    return value - math.hypot(below, factor * other_above), value + math.hypot(above, factor * other_below)
 
 
-def _paired(metric: str, after: Reading, reference: _Reference, report: Report) -> float | None:
-    """Half the 95 % interval of the change in clean accuracy on the same images.
+def _paired_times(after: Reading, reference: _Reference) -> tuple[float, float] | None:
+    """The interval of the time, the dense one taken as exact, when the two were timed in turn."""
+    dense, speedup = _value(reference.reading), after.conditions.get("speedup")
+    if reference.name != "dense" or dense is None or not isinstance(speedup, Mapping):
+        return None
+    low, high = speedup.get("low"), speedup.get("high")
+    if not isinstance(low, float) or not isinstance(high, float) or not 0 < low <= high < math.inf:
+        return None
+    return dense / high, dense / low
+
+
+def _paired_accuracies(
+    metric: str, after: Reading, reference: _Reference, report: Report
+) -> tuple[float, float] | None:
+    """The interval of a clean accuracy, the dense one on the same images taken as exact.
 
     Images that both networks classify alike can't differ in being right, so at most 1 - agreement of them do:
     the variance of the change d is at most (1 - agreement - d^2) / n.
     """
     agreement = _find(report.after, "agreement")
-    same, old, new = _value(agreement), _value(reference.reading), _value(after)
+    values = (_value(agreement), _value(reference.reading), _value(after))
     if metric != "clean_accuracy" or reference.name != "dense" or agreement is None or agreement.n != after.n:
         return None
-    if same is None or old is None or new is None or after.n < 1 or not 0 <= same <= 1:
+    shares = [share for share in values if share is not None and 0 <= share <= 1]
+    if len(shares) < 3 or after.n < 1:
         return None
-    return Z * math.sqrt(max(1 - same - (new - old) ** 2, 0.0) / after.n)
+    same, old, new = shares
+    half = Z * math.sqrt(max(1 - same - (new - old) ** 2, 0.0) / after.n)
+    return new - half, new + half
 
 
 def _widths(reading: Reading) -> tuple[float, float]:
+    """How far the 95 % interval reaches below and above the value."""
     value = _value(reading)
-    if value is None or reading.spread is None or not all(math.isfinite(edge) for edge in reading.spread):
+    if value is None:
         return 0.0, 0.0
-    return max(value - reading.spread[0], 0.0), max(reading.spread[1] - value, 0.0)
+    low, high = reading.spread or (value, value)
+    idle = reading.conditions.get("cpu_p50")
+    if reading.conditions.get("contended") is True and isinstance(idle, float) and idle > 0:
+        # On an idle machine it would have taken at least its CPU time: how much more, nobody can tell.
+        low = min(low, idle)
+    below, above = max(value - low, 0.0), max(high - value, 0.0)
+    return (below, above) if math.isfinite(below + above) else (0.0, 0.0)
 
 
 def _unlike(
@@ -238,10 +263,15 @@ def _unlike(
         return f"not comparable: the {reference.name} one is {reference.reading.where!r}, this one {after.where!r}"
     if reference.name != "baseline" or baseline is None or metric not in TIMED:
         return ""
-    was, now = baseline.environment.get("cpu"), report.environment.get("cpu")
+    was, now = _cpu(baseline), _cpu(report)
     if was and now and was != now:
         return f"not comparable: the baseline was timed on {was}, this one on {now}"
     return ""
+
+
+def _cpu(report: Report) -> str:
+    device = report.environment.get("device")
+    return str(device.get("cpu") or "") if isinstance(device, Mapping) else ""
 
 
 def _where(metric: str, after: Reading, report: Report) -> list[str]:

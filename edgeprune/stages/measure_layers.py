@@ -12,8 +12,9 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from edgeprune import codec
 from edgeprune.devices import Device
-from edgeprune.errors import DeviceError, ModelError
+from edgeprune.errors import DeviceError, ModelError, UsageError
 from edgeprune.recipe import MeasureTable
 from edgeprune.runtimes import NodeTime
 
@@ -67,12 +68,15 @@ def _graph(path: Path) -> onnx.GraphProto:
 
 
 def _node(row: Any, device: str) -> NodeTime:
-    texts = [row.get(k) for k in ("name", "op")] if isinstance(row, dict) else []
-    numbers = [row.get(k) for k in ("seconds", "macs", "bytes")] if isinstance(row, dict) else []
-    good = len(numbers) == 3 and all(isinstance(t, str) for t in texts)
-    if not good or not all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in numbers):
-        raise DeviceError(f"the agent on {device} answered a node that is none: {row!r:.200}")
-    return NodeTime(texts[0], texts[1], float(numbers[0]), int(numbers[1]), int(numbers[2]))
+    try:
+        node = codec.from_json(NodeTime, row, "node")
+    except UsageError as error:
+        raise DeviceError(f"the agent on {device} answered a node that is none: {error.message}") from error
+    if not (math.isfinite(node.seconds) and min(node.seconds, node.macs, node.bytes) >= 0):
+        raise DeviceError(
+            f"the agent on {device} answered a node with a number below 0 or none: {row!r:.200}"
+        )
+    return node
 
 
 class _Names:

@@ -21,6 +21,9 @@ from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had
 
 RESULT_VERSION = 1
 DEEPEST = 64
+# What a note of the run says with its reason is not said a second time.
+SPEED_NOTE = "Speed:"
+ACCURACY_NOTE = "No accuracy was measured"
 MOST_SAMPLES = 10**12
 
 
@@ -166,6 +169,8 @@ def _smaller(report: Report, rows: dict[str, Row]) -> Iterator[str]:
 
 
 def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
+    if any(note.startswith(SPEED_NOTE) for note in report.notes):
+        return
     row = rows.get("latency_p50")
     after = find(report.after, "latency_p50")
     if row is None or after is None or value_of(after) is None:
@@ -175,6 +180,8 @@ def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
         yield f"Median time of one image {row.compressed} ({how_had(after)}); nothing to compare it with."
         return
     times = f"median {row.dense} before, {row.compressed} after, {row.how}"
+    if after.conditions.get("contended") is True:
+        times += " while other work ran on it"
     if "faster" in row.change:
         yield f"{row.change[:1].upper()}{row.change[1:]}: {times}."
     elif row.change == "not comparable":
@@ -190,5 +197,6 @@ def _right(report: Report, rows: dict[str, Row]) -> Iterator[str]:
             images = f" of {after.n} held-out images" if after.n else ""
             was = f", dense {row.dense} ({row.change})" if row.change != "-" else ""
             yield f"{words} {show(value_of(after), 'fraction')}{images}{was}."
-    if value_of(find(report.after, "clean_accuracy")) is None:
+    said = any(note.startswith(ACCURACY_NOTE) for note in report.notes)
+    if not said and value_of(find(report.after, "clean_accuracy")) is None:
         yield "Accuracy is unknown: the compressed model was not tried on labeled images."

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from edgeprune.records import Reading, Report
 from edgeprune.stages import report_plots as plots
 from edgeprune.stages.report_css import CSS
 from edgeprune.stages.report_markup import Markup, element, join
 from edgeprune.stages.report_rows import (
+    LedgerRow,
     Row,
     comparison,
     facts,
@@ -55,7 +55,7 @@ def _header(report: Report, model: str, target: str) -> Markup:
         ("method", prune.get("prune.method")),
         ("granularity", prune.get("prune.granularity")),
         ("seed", prune.get("seed")),
-        ("edgeprune", dict(facts(report.environment)).get("edgeprune")),
+        ("edgeprune", dict(facts(report.environment)).get("versions.edgeprune")),
     ]
     words = [element("span", f"{name} {value}") for name, value in parts if value]
     return element(
@@ -141,12 +141,13 @@ def _ledger(report: Report) -> Markup:
     rows = ledger(report)
     if not rows:
         return _absent("No accuracies were taken after the stages of this run.")
-    groups = groupby(
-        sorted(rows, key=lambda r: [x.metric for x in rows].index(r.metric)), key=lambda r: r.metric
-    )
-    return join(
-        [join(element("h3", metric), plots.intervals(metric, list(group))) for metric, group in groups]
-    )
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    return join([_ledger_of(metric, [row for row in rows if row.metric == metric]) for metric in metrics])
+
+
+def _ledger_of(metric: str, rows: Sequence[LedgerRow]) -> Markup:
+    how = "; ".join(dict.fromkeys(row.how for row in rows if row.value is not None))
+    return join(element("h3", metric), element("p", how, class_="fine"), plots.intervals(metric, rows))
 
 
 def _distribution(report: Report) -> Markup:

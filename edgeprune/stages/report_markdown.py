@@ -32,10 +32,10 @@ def document(report: Report, sentences: Sequence[str]) -> str:
         blocks += ["## Read this first", "\n".join(f"- {plain(note)}" for note in report.notes)]
     blocks += ["## Before and after", _comparison(report)]
     if report.ledger:
-        rows = [[r.stage, r.metric, r.text, str(r.n)] for r in ledger(report)]
+        rows = [[r.stage, r.metric, r.text, str(r.n), r.how] for r in ledger(report)]
         blocks += [
             "## Accuracy after each stage",
-            table(["after", "metric", "value (95 % interval)", "images"], rows),
+            table(["after", "metric", "value (95 % interval)", "images", "how and where"], rows),
         ]
     blocks += _folds(report)
     return "\n\n".join(blocks) + "\n"

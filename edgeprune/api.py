@@ -1,0 +1,98 @@
+"""The same stages on a module in memory, for those who write Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgeprune import pipeline, recipe
+from edgeprune.errors import EdgepruneError
+from edgeprune.nn import bundle as bundles
+from edgeprune.records import Bundle, Report, Verdict
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. folder: where everything lies. module: the smaller network, pixels in [0, 1] -> logits."""
+
+    folder: Path
+    report: Report
+    verdict: Verdict
+    module: nn.Module
+
+
+def load(path: str | Path, **model: Any) -> Bundle:
+    """Load a model file or a run directory as safely as the command line does.
+
+    Args:
+        path: .pt2, .pt/.pth, .safetensors, or a run directory.
+        model: the keys of the recipe's table [model]: arch, input, mean, std, allow_class, trust_pickle.
+
+    Raises:
+        UsageError: no such file, or an unknown key. ModelError: it can't be loaded, or not safely.
+
+    >>> import edgeprune
+    >>> edgeprune.load("no-such-file.pt2")
+    Traceback (most recent call last):
+    ...
+    edgeprune.errors.UsageError: no such file: 'no-such-file.pt2'
+    """
+    return bundles.load_bundle(recipe.build({}, {"model": {"path": str(path), **model}}).model)
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    target: str = "local",
+    budget: Mapping[str, str] | None = None,
+    data: str | Path | None = None,
+    method: str = "auto",
+    **more: Any,
+) -> Run:
+    """Compress a module in memory; it is not changed.
+
+    Args:
+        model: eats float32 (N, C, H, W) and answers logits (N, K).
+        example_inputs: float32 (N, C, H, W) pixels in [0, 1]; only the shape counts.
+        target: a name of `edgeprune list targets` or a path.
+        budget: metric -> limit, as in {"macs": "50 %"}, which is also what None stands for.
+        data: class folders, a tar of them, or an .npz; None prunes without data.
+        method: a name of `edgeprune list methods`.
+        more: output (the run directory), seed, mean and std (the normalization to put inside), or a table of the
+            recipe, as in tune={"epochs": 2}.
+
+    Raises:
+        EdgepruneError: any of its kinds, as the command line's exit codes say.
+
+    >>> import tempfile, torch, edgeprune
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(),
+    ...                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    >>> run = edgeprune.compress(net, torch.rand(1, 3, 16, 16), budget={"macs": "50 %"}, output=tempfile.mkdtemp(),
+    ...                          measure={"iterations": 20, "seconds": 1.0})
+    >>> macs = {r.artifact: r.value for r in (*run.report.before, *run.report.after) if r.metric == "macs"}
+    >>> macs["compressed"] <= 0.5 * macs["dense"], (run.folder / "model.onnx").exists()
+    (True, True)
+    """
+    output = Path(more.pop("output")) if "output" in more else Path("runs") / f"{type(model).__name__.lower()}-{target}"
+    mean, std = tuple(more.pop("mean", ())), tuple(more.pop("std", ()))
+    flags: dict[str, Any] = {"target": target, "budget": dict(budget or {}), **more}
+    flags["prune"] = {"method": method, **more.get("prune", {})}
+    if data is not None:
+        flags["data"] = {"path": str(data), **more.get("data", {})}
+    bundle = bundles.from_module(model, example_inputs, mean=mean, std=std)
+    result = pipeline.compress(recipe.build({}, flags), output, say=_quiet, bundle=bundle)
+    if result.exit_code:
+        missed = ", ".join(f"{c.metric} {c.limit}" for c in result.verdict.checks if c.status == "fail")
+        raise EdgepruneError(f"the run in {result.folder} is complete, but misses its budget: {missed}")
+    return Run(result.folder, result.report, result.verdict, bundles.deployed(result.bundle))
+
+
+def _quiet(text: str) -> None:
+    """A library does not print."""

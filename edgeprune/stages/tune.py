@@ -1,0 +1,100 @@
+"""Repair a pruned network: batch-norm statistics anew, then fine-tuning, and the accuracy after each step."""
+
+from __future__ import annotations
+
+import platform
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+from torch import nn
+
+from edgeprune.nn import bundle as bundles
+from edgeprune.nn import train
+from edgeprune.nn.data import Data, Split, calibration_images
+from edgeprune.recipe import TuneTable
+from edgeprune.records import Bundle, Reading
+
+RESULT_VERSION = 1
+
+
+def run(  # noqa: PLR0913
+    bundle: Bundle,
+    data: Data,
+    table: TuneTable,
+    *,
+    calibration: str,
+    teacher: Bundle | None,
+    seed: int,
+    scratch: Path,
+) -> tuple[Bundle, tuple[Reading, ...]]:
+    """Repair a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
+
+    Nothing is learned from held-out images; without training images only the accuracy before is measured.
+
+    Args:
+        bundle: the pruned network; not changed.
+        data: images to learn from and images to measure on.
+        table: whether to recalibrate, and how long and how to fine-tune.
+        calibration: the recipe of `calibration/` whose images set the batch-norm statistics.
+        teacher: the dense network, to imitate with weight `table.distill`; or None.
+        seed: decides the order of the images and their augmentation.
+        scratch: a folder for the state after each epoch; an interrupted run goes on from there.
+
+    Returns:
+        The repaired bundle, and readings of clean_accuracy with `conditions["stage"]` pruned, bn recalibrated
+        and tuned (those that took place).
+
+    Raises:
+        ModelError: the network fails on images, or training diverges.
+        UsageError: the calibration recipe or the objective is wrong.
+    """
+    copy = replace(bundle, module=deepcopy(bundle.module))
+    network = bundles.deployed(copy)
+    readings = [_reading(network, data.held_out, "pruned", {})]
+    if data.train is None:
+        return copy, tuple(readings)
+    if table.recalibrate:
+        images = calibration_images(data, calibration)
+        layers = train.recalibrate_bn(network, images)
+        if layers:
+            used = {"calibration images": len(images), "layers": layers}
+            readings.append(_reading(network, data.held_out, "bn recalibrated", used))
+    if table.epochs:
+        _unfreeze(copy.module)
+        dense = bundles.deployed(teacher) if teacher is not None and table.distill > 0 else None
+        history = train.fit(network, data.train, table, teacher=dense, seed=seed, scratch=scratch)
+        used = {"epochs": table.epochs, "training images": len(data.train), "loss": history.losses[-1]}
+        readings.append(_reading(network, data.held_out, "tuned", used))
+    return copy, tuple(readings)
+
+
+def exact_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Clopper-Pearson interval of a share: it holds the true one at least that often."""
+    tail = (1 - confidence) / 2
+    low = float(stats.beta.ppf(tail, correct, total - correct + 1)) if correct else 0.0
+    high = float(stats.beta.ppf(1 - tail, correct + 1, total - correct)) if correct < total else 1.0
+    return low, high
+
+
+def _reading(network: nn.Module, split: Split, stage: str, used: dict[str, Any]) -> Reading:
+    correct, total = train.accuracy(network, split)
+    return Reading(
+        metric="clean_accuracy",
+        value=correct / total,
+        unit="fraction",
+        n=total,
+        spread=exact_interval(correct, total),
+        where=f"local {platform.machine()} torch",
+        artifact="compressed",
+        conditions={"stage": stage, "images": total, **used},
+    )
+
+
+def _unfreeze(module: nn.Module) -> None:
+    """A network that was frozen for inference is trained whole; one that is frozen in part stays so."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())

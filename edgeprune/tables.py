@@ -1,0 +1,57 @@
+"""What the command line shows in a terminal, as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from edgeprune.pipeline import Result, stage
+from edgeprune.quantities import show
+from edgeprune.records import METRICS, Reading, Report
+
+
+def report_table(report: Report) -> Table:
+    """Before and after."""
+    return stage("report").terminal(report)
+
+
+def summary(result: Result) -> list[str]:
+    """Plain words below the table: the outcome, the budget, and where everything lies."""
+    lines = list(stage("report").summary_lines(result.report))
+    for check in result.verdict.checks:
+        unit = METRICS[check.metric].unit
+        words = {"pass": "met", "fail": "MISSED", "missing": "not read", "inconclusive": "can't be told"}[check.status]
+        lines.append(f"Budget {check.metric} {check.limit}: {words} ({show(check.value, unit)}, limit {show(check.threshold, unit)}).")
+    lines.append(f"Report: {result.folder / 'report.html'}")
+    lines.append(f"Ship:   {result.folder / 'model.onnx'}")
+    return lines
+
+
+def readings_table(readings: Sequence[Reading]) -> Table:
+    """Readings of one file."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("metric", "value", "95 % interval", "where"):
+        table.add_column(name, justify="right" if name in ("value", "95 % interval") else "left")
+    for r in readings:
+        low_high = f"{show(r.spread[0], r.unit)} - {show(r.spread[1], r.unit)}" if r.spread else ""
+        value = show(r.value, r.unit) if r.value is not None else f"- ({r.conditions.get('why', 'not read')})"
+        table.add_row(r.metric, value, low_high, Text(r.where))
+    return table
+
+
+def why_table(rows: Sequence[Any]) -> Table:
+    """Layers, their costs and why they can't be pruned."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("layer", "op", "channels", "params", "MACs", "MACs %", "time %", "can't be pruned because"):
+        table.add_column(name, justify="left" if name in ("layer", "op", "can't be pruned because") else "right", overflow="fold")
+    for r in rows:
+        time = f"{100 * r.time_share:.1f}" if r.time_share is not None else "-"
+        table.add_row(
+            Text(r.layer), r.op, str(r.channels), show(r.params, ""), show(r.macs, ""), f"{100 * r.macs_share:.1f}", time,
+            Text(r.why_not),
+        )  # fmt: skip
+    return table

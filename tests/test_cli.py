@@ -1,0 +1,284 @@
+"""The command line as a user meets it: words, exit codes, one JSON object, resume, and a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nets
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from edgeprune import codec
+from edgeprune.cli import app
+from edgeprune.records import Report
+
+FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
+ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "residual.pt"
+    torch.save(nets.build("residual").state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    rng = np.random.default_rng(0)
+    shape = (8, 8, 3)
+    np.savez(
+        path, x_train=rng.integers(0, 256, (100, *shape), np.uint8), y_train=np.arange(100) % 5,
+        x_test=rng.integers(0, 256, (50, *shape), np.uint8), y_test=np.arange(50) % 5,
+    )  # fmt: skip
+    return path
+
+
+def command(weights: Path, out: Path, *more: str) -> list[str]:
+    return ["compress", str(weights), "--arch", ARCH, "--input", "3x8x8", "--target", "local", "-o", str(out), *FAST, *more]
+
+
+@pytest.fixture(scope="module")
+def run(weights: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    out = tmp_path_factory.mktemp("runs") / "residual"
+    done = runner.invoke(app, command(weights, out, "--data", str(images), "--epochs", "1", "--json"))
+    assert done.exit_code == 0, done.output
+    return out, json.loads(done.stdout)
+
+
+def readings(report: dict[str, object], side: str) -> dict[str, float]:
+    return {r["metric"]: r["value"] for r in report[side]}  # type: ignore[index, attr-defined]
+
+
+def test_a_run_leaves_everything_that_a_user_takes_away(run: tuple[Path, dict[str, object]]) -> None:
+    out, answer = run
+    for name in ("model.onnx", "dense.onnx", "model.pt2", "weights.safetensors", "plan.json", "recipe.toml",
+                 "report.json", "report.md", "report.html", "edgeprune.lock"):  # fmt: skip
+        assert (out / name).stat().st_size > 0, name
+    report = codec.read(Report, out / "report.json")
+    assert codec.to_json(report) == answer["report"]
+
+
+def test_the_budget_holds_and_every_metric_of_a_file_was_read(run: tuple[Path, dict[str, object]]) -> None:
+    before, after = readings(run[1]["report"], "before"), readings(run[1]["report"], "after")  # type: ignore[arg-type]
+    assert after["macs"] <= 0.5 * before["macs"] and after["params"] < before["params"]
+    assert after["size"] == (run[0] / "model.onnx").stat().st_size
+    for metric in ("latency_p50", "latency_p90", "latency_p99", "peak_memory", "clean_accuracy"):
+        assert before[metric] is not None and after[metric] is not None
+    assert 0 <= after["agreement"] <= 1
+
+
+def test_measured_and_counted_readings_say_which_they_are(run: tuple[Path, dict[str, object]]) -> None:
+    for reading in run[1]["report"]["after"]:  # type: ignore[index]
+        counted = reading["metric"] in ("params", "macs", "size")
+        assert (reading["where"] == "counted") == counted, reading
+        if not counted and reading["metric"] != "agreement":
+            assert reading["where"].startswith("local")
+
+
+def test_the_ledger_has_the_accuracy_after_every_step(run: tuple[Path, dict[str, object]]) -> None:
+    stages = [r["conditions"]["stage"] for r in run[1]["report"]["ledger"]]  # type: ignore[index]
+    assert stages == ["pruned", "bn recalibrated", "tuned"]
+
+
+def test_the_second_time_repeats_no_stage(run: tuple[Path, dict[str, object]], weights: Path, images: Path) -> None:
+    out, first = run
+    stamps = {p: p.stat().st_mtime_ns for p in out.glob("[0-9]-*/*/record.json")}
+    assert len(stamps) == 6
+    done = runner.invoke(app, command(weights, out, "--data", str(images), "--epochs", "1", "--json"))
+    assert done.exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in out.glob("[0-9]-*/*/record.json")} == stamps
+    assert json.loads(done.stdout)["report"] == first["report"]
+
+
+def test_another_option_redoes_only_what_depends_on_it(
+    run: tuple[Path, dict[str, object]], weights: Path, images: Path
+) -> None:
+    out, _ = run
+    done = runner.invoke(app, command(weights, out, "--data", str(images), "--epochs", "2", "--json"))
+    assert done.exit_code == 0, done.output
+    counts = {p.name: len(list(p.iterdir())) for p in out.glob("[0-9]-*")}
+    assert counts == {"0-dense": 1, "1-prune": 1, "2-cut": 1, "3-tune": 2, "4-export": 2, "5-measure": 2}
+
+
+def test_the_pruned_network_can_be_pruned_again_from_its_run_directory(
+    run: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    again = ["compress", str(run[0]), "-o", str(tmp_path / "again"), "--json", "--budget", "macs=80 %", *FAST]
+    done = runner.invoke(app, again)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)["report"]
+    assert readings(report, "before")["macs"] == readings(run[1]["report"], "after")["macs"]  # type: ignore[arg-type]
+    assert readings(report, "after")["macs"] <= 0.8 * readings(report, "before")["macs"]
+
+
+@pytest.mark.parametrize("argument", ["", "report.json"])
+def test_gate_reads_a_run_or_its_report(run: tuple[Path, dict[str, object]], argument: str) -> None:
+    path = str(run[0] / argument)
+    assert runner.invoke(app, ["gate", path, "--budget", "macs=50 %"]).exit_code == 0
+    assert runner.invoke(app, ["gate", path, "--budget", "macs=10 %"]).exit_code == 1
+    assert runner.invoke(app, ["gate", path, "--budget", "energy=1 mJ"]).exit_code == 8
+    assert runner.invoke(app, ["gate", path, "--budget", "speed=1"]).exit_code == 2
+
+
+def test_a_missing_baseline_is_no_failure_and_is_said(run: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    done = runner.invoke(app, ["gate", str(run[0]), "--budget", "macs=50 %", "--baseline", str(tmp_path / "none.json")])
+    assert done.exit_code == 0 and "none.json" in done.output or "baseline" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["compress", "nowhere.pt2", "--target", "local"], 2, "nowhere.pt2"),
+        (["compress", "x.pt2", "--target", "jetsun"], 2, "did you mean 'jetson'?"),
+        (["compress", "x.pt2", "--budget", "speed=2"], 2, "unknown metric 'speed'"),
+        (["compress", "x.pt2", "--budget", "macs"], 2, "METRIC=LIMIT"),
+        (["compress", "x.pt2", "--method", "tailor"], 2, "did you mean 'taylor'?"),
+        (["compress", "x.pt2", "--set", "prune.flor=0.2"], 2, "flor"),
+        (["compress", "x.pt2", "--force", "prone"], 2, "did you mean 'prune'?"),
+        (["compress", "x.pt2", "--epochs", "3"], 2, "needs images"),
+        (["compress", "x.pt2", "--granularity", "2:4"], 2, "not in this version"),
+        (["compress", "x.pt2", "--precision", "int8"], 2, "not in this version"),
+        (["evaluate", "x.onnx"], 2, "--data"),
+        (["evaluate", "x.onnx", "--attack", "fgms"], 2, "fgsm"),
+        (["gate", "nowhere"], 2, "budget"),
+        (["gate", "nowhere", "--budget", "macs=1 %"], 2, "nowhere"),
+        (["list", "method"], 2, "did you mean 'methods'?"),
+        (["profile", "nowhere.onnx"], 2, "nowhere.onnx"),
+    ],
+)
+def test_wrong_input_is_answered_with_what_was_found_and_the_right_code(
+    arguments: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == code, done.output
+    assert says in done.stderr and "Traceback" not in done.output
+    assert done.stderr.startswith(("error: ", "load: "))
+
+
+def test_an_impossible_budget_says_how_far_it_got(weights: Path, tmp_path: Path) -> None:
+    done = runner.invoke(app, command(weights, tmp_path / "run", "--budget", "macs=1 %"))
+    assert done.exit_code == 4 and "got down to" in done.stderr
+
+
+def test_an_error_under_json_is_one_object_on_stdout() -> None:
+    done = runner.invoke(app, ["compress", "nowhere.pt2", "--json"])
+    assert json.loads(done.stdout)["exit_code"] == 2 == done.exit_code
+
+
+def test_size_budgets_hold_for_the_file_itself(weights: Path, tmp_path: Path) -> None:
+    done = runner.invoke(app, command(weights, tmp_path / "run", "--budget", "size=60 %", "--json"))
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "model.onnx").stat().st_size <= 0.6 * (tmp_path / "run" / "dense.onnx").stat().st_size
+
+
+def test_a_jetson_run_says_that_nothing_was_measured_there_and_brings_its_build_script(weights: Path, tmp_path: Path) -> None:
+    arguments = command(weights, tmp_path / "run")
+    arguments[arguments.index("local")] = "jetson"
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "Nothing has been measured on" in done.stdout
+    assert os.access(tmp_path / "run" / "build_engine.sh", os.X_OK)
+
+
+def test_evaluation_data_is_never_learned_from(weights: Path, images: Path, tmp_path: Path) -> None:
+    """The training part is poisoned: opening it would be an error."""
+    with np.load(images) as arrays:
+        poisoned = dict(arrays)
+    poisoned["x_train"] = np.zeros((1, 2), np.float32)
+    np.savez(tmp_path / "poisoned.npz", **poisoned)
+    data = ["--data", str(tmp_path / "poisoned.npz"), "--data-use", "evaluate"]
+    done = runner.invoke(app, command(weights, tmp_path / "run", *data, "--json"))
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)["report"]
+    assert [r["conditions"]["stage"] for r in report["ledger"]] == ["pruned"]
+    assert readings(report, "after")["clean_accuracy"] is not None
+
+
+def test_evaluate_and_profile_read_the_file_itself(run: tuple[Path, dict[str, object]], images: Path) -> None:
+    done = runner.invoke(app, ["evaluate", str(run[0] / "model.onnx"), "--data", str(images), "--json"])
+    assert done.exit_code == 0, done.output
+    reading = json.loads(done.stdout)["readings"][0]
+    assert reading["n"] == 50 and 0 <= reading["spread"][0] <= reading["value"] <= reading["spread"][1] <= 1
+    limited = runner.invoke(app, ["evaluate", str(run[0]), "--data", str(images), "--limit", "20", "--json"])
+    assert json.loads(limited.stdout)["readings"][0]["n"] == 20
+    done = runner.invoke(app, ["profile", str(run[0] / "model.onnx"), "--json", *FAST])
+    assert done.exit_code == 0, done.output
+    assert {r["metric"] for r in json.loads(done.stdout)["readings"]} >= {"size", "latency_p50", "peak_memory"}
+
+
+def test_why_names_the_layers_and_the_reason(weights: Path) -> None:
+    done = runner.invoke(app, ["why", str(weights), "--arch", ARCH, "--input", "3x8x8", "--json", *FAST])
+    assert done.exit_code == 0, done.output
+    rows = {r["layer"]: r for r in json.loads(done.stdout)["layers"]}
+    assert rows["fc"]["why_not"] == "its channels are outputs of the network"
+    assert rows["one.0"]["why_not"] == "" and rows["one.0"]["macs"] == 8 * 16 * 9 * 64
+    assert sum(r["macs_share"] for r in rows.values()) == pytest.approx(1)
+    assert sum(r["time_share"] or 0 for r in rows.values()) == pytest.approx(1, abs=0.35)
+
+
+@pytest.mark.parametrize("family", ["methods", "targets", "attacks", "runtimes", "devices", "calibration"])
+def test_list_shows_every_member_with_a_line(family: str) -> None:
+    done = runner.invoke(app, ["list", family, "--json"])
+    assert done.exit_code == 0
+    assert all(m["name"] and m["about"] for m in json.loads(done.stdout)[family])
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "edgeprune", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
+    run: tuple[Path, dict[str, object]], weights: Path, images: Path, tmp_path: Path
+) -> None:
+    arguments = command(weights, tmp_path / "run", "--data", str(images), "--epochs", "1")
+    for stage in ("2-cut", "4-export"):
+        with start(arguments) as process:
+            deadline = time.monotonic() + 120
+            while not list((tmp_path / "run").glob(f"{stage}/*")) and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.kill(process.pid, signal.SIGKILL)
+    finished = set((tmp_path / "run").glob("[0-3]-*/[!t]*"))
+    stamps = {p: (p / "record.json").stat().st_mtime_ns for p in finished if p.is_dir()}
+    assert stamps
+    done = runner.invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    assert {p: (p / "record.json").stat().st_mtime_ns for p in stamps} == stamps
+    key = next(p for p in (run[0] / "4-export").iterdir() if (p / "model.onnx").exists() and p.name in
+               {q.name for q in (tmp_path / "run" / "4-export").iterdir()})  # fmt: skip
+    assert (tmp_path / "run" / "model.onnx").read_bytes() == (key / "model.onnx").read_bytes()
+
+
+def test_the_second_of_two_runs_in_one_directory_is_turned_away(weights: Path, tmp_path: Path) -> None:
+    arguments = command(weights, tmp_path / "run")
+    with start(arguments) as first:
+        while not (tmp_path / "run" / ".lock").exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        second = runner.invoke(app, arguments)
+        first.kill()
+    assert second.exit_code == 7 and "in use by another" in second.stderr
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.99])
+def test_truncated_model_files_are_clear_errors(weights: Path, tmp_path: Path, share: float) -> None:
+    data = weights.read_bytes()
+    path = tmp_path / "cut.pt"
+    path.write_bytes(data[: int(share * len(data))])
+    done = runner.invoke(app, ["compress", str(path), "--arch", ARCH, "--input", "3x8x8", "-o", str(tmp_path / "run")])
+    assert done.exit_code == 4, done.output
+    assert done.stderr.count("error: ") == 1 and "bug" not in done.stderr

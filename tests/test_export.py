@@ -1,0 +1,476 @@
+"""An exported file answers like its module, says what it is, tells nothing of this machine, or is not written."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import nets
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import Tensor, nn
+
+import edgeprune
+from edgeprune import bundled
+from edgeprune.errors import ParityError, UnsupportedModel, UsageError
+from edgeprune.nn import onnx_export, onnx_file
+from edgeprune.nn.bundle import deployed
+from edgeprune.nn.parity import METRIC
+from edgeprune.recipe import ExportTable
+from edgeprune.records import Artifact, Bundle, InputSpec, Reading, Source
+from edgeprune.stages import export
+
+SPEC = InputSpec(nets.SHAPE, 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+PLAIN = InputSpec(nets.SHAPE, 5)
+Result = tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]
+
+
+def wrapped(network: nn.Module, spec: InputSpec = SPEC) -> nn.Module:
+    return deployed(Bundle(network.eval(), Source("memory"), spec)).eval()
+
+
+def ship(
+    network: nn.Module,
+    out: Path,
+    *,
+    spec: InputSpec = SPEC,
+    opset: int = 20,
+    dynamic_batch: bool = False,
+    real: Tensor | None = None,
+) -> Result:
+    table = ExportTable(dynamic_batch=dynamic_batch)
+    meta = {"labels": json.dumps(["a", "b"]), "parent": "abc123"}
+    return export.run(wrapped(network, spec), spec, out, opset=opset, table=table, meta=meta, real=real)
+
+
+def answers(file: Path, pixels: Tensor) -> np.ndarray:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], {"input": pixels.numpy()})[0])
+
+
+def texts(model: ModelProto) -> str:
+    """Everything in a model that is not a number."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for item in copy.graph.initializer:
+        item.ClearField("raw_data")
+    return str(copy)
+
+
+def weighted(network: nn.Module) -> set[str]:
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    return {name for name, part in network.named_modules() if isinstance(part, kinds)}
+
+
+class Odd(nn.Module):
+    """A small network with something strange in the middle."""
+
+    def __init__(self, strange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.strange, self.fc = nn.Conv2d(3, 4, 3), Strange(strange), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.strange(self.conv(x)).mean((2, 3)))
+
+
+class Strange(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_a_file_answers_like_its_module_and_its_nodes_are_called_like_its_layers(
+    name: str, tmp_path: Path
+) -> None:
+    network, out = nets.build(name), tmp_path / "model.onnx"
+    artifact, readings, notes = ship(network, out, real=nets.example(4))
+    for seed in range(3):
+        pixels = nets.example(1, seed=100 + seed)
+        wanted = wrapped(network)(pixels).detach().numpy()
+        np.testing.assert_allclose(answers(out, pixels), wanted, atol=1e-5)
+    model = onnx.load(out)
+    applied = [node.name for node in model.graph.node if node.op_type in onnx_file.WEIGHTED]
+    assert set(applied) == weighted(network) and len(applied) == len(set(applied))
+    held = {item.name for item in model.graph.initializer}
+    assert {f"{layer}.weight" for layer in weighted(network)} <= held
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+    assert [(r.metric, r.n, r.conditions["inputs"]) for r in readings] == [
+        (METRIC, 6, "random"),
+        (METRIC, 4, "real"),
+    ]
+    assert all(r.value is not None and r.value < 1e-5 for r in readings)
+    assert notes == () and artifact.opset == 20
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 21])
+def test_the_opset_is_the_one_that_was_asked_for(opset: int, tmp_path: Path) -> None:
+    network, out = nets.build("depthwise"), tmp_path / "model.onnx"
+    artifact, readings, notes = ship(network, out, opset=opset)
+    model = onnx.load(out)
+    assert [(item.domain, item.version) for item in model.opset_import] == [("", opset)]
+    assert artifact.opset == opset
+    assert {n.name for n in model.graph.node if n.op_type in onnx_file.WEIGHTED} == weighted(network)
+    assert {f"{layer}.weight" for layer in weighted(network)} <= {
+        item.name for item in model.graph.initializer
+    }
+    assert bool(notes) == (opset < 18)
+    assert readings[0].value is not None and readings[0].value < 1e-5
+
+
+def test_an_old_opset_is_reached_by_conversion_where_onnx_can_convert(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    _, _, notes = ship(network, tmp_path / "model.onnx", opset=17)
+    assert notes == ("model.onnx was exported at opset 18 and converted to 17",)
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [n.name for n in model.graph.node if n.op_type in onnx_file.WEIGHTED] == ["0", "3"]
+    _, _, notes = ship(nets.build("residual"), tmp_path / "model.onnx", opset=17)
+    assert len(notes) == 1 and "TorchScript" in notes[0]
+
+
+def test_an_opset_that_can_not_be_had_is_refused_with_the_one_that_can(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel) as refused:
+        ship(Odd(lambda x: torch.special.erfcx(x).chunk(2)[0]), tmp_path / "model.onnx", opset=13)
+    assert "opset 13" in refused.value.message
+    for opset in (0, 8, 99):
+        with pytest.raises(UsageError, match="between 9 and"):
+            ship(nets.build("plain"), tmp_path / "model.onnx", opset=opset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_batch_is_one_unless_it_was_asked_to_be_open(tmp_path: Path) -> None:
+    network, out = nets.build("residual"), tmp_path / "model.onnx"
+    ship(network, out)
+    (value,) = onnx.load(out).graph.input
+    assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [1, *nets.SHAPE]
+    _, readings, _ = ship(network, out, dynamic_batch=True, real=nets.example(2))
+    graph = onnx.load(out).graph
+    assert [v.type.tensor_type.shape.dim[0].dim_param for v in (*graph.input, *graph.output)] == [
+        "batch",
+        "batch",
+    ]
+    assert [r.n for r in readings] == [6 + 6 * 3, 2]
+    for batch in (1, 2, 7):
+        pixels = nets.example(batch)
+        np.testing.assert_allclose(answers(out, pixels), wrapped(network)(pixels).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [13, 20])
+def test_the_file_tells_nothing_of_the_machine_it_was_made_on(opset: int, tmp_path: Path) -> None:
+    ship(nets.build("residual"), tmp_path / "model.onnx", opset=opset)
+    model = onnx.load(tmp_path / "model.onnx")
+    said = texts(model)
+    for private in (
+        str(tmp_path),
+        str(Path.cwd()),
+        sys.prefix,
+        ".py",
+        "/",
+        "stack_trace",
+        "pkg.",
+        "forward",
+        "doc_string",
+    ):
+        assert private not in said
+    parts = (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.graph.input)
+    assert not any(part.metadata_props or part.doc_string for part in parts)
+
+
+def test_the_file_says_what_it_eats_and_where_it_came_from(tmp_path: Path) -> None:
+    artifact, _, _ = ship(nets.build("plain"), tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert about["edgeprune.version"] == edgeprune.__version__ == model.producer_version
+    assert about["edgeprune.parent"] == "abc123" == artifact.parent
+    assert json.loads(about["edgeprune.labels"]) == ["a", "b"]
+    assert json.loads(about["edgeprune.normalization"])["mean"] == list(SPEC.mean)
+    assert json.loads(about["edgeprune.normalization"])["std"] == list(SPEC.std)
+    eats = json.loads(about["edgeprune.input"])
+    assert (eats["shape"], eats["low"], eats["high"]) == ([*nets.SHAPE], 0.0, 1.0)
+
+
+def test_one_whole_file_is_written_and_the_artifact_describes_it(tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    artifact, _, _ = ship(nets.build("concat"), out)
+    assert list(tmp_path.iterdir()) == [out]
+    data = out.read_bytes()
+    assert (artifact.path, artifact.size_bytes) == (str(out), len(data))
+    assert (artifact.sha256, artifact.format, artifact.precision) == (
+        sha256(data).hexdigest(),
+        "onnx",
+        "fp32",
+    )
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+
+
+def test_the_same_module_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, _, _ = ship(nets.build("split"), tmp_path / "a.onnx")
+    again, _, _ = ship(nets.build("split"), tmp_path / "b.onnx")
+    assert first.sha256 == again.sha256
+
+
+def test_the_file_version_is_the_oldest_that_the_opset_allows(tmp_path: Path) -> None:
+    for opset, version in ((13, 7), (17, 8), (20, 9), (21, 10)):
+        ship(nets.build("plain"), tmp_path / "model.onnx", opset=opset)
+        assert onnx.load(tmp_path / "model.onnx").ir_version == version
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for opset in (13, 20):
+        ship(nets.build("plain"), tmp_path / "model.onnx", opset=opset)
+    assert capfd.readouterr() == ("", "")
+
+
+def brighter_when_exported(x: Tensor) -> Tensor:
+    return x * 1.5 if torch.compiler.is_exporting() else x
+
+
+def test_a_file_that_answers_differently_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        ParityError, match=r"differs from the network .* by \S+ on (all|uniform|black)"
+    ) as found:
+        ship(Odd(brighter_when_exported), tmp_path / "model.onnx")
+    assert found.value.exit_code == 5 and "export.tolerance" in found.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_answers_differently_on_real_images_only_is_not_written(tmp_path: Path) -> None:
+    def strange(x: Tensor) -> Tensor:
+        return x.clamp(max=4.0) if torch.compiler.is_exporting() else x
+
+    network = nn.Sequential(Strange(strange), nn.Flatten(), nn.Linear(3 * 64, 5))
+    real = nets.example(3)
+    _, readings, _ = ship(network, tmp_path / "fine.onnx", spec=PLAIN, real=real)
+    assert readings[1].value is not None and readings[1].value < 1e-5
+    real[1] += 9.0
+    with pytest.raises(ParityError, match="on real image 1,"):
+        ship(network, tmp_path / "model.onnx", spec=PLAIN, real=real)
+
+
+def test_the_tolerance_is_of_the_largest_logit(tmp_path: Path) -> None:
+    def slightly(x: Tensor) -> Tensor:
+        return x * 1.001 if torch.compiler.is_exporting() else x
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5), Strange(slightly))
+    module = wrapped(network, PLAIN)
+    for tolerance, good in ((0.0011, True), (0.0009, False)):
+        table = ExportTable(tolerance=tolerance)
+
+        def attempt(table: ExportTable = table) -> Result:
+            return export.run(module, PLAIN, tmp_path / "m.onnx", opset=20, table=table, meta={}, real=None)
+
+        if good:
+            value = attempt()[1][0].value
+            assert value is not None and math.isclose(value, 0.001, rel_tol=0.01)
+        else:
+            with pytest.raises(ParityError):
+                attempt()
+
+
+def test_answers_that_are_not_numbers_are_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="answers all 0 with NaN or infinity"):
+        ship(
+            nn.Sequential(nn.Flatten(), Strange(torch.log), nn.Linear(192, 5)),
+            tmp_path / "m.onnx",
+            spec=PLAIN,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def branch(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else x * 2
+
+
+def to_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.detach().numpy() * 2)
+
+
+@pytest.mark.parametrize(
+    ("strange", "words"),
+    [
+        (branch, ("network.strange (Strange)", "data-dependent")),
+        (
+            lambda x: x * x.max().item() if x.max().item() > 0 else x,
+            ("network.strange (Strange)", "data-dependent"),
+        ),
+        (lambda x: x * torch.linalg.svdvals(x).sum(), ("network.strange (Strange)", "aten._linalg_svd")),
+        (
+            lambda x: x[:, :, :1] + x[:, :, :2].expand(1, 4, 7, 6),
+            ("network.strange (Strange)", "fails on an input"),
+        ),
+        (lambda x: {}["weights"], ("network.strange (Strange)", "KeyError 'weights'")),
+    ],
+    ids=["branch", "item", "operator", "shape", "key"],
+)
+def test_what_can_not_be_exported_names_the_layer_and_torchs_reason(
+    strange: Callable[[Tensor], Tensor], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModel) as refused:
+        ship(Odd(strange), tmp_path / "model.onnx")
+    for word in words:
+        assert word in refused.value.message
+    assert "Traceback" not in refused.value.message and "\n" not in refused.value.message
+    assert refused.value.exit_code == 4 and refused.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_answers_than_logits_are_refused(tmp_path: Path) -> None:
+    network = nets.build("plain")
+    with pytest.raises(
+        UnsupportedModel, match=r"with shape \(1, 5\); accepted: one tensor of logits \(1, 7\)"
+    ):
+        ship(network, tmp_path / "m.onnx", spec=InputSpec(nets.SHAPE, 7))
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.network(x)}
+
+    with pytest.raises(UnsupportedModel, match="with a dict"):
+        ship(Pair(), tmp_path / "m.onnx")
+
+
+def test_an_open_batch_is_refused_where_the_network_fixes_it(tmp_path: Path) -> None:
+    network = Odd(lambda x: x.reshape(1, 4, 36, 1))
+    with pytest.raises(UnsupportedModel, match="batch") as refused:
+        ship(network, tmp_path / "m.onnx", dynamic_batch=True)
+    assert "dynamic_batch" in refused.value.hint
+    ship(network, tmp_path / "m.onnx")
+
+
+def test_a_network_that_does_not_fit_in_one_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "MAX_BYTES", 1000)
+    with pytest.raises(UnsupportedModel, match="one ONNX file holds at most"):
+        ship(nets.build("plain"), tmp_path / "m.onnx")
+
+
+def broken_slim(model: ModelProto, **_: object) -> ModelProto:
+    raise AssertionError("no such pattern")
+
+
+def wrong_slim(model: ModelProto, **_: object) -> ModelProto:
+    for item in model.graph.initializer:
+        if item.name.endswith("fc.weight"):
+            array = onnx.numpy_helper.to_array(item) * 2
+            item.CopyFrom(onnx.numpy_helper.from_array(array, item.name))
+    return model
+
+
+@pytest.mark.parametrize(("slim", "words"), [(broken_slim, "no such pattern"), (wrong_slim, "differs from")])
+def test_a_simplification_that_fails_or_changes_answers_is_left_away(
+    slim: Callable[..., ModelProto], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file.onnxslim, "slim", slim)
+    network = nets.build("residual")
+    _, readings, notes = ship(network, tmp_path / "model.onnx")
+    assert len(notes) == 1 and "was not simplified" in notes[0] and words in notes[0]
+    assert readings[0].value is not None and readings[0].value < 1e-5
+    pixels = nets.example()
+    wanted = wrapped(network)(pixels).detach().numpy()
+    np.testing.assert_allclose(answers(tmp_path / "model.onnx", pixels), wanted, atol=1e-5)
+
+
+def test_a_layer_that_is_used_twice_has_two_names(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.conv(torch.relu(self.conv(x)))).mean((2, 3)))
+
+    for opset in (16, 20):
+        ship(Twice(), tmp_path / "model.onnx", opset=opset)
+        nodes = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type in onnx_file.WEIGHTED]
+        assert [n.name for n in nodes] == ["conv", "conv@2", "fc"]
+        assert nodes[0].input[1] == nodes[1].input[1] == "conv.weight"
+
+
+def test_layers_named_like_inputs_and_outputs_do_no_harm(tmp_path: Path) -> None:
+    class Namesake(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input, self.batch, self.logits = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits(self.batch(torch.relu(self.input(x))).mean((2, 3)))
+
+    ship(Namesake(), tmp_path / "model.onnx", dynamic_batch=True)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [n.name for n in graph.node if n.op_type in onnx_file.WEIGHTED] == ["input", "batch", "logits"]
+    assert ([v.name for v in graph.input], [v.name for v in graph.output]) == (["input"], ["logits"])
+
+
+def with_a_branch() -> ModelProto:
+    """If(x > 0) then x * scale else c, with values of the outer graph used inside; and a function; all documented."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    inner = helper.make_tensor_value_info("picked", TensorProto.FLOAT, [1])
+    outer = helper.make_tensor_value_info("picked_too", TensorProto.FLOAT, [1])
+    yes = helper.make_graph(
+        [helper.make_node("Mul", ["twice", "a/scale"], ["picked"], doc_string="/home/me")], "yes", [], [inner]
+    )
+    no = helper.make_graph([helper.make_node("Identity", ["twice"], ["picked_too"])], "no", [], [outer])
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["twice"], name="/net/block/Add"),
+        helper.make_node("Greater", ["x", "zero"], ["positive"], name="/net/block/Greater"),
+        helper.make_node("If", ["positive"], ["chosen"], then_branch=yes, else_branch=no, name="/net/If"),
+        helper.make_node("Half", ["chosen"], ["y"], domain="ours"),
+    ]
+    half = helper.make_function(
+        "ours", "Half", ["i"], ["o"], [helper.make_node("Add", ["i", "i"], ["o"], doc_string="/home/me")],
+        [helper.make_opsetid("", 20)],
+    )  # fmt: skip
+    constants = [
+        helper.make_tensor("a/scale", TensorProto.FLOAT, [1], [3.0]),
+        helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]),
+    ]
+    graph = helper.make_graph(nodes, "graph", [x], [y], constants, doc_string="/home/me/model.py")
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("ours", 1), helper.make_opsetid("unused", 1)]
+    model = helper.make_model(
+        graph, opset_imports=imports, functions=[half], doc_string="/home/me/model.py", ir_version=10
+    )
+    for part in (model, graph, model.graph, *model.graph.node, *model.functions, *model.functions[0].node):
+        part.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "/home/me/model.py"')
+    return model
+
+
+def test_branches_and_functions_are_cleaned_and_still_answer_the_same(tmp_path: Path) -> None:
+    model = with_a_branch()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs = [np.array([v], np.float32) for v in (-2.0, 5.0)]
+    wanted = [session.run(None, {"x": value})[0] for value in inputs]
+    onnx_file.name_after_layers(model, {"": False, "net": False, "net.block": False}, "net.")
+    onnx_file.finish(model, {"edgeprune.version": "1"}, producer="edgeprune", version="1")
+    assert "/home/me" not in texts(model) and "stack_trace" not in texts(model)
+    assert [(item.domain, item.version) for item in model.opset_import] == [("", 20), ("ours", 1)]
+    assert [node.name for node in model.graph.node] == ["block.Add", "block.Greater", "If", "Half"]
+    assert {item.name for item in model.graph.initializer} == {"a.scale", "zero"}
+    cleaned = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for value, answer in zip(inputs, wanted, strict=True):
+        np.testing.assert_array_equal(cleaned.run(None, {"x": value})[0], answer)
+
+
+def test_only_a_tensorrt_target_gets_an_engine_script(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path / "model.onnx"), "onnx", "fp32", SPEC, "", 0, opset=20)
+    table = ExportTable(dynamic_batch=True)
+    assert export.save_engine_script(artifact, bundled.target("raspberry-pi-5"), table, tmp_path) is None
+    path = export.save_engine_script(artifact, bundled.target("jetson"), table, tmp_path)
+    assert path == tmp_path / "build_engine.sh" and path.stat().st_mode & 0o111
+    assert "shape='input:1x3x8x8'" in path.read_text()

@@ -1,0 +1,257 @@
+"""The gate: what noise, other machines and a baseline do to a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from reports import HERE, budget, check, plain_report, reading
+
+from edgeprune.records import Report
+from edgeprune.stages import gate
+
+LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
+
+
+def test_the_noise_of_the_dense_model_counts_in_a_share() -> None:
+    """Limit 50 % of 100 +- 20 is 50 +- 10; a value of 45 +- 1 can't be told from it, one of 35 +- 1 can."""
+    dense = reading("latency_p50", 0.100, spread=(0.080, 0.120))
+    near, far = (reading("latency_p50", v, spread=(v - 0.001, v + 0.001)) for v in (0.045, 0.035))
+    assert check(plain_report([dense], [near]), "latency_p50", "50 %").status == "inconclusive"
+    assert check(plain_report([dense], [far]), "latency_p50", "50 %").status == "pass"
+    quiet = replace(dense, spread=None)
+    assert check(plain_report([quiet], [near]), "latency_p50", "50 %").status == "pass"
+
+
+def test_only_the_side_of_the_noise_that_faces_the_limit_counts() -> None:
+    """The dense model's reading may be 40 lower and is never higher: a limit of 50 may be 30, so 45 may miss it."""
+    dense = reading("latency_p50", 0.100, spread=(0.060, 0.100))
+    assert (
+        check(plain_report([dense], [reading("latency_p50", 0.045)]), "latency_p50", "50 %").status
+        == "inconclusive"
+    )
+    assert (
+        check(plain_report([dense], [reading("latency_p50", 0.055)]), "latency_p50", "50 %").status == "fail"
+    )
+
+
+def test_two_accuracies_on_the_same_images_are_told_apart_by_how_often_the_networks_agree() -> None:
+    """With 1000 images and agreement 0.99, a change of 0 pp is known to 1.96 sqrt(0.01 / 1000) = 0.62 pp."""
+    wide = (0.88, 0.92)
+    dense = reading("clean_accuracy", 0.90, spread=wide)
+    after = [reading("clean_accuracy", 0.90, spread=wide), reading("agreement", 0.99)]
+    assert check(plain_report([dense], after), "clean_accuracy", "-0.63 pp").status == "pass"
+    assert check(plain_report([dense], after), "clean_accuracy", "-0.61 pp").status == "inconclusive"
+    assert check(plain_report([dense], after[:1]), "clean_accuracy", "-0.63 pp").status == "inconclusive"
+    elsewhere = [after[0], reading("agreement", 0.99, n=50)]
+    assert check(plain_report([dense], elsewhere), "clean_accuracy", "-0.63 pp").status == "inconclusive"
+
+
+def test_a_change_that_is_itself_large_is_known_a_little_better() -> None:
+    """5 pp lost at agreement 0.9: 1.96 sqrt((0.1 - 0.05^2) / 1000) = 1.935 pp, without the square 1.960 pp."""
+    after = [reading("clean_accuracy", 0.85), reading("agreement", 0.90)]
+    made = plain_report([reading("clean_accuracy", 0.90)], after)
+    assert check(made, "clean_accuracy", "-6.95 pp").status == "pass"
+    assert check(made, "clean_accuracy", "-6.92 pp").status == "inconclusive"
+
+
+def test_an_interval_that_only_touches_the_limit_decides() -> None:
+    under = plain_report([], [reading("latency_p50", 0.9, spread=(0.8, 1.0))])
+    over = plain_report([], [reading("latency_p50", 1.1, spread=(1.0, 1.2))])
+    assert check(under, "latency_p50", "1 s").status == "pass"
+    assert check(over, "latency_p50", "1 s").status == "fail"
+
+
+def test_a_network_that_answers_alike_always_has_lost_nothing() -> None:
+    dense = reading("clean_accuracy", 0.90, spread=(0.88, 0.92))
+    after = [replace(dense), reading("agreement", 1.0)]
+    assert check(plain_report([dense], after), "clean_accuracy", "-0.1 pp").status == "pass"
+
+
+def test_accuracies_on_other_images_are_as_noisy_as_both_together() -> None:
+    """Half intervals of 3 and 4 pp are 5 pp together; on the same images only the compressed one's 3 pp count."""
+    after = reading("robust_accuracy", 0.50, spread=(0.47, 0.53))
+    base = reading("robust_accuracy", 0.55, spread=(0.51, 0.59), n=500)
+    assert (
+        check(plain_report([], [after]), "robust_accuracy", "-9.5 pp", plain_report([], [base])).status
+        == "inconclusive"
+    )
+    assert (
+        check(plain_report([], [after]), "robust_accuracy", "-10.5 pp", plain_report([], [base])).status
+        == "pass"
+    )
+    same = replace(base, n=1000)
+    assert (
+        check(plain_report([], [after]), "robust_accuracy", "-9.5 pp", plain_report([], [same])).status
+        == "pass"
+    )
+
+
+def timed_in_turn(dense: float, after: float, low: float, high: float) -> Report:
+    noisy = reading("latency_p50", dense, spread=(0.5 * dense, 2 * dense))
+    paired = {"speedup": {"value": dense / after, "low": low, "high": high, "pairs": 20}}
+    return plain_report(
+        [noisy], [reading("latency_p50", after, spread=(0.5 * after, 2 * after), conditions=paired)]
+    )
+
+
+def test_two_models_timed_in_turn_are_told_apart_by_their_ratios() -> None:
+    """1.9 to 2.1 times faster is 47.6 to 52.6 % of the dense time, however noisy each of the two times is."""
+    made = timed_in_turn(0.100, 0.050, 1.9, 2.1)
+    assert check(made, "latency_p50", "53 %").status == "pass"
+    assert check(made, "latency_p50", "52 %").status == "inconclusive"
+    assert check(made, "latency_p50", "48 %").status == "inconclusive"
+    assert check(made, "latency_p50", "47 %").status == "fail"
+    assert check(made, "latency_p50", "90 ms").status == "inconclusive"
+    assert check(made, "latency_p50", "50 %", made).status == "inconclusive"
+
+
+def test_ratios_that_contradict_the_two_times_decide_nothing() -> None:
+    assert check(timed_in_turn(0.100, 0.052, 2.05, 2.2), "latency_p50", "50 %").status == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "fast",
+        {},
+        {"low": 1.9},
+        {"low": 2.1, "high": 1.9},
+        {"low": 0.0, "high": 1.0},
+        {"low": "a", "high": "b"},
+    ],
+)
+def test_a_ratio_that_is_none_is_left_aside(odd: Any) -> None:
+    made = plain_report(
+        [reading("latency_p50", 0.1)], [reading("latency_p50", 0.04, conditions={"speedup": odd})]
+    )
+    assert check(made, "latency_p50", "50 %").status == "pass"
+
+
+def test_a_time_taken_on_a_busy_machine_fails_only_when_its_cpu_time_does() -> None:
+    """8 ms of wall time that needed 5 ms of CPU time: a limit of 6 ms may be met on an idle machine, one of 4 can't."""
+    busy = reading(
+        "latency_p50", 0.008, spread=(0.0079, 0.0081), conditions={"contended": True, "cpu_p50": 0.005}
+    )
+    found = check(plain_report([], [busy]), "latency_p50", "6 ms")
+    assert found.status == "inconclusive"
+    assert "other work ran" in found.detail
+    assert check(plain_report([], [busy]), "latency_p50", "4 ms").status == "fail"
+    assert check(plain_report([], [busy]), "latency_p50", "9 ms").status == "pass"
+    idle = replace(busy, conditions={"contended": False, "cpu_p50": 0.005})
+    assert check(plain_report([], [idle]), "latency_p50", "6 ms").status == "fail"
+
+
+def test_a_baseline_wins_over_the_dense_model_and_absolute_limits_ignore_it() -> None:
+    made, base = (
+        plain_report([reading("size", 1000)], [reading("size", 550)]),
+        plain_report([], [reading("size", 500)]),
+    )
+    assert check(made, "size", "60 %").status == "pass"
+    assert check(made, "size", "105 %", base).status == "fail"
+    assert check(made, "size", "111 %", base).status == "pass"
+    verdict = gate.run(made, budget(size="600 B"), base, baseline_missing=False)
+    assert verdict.ok
+    assert verdict.notes == ("Every limit is absolute, so the baseline was not used.",)
+
+
+def test_a_baseline_without_the_reading_gives_way_to_the_dense_model_and_says_so() -> None:
+    made = plain_report([reading("clean_accuracy", 0.9)], [reading("clean_accuracy", 0.89)])
+    for base in (plain_report([], []), plain_report([], [reading("clean_accuracy", None)])):
+        found = check(made, "clean_accuracy", "-2 pp", base)
+        assert (found.status, found.threshold) == ("pass", pytest.approx(0.88))
+        assert "the baseline has no clean_accuracy: held against the dense model" in found.detail
+
+
+def test_a_first_run_without_a_baseline_is_no_failure() -> None:
+    made = plain_report([reading("size", 1000)], [reading("size", 400)])
+    verdict = gate.run(made, budget(size="50 %"), None, baseline_missing=True)
+    assert verdict.exit_code == 0
+    assert "held against the dense model" in verdict.notes[0]
+    absolute = gate.run(made, budget(size="1 kB"), None, baseline_missing=True)
+    assert "dense model" not in absolute.notes[0]
+    assert gate.run(made, budget(size="50 %"), None, baseline_missing=False).notes == ()
+
+
+def test_times_of_two_machines_are_not_compared() -> None:
+    made = plain_report([], [reading("latency_p50", 0.010)])
+    elsewhere = plain_report([], [reading("latency_p50", 0.5, where="jetson aarch64")])
+    found = check(made, "latency_p50", "105 %", elsewhere)
+    assert found.status == "inconclusive"
+    assert "'jetson aarch64'" in found.detail
+    memory = (
+        plain_report([], [reading("peak_memory", 5)]),
+        plain_report([], [reading("peak_memory", 9, where="x")]),
+    )
+    assert check(memory[0], "peak_memory", "90 %", memory[1]).status == "inconclusive"
+    other = plain_report([], [reading("latency_p50", 0.5)], cpu="another CPU")
+    assert "timed on another CPU, this one on one CPU" in check(made, "latency_p50", "105 %", other).detail
+    unknown = replace(other, environment={})
+    assert check(made, "latency_p50", "105 %", unknown).status == "pass"
+
+
+def test_sizes_and_accuracies_of_two_machines_are_compared() -> None:
+    made = plain_report([], [reading("size", 10), reading("clean_accuracy", 0.9), reading("peak_memory", 10)])
+    base = plain_report(
+        [],
+        [reading("size", 10), reading("clean_accuracy", 0.9, where="x"), reading("peak_memory", 10)],
+        cpu="b",
+    )
+    verdict = gate.run(
+        made, budget(size="100 %", clean_accuracy="-1 pp", peak_memory="100 %"), base, baseline_missing=False
+    )
+    assert verdict.ok
+
+
+def test_a_baseline_of_another_target_is_said() -> None:
+    made, base = (
+        plain_report([], [reading("size", 10)], "jetson"),
+        plain_report([], [reading("size", 10)], "local"),
+    )
+    verdict = gate.run(made, budget(size="100 %"), base, baseline_missing=False)
+    assert verdict.notes == ("The baseline is a run for local, this one is for jetson.",)
+
+
+@pytest.mark.parametrize("metric", [*LATENCIES, "peak_memory"])
+def test_what_was_not_measured_on_the_target_is_checked_and_said(metric: str) -> None:
+    text = "1 B" if metric == "peak_memory" else "1 s"
+    made = plain_report([], [reading(metric, 0.5)], "jetson-orin-nano")
+    verdict = gate.run(made, budget(**{metric: text}), None, baseline_missing=False)
+    assert verdict.checks[0].status == "pass"
+    assert verdict.checks[0].detail == f"measured on {HERE}, not on jetson-orin-nano"
+    assert verdict.notes[0].startswith(f"Not measured on jetson-orin-nano: {metric} ")
+    there = plain_report([], [reading(metric, 0.5, where="ssh aarch64")], "jetson-orin-nano")
+    assert gate.run(there, budget(**{metric: text}), None, baseline_missing=False).notes == ()
+    itself = plain_report([], [reading(metric, 0.5, conditions={"on_target": True})], "raspberry-pi-5")
+    assert gate.run(itself, budget(**{metric: text}), None, baseline_missing=False).checks[0].detail == ""
+    assert (
+        gate.run(
+            plain_report([], [reading(metric, 0.5)]), budget(**{metric: text}), None, baseline_missing=False
+        ).notes
+        == ()
+    )
+
+
+def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> None:
+    guess = reading("latency_p50", 0.5, where="estimated: roofline")
+    assert (
+        check(plain_report([], [guess], "jetson"), "latency_p50", "1 s").detail
+        == "not measured, estimated: roofline"
+    )
+    found = check(plain_report([reading("latency_p50", 2.0)], [guess]), "latency_p50", "50 %")
+    assert found.status == "inconclusive"
+    assert "'estimated: roofline'" in found.detail
+
+
+def test_of_several_readings_of_a_metric_the_first_with_a_value_counts() -> None:
+    made = plain_report([], [reading("energy", None), reading("energy", 2.0), reading("energy", 0.1)])
+    assert check(made, "energy", "1 J").value == 2.0
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_missing(odd: float) -> None:
+    made = plain_report([reading("size", odd)], [reading("size", odd), reading("macs", 5)])
+    assert check(made, "size", "1 MB").status == "missing"
+    wobbly = plain_report([], [reading("latency_p50", 0.5, spread=(-odd, odd))])
+    assert check(wobbly, "latency_p50", "1 s").status == "pass"

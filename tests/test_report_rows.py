@@ -1,0 +1,104 @@
+"""What the rows of a report say: changes in each metric's own way, and never more than was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import HERE, html_of, reading, sample
+
+from edgeprune.records import METRICS, Reading
+from edgeprune.stages import report as stage
+from edgeprune.stages.report_rows import change, comparison, facts, number_in
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "words", "better"),
+    [
+        ("macs", 41.2e6, 20.6e6, "-50.0 %", True),
+        ("size", 1000, 1201, "+20.1 %", False),
+        ("size", 1000, 1000, "unchanged", None),
+        ("params", 1000000, 999990, "-<0.1 %", True),
+        ("peak_memory", 1, 100, "+9900 %", False),
+        ("peak_memory", 0, 5, "-", False),
+        ("clean_accuracy", 0.921, 0.9168, "-0.42 pp", False),
+        ("clean_accuracy", 0.90, 0.91, "+1.00 pp", True),
+        ("clean_accuracy", 0.90, 0.90, "0.00 pp", None),
+        ("latency_p50", 0.0162, 0.01, "1.62x faster", True),
+        ("latency_p50", 0.01, 0.0131, "1.31x slower", False),
+        ("latency_p50", 0.01, 0.01002, "unchanged", None),
+        ("latency_p50", 0.0, 0.01, "-", None),
+        ("latency_p50", None, 0.01, "-", None),
+        ("energy", float("nan"), 0.01, "-", None),
+    ],
+)
+def test_a_change_is_said_in_the_metric_s_own_way(
+    metric: str, before: float | None, after: float | None, words: str, better: bool | None
+) -> None:
+    assert change(reading(metric, before, "dense"), reading(metric, after)) == (words, better)
+
+
+def test_speed_inside_the_noise_is_no_speed() -> None:
+    dense = reading("latency_p50", 0.0100, "dense", spread=(0.0098, 0.0102))
+    apart = reading("latency_p50", 0.0096, spread=(0.0095, 0.0097))
+    touching = reading("latency_p50", 0.0096, spread=(0.0094, 0.0098))
+    assert change(dense, apart) == ("1.04x faster", True)
+    assert change(dense, touching) == ("within noise", None)
+
+
+def test_speed_of_models_timed_in_turn_is_their_paired_ratio() -> None:
+    dense = reading("latency_p50", 0.010, "dense", spread=(0.005, 0.020))
+
+    def after(low: float, value: float, high: float) -> Reading:
+        paired = {"speedup": {"value": value, "low": low, "high": high, "pairs": 20}}
+        return reading("latency_p50", 0.005, spread=(0.0025, 0.010), conditions=paired)
+
+    assert change(dense, after(1.5, 1.6, 1.7)) == ("1.60x faster", True)
+    assert change(dense, after(0.7, 0.8, 0.9)) == ("1.25x slower", False)
+    assert change(dense, after(0.9, 1.2, 1.4)) == ("within noise", None)
+    assert change(dense, after(1.0005, 1.001, 1.002)) == ("unchanged", None)
+    assert change(dense, after(2.0, 1.0, 3.0)) == ("within noise", None)  # no interval: the two times decide
+
+
+def test_an_accuracy_inside_the_noise_is_neither_better_nor_worse() -> None:
+    dense = reading("clean_accuracy", 0.92, "dense", spread=(0.91, 0.93))
+    assert change(dense, reading("clean_accuracy", 0.915, spread=(0.905, 0.925))) == ("-0.50 pp", None)
+    assert change(dense, reading("clean_accuracy", 0.895, spread=(0.885, 0.905))) == ("-2.50 pp", False)
+
+
+def test_an_estimate_is_never_compared_with_a_measurement() -> None:
+    dense = reading("latency_p50", 0.02, "dense", where="estimated: roofline of jetson-orin-nano")
+    after = reading("latency_p50", 0.01)
+    report = replace(sample(), before=(dense,), after=(after,))
+    (row,) = comparison(report)
+    assert row.change == "not comparable"
+    assert row.how == f"dense estimated: roofline of jetson-orin-nano; compressed measured on {HERE}"
+    assert any("can't be compared" in line for line in stage.summary_lines(report))
+
+
+def test_rows_come_in_the_order_of_the_metrics_with_the_reason_of_what_is_missing() -> None:
+    rows = comparison(sample())
+    order = list(METRICS)
+    assert [order.index(r.metric) for r in rows] == sorted(order.index(r.metric) for r in rows)
+    energy = next(r for r in rows if r.metric == "energy")
+    assert (energy.dense, energy.compressed, energy.how) == ("-", "-", "not available: no power sensor")
+
+
+def test_a_metric_of_a_later_version_is_shown_as_it_is(tmp_path: Path) -> None:
+    new = Reading("entropy", 2.5, "bit", 1, None, "counted", "compressed", {})
+    report = replace(sample(), after=(*sample().after, new))
+    assert comparison(report)[-1].compressed == "2.5 bit"
+    assert "2.5 bit" in html_of(report, tmp_path)
+
+
+def test_facts_are_flat_and_leave_out_what_is_empty() -> None:
+    table = {"a": {"b": {"c": 1}}, "d": [1, 2], "e": "", "f": None, "g": [], "h": False}
+    assert facts(table) == [("a.b.c", "1"), ("d", "1, 2"), ("h", "False")]
+
+
+@pytest.mark.parametrize("value", [None, True, "8", -1, float("inf"), float("nan"), 10**400, [8]])
+def test_a_layer_s_number_that_is_none_is_left_out(value: Any) -> None:
+    assert number_in({"channels_before": value}, "channels_before") is None
+    assert number_in({"channels_before": 8}, "channels_before") == 8.0

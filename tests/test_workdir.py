@@ -1,0 +1,98 @@
+"""The run directory: complete or absent, held by one process, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeprune.errors import WorkdirError
+from edgeprune.workdir import STAGES, Workdir
+
+
+def test_a_stage_that_failed_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "run") as work:
+
+        def breaks(out: Path) -> None:
+            (out / "half").write_text("half")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            work.stage("prune", "k", breaks)
+        assert not work.is_done("prune", "k")
+    with Workdir(tmp_path / "run") as work:
+        done = work.stage("prune", "k", lambda out: (out / "whole").write_text("whole") and None)
+        assert (done / "whole").read_text() == "whole" and not (done / "half").exists()
+
+
+def test_a_finished_stage_is_not_repeated(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "run") as work:
+        calls = []
+        for _ in range(3):
+            work.stage("cut", "k", lambda out: calls.append(out) or (out / "f").write_text("x") and None)
+        assert len(calls) == 1
+
+
+def test_the_key_changes_with_everything_that_goes_in(tmp_path: Path) -> None:
+    work = Workdir(tmp_path)
+    keys = {work.key("cut", 1, "a"), work.key("cut", 2, "a"), work.key("cut", 1, "b"), work.key("tune", 1, "a")}
+    assert len(keys) == 4 and work.key("cut", 1, "a") in keys
+
+
+def test_a_stage_whose_files_were_changed_is_refused_and_says_what_to_delete(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "run") as work:
+        done = work.stage("cut", "k", lambda out: (out / "plan.json").write_text("{}") and None)
+        (done / "plan.json").write_text("{ }")
+        with pytest.raises(WorkdirError, match="not what was written") as caught:
+            work.stage("cut", "k", lambda out: None)
+        assert str(done) in caught.value.hint
+
+
+def test_a_second_process_is_turned_away_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    hold = "import sys,time; from pathlib import Path; from edgeprune.workdir import Workdir\n"
+    hold += f"with Workdir(Path({str(tmp_path / 'run')!r})):\n print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(WorkdirError, match="in use by another"), Workdir(tmp_path / "run"):
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    with Workdir(tmp_path / "run"):
+        pass
+
+
+def test_a_directory_of_another_model_is_refused_unless_forced(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "run") as work:
+        work.claim({"path": "a.pt", "sha256": "1"}, {}, again=False)
+        work.claim({"path": "a.pt", "sha256": "1"}, {}, again=False)
+        with pytest.raises(WorkdirError, match="another model"):
+            work.claim({"path": "b.pt", "sha256": "2"}, {}, again=False)
+        work.claim({"path": "b.pt", "sha256": "2"}, {"seed": 1}, again=True)
+        assert json.loads((tmp_path / "run" / "edgeprune.lock").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', "\x00"])
+def test_a_corrupt_lock_file_is_an_error_of_the_directory(tmp_path: Path, text: str) -> None:
+    with Workdir(tmp_path / "run") as work:
+        (work.root / "edgeprune.lock").write_text(text)
+        with pytest.raises(WorkdirError, match="corrupt"):
+            work.claim({"path": "a.pt"}, {}, again=False)
+
+
+def test_forcing_a_stage_forgets_it_and_all_later_ones(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "run") as work:
+        for name in STAGES:
+            work.stage(name, "k", lambda out: (out / "f").write_text("x") and None)
+        work.forget_from("tune")
+        assert [n for n in STAGES if work.is_done(n, "k")] == ["dense", "prune", "cut"]
+
+
+def test_a_place_that_is_no_directory_is_an_error_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WorkdirError, match="can't be used"), Workdir(tmp_path / "file"):
+        pass
