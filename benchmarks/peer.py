@@ -32,7 +32,13 @@ from edgeprune.nn.bundle import from_module
 from edgeprune.recipe import ExportTable, MeasureTable
 from edgeprune.stages import export, measure
 
-MODELS = ("resnet20", "torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:densenet121", "timm:convnext_atto")
+MODELS = (
+    "resnet20",
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v2",
+    "torchvision:densenet121",
+    "timm:convnext_atto",
+)
 
 
 def network(spec: str) -> tuple[nn.Module, Tensor]:
@@ -110,13 +116,17 @@ def row(spec: str, share: float, threads: int, folder: Path) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     print(f"budget: macs = {given.macs:.0%} of dense; {given.threads} thread(s); median of alternating runs")
-    print("| model | tool | MACs left | surgery | export | latency p50 | speed-up |\n|---|---|---|---|---|---|---|")
+    print(
+        "| model | tool | MACs left | surgery | export | latency p50 | speed-up |\n|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for spec in given.models:
             print(row(spec, given.macs, given.threads, Path(folder)), flush=True)

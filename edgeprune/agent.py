@@ -12,10 +12,10 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from edgeprune.errors import DeviceError, EdgepruneError, UsageError
 from edgeprune.runtimes import FREE_BATCH, Runtime, Session
@@ -25,6 +25,9 @@ from edgeprune.runtimes import FREE_BATCH, Runtime, Session
 BLOCK = 5
 LEAST = 10
 _MEMORY_RUNS = 3
+_PRIORITY = 10
+
+_Turn = Tuple[str, Callable[[], Any]]
 
 
 def main() -> int:
@@ -50,7 +53,7 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
 
     about: python, runtime, cores.
     time: models {name: path}, threads, warmup, iterations, seconds (for each model), shape -> models {name:
-        {wall_ns, cpu_ns, batch}}, warmup (done), block, load. cpu_ns is empty with more than one thread.
+        {wall_ns, cpu_ns, batch}}, warmup (done), block, load, priority. cpu_ns is empty with more than one thread.
     memory: model, threads, shape -> peak and at_load, both added to baseline; peak null, with why, if it can't be had.
     predict: model, x (.npy of images), out (.npy of logits, to be written), workers -> images, classes.
     profile: model, threads, iterations, shape -> nodes [{name, op, seconds, macs, bytes}].
@@ -98,36 +101,75 @@ def _about(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
 
 
 def _time(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
-    threads, iterations = _count(request, "threads"), max(LEAST, _count(request, "iterations"))
+    threads, warmup = _count(request, "threads"), _count(request, "warmup", 0)
+    iterations, seconds = max(LEAST, _count(request, "iterations")), _positive(request, "seconds")
     paths = request.get("models")
     if not isinstance(paths, dict) or not paths:
         raise UsageError(f"models must map a name to a path, got {paths!r}")
-    sessions = {name: runtime.open(Path(path), threads) for name, path in paths.items()}
-    turns = [(name, _runner(session, request)) for name, session in sessions.items()]
-    seconds = _positive(request, "seconds") * len(turns)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    warmup = _warm_up(turns, _count(request, "warmup", 0), seconds / 4)
-    samples: Dict[str, Tuple[List[int], List[int]]] = {name: ([], []) for name, _ in turns}
-    done, stop_at = 0, time.perf_counter() + seconds
-    while done < iterations and (done < LEAST or time.perf_counter() < stop_at):
-        for name, run in turns:
-            run()
-            for _ in range(min(BLOCK, iterations - done)):
-                wall, cpu = _one(run)
-                samples[name][0].append(wall)
-                samples[name][1].append(cpu)
-        done += min(BLOCK, iterations - done)
-        turns.reverse()  # A B, B A, A B: a slow drift hits both alike
-    # Only with one thread is all the work on the thread whose clock is read.
+    with _first_in_line(threads) as priority:
+        # Opened in here, because the threads of a session inherit the priority.
+        sessions = {name: runtime.open(Path(path), threads) for name, path in paths.items()}
+        turns = [(name, _runner(session, request)) for name, session in sessions.items()]
+        warmup = _warm_up(turns, warmup, seconds * len(turns) / 4)
+        samples = _take_turns(turns, iterations, seconds * len(turns))
     models = {
         name: {
             "wall_ns": wall,
+            # Only with one thread is all the work on the thread whose clock is read.
             "cpu_ns": cpu if threads == 1 else [],
             "batch": sessions[name].input_shape[0] or 1,
         }
         for name, (wall, cpu) in samples.items()
     }
-    return {"models": models, "warmup": warmup, "block": BLOCK, "runtime": runtime.version(), "load": load}
+    about = {
+        "warmup": warmup,
+        "block": BLOCK,
+        "runtime": runtime.version(),
+        "load": load,
+        "priority": priority,
+    }
+    return {"models": models, **about}
+
+
+@contextmanager
+def _first_in_line(threads: int) -> Iterator[str]:
+    """Run before all normal programs where that is allowed; gives "real-time" or "normal".
+
+    Other work on the machine then no longer interrupts a run. Not where it would leave no core to that work.
+    """
+    if not hasattr(os, "sched_setscheduler") or _cores() <= threads:
+        yield "normal"
+        return
+    before, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
+    except OSError:
+        yield "normal"
+        return
+    try:
+        yield "real-time"
+    finally:
+        os.sched_setscheduler(0, before, param)
+
+
+def _take_turns(
+    turns: List[_Turn], iterations: int, seconds: float
+) -> Dict[str, Tuple[List[int], List[int]]]:
+    """Wall and CPU times of each model in ns, until there are enough or the time is up."""
+    samples: Dict[str, Tuple[List[int], List[int]]] = {name: ([], []) for name, _ in turns}
+    order, done, stop_at = list(turns), 0, time.perf_counter() + seconds
+    while done < iterations and (done < LEAST or time.perf_counter() < stop_at):
+        block = min(BLOCK, iterations - done)
+        for name, run in order:
+            run()
+            for _ in range(block):
+                wall, cpu = _one(run)
+                samples[name][0].append(wall)
+                samples[name][1].append(cpu)
+        done += block
+        order.reverse()  # A B, B A, A B: a slow drift hits both alike
+    return samples
 
 
 def _runner(session: Session, request: Mapping[str, Any]) -> Callable[[], Any]:
@@ -136,7 +178,7 @@ def _runner(session: Session, request: Mapping[str, Any]) -> Callable[[], Any]:
     return lambda: session.infer(x)
 
 
-def _warm_up(turns: List[Tuple[str, Callable[[], Any]]], runs: int, seconds: float) -> int:
+def _warm_up(turns: List[_Turn], runs: int, seconds: float) -> int:
     stop_at = time.perf_counter() + seconds
     for done in range(runs):
         if time.perf_counter() >= stop_at:
@@ -192,7 +234,7 @@ def _predict(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
     session = runtime.open(Path(_text(request, "model")), 1)
     try:
         x = np.load(_text(request, "x"), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"x is not a readable .npy file: {error}") from error
     # One thread a run and several runs at once: for single images that beats many threads in one run.
     workers = _count(request, "workers", 0) or _cores()
@@ -208,8 +250,9 @@ def _predict(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
 
 
 def _profile(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
-    runs = _count(request, "iterations")
-    nodes = runtime.profile(Path(_text(request, "model")), _count(request, "threads"), runs, _shape(request))
+    runs, threads = _count(request, "iterations"), _count(request, "threads")
+    with _first_in_line(threads):
+        nodes = runtime.profile(Path(_text(request, "model")), threads, runs, _shape(request))
     rows = [
         {"name": n.name, "op": n.op, "seconds": n.seconds, "macs": n.macs, "bytes": n.bytes} for n in nodes
     ]

@@ -80,7 +80,11 @@ def compress(
     >>> macs["compressed"] <= 0.5 * macs["dense"], (run.folder / "model.onnx").exists()
     (True, True)
     """
-    output = Path(more.pop("output")) if "output" in more else Path("runs") / f"{type(model).__name__.lower()}-{target}"
+    output = (
+        Path(more.pop("output"))
+        if "output" in more
+        else Path("runs") / f"{type(model).__name__.lower()}-{target}"
+    )
     mean, std = tuple(more.pop("mean", ())), tuple(more.pop("std", ()))
     flags: dict[str, Any] = {"target": target, "budget": dict(budget or {}), **more}
     flags["prune"] = {"method": method, **more.get("prune", {})}

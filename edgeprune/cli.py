@@ -8,11 +8,28 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from edgeprune import __version__, pipeline, queries, recipe
+from edgeprune.cli_options import (
+    Allow,
+    Arch,
+    Budgets,
+    Data,
+    Debug,
+    DeviceUrl,
+    Input,
+    Json,
+    Mean,
+    Model,
+    Seed,
+    Sets,
+    Std,
+    TargetName,
+    Trust,
+)
 from edgeprune.codec import to_json
 from edgeprune.errors import EdgepruneError
 
@@ -23,28 +40,14 @@ app = typer.Typer(
 BUG = 70
 INTERRUPTED = 130
 
-Model = Annotated[str, typer.Argument(help=".pt2, .pt/.pth, .safetensors or a run directory", metavar="MODEL")]
-TargetName = Annotated[Optional[str], typer.Option("--target", help="a name of `edgeprune list targets`, or a .toml file")]
-Arch = Annotated[Optional[str], typer.Option(help="timm:NAME, torchvision:NAME, package.module:callable, file.py:callable")]
-Input = Annotated[Optional[str], typer.Option("--input", help="the shape of one image", metavar="CxHxW")]
-Mean = Annotated[Optional[str], typer.Option(help="per channel, of pixels in [0, 1]", metavar="R,G,B")]
-Std = Annotated[Optional[str], typer.Option(help="per channel, of pixels in [0, 1]", metavar="R,G,B")]
-Allow = Annotated[Optional[list[str]], typer.Option("--allow-class", help="a class that a pickle may make", metavar="PKG.CLASS")]
-Trust = Annotated[bool, typer.Option("--trust-pickle", help="run whatever code the pickle holds; the last resort")]
-Data = Annotated[Optional[str], typer.Option(help="class folders, a tar of them, or an .npz", metavar="PATH")]
-DeviceUrl = Annotated[Optional[str], typer.Option("--device", help="where to measure", metavar="URL")]
-Seed = Annotated[Optional[int], typer.Option(help="every random choice follows from it")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else")]
-Sets = Annotated[Optional[list[str]], typer.Option("--set", help="any key of the recipe", metavar="TABLE.KEY=VALUE")]
-Budgets = Annotated[Optional[list[str]], typer.Option("--budget", help='as in "macs=50 %" or "latency_p50=5 ms"')]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-
 
 @app.command()
 def compress(
     model: Model,
     target: TargetName = None,
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="default: runs/MODEL-TARGET", metavar="DIR")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="default: runs/MODEL-TARGET", metavar="DIR")
+    ] = None,
     arch: Arch = None,
     input_shape: Input = None,
     mean: Mean = None,
@@ -52,18 +55,20 @@ def compress(
     allow_class: Allow = None,
     trust_pickle: Trust = False,
     data: Data = None,
-    data_use: Annotated[Optional[str], typer.Option(help="all|evaluate", metavar="all|evaluate")] = None,
-    method: Annotated[Optional[str], typer.Option(help="a name of `edgeprune list methods`")] = None,
-    granularity: Annotated[Optional[str], typer.Option(metavar="channel|weight|2:4")] = None,
+    data_use: Annotated[str | None, typer.Option(help="all|evaluate", metavar="all|evaluate")] = None,
+    method: Annotated[str | None, typer.Option(help="a name of `edgeprune list methods`")] = None,
+    granularity: Annotated[str | None, typer.Option(metavar="channel|weight|2:4")] = None,
     budget: Budgets = None,
-    objective: Annotated[Optional[str], typer.Option(metavar="natural|fgsm|pgd|trades")] = None,
-    epochs: Annotated[Optional[int], typer.Option(help="fine-tuning after the cut")] = None,
-    precision: Annotated[Optional[str], typer.Option(metavar="auto|fp32|fp16|int8")] = None,
+    objective: Annotated[str | None, typer.Option(metavar="natural|fgsm|pgd|trades")] = None,
+    epochs: Annotated[int | None, typer.Option(help="fine-tuning after the cut")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="auto|fp32|fp16|int8")] = None,
     device: DeviceUrl = None,
-    recipe_file: Annotated[Optional[Path], typer.Option("--recipe", help="a recipe.toml; flags win over it", metavar="FILE")] = None,
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="a recipe.toml; flags win over it", metavar="FILE")
+    ] = None,
     sets: Sets = None,
     seed: Seed = None,
-    force: Annotated[Optional[str], typer.Option(help="redo from this stage on", metavar="STAGE")] = None,
+    force: Annotated[str | None, typer.Option(help="redo from this stage on", metavar="STAGE")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -73,11 +78,12 @@ def compress(
          "allow_class": allow_class, "trust_pickle": trust_pickle or None},
         data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},
         tune={"objective": objective, "epochs": epochs}, export={"precision": precision},
-        measure={"device": device}, budget=_pairs(budget), target=target, seed=seed,
+        measure={"device": device}, target=target, seed=seed,
     )  # fmt: skip
 
     def work() -> int:
-        built = pipeline.recipe_from(recipe_file, flags, sets or [])
+        wishes = {"budget": pipeline.budget_pairs(budget)} if budget else {}
+        built = pipeline.recipe_from(recipe_file, {**flags, **wishes}, sets or [])
         result = pipeline.compress(built, output, force=force, say=_say)
         _show_run(result, as_json)
         return result.exit_code
@@ -108,7 +114,9 @@ def profile(
 
 @app.command()
 def evaluate(
-    artifact: Annotated[str, typer.Argument(help="an .onnx file, a run directory, or a model", metavar="ARTIFACT|RUN|MODEL")],
+    artifact: Annotated[
+        str, typer.Argument(help="an .onnx file, a run directory, or a model", metavar="ARTIFACT|RUN|MODEL")
+    ],
     data: Data = None,
     arch: Arch = None,
     input_shape: Input = None,
@@ -118,7 +126,9 @@ def evaluate(
     trust_pickle: Trust = False,
     attack: Annotated[str, typer.Option(metavar="none|fgsm|pgd|standard")] = "none",
     eps: Annotated[str, typer.Option(help="radius of the attack")] = "8/255",
-    limit: Annotated[Optional[int], typer.Option(help="only so many images, the same share of each class", metavar="N")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="only so many images, the same share of each class", metavar="N")
+    ] = None,
     seed: Seed = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -141,8 +151,12 @@ def evaluate(
 @app.command()
 def gate(
     run: Annotated[Path, typer.Argument(help="a run directory or a report.json", metavar="RUN|report.json")],
-    budget: Annotated[Optional[list[str]], typer.Option("--budget", help='a TOML file or "METRIC=LIMIT"')] = None,
-    baseline: Annotated[Optional[Path], typer.Option(help="the report.json that relative limits are held against")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help='a TOML file or "METRIC=LIMIT"')
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="the report.json that relative limits are held against")
+    ] = None,
     output_format: Annotated[str, typer.Option("--format", metavar="text|json|markdown|junit")] = "text",
     debug: Debug = False,
 ) -> None:
@@ -189,7 +203,9 @@ def why(
 
 
 @app.command()
-def doctor(target: TargetName = None, device: DeviceUrl = None, as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    target: TargetName = None, device: DeviceUrl = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """What works here, what is missing, and the line that installs it."""
 
     def work() -> int:
@@ -262,7 +278,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Make a trained vision network small, fast and still right on the device it ships to."""
     handler = logging.StreamHandler(sys.stderr)
@@ -284,10 +302,6 @@ def _flags(model: dict[str, Any], **tables: Any) -> dict[str, Any]:
         elif value is not None:
             out[key] = value
     return out
-
-
-def _pairs(budget: Optional[list[str]]) -> dict[str, str]:
-    return pipeline.budget_pairs(budget or [])
 
 
 def _guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
@@ -336,7 +350,11 @@ def _print_lines(lines: list[str]) -> None:
 
 def _show_run(result: pipeline.Result, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}))
+        typer.echo(
+            json.dumps(
+                {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
+            )
+        )
         return
     _print(_tables().report_table(result.report))
     _print_lines(_tables().summary(result))

@@ -8,90 +8,24 @@ there, so that a run that was killed and started again gives what an undisturbed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any
 
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
-from edgeprune.errors import InfeasibleBudget, UsageError, WorkdirError
+from edgeprune.context import Context, Ledger, Result, Say, refuse_later_versions, stage, torch_part
+from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
-from edgeprune.records import Budget, Bundle, Plan, Reading, Report, Target, Verdict
+from edgeprune.records import Budget, Bundle, Plan, Reading, Report
 from edgeprune.workdir import STAGES, Workdir, digest
 
-Say = Callable[[str], None]
 FORCEABLE = ("load", *STAGES)
 PARITY_IMAGES = 8
 TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: where it lies, its report, and how its own budget came out."""
-
-    folder: Path
-    report: Report
-    verdict: Verdict
-    bundle: Bundle
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 4 when the budget of the run is missed by what was measured in the end."""
-        return InfeasibleBudget.exit_code if any(c.status == "fail" for c in self.verdict.checks) else 0
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What the tune stage leaves besides the weights: accuracies after each step."""
-
-    readings: Tuple[Reading, ...]
-    notes: Tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage of one run is given. data: `nn.data.Data` or None. device: `devices.Device`."""
-
-    recipe: Recipe
-    target: Target
-    budget: Budget
-    work: Workdir
-    bundle: Bundle
-    data: Any
-    device: Any
-    say: Say
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes this the run of one model and not of another."""
-        source, spec = self.bundle.source, self.bundle.input
-        return {
-            "path": Path(source.path).name, "sha256": source.sha256, "arch": source.arch,
-            "input": list(spec.shape), "mean": list(spec.mean), "std": list(spec.std),
-        }  # fmt: skip
-
-    @property
-    def data_key(self) -> Any:
-        """What the results owe to the data."""
-        return [self.data.fingerprint, recipes.to_dict(self.recipe)["data"]] if self.data else None
-
-    @property
-    def trainable(self) -> bool:
-        """Whether there are images that may be learned from."""
-        return self.data is not None and self.data.train is not None
-
-
-def stage(name: str) -> Any:
-    """The module of a stage, imported now."""
-    return import_module(f"edgeprune.stages.{name}")
-
-
-def torch_part(name: str) -> Any:
-    """A module of `nn/`, imported now."""
-    return import_module(f"edgeprune.nn.{name}")
 
 
 def recipe_from(file: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
@@ -136,38 +70,23 @@ def compress(
     target, budget = bundled.target(recipe.target), recipes.budget(recipe)
     refuse_later_versions(recipe, target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
-    folder = output or Path("runs") / f"{Path(recipe.model.path).stem or 'model'}-{recipe.target.replace('/', '-')}"
+    folder = (
+        output
+        or Path("runs") / f"{Path(recipe.model.path).stem or 'model'}-{recipe.target.replace('/', '-')}"
+    )
     with Workdir(folder) as work:
         if bundle is None:
             say(f"load: {recipe.model.path}")
             bundle = stage("load").run(recipe.model)
-        data = torch_part("data").open_data(recipe.data, bundle.input, recipe.seed) if recipe.data.path else None
+        data = (
+            torch_part("data").open_data(recipe.data, bundle.input, recipe.seed) if recipe.data.path else None
+        )
         run = Context(recipe, target, budget, work, bundle, data, device, say)
         work.claim(run.identity, _facts(run), again=force == "load")
         (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
         if force is not None:
             work.forget_from(force)
         return _run(run)
-
-
-def refuse_later_versions(recipe: Recipe, target: Target) -> None:
-    """Words of the command line that this version accepts but can't do yet.
-
-    Raises:
-        UsageError: names the option and what is accepted now.
-    """
-    if recipe.export.precision not in ("auto", "fp32"):
-        raise UsageError(f"precision {recipe.export.precision!r} is not in this version", "accepted: auto, fp32")
-    if recipe.prune.granularity != "channel":
-        raise UsageError(f"granularity {recipe.prune.granularity!r} is not in this version", "accepted: channel")
-    if recipe.tune.objective != "natural":
-        raise UsageError(f"objective {recipe.tune.objective!r} is not in this version", "accepted: natural")
-    if not recipe.model.path and recipe.tune.epochs and not recipe.data.path:
-        raise UsageError("fine-tuning needs data", "give --data")
-    if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
-        raise UsageError(f"--epochs {recipe.tune.epochs} needs images to train on", "give --data (without --data-use evaluate)")
-    if "fp32" not in target.precisions:
-        raise UsageError(f"target {target.name} does not run fp32", "choose another target")
 
 
 def _run(run: Context) -> Result:
@@ -181,10 +100,17 @@ def _run(run: Context) -> Result:
         "tune", stage("tune").RESULT_VERSION, cut_key, run.recipe.tune, run.data_key, run.recipe.seed
     )
     tuned = run.work.stage("tune", tune_key, lambda out: _tune(run, cut, out, run.work.scratch(tune_key)))
-    export_key = run.work.key("export", stage("export").RESULT_VERSION, tune_key, run.recipe.export, run.target)
+    export_key = run.work.key(
+        "export", stage("export").RESULT_VERSION, tune_key, run.recipe.export, run.target
+    )
     exported = run.work.stage("export", export_key, lambda out: _export(run, (cut, tuned), out))
     measure_key = run.work.key(
-        "measure", stage("measure").RESULT_VERSION, export_key, run.recipe.measure, run.data_key, run.device.where()
+        "measure",
+        stage("measure").RESULT_VERSION,
+        export_key,
+        run.recipe.measure,
+        run.data_key,
+        run.device.where(),
     )
     folders = {"dense": dense, "prune": chosen, "cut": cut, "tune": tuned, "export": exported}
     folders["measure"] = run.work.stage("measure", measure_key, lambda out: _measure(run, folders, out))
@@ -192,7 +118,9 @@ def _run(run: Context) -> Result:
 
 
 def _dense_key(run: Context) -> str:
-    return run.work.key("dense", stage("export").RESULT_VERSION, run.identity, run.recipe.export, run.target.opset)
+    return run.work.key(
+        "dense", stage("export").RESULT_VERSION, run.identity, run.recipe.export, run.target.opset
+    )
 
 
 def _prune_key(run: Context, dense_key: str) -> str:
@@ -221,7 +149,9 @@ def _prune(run: Context, dense: Path, out: Path) -> None:
     if run.trainable:
         data = torch_part("data")
         images = data.calibration_images(run.data, run.recipe.data.calibration)
-        labels = run.data.train.labels[data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)]
+        labels = run.data.train.labels[
+            data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)
+        ]
     material = prune.Material(images, labels, _probes(run, dense), multiple_of(run), run.recipe.seed)
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     prune.write(chosen, out)
@@ -231,7 +161,9 @@ def _probes(run: Context, dense: Path) -> dict[str, Any]:
     """Readings that are only had by building the file: its size, and its time on the device."""
     probes, measure, probe = {}, stage("measure"), stage("prune").Probe
     if "size" in run.budget.limits:
-        probes["size"] = probe(float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net)))
+        probes["size"] = probe(
+            float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
+        )
     for metric in ("latency_p50", "latency_p90", "latency_p99"):
         if metric in run.budget.limits:
             first = measure.latency({"dense": dense / "dense.onnx"}, run.device, run.recipe.measure)
@@ -248,7 +180,9 @@ def _built_size(run: Context, network: Any) -> int:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory(prefix="edgeprune-") as folder:
-        artifact = _export_onnx(run, replace(run.bundle, module=network), Path(folder, "probe.onnx"), parent="")
+        artifact = _export_onnx(
+            run, replace(run.bundle, module=network), Path(folder, "probe.onnx"), parent=""
+        )
         return artifact.size_bytes
 
 
@@ -259,11 +193,16 @@ def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
     with TemporaryDirectory(prefix="edgeprune-") as folder:
         path = Path(folder, "probe.onnx")
         _export_onnx(run, replace(run.bundle, module=network), path, parent="")
-        timed = stage("measure").latency({"dense": dense / "dense.onnx", "compressed": path}, run.device, run.recipe.measure)
-    if metric == "latency_p50":
-        share = 1.0 / timed.ratios["wall"].value
+        timed = stage("measure").latency(
+            {"dense": dense / "dense.onnx", "compressed": path}, run.device, run.recipe.measure
+        )
+    found = stage("measure").speedup(timed)
+    if metric == "latency_p50" and found is not None:
+        share = 1.0 / found[1].value
     else:
-        value = {name: next(r.value for r in rows if r.metric == metric) for name, rows in timed.readings.items()}
+        value = {
+            name: next(r.value for r in rows if r.metric == metric) for name, rows in timed.readings.items()
+        }
         share = value["compressed"] / value["dense"]
     run.say(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
     return share
@@ -302,7 +241,9 @@ def _tune_words(run: Context) -> str:
         return "nothing (the data is for evaluation only)"
     epochs = run.recipe.tune.epochs
     words = ["recalibrate batch-norm"] if run.recipe.tune.recalibrate else []
-    return ", ".join([*words, f"{epochs} epochs of fine-tuning"] if epochs else words) or "nothing"
+    if epochs:
+        words.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of fine-tuning")
+    return ", ".join(words) or "nothing"
 
 
 def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
@@ -379,7 +320,8 @@ def _notes(run: Context, plan: Plan) -> list[str]:
     if run.recipe.export.precision == "auto":
         notes.append("The file is fp32: other precisions are not in this version.")
     if plan.left_out:
-        notes.append(f"{len(plan.left_out)} layers or groups were left whole; `edgeprune why` and the report say why.")
+        names = ", ".join(list(plan.left_out)[:3]) + (", ..." if len(plan.left_out) > 3 else "")
+        notes.append(f"Left whole: {len(plan.left_out)} of the layers ({names}); the report says why.")
     return notes
 
 

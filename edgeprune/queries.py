@@ -9,8 +9,9 @@ from typing import Any
 
 from edgeprune import bundled, plugins
 from edgeprune import recipe as recipes
+from edgeprune.context import Result, Say, stage, torch_part
 from edgeprune.errors import MissingDependency, UsageError
-from edgeprune.pipeline import Result, Say, compress, stage, torch_part
+from edgeprune.pipeline import compress
 from edgeprune.quantities import number, suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
@@ -26,11 +27,13 @@ def profile(artifact: Path, recipe: Recipe, *, say: Say) -> tuple[Reading, ...]:
         UsageError: no such file, or not an ONNX file. DeviceError: the device failed.
     """
     path = _onnx(artifact)
-    spec = stage("export").input_of(path)
+    spec = stage("evaluate").input_of(path)
     measure_run = stage("measure_run")
     target = bundled.target(recipe.target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
-    images = torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out if recipe.data.path else None
+    images = (
+        torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out if recipe.data.path else None
+    )
     say(f"profile: {path} on {device.where()}")
     wanted = measure_run.Wanted(spec, device, recipe.measure, target, images, say)
     measured = measure_run.run(wanted, {path.stem: path}, None)
@@ -52,20 +55,20 @@ def evaluate(recipe: Recipe, *, attack: str, eps: str, limit: int | None) -> tup
         raise UsageError(f"attack {attack!r} is not in this version", "accepted: none")
     if not recipe.data.path:
         raise UsageError("evaluate needs images", "give --data")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit} must be at least 1")
     path = Path(recipe.model.path)
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
         file = _onnx(path)
-        spec = stage("export").input_of(file)
+        spec = stage("evaluate").input_of(file)
         images = _held_out(recipe, spec, limit)
         device = import_module("edgeprune.devices").device_from_url("local")
         answers = stage("measure_answers")
-        reading, _ = answers.accuracy(stage("measure_run").artifact(file, spec), images, device, name=file.name)
+        reading, _ = answers.accuracy(
+            stage("measure_run").artifact(file, spec), images, device, name=file.name
+        )
         return (reading,)
     bundle = stage("load").run(recipe.model)
     images = _held_out(recipe, bundle.input, limit)
-    return (stage("tune").accuracy_reading(bundle, images, path.name),)
+    return (stage("evaluate").of_network(bundle, images, path.name),)
 
 
 def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str) -> tuple[str, int]:
@@ -76,7 +79,10 @@ def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str
     """
     gate_stage, report_stage = stage("gate"), stage("report")
     if output_format not in gate_stage.FORMATS:
-        raise UsageError(f"--format {output_format!r} is not one of {', '.join(gate_stage.FORMATS)}", suggest(output_format, gate_stage.FORMATS))
+        raise UsageError(
+            f"--format {output_format!r} is not one of {', '.join(gate_stage.FORMATS)}",
+            suggest(output_format, gate_stage.FORMATS),
+        )
     limits = gate_stage.budget_from(budget, Path.cwd())
     report = report_stage.load(run)
     missing = baseline is not None and not baseline.exists()
@@ -106,7 +112,9 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
                 meta={}, real=None,
             )  # fmt: skip
             times = stage("measure_layers").per_layer(path, device, recipe.measure)
-            notes.append(f"Time shares: measured on {device.where()} with ONNX Runtime, {recipe.measure.threads} thread(s).")
+            notes.append(
+                f"Time shares: measured on {device.where()} with ONNX Runtime, {recipe.measure.threads} thread(s)."
+            )
         except (MissingDependency, import_module("edgeprune.errors").ModelError) as error:
             notes.append(f"No times: {error.message}")
     rows = stage("why").run(bundle, times, recipe.prune.skip)
@@ -149,9 +157,8 @@ def demo(output: Path, *, say: Say) -> Result:
 
 
 def _held_out(recipe: Recipe, spec: InputSpec, limit: int | None) -> Any:
-    data = torch_part("data")
-    images = data.open_data(recipe.data, spec, recipe.seed).held_out
-    return images if limit is None else data.balanced(images, limit, recipe.seed)
+    images = torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out
+    return images if limit is None else stage("evaluate").balanced(images, limit, recipe.seed)
 
 
 def _onnx(path: Path) -> Path:

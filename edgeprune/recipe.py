@@ -103,7 +103,7 @@ class MeasureTable:
     device: str = "local"
     threads: int = 1
     warmup: int = 10
-    iterations: int = 200
+    iterations: int = 400
     seconds: float = 20.0
 
 
@@ -290,8 +290,9 @@ def _validate(recipe: Recipe) -> None:
                 f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
             )
     method = recipe.prune.method
-    if method != "auto" and "." not in method:
-        plugins.check_options("methods", method, recipe.prune.options)
+    if "." not in method:
+        # "auto" may become taylor, which has all the options that either of its choices has.
+        plugins.check_options("methods", "taylor" if method == "auto" else method, recipe.prune.options)
     ranges = (
         ("seed", recipe.seed, 0, 2**32 - 1),
         ("prune.floor", recipe.prune.floor, 0.0, 1.0),

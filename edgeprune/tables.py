@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from edgeprune.pipeline import Result, stage
+from edgeprune.context import Result, stage
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Reading, Report
 
@@ -24,8 +24,12 @@ def summary(result: Result) -> list[str]:
     lines = list(stage("report").summary_lines(result.report))
     for check in result.verdict.checks:
         unit = METRICS[check.metric].unit
-        words = {"pass": "met", "fail": "MISSED", "missing": "not read", "inconclusive": "can't be told"}[check.status]
-        lines.append(f"Budget {check.metric} {check.limit}: {words} ({show(check.value, unit)}, limit {show(check.threshold, unit)}).")
+        words = {"pass": "met", "fail": "MISSED", "missing": "not read", "inconclusive": "can't be told"}[
+            check.status
+        ]
+        lines.append(
+            f"Budget {check.metric} {check.limit}: {words} ({show(check.value, unit)}, limit {show(check.threshold, unit)})."
+        )
     lines.append(f"Report: {result.folder / 'report.html'}")
     lines.append(f"Ship:   {result.folder / 'model.onnx'}")
     return lines
@@ -47,11 +51,30 @@ def why_table(rows: Sequence[Any]) -> Table:
     """Layers, their costs and why they can't be pruned."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("layer", "op", "channels", "params", "MACs", "MACs %", "time %", "can't be pruned because"):
-        table.add_column(name, justify="left" if name in ("layer", "op", "can't be pruned because") else "right", overflow="fold")
+        table.add_column(
+            name,
+            justify="left" if name in ("layer", "op", "can't be pruned because") else "right",
+            overflow="fold",
+        )
     for r in rows:
         time = f"{100 * r.time_share:.1f}" if r.time_share is not None else "-"
         table.add_row(
             Text(r.layer), r.op, str(r.channels), show(r.params, ""), show(r.macs, ""), f"{100 * r.macs_share:.1f}", time,
             Text(r.why_not),
         )  # fmt: skip
+    return table
+
+
+def doctor_table(rows: Sequence[Any]) -> Table:
+    """What works, what is missing, and the line that installs it."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("", "what", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for r in rows:
+        table.add_row(
+            Text({"ok": "ok", "missing": "missing"}.get(r["status"], r["status"])),
+            Text(r["name"]),
+            Text(r["found"]),
+            Text(r["fix"]),
+        )
     return table

@@ -55,13 +55,16 @@ class Workdir:
         except OSError as error:
             self._held.close()
             raise WorkdirError(
-                f"{self.root} is in use by another edgeprune", "wait for it to end, or choose another directory with -o"
+                f"{self.root} is in use by another edgeprune",
+                "wait for it to end, or choose another directory with -o",
             ) from error
         for left_over in self.root.glob("*/tmp-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Let go of the folder."""
         self._held.close()
 
@@ -76,7 +79,9 @@ class Workdir:
             try:
                 held = dict(json.loads(path.read_text(encoding="utf-8"))["model"])
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise WorkdirError(f"{path} is corrupt", f"delete {self.root}, or choose another directory with -o") from error
+                raise WorkdirError(
+                    f"{path} is corrupt", f"delete {self.root}, or choose another directory with -o"
+                ) from error
             if held != to_json(identity):
                 raise WorkdirError(
                     f"{self.root} holds the run of another model ({held.get('path', '?')}, sha256 {str(held.get('sha256'))[:12]})",
@@ -102,7 +107,9 @@ class Workdir:
         unfinished = done.with_name(f"tmp-{key}")
         unfinished.mkdir(parents=True)
         work(unfinished)
-        files = {str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()
+        }
         write(unfinished / "record.json", {"stage": name, "key": key, "files": files})
         unfinished.rename(done)
         shutil.rmtree(self.scratch(key), ignore_errors=True)
@@ -139,6 +146,10 @@ class Workdir:
             files = dict(json.loads((folder / "record.json").read_text(encoding="utf-8"))["files"])
             bad = next((name for name, sha in files.items() if digest(folder / name) != sha), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WorkdirError(f"{folder} is corrupt: {error}", f"delete {folder}; it will be made again") from error
+            raise WorkdirError(
+                f"{folder} is corrupt: {error}", f"delete {folder}; it will be made again"
+            ) from error
         if bad:
-            raise WorkdirError(f"{folder / bad} is not what was written there", f"delete {folder}; it will be made again")
+            raise WorkdirError(
+                f"{folder / bad} is not what was written there", f"delete {folder}; it will be made again"
+            )

@@ -101,7 +101,10 @@ class Transposed(nn.Module):
         return self.fc(torch.relu(self.up(self.a(x))).mean((2, 3)))
 
 
-NETS = {n.__name__.lower(): n for n in (Plain, Residual, Depthwise, Grouped, Concat, Split, GroupNormed, Transposed)}
+NETS = {
+    n.__name__.lower(): n
+    for n in (Plain, Residual, Depthwise, Grouped, Concat, Split, GroupNormed, Transposed)
+}
 SHAPE = (3, 8, 8)
 
 

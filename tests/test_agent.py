@@ -3,66 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx_files import write_one_conv
 
 import edgeprune
 from edgeprune import agent
 from edgeprune.devices.local import Local
-from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel, UsageError
+from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.runtimes import NodeTime, Runtime, Session
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
 ORT = {"runtime": "onnxruntime"}
 
 
-def write_net(path: Path, *, channels: int = 16, batch: int | str = 1, size: int = 8) -> Path:
-    """conv 3x3 (3 -> channels), relu, global average, fully connected to 10; weights from a fixed seed."""
-    rng = np.random.default_rng(0)
-    weights = {
-        "conv.weight": rng.standard_normal((channels, 3, 3, 3)) * 0.2,
-        "fc.weight": rng.standard_normal((10, channels)) * 0.2,
-        "fc.bias": rng.standard_normal(10),
-    }
-    tensors = [helper.make_tensor(k, TensorProto.FLOAT, v.shape, v.ravel()) for k, v in weights.items()]
-    nodes = [
-        helper.make_node("Conv", ["input", "conv.weight"], ["conv"], "conv", pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["conv"], ["relu"], "relu"),
-        helper.make_node("GlobalAveragePool", ["relu"], ["pool"], "pool"),
-        helper.make_node("Flatten", ["pool"], ["flat"], "flat"),
-        helper.make_node("Gemm", ["flat", "fc.weight", "fc.bias"], ["logits"], "fc", transB=1),
-    ]
-    return save(path, nodes, tensors, [batch, 3, size, size], [batch, 10])
-
-
-def save(
-    path: Path,
-    nodes: list[Any],
-    tensors: list[Any],
-    shape: list[Any],
-    out: list[Any],
-    dtype: int = TensorProto.FLOAT,
-) -> Path:
-    graph = helper.make_graph(
-        nodes, "net", [helper.make_tensor_value_info("input", dtype, shape)],
-        [helper.make_tensor_value_info("logits", dtype, out)], tensors,
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    model.ir_version = 9
-    onnx.save(model, path)
-    return path
-
-
 @pytest.fixture
 def net(tmp_path: Path) -> Path:
-    return write_net(tmp_path / "net.onnx")
+    return write_one_conv(tmp_path / "net.onnx")
 
 
 def start(text: str) -> subprocess.CompletedProcess[str]:
@@ -218,7 +181,7 @@ def test_memory_grows_by_at_least_the_weights(tmp_path: Path) -> None:
     """2,000,000 more weights of 4 bytes; the images and the activations are the same, but for the channels."""
     added = {}
     for channels in (16, 56_000):
-        path = write_net(tmp_path / f"{channels}.onnx", channels=channels, size=1)
+        path = write_one_conv(tmp_path / f"{channels}.onnx", channels=channels, size=1)
         answer = Local().ask({"op": "memory", "model": str(path), "threads": 1, **ORT}, timeout_s=60)
         if answer["peak"] is None:
             pytest.skip(answer["why"])
@@ -249,7 +212,7 @@ def test_memory_is_absent_when_an_earlier_peak_hides_the_model(
 @pytest.mark.parametrize("batch", [1, 3, "batch"])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_predictions_keep_the_order_of_the_images(tmp_path: Path, batch: int | str, workers: int) -> None:
-    path = write_net(tmp_path / "net.onnx", batch=batch)
+    path = write_one_conv(tmp_path / "net.onnx", batch=batch)
     x = np.random.default_rng(1).random((100, 3, 8, 8), dtype=np.float32)
     np.save(tmp_path / "x.npy", x)
     request = {
@@ -259,7 +222,7 @@ def test_predictions_keep_the_order_of_the_images(tmp_path: Path, batch: int | s
         "out": str(tmp_path / "y.npy"),
     }
     assert agent.handle({**request, "workers": workers, **ORT}) == {"images": 100, "classes": 10}
-    session = OnnxRuntime().open(write_net(tmp_path / "one.onnx", batch=1), 1)
+    session = OnnxRuntime().open(write_one_conv(tmp_path / "one.onnx", batch=1), 1)
     one_by_one = np.concatenate([session.infer(image[None]) for image in x])
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), one_by_one, atol=1e-5)
 
@@ -315,15 +278,6 @@ def test_a_profile_has_each_node_once_with_its_work(net: Path) -> None:
     assert all(node["seconds"] >= 0 and node["bytes"] > 0 for node in nodes)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", "half"])
-def test_a_corrupt_file_is_a_model_error(tmp_path: Path, net: Path, content: bytes | str) -> None:
-    path = tmp_path / "bad.onnx"
-    whole = net.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
-    with pytest.raises(ModelError, match=r"bad\.onnx"):
-        OnnxRuntime().open(path, 1)
-
-
 def test_a_missing_runtime_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, net: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependency) as caught:
@@ -331,62 +285,31 @@ def test_a_missing_runtime_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, n
     assert caught.value.hint == "pip install onnxruntime"
 
 
-def test_a_model_that_does_not_eat_images_is_refused(tmp_path: Path) -> None:
-    node = helper.make_node("Identity", ["input"], ["logits"], "same")
-    path = save(tmp_path / "flat.onnx", [node], [], [1, 10], [1, 10])
-    with pytest.raises(UnsupportedModel, match="one float tensor"):
-        OnnxRuntime().open(path, 1)
-
-
-def test_a_model_that_does_not_answer_with_logits_is_refused(tmp_path: Path) -> None:
-    node = helper.make_node("Relu", ["input"], ["logits"], "relu")
-    path = save(tmp_path / "map.onnx", [node], [], [1, 3, 4, 4], [1, 3, 4, 4])
-    session = OnnxRuntime().open(path, 1)
-    with pytest.raises(UnsupportedModel, match=r"accepted: \(N, K\)"):
-        session(np.zeros((1, 3, 4, 4), np.float32))
-
-
-def test_a_half_precision_model_eats_and_answers_float32(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Flatten", ["input"], ["logits"], "flat")]
-    path = save(tmp_path / "half.onnx", nodes, [], [1, 2, 1, 1], [1, 2], TensorProto.FLOAT16)
-    logits = OnnxRuntime().open(path, 1)(np.array([[[[0.5]], [[0.25]]]], np.float32))
-    assert logits.dtype == np.float32
-    assert logits.tolist() == [[0.5, 0.25]]
-
-
 @pytest.mark.parametrize(
-    "x", [np.zeros((1, 3, 8, 9), np.float32), np.zeros((3, 8, 8), np.float32), np.zeros((1, 3, 8, 8))]
+    ("cores", "threads", "expected"), [(4, 1, "real-time"), (4, 4, "normal"), (1, 1, "normal")]
 )
-def test_images_of_another_shape_or_type_are_refused(net: Path, x: Any) -> None:
-    with pytest.raises(UsageError, match=r"float32 \(N, 3, 8, 8\)"):
-        OnnxRuntime().open(net, 1)(x)
+def test_timing_goes_before_other_work_only_where_that_leaves_it_a_core(
+    recorded: RecordedRuntime, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, expected: str
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(agent, "_cores", lambda: cores)
+    monkeypatch.setattr(
+        agent.os, "sched_setscheduler", lambda pid, policy, param: asked.append(policy), raising=False
+    )
+    answer = agent.handle(timing(threads=threads))
+    assert answer["priority"] == expected
+    # and gives the place back afterwards
+    assert asked == ([os.SCHED_FIFO, os.sched_getscheduler(0)] if expected == "real-time" else [])
 
 
-def test_free_image_sizes_need_to_be_said(tmp_path: Path) -> None:
-    path = write_net(tmp_path / "net.onnx", batch="batch", size="size")  # type: ignore[arg-type]
-    session = OnnxRuntime().open(path, 1)
-    with pytest.raises(UsageError, match="free dimensions"):
-        session.image()
-    assert session.image((3, 8, 6)).shape == (1, 3, 8, 6)
+def test_where_real_time_is_not_allowed_timing_goes_on(
+    recorded: RecordedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
 
-
-def test_the_image_that_is_timed_has_pixels_from_0_to_1(net: Path) -> None:
-    x = OnnxRuntime().open(net, 1).image()
-    assert x.shape == (1, 3, 8, 8)
-    assert 0.0 <= x.min() < 0.1
-    assert 0.9 < x.max() < 1.0
-    assert x.std() == pytest.approx(12**-0.5, abs=0.02)  # as spread out as uniform noise
-
-
-def test_building_copies_the_file_and_refuses_what_it_can_not_open(tmp_path: Path, net: Path) -> None:
-    runtime = OnnxRuntime()
-    assert runtime.build(net, tmp_path / "built.onnx", "fp32").read_bytes() == net.read_bytes()
-    assert runtime.build(net, net, "fp32") == net
-    with pytest.raises(UsageError, match="fp64"):
-        runtime.build(net, tmp_path / "x.onnx", "fp64")
-    with pytest.raises(UsageError, match="no file"):
-        runtime.build(tmp_path / "none.onnx", tmp_path / "x.onnx", "fp32")
-    (tmp_path / "bad.onnx").write_bytes(b"bad")
-    with pytest.raises(ModelError):
-        runtime.build(tmp_path / "bad.onnx", tmp_path / "x.onnx", "fp32")
-    assert not (tmp_path / "x.onnx").exists()
+    monkeypatch.setattr(agent, "_cores", lambda: 4)
+    monkeypatch.setattr(agent.os, "sched_setscheduler", refuse, raising=False)
+    answer = agent.handle(timing())
+    assert answer["priority"] == "normal"
+    assert len(answer["models"]["a"]["wall_ns"]) == 10

@@ -63,6 +63,12 @@ def test_an_interval_that_only_touches_the_limit_decides() -> None:
     assert check(over, "latency_p50", "1 s").status == "fail"
 
 
+def test_a_time_without_an_interval_is_decided_and_said_to_have_none() -> None:
+    few = reading("latency_p99", 0.9, conditions={"no_interval": "20 runs are too few"})
+    found = check(plain_report([], [few]), "latency_p99", "1 s")
+    assert (found.status, found.detail) == ("pass", "20 runs are too few")
+
+
 def test_a_network_that_answers_alike_always_has_lost_nothing() -> None:
     dense = reading("clean_accuracy", 0.90, spread=(0.88, 0.92))
     after = [replace(dense), reading("agreement", 1.0)]

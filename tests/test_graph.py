@@ -48,7 +48,9 @@ def test_cutting_equals_masking(name: str, seed: int, data: st.DataObject) -> No
     network, groups = groups_of(name, seed % 5)
     masks = {}
     for group in groups:
-        keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=group.channels, max_size=group.channels)))
+        keep = torch.tensor(
+            data.draw(st.lists(st.booleans(), min_size=group.channels, max_size=group.channels))
+        )
         keep[seed % group.channels] = True
         masks[group.name] = keep
     masked, small = deepcopy(network).double(), deepcopy(network).double()
@@ -88,11 +90,16 @@ def test_the_proof_catches_a_consumer_whose_positions_are_shifted(name: str) -> 
     group = groups[0]
     wrong = []
     for member in group.members:
-        shifted = (*member.positions[1:], member.positions[0]) if member.role == "consumer" else member.positions
+        shifted = (
+            (*member.positions[1:], member.positions[0]) if member.role == "consumer" else member.positions
+        )
         wrong.append(replace(member, positions=shifted))
     masks = {group.name: torch.arange(group.channels) % 2 == 0}
     assert surgery.proof_failure(network, groups, masks, nets.example()) is None
-    assert surgery.proof_failure(network, (replace(group, members=tuple(wrong)),), masks, nets.example()) is not None
+    assert (
+        surgery.proof_failure(network, (replace(group, members=tuple(wrong)),), masks, nets.example())
+        is not None
+    )
 
 
 def test_a_wrong_group_is_left_out_by_name_and_the_others_stay() -> None:
@@ -100,7 +107,9 @@ def test_a_wrong_group_is_left_out_by_name_and_the_others_stay() -> None:
     found = graph.find_groups(network, nets.example())
     first = found.groups[0]
     broken = replace(first, members=tuple(m for m in first.members if m.role != "consumer"))
-    proven = graph.provable_groups(network, graph.Graph((broken, *found.groups[1:]), found.left_out), nets.example(), 0)
+    proven = graph.provable_groups(
+        network, graph.Graph((broken, *found.groups[1:]), found.left_out), nets.example(), 0
+    )
     assert [g.name for g in proven.groups] == ["b.0"]
     assert "does not run without these channels" in proven.left_out["a.0"]
 
@@ -113,7 +122,8 @@ def test_a_silent_branch_does_not_hide_a_wrong_cut() -> None:
     found = graph.find_groups(network, nets.example())
     inner = next(g for g in found.groups if g.name == "one.0")
     wrong = tuple(
-        replace(m, positions=(*m.positions[1:], m.positions[0])) if m.role == "consumer" else m for m in inner.members
+        replace(m, positions=(*m.positions[1:], m.positions[0])) if m.role == "consumer" else m
+        for m in inner.members
     )
     with pytest.raises(UnsupportedModel, match="no channel of this network can be removed"):
         graph.provable_groups(network, graph.Graph((replace(inner, members=wrong),), {}), nets.example(), 0)
@@ -122,7 +132,12 @@ def test_a_silent_branch_does_not_hide_a_wrong_cut() -> None:
 class NormedTogether(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.hidden, self.fc = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 5)
+        self.a, self.norm, self.hidden, self.fc = (
+            nn.Linear(6, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 12),
+            nn.Linear(12, 5),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.relu(self.hidden(self.norm(self.a(x)))))

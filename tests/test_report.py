@@ -188,6 +188,10 @@ def test_the_summary_says_plainly_what_is_not_faster_and_what_is_unknown() -> No
     )
     same = replace(sample(), after=(reading("latency_p50", 7.6e-4, spread=(7e-4, 8e-4)),))
     assert any(line.startswith("NOT faster (within noise)") for line in stage.summary_lines(same))
+    few = replace(sample(), after=(reading("latency_p50", 3.8e-4),))
+    assert any(
+        line.startswith("Not known to be faster (2.00x, uncertain:") for line in stage.summary_lines(few)
+    )
     busy = replace(same, after=(replace(same.after[0], conditions={"contended": True}),))
     assert any(f"measured on {HERE} while other work ran on it" in line for line in stage.summary_lines(busy))
     blind = stage.summary_lines(sample(timed=False, labeled=False))

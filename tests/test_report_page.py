@@ -48,6 +48,13 @@ def test_a_report_with_nothing_in_it_is_still_a_page(tmp_path: Path) -> None:
     assert "model" in page
 
 
+def test_a_command_in_a_note_is_set_as_code(tmp_path: Path) -> None:
+    notes = ("See `edgeprune why <MODEL>` and this.", "An odd ` stays.")
+    page = html_of(replace(sample(), notes=notes), tmp_path)
+    assert "See <code>edgeprune why &lt;MODEL&gt;</code> and this." in page
+    assert "An odd ` stays." in page
+
+
 def test_the_page_asks_nothing_of_the_network(page: str) -> None:
     tags = {tag for tag, _ in check_page(page).seen}
     assert tags.isdisjoint(

@@ -26,9 +26,9 @@ from edgeprune.stages.report_rows import change, comparison, facts, number_in
         ("clean_accuracy", 0.921, 0.9168, "-0.42 pp", False),
         ("clean_accuracy", 0.90, 0.91, "+1.00 pp", True),
         ("clean_accuracy", 0.90, 0.90, "0.00 pp", None),
-        ("latency_p50", 0.0162, 0.01, "1.62x faster", True),
-        ("latency_p50", 0.01, 0.0131, "1.31x slower", False),
-        ("latency_p50", 0.01, 0.01002, "unchanged", None),
+        ("latency_p99", 0.0162, 0.01, "1.62x, uncertain", None),
+        ("peak_memory", 1000, 995, "-0.5 %", None),
+        ("peak_memory", 1000, 980, "-2.0 %", True),
         ("latency_p50", 0.0, 0.01, "-", None),
         ("latency_p50", None, 0.01, "-", None),
         ("energy", float("nan"), 0.01, "-", None),
@@ -38,6 +38,21 @@ def test_a_change_is_said_in_the_metric_s_own_way(
     metric: str, before: float | None, after: float | None, words: str, better: bool | None
 ) -> None:
     assert change(reading(metric, before, "dense"), reading(metric, after)) == (words, better)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words", "better"),
+    [
+        (0.0162, 0.01, "1.62x faster", True),
+        (0.01, 0.0131, "1.31x slower", False),
+        (0.01, 0.01002, "unchanged", None),
+    ],
+)
+def test_a_time_with_an_interval_gives_a_factor(
+    before: float, after: float, words: str, better: bool | None
+) -> None:
+    exact = (reading("latency_p50", v, spread=(v, v)) for v in (before, after))
+    assert change(*exact) == (words, better)
 
 
 def test_speed_inside_the_noise_is_no_speed() -> None:
@@ -94,8 +109,23 @@ def test_a_metric_of_a_later_version_is_shown_as_it_is(tmp_path: Path) -> None:
 
 
 def test_facts_are_flat_and_leave_out_what_is_empty() -> None:
-    table = {"a": {"b": {"c": 1}}, "d": [1, 2], "e": "", "f": None, "g": [], "h": False}
-    assert facts(table) == [("a.b.c", "1"), ("d", "1, 2"), ("h", "False")]
+    table = {
+        "a": {"b": {"c": 1}},
+        "d": [1, 2],
+        "e": "",
+        "f": None,
+        "g": [],
+        "h": False,
+        "i": 49332224.0,
+        "j": 0.0872637,
+    }
+    assert facts(table) == [
+        ("a.b.c", "1"),
+        ("d", "1, 2"),
+        ("h", "False"),
+        ("i", "49332224"),
+        ("j", "0.087264"),
+    ]
 
 
 @pytest.mark.parametrize("value", [None, True, "8", -1, float("inf"), float("nan"), 10**400, [8]])

@@ -34,13 +34,18 @@ def test_a_finished_stage_is_not_repeated(tmp_path: Path) -> None:
     with Workdir(tmp_path / "run") as work:
         calls = []
         for _ in range(3):
-            work.stage("cut", "k", lambda out: calls.append(out) or (out / "f").write_text("x") and None)
+            work.stage("cut", "k", lambda out: calls.append(out) or ((out / "f").write_text("x") and None))
         assert len(calls) == 1
 
 
 def test_the_key_changes_with_everything_that_goes_in(tmp_path: Path) -> None:
     work = Workdir(tmp_path)
-    keys = {work.key("cut", 1, "a"), work.key("cut", 2, "a"), work.key("cut", 1, "b"), work.key("tune", 1, "a")}
+    keys = {
+        work.key("cut", 1, "a"),
+        work.key("cut", 2, "a"),
+        work.key("cut", 1, "b"),
+        work.key("tune", 1, "a"),
+    }
     assert len(keys) == 4 and work.key("cut", 1, "a") in keys
 
 

@@ -122,6 +122,7 @@ def _answer(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str
             "block": 5,
             "runtime": readings["runtime"],
             "load": 0.0,
+            "priority": "normal",
         }
     if op == "memory":
         added = _of(readings["memory_bytes"], request["name"])

@@ -82,7 +82,9 @@ def choose_by(scores: Mapping[str, Tensor], task: PruneTask) -> Masks:
     """
     bad = [g for g, s in scores.items() if not bool(torch.isfinite(s).all())]
     if bad:
-        raise EdgepruneError(f"the scores of {bad[0]} are not finite numbers", "does the network compute NaN on this data?")
+        raise EdgepruneError(
+            f"the scores of {bad[0]} are not finite numbers", "does the network compute NaN on this data?"
+        )
     allocation = allocate(scores, task.costs, task.rules)
     return Masks(channels={g: keep_largest(s, allocation.kept[g]) for g, s in scores.items()})
 
@@ -113,4 +115,6 @@ def _check(name: str, masks: Masks, task: PruneTask) -> None:
     cost = task.costs.cost({g: int(keep.sum()) for g, keep in masks.channels.items()})
     for metric, limit in task.rules.limits.items():
         if cost[metric] > limit:
-            raise EdgepruneError(f"{name} left {metric} at {cost[metric]:.0f}, more than the budget of {limit:.0f}")
+            raise EdgepruneError(
+                f"{name} left {metric} at {cost[metric]:.0f}, more than the budget of {limit:.0f}"
+            )

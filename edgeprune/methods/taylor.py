@@ -2,8 +2,9 @@
 
 Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019), Eq. 8, with one gate where the group's
 readers take the channel in: setting channel i to zero changes the loss of a batch by about -sum(w * dL/dw) over the
-weights that read it, whatever batch-norm, activation or residual sum stands between. The squares of that change are
-averaged over small batches.
+weights that read it, whatever batch-norm, activation or residual sum stands between. The score is the mean square of
+that change over small batches: of its mean square, its root and its mean absolute value, the square shares a budget
+out best over layers (in our trials on a ResNet-20).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class Taylor(ScoreMethod):
     """First-order change of the loss. images: how many to look at; batch: images per expansion."""
 
     images: int = 1024
-    batch: int = 16
+    batch: int = 32
 
     def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
-        """Root of the mean square of the expected change of the loss, per channel."""
+        """Mean square of the expected change of the loss, per channel."""
         if self.images < 1 or self.batch < 1:
             raise UsageError(f"taylor: images = {self.images} and batch = {self.batch} must be at least 1")
         images, labels = need_images("taylor", task)
@@ -44,4 +45,4 @@ class Taylor(ScoreMethod):
             for group in task.groups:
                 total[group.name] += channel_sums(group, change, ("consumer",)) ** 2
         network.zero_grad(set_to_none=True)
-        return {name: (value / len(images)).sqrt() for name, value in total.items()}
+        return {name: value / len(images) for name, value in total.items()}

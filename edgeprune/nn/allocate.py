@@ -99,7 +99,10 @@ def _losses(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
 
 
 def _descend(
-    scores: Mapping[str, Tensor], steps: dict[str, tuple[int, ...]], costs: CostModel, limits: Mapping[str, float]
+    scores: Mapping[str, Tensor],
+    steps: dict[str, tuple[int, ...]],
+    costs: CostModel,
+    limits: Mapping[str, float],
 ) -> dict[str, int]:
     """Greedy: always the step with the least importance lost per (relative) cost saved, then what can be given back."""
     losses = _losses(scores)
@@ -147,7 +150,10 @@ def _give_back(
 
 
 def _uniform(
-    scores: Mapping[str, Tensor], steps: dict[str, tuple[int, ...]], costs: CostModel, limits: Mapping[str, float]
+    scores: Mapping[str, Tensor],
+    steps: dict[str, tuple[int, ...]],
+    costs: CostModel,
+    limits: Mapping[str, float],
 ) -> dict[str, int]:
     """The largest share of channels, the same for every group and rounded to its nearest level, that fits."""
     for permille in range(1000, -1, -1):

@@ -31,6 +31,8 @@ FORWARD_ERRORS = (
     ValueError,
 )
 LONGEST_REASON = 300
+# What the paths of the network begin with in the module that `nn.bundle.deployed` wraps around it.
+PREFIX = "network."
 
 
 def example(spec: InputSpec, batch: int = 1) -> Tensor:
@@ -49,7 +51,7 @@ def check_logits(module: nn.Module, spec: InputSpec) -> None:
         with torch.no_grad():
             logits = module(example(spec))
     except FORWARD_ERRORS as error:
-        where = _stopped_at(module, example(spec)) or "the network"
+        where = _stopped_at(module, example(spec))
         raise UnsupportedModel(
             f"{where} fails on an input of shape {spec.shape}: {reason(error)}", "check --input and --arch"
         ) from error
@@ -83,14 +85,14 @@ def capture(module: nn.Module, spec: InputSpec, *, dynamic_batch: bool) -> Expor
         except FORWARD_ERRORS as error:
             failure = failure or error
     assert failure is not None
-    where = _stopped_at(module, pixels, export=True)
-    if dynamic_batch and not where:
+    if dynamic_batch:
+        capture(module, spec, dynamic_batch=False)
         raise UnsupportedModel(
             f"the network fixes its batch size, so it can't be exported with an open one: {reason(failure)}",
             "leave export.dynamic_batch off",
         ) from failure
     raise UnsupportedModel(
-        f"{where or 'the network'} can't be traced by torch.export: {reason(failure)}",
+        f"{_stopped_at(module, pixels, export=True)} can't be traced by torch.export: {reason(failure)}",
         "rewrite it in tensor operations: no .item(), no .numpy(), no `if` on what a tensor holds",
     ) from failure
 
@@ -103,6 +105,12 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError) or not text:
         return f"{type(error).__name__} {text}".strip()
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
+
+
+def title(path: str, kind: str) -> str:
+    """A module of the deployed network as people call it: "layer1.0 (BasicBlock)"."""
+    inner = f"{path}.".removeprefix(PREFIX).rstrip(".")
+    return f"{inner} ({kind})" if inner else "the network"
 
 
 @contextmanager
@@ -119,19 +127,19 @@ def quiet() -> Iterator[None]:
 
 
 def _stopped_at(module: nn.Module, pixels: Tensor, *, export: bool = False) -> str:
-    """The innermost layer that ran when forward() failed, such as "layer1.0 (BasicBlock)"; "" if none did."""
+    """The innermost layer that ran when forward() failed, such as "layer1.0 (BasicBlock)"."""
     running: list[str] = []
     handles = []
     for name, part in module.named_modules():
-        title = f"{name or 'the network'} ({type(part).__name__})"
-        handles.append(part.register_forward_pre_hook(lambda *_, title=title: running.append(title)))
+        layer = title(name, type(part).__name__)
+        handles.append(part.register_forward_pre_hook(lambda *_, layer=layer: running.append(layer)))
         handles.append(part.register_forward_hook(lambda *_: running.pop() and None))
     try:
         with quiet(), torch.no_grad():
             torch.export.export(module, (pixels,), strict=False) if export else module(pixels)
     except FORWARD_ERRORS:
-        return running[-1] if running else ""
+        return running[-1] if running else "the network"
     finally:
         for handle in handles:
             handle.remove()
-    return ""
+    return "the network"

@@ -52,7 +52,10 @@ class CostModel:
         for name, shape in self.sizes.items():
             entries = 1.0
             for axis, size in enumerate(shape):
-                gone = sum((self.channels[g] - kept.get(g, self.channels[g])) * per for g, per in self.shares[name].get(axis, ()))
+                gone = sum(
+                    (self.channels[g] - kept.get(g, self.channels[g])) * per
+                    for g, per in self.shares[name].get(axis, ())
+                )
                 entries *= size - gone
             macs += self.positions.get(name, 0.0) * entries
             params += entries if name in self.parameters else 0.0
@@ -134,6 +137,15 @@ def _row(name: str, module: nn.Module, outputs: int) -> LayerCost:
         # Each output entry sums in_channels/groups * kernel products, divided by the stride's dilution.
         per_output = module.in_channels // module.groups * weight[0, 0].numel()
         diluted = outputs * per_output // int(torch.tensor(module.stride).prod())
-        return LayerCost(name, type(module).__name__, module.out_channels, params, diluted, tuple(module.kernel_size))
+        return LayerCost(
+            name, type(module).__name__, module.out_channels, params, diluted, tuple(module.kernel_size)
+        )
     per_output = weight[0].numel()
-    return LayerCost(name, type(module).__name__, module.out_channels, params, outputs * per_output, tuple(module.kernel_size))
+    return LayerCost(
+        name,
+        type(module).__name__,
+        module.out_channels,
+        params,
+        outputs * per_output,
+        tuple(module.kernel_size),
+    )

@@ -41,6 +41,10 @@ class Graph:
     left_out: dict[str, str]
 
 
+# (state-dict name, axis, root channel -> positions, role)
+_Entry = tuple[str, int, dict[int, list[int]], str]
+
+
 class _NotCuttable(Exception):
     """Why one group can't be turned into tensors and positions."""
 
@@ -104,7 +108,10 @@ def provable_groups(network: nn.Module, graph: Graph, example: Tensor, seed: int
         left_out.update(bad)
         good = [g for g in good if g.name not in bad]
     if not good:
-        reasons = "; ".join(f"{k}: {v}" for k, v in list(left_out.items())[:5]) or "it has no convolution or linear layer"
+        reasons = (
+            "; ".join(f"{k}: {v}" for k, v in list(left_out.items())[:5])
+            or "it has no convolution or linear layer"
+        )
         raise UnsupportedModel(
             f"no channel of this network can be removed: {reasons}",
             "run `edgeprune why MODEL` for the reason of every layer",
@@ -112,7 +119,9 @@ def provable_groups(network: nn.Module, graph: Graph, example: Tensor, seed: int
     return Graph(tuple(good), left_out)
 
 
-def _culprits(probe: nn.Module, groups: list[Group], masks: dict[str, Tensor], example: Tensor) -> dict[str, str]:
+def _culprits(
+    probe: nn.Module, groups: list[Group], masks: dict[str, Tensor], example: Tensor
+) -> dict[str, str]:
     """Groups whose cut differs from their mask, found by halving; empty when all of them together agree."""
     failure = surgery.proof_failure(probe, groups, {g.name: masks[g.name] for g in groups}, example)
     if failure is None:
@@ -146,12 +155,19 @@ def _dependency_graph(copy: nn.Module, example: Tensor) -> Any:
         ) from error
 
 
-def _items(dependency: Any, module: nn.Module, channels: list[int]) -> list[tuple[Any, bool, list[int], list[int]]]:
+def _items(
+    dependency: Any, module: nn.Module, channels: list[int]
+) -> list[tuple[Any, bool, list[int], list[int]]]:
     """(module or parameter or operation, is it its output side, positions, root channels) of one group."""
     pruner = dependency.get_pruner_of_module(module)
     group = dependency.get_pruning_group(module, pruner.prune_out_channels, channels)
     return [
-        (item.dep.target.module, dependency.is_out_channel_pruning_fn(item.dep.handler), item.idxs, item.root_idxs)
+        (
+            item.dep.target.module,
+            dependency.is_out_channel_pruning_fn(item.dep.handler),
+            item.idxs,
+            item.root_idxs,
+        )
         for item in (group[i] for i in range(len(group)))
     ]
 
@@ -171,7 +187,7 @@ def _refuse_skipped(items: Iterable[Any], names: dict[nn.Module, str], skip: Seq
 
 
 def _group(name: str, items: list[Any], names: dict[nn.Module, str], dependency: Any) -> Group:
-    entries: list[tuple[str, int, dict[int, list[int]], str]] = []
+    entries: list[_Entry] = []
     tied: list[list[int]] = []
     for module, out, positions, roots in items:
         if isinstance(module, torch_pruning.ops._OutputOp):
@@ -188,7 +204,9 @@ def _group(name: str, items: list[Any], names: dict[nn.Module, str], dependency:
         for tensor, axis, size, modulus, role in _tensors(module, out, names, dependency):
             if modulus:
                 tied += _tied_by(owned, lambda position, m=modulus: position % m)
-            folded = {root: [p % modulus if axis == 1 and modulus else p for p in ps] for root, ps in owned.items()}
+            folded = {
+                root: [p % modulus if axis == 1 and modulus else p for p in ps] for root, ps in owned.items()
+            }
             if any(p < 0 or p >= size for ps in folded.values() for p in ps):
                 raise _NotCuttable(f"its channels do not line up with {tensor} ({size} entries)")
             entries.append((tensor, axis, folded, role))
@@ -216,40 +234,47 @@ def _tied_by_split(owned: dict[int, list[int]], offsets: Sequence[int] | None) -
     return _tied_by(owned, lambda position: position % part)
 
 
-def _assemble(name: str, roots: list[int], entries: list[Any], tied: list[list[int]]) -> Group:
-    parent = {r: r for r in roots}
-
-    def find(r: int) -> int:
-        while parent[r] != r:
-            parent[r] = parent[parent[r]]
-            r = parent[r]
-        return r
-
+def _assemble(name: str, roots: list[int], entries: list[_Entry], tied: list[list[int]]) -> Group:
+    """Make a group whose channels are the classes of root channels that can't go without each other."""
     owner: dict[tuple[str, int, int], int] = {}
+    ties = list(tied)
     for tensor, axis, owned, _ in entries:
         for root, positions in owned.items():
-            for position in positions:
-                parent[find(root)] = find(owner.setdefault((tensor, axis, position), root))
-    for together in tied:
-        for root in together[1:]:
-            parent[find(root)] = find(together[0])
-    units: dict[int, list[int]] = {}
-    for root in roots:
-        units.setdefault(find(root), []).append(root)
+            ties += [[owner.setdefault((tensor, axis, position), root), root] for position in positions]
+    units = _classes(roots, ties)
     if len(units) < 2:
         raise _NotCuttable("all of its channels are tied to each other")
     members: dict[tuple[str, int], tuple[list[set[int]], str]] = {}
     for tensor, axis, owned, role in entries:
         sets, _ = members.setdefault((tensor, axis), ([set() for _ in units], role))
-        for unit, unit_roots in enumerate(units.values()):
-            for root in unit_roots:
-                sets[unit].update(owned.get(root, ()))
+        for unit, unit_roots in enumerate(units):
+            sets[unit].update(position for root in unit_roots for position in owned.get(root, ()))
     if not any(role == "consumer" for _, role in members.values()):
         raise _NotCuttable("its channels are outputs of the network")
     records = tuple(
-        Member(tensor, axis, tuple(tuple(sorted(s)) for s in sets), role) for (tensor, axis), (sets, role) in members.items()
+        Member(tensor, axis, tuple(tuple(sorted(s)) for s in sets), role)
+        for (tensor, axis), (sets, role) in members.items()
     )
     return Group(name, len(units), records)
+
+
+def _classes(items: list[int], ties: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Partition items so that tied ones are together (union-find), in the order of their first."""
+    parent = {item: item for item in items}
+
+    def find(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    for first, *rest in ties:
+        for other in rest:
+            parent[find(other)] = find(first)
+    found: dict[int, list[int]] = {}
+    for item in items:
+        found.setdefault(find(item), []).append(item)
+    return list(found.values())
 
 
 def _tensors(
@@ -269,12 +294,18 @@ def _tensors(
             return [(f"{prefix}weight", 1, module.in_features, 0, "consumer")]
         return _with_bias(module, prefix, "producer")
     if isinstance(module, PER_CHANNEL):
-        found = [(k, v) for k, v in (*module.named_parameters(), *module.named_buffers()) if v is not None and v.ndim == 1]
+        found = [
+            (k, v)
+            for k, v in (*module.named_parameters(), *module.named_buffers())
+            if v is not None and v.ndim == 1
+        ]
         if any(v.shape[0] == 1 for _, v in found) and isinstance(module, nn.PReLU):
             return []  # one slope for all channels
         return [(f"{prefix}{k}", 0, v.shape[0], 0, "norm") for k, v in found]
     if isinstance(module, nn.LayerNorm):
-        raise _NotCuttable(f"{names[module]} normalizes over all of its channels together, so removing some changes the rest")
+        raise _NotCuttable(
+            f"{names[module]} normalizes over all of its channels together, so removing some changes the rest"
+        )
     raise _NotCuttable(f"{names[module]} ({type(module).__name__}) is a kind of layer that is not cut yet")
 
 

@@ -48,15 +48,11 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, Arrays], tup
         UsageError: not such a file; says which array is wrong and how to make it right.
     """
     try:
+        with zipfile.ZipFile(path):
+            pass
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path} is a single array, not an .npz of several", ACCEPTED)
             names = list(file.files)
-            found = {
-                part: suffix
-                for suffix, part in SETS.items()
-                if "x" + suffix in names or "y" + suffix in names
-            }
+            found = {p: s for s, p in SETS.items() if "x" + s in names or "y" + s in names}
             if not found:
                 raise UsageError(f"{path} holds {', '.join(names) or 'nothing'}, but no x and y", ACCEPTED)
             if "" in found and len(found) > 1:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from edgeprune.errors import UnsupportedModel, UsageError
-from edgeprune.nn.capture import FORWARD_ERRORS, capture, example, quiet, reason
+from edgeprune.nn.capture import FORWARD_ERRORS, PREFIX, capture, example, quiet, reason, title
 from edgeprune.nn.onnx_file import ONNX_ERRORS, name_after_layers
 from edgeprune.records import InputSpec
 
@@ -25,6 +27,7 @@ MAX_BYTES = 1_900_000_000
 OLDEST_OPSET = 9
 # The dynamo exporter makes this when an older one is asked for, and says so in its log only.
 OLDEST_DYNAMO_OPSET = 18
+DEFAULT_DYNAMO_OPSET = 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def check_size(module: nn.Module) -> None:
 
 
 def candidates(
-    module: nn.Module, spec: InputSpec, opset: int, *, dynamic_batch: bool, prefix: str
+    module: nn.Module, spec: InputSpec, opset: int, *, dynamic_batch: bool
 ) -> Iterator[Callable[[], Exported]]:
     """The ways to an ONNX model at `opset`, best first: calls that give it or raise UnsupportedModel.
 
@@ -60,30 +63,38 @@ def candidates(
         spec: the shape of its input.
         opset: the version of the standard operators.
         dynamic_batch: leave N open, named "batch"; else it is 1.
-        prefix: what to leave away of the layers' names.
 
     Raises:
         UsageError: no way leads to that opset.
+        UnsupportedModel: the network can't be traced; names the layer it stopped at.
     """
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
-        raise UsageError(f"export.opset = {opset} must be between {OLDEST_OPSET} and {newest}")
+        raise UsageError(
+            f"export.opset = {opset} must be between {OLDEST_OPSET} and {newest}",
+            "leave it away to get the one that suits the target",
+        )
     modules = {path: _is_layer(part) for path, part in module.named_modules()}
+    # The TorchScript exporter would follow one branch of an `if` and say nothing; what torch.export took has none.
+    program = capture(module, spec, dynamic_batch=dynamic_batch)
 
-    def dynamo() -> Exported:
-        model = _dynamo(module, spec, max(opset, OLDEST_DYNAMO_OPSET), dynamic_batch)
+    def dynamo(made_at: int) -> Exported:
+        model = _dynamo(program, made_at)
         # Before any conversion: that drops the metadata which the names come from.
-        name_after_layers(model, modules, prefix)
+        name_after_layers(model, modules, PREFIX)
+        _state_shapes(model, spec, dynamic_batch)
         return _at_opset(model, opset)
 
     def torchscript() -> Exported:
         model = _torchscript(module, spec, opset, dynamic_batch)
-        name_after_layers(model, modules, prefix)
-        return Exported(
-            model, f"exported by torch's TorchScript exporter: the current one makes no opset {opset}"
-        )
+        name_after_layers(model, modules, PREFIX)
+        _state_shapes(model, spec, dynamic_batch)
+        note = f"exported by torch's TorchScript exporter: the current one makes no opset {opset}"
+        return Exported(model, note)
 
-    yield dynamo
+    yield partial(dynamo, max(opset, OLDEST_DYNAMO_OPSET))
+    if opset > DEFAULT_DYNAMO_OPSET:
+        yield partial(dynamo, DEFAULT_DYNAMO_OPSET)
     if opset < OLDEST_DYNAMO_OPSET:
         yield torchscript
 
@@ -99,8 +110,7 @@ def _is_layer(part: nn.Module) -> bool:
     )
 
 
-def _dynamo(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: bool) -> ModelProto:
-    program = capture(module, spec, dynamic_batch=dynamic_batch)
+def _dynamo(program: ExportedProgram, opset: int) -> ModelProto:
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -136,9 +146,9 @@ def _at_opset(model: ModelProto, opset: int) -> Exported:
 
 
 def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: bool) -> ModelProto:
-    file = BytesIO()
     try:
-        with quiet(), torch.no_grad():
+        with TemporaryDirectory(prefix="edgeprune-export-") as folder, quiet(), torch.no_grad():
+            file = Path(folder, "model.onnx")
             torch.onnx.export(
                 module,
                 (example(spec),),
@@ -150,18 +160,19 @@ def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: 
                 dynamo=False,
                 verbose=False,
             )
-        model = onnx.load_model_from_string(file.getvalue())
+            return onnx.load(file)
     except (*FORWARD_ERRORS, DecodeError) as error:
         raise UnsupportedModel(
             f"torch's TorchScript exporter fails at opset {opset}: {reason(error)}"
         ) from error
-    # It leaves the shapes of input and output out of some graphs.
+
+
+def _state_shapes(model: ModelProto, spec: InputSpec, dynamic_batch: bool) -> None:
+    # One exporter calls the open dimension "s77", the other leaves shapes out of some graphs.
     batch = BATCH if dynamic_batch else 1
     for value, shape in ((model.graph.input[0], spec.shape), (model.graph.output[0], (spec.classes,))):
-        value.CopyFrom(
-            onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, (batch, *shape))
-        )
-    return model
+        stated = onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, (batch, *shape))
+        value.CopyFrom(stated)
 
 
 def _untranslatable(program: ExportedProgram, error: BaseException) -> UnsupportedModel:
@@ -174,7 +185,7 @@ def _untranslatable(program: ExportedProgram, error: BaseException) -> Unsupport
     name, operator = match.groups()
     layer = _layer_of(program, name)
     return UnsupportedModel(
-        f"{layer or 'the network'} uses {operator.removesuffix('.default')}, "
+        f"{layer} uses {operator.removesuffix('.default')}, "
         f"which torch's ONNX exporter can't translate: {reason(error)}",
         "replace that operation by others",
     )
@@ -189,9 +200,9 @@ def _layer_of(program: ExportedProgram, node_name: str) -> str:
     for node in graph.nodes:
         if node.name == node_name and node.meta.get("nn_module_stack"):
             path, cls = list(node.meta["nn_module_stack"].values())[-1]
-            title = cls if isinstance(cls, str) else cls.__name__
-            return f"{path or 'the network'} ({title.rpartition('.')[2]})"
-    return ""
+            kind = cls if isinstance(cls, str) else cls.__name__
+            return title(path, kind.rpartition(".")[2])
+    return title("", "")
 
 
 def _converter_reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx
 import onnxslim
@@ -94,7 +95,8 @@ def slim(model: ModelProto) -> ModelProto:
     try:
         with quiet():
             # FusionGemm turns a MatMul on a sequence into Reshape, Gemm, Reshape: more nodes, no gain.
-            slimmed = onnxslim.slim(copy, skip_fusion_patterns=["FusionGemm"])
+            options: Any = {"skip_fusion_patterns": ["FusionGemm"]}
+            slimmed = onnxslim.slim(copy, **options)
     except SLIM_ERRORS as error:
         raise UnsupportedModel(f"onnxslim failed: {reason(error)}") from error
     if not isinstance(slimmed, ModelProto):
@@ -119,7 +121,7 @@ def finish(model: ModelProto, about: Mapping[str, str], *, producer: str, versio
     for key in sorted(about):
         model.metadata_props.add(key=key, value=about[key])
     # Runtimes on devices are older than onnx here, and refuse a file version that they don't know.
-    oldest = onnx.helper.find_min_ir_version_for(list(model.opset_import))
+    oldest = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     model.ir_version = max(oldest, FUNCTIONS_IR) if model.functions else oldest
     del model.graph.value_info[:]
     try:

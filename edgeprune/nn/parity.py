@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnxruntime
 import torch
 from onnx import ModelProto
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor, nn
 
 from edgeprune.errors import ParityError, UnsupportedModel

@@ -88,7 +88,7 @@ def faults(data: bytes, permits: Mapping[str, Permit], *, skip: int = 0, count: 
                 if not machine.step(operation.name, argument):
                     return list(dict.fromkeys(found))
     except BROKEN as error:
-        raise ValueError(f"not a complete pickle: {error}") from error
+        raise ValueError("its pickle breaks off or is damaged") from error
     return list(dict.fromkeys(found))
 
 

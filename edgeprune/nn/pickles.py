@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from edgeprune.errors import MissingDependency, ModelError, UnsafeModel, UsageError
+from edgeprune.nn.filekinds import LEGACY_MAGIC, records
 from edgeprune.nn.pickle_rules import DATA, class_permit, data_objects
 from edgeprune.nn.pickle_scan import faults, globals_of
 from edgeprune.nn.zoo import FOREIGN_ERRORS, importable_here, prepare_torchvision
@@ -26,7 +27,6 @@ from edgeprune.nn.zoo import FOREIGN_ERRORS, importable_here, prepare_torchvisio
 _LOG = logging.getLogger("edgeprune")
 _MODULE_HOMES = ("torch.nn.modules.", "torchvision.", "timm.")
 _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # magic, protocol version, system information, the object itself, the keys of its storages
 _LEGACY_PICKLES = 5
 _LOAD_ERRORS = (*FOREIGN_ERRORS, EOFError, pickle.UnpicklingError)
@@ -78,7 +78,7 @@ def _load_restricted(data: bytes, where: str, safe: list[Any]) -> Any:
 def _load_trusted(data: bytes, where: str) -> Any:
     _LOG.warning("--trust-pickle: loading %s runs whatever code is in it", where)
     prepare_torchvision()
-    plain = not data.startswith((b"PK\x03\x04", _LEGACY_MAGIC))
+    plain = not data.startswith((b"PK\x03\x04", LEGACY_MAGIC))
     try:
         with importable_here():
             if plain:
@@ -94,12 +94,12 @@ def _load_trusted(data: bytes, where: str) -> Any:
 def _pickles_in(data: bytes, where: str) -> tuple[bytes, int, int]:
     """The bytes that hold the pickles, where they start, and how many there are."""
     if data.startswith(b"PK\x03\x04"):
+        reader, _ = records(data, where)
         try:
-            # torch's own reader: another one might see another file in a forged archive
-            return torch._C.PyTorchFileReader(io.BytesIO(data)).get_record("data.pkl"), 0, 1
+            return reader.get_record("data.pkl"), 0, 1
         except RuntimeError as error:
-            raise ModelError(f"{where} is a truncated or corrupt archive: {_first_line(error)}", "save it again") from error
-    if data.startswith(_LEGACY_MAGIC):
+            raise ModelError(f"{where} is a corrupt archive: {_first_line(error)}", "save it again") from error
+    if data.startswith(LEGACY_MAGIC):
         return data, 0, _LEGACY_PICKLES
     names = globals_of(data)
     if names:

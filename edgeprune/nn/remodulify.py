@@ -29,10 +29,12 @@ _CHECKS_ONLY = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "s
 class ExportedNetwork(nn.Module):
     """A network made from an exported program: its layers under their names, and one function that runs them.
 
-    `batch` is None when any batch size works, else the only one that does.
+    `batch` is None when any batch size works, else the only one that does. `shape` is the (C, H, W) that it was
+    exported for, None when the program leaves it open.
     """
 
     batch: int | None
+    shape: tuple[int, int, int] | None
     _run: Callable[[nn.Module, torch.Tensor], Any]
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -64,11 +66,12 @@ def remodulify(program: ExportedProgram) -> nn.Module:
     builder.graph.eliminate_dead_code(_has_effect)
     shape = tuple(inputs[0].meta["val"].shape)
     fixed = shape[0] if isinstance(shape[0], int) else None
+    static = len(shape) == 4 and all(isinstance(n, int) for n in shape[1:])
     module.eval()
-    module.batch = fixed
+    module.batch, module.shape = fixed, (shape[1], shape[2], shape[3]) if static else None
     _compile(module, builder.graph)
-    if fixed is not None and all(isinstance(n, int) for n in shape):
-        free_batch(module, builder.graph, (fixed, *(int(n) for n in shape[1:])), _compile)
+    if fixed is not None and static:
+        free_batch(module, builder.graph, (fixed, *shape[1:]), _compile)
     return module
 
 
@@ -244,6 +247,9 @@ def _place(module: nn.Module, state: _State, layers: Mapping[str, Layer]) -> Non
         owner = module.get_submodule(path)
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(leaf, tensor)
+        elif leaf in owner._parameters:
+            # A layer's weight that was frozen into the program as a constant.
+            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
         else:
             owner.register_buffer(leaf, tensor, persistent=name not in state.volatile)
 

@@ -31,7 +31,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except (OSError, SafetensorError) as error:
-        raise WorkdirError(f"{path} can't be read: {error}", f"delete {path.parent}; it will be made again") from error
+        raise WorkdirError(
+            f"{path} can't be read: {error}", f"delete {path.parent}; it will be made again"
+        ) from error
 
 
 def save_network(network: nn.Module, path: Path) -> None:

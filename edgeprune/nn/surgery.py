@@ -55,7 +55,9 @@ def mask(network: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor
                 state[name].index_fill_(axis, torch.tensor(positions, device=state[name].device), 0)
 
 
-def cut(network: nn.Module, tensors: Mapping[str, Sequence[tuple[int, Sequence[int]]]]) -> dict[str, dict[str, int]]:
+def cut(
+    network: nn.Module, tensors: Mapping[str, Sequence[tuple[int, Sequence[int]]]]
+) -> dict[str, dict[str, int]]:
     """Remove positions from tensors, in place, and set the layers' sizes to match.
 
     Returns:
@@ -70,7 +72,9 @@ def cut(network: nn.Module, tensors: Mapping[str, Sequence[tuple[int, Sequence[i
     depthwise = {name for name, m in network.named_modules() if _is_depthwise(m)}
     for name, axes in tensors.items():
         if name not in state:
-            raise ModelError(f"the plan cuts {name!r}, which this network does not have", "use the network it was made for")
+            raise ModelError(
+                f"the plan cuts {name!r}, which this network does not have", "use the network it was made for"
+            )
         module_name, _, attribute = name.rpartition(".")
         module = network.get_submodule(module_name)
         old = state[name]
@@ -92,7 +96,9 @@ def replay(network: nn.Module, plan: Plan) -> None:
         module = network.get_submodule(name)
         for attribute, value in attributes.items():
             if getattr(module, attribute) != value:
-                raise ModelError(f"{name}.{attribute} is {getattr(module, attribute)} after the plan, which says {value}")
+                raise ModelError(
+                    f"{name}.{attribute} is {getattr(module, attribute)} after the plan, which says {value}"
+                )
 
 
 def proof_failure(
@@ -140,7 +146,11 @@ def disturbed(network: nn.Module, example: Tensor, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_((low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)).to(tensor))
+        tensor.copy_(
+            (low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)).to(
+                tensor
+            )
+        )
 
     with torch.no_grad():
         for module in copy.modules():
@@ -168,7 +178,9 @@ def _fit_statistics(network: nn.Module, example: Tensor) -> None:
         x = inputs[0].detach()
         axes = [i for i in range(x.ndim) if i != 1]
         module.running_mean.copy_(x.mean(axes))
-        module.running_var.copy_(x.var(axes, unbiased=False) + 1e-3 if x.numel() > x.shape[1] else torch.ones(x.shape[1]))
+        module.running_var.copy_(
+            x.var(axes, unbiased=False) + 1e-3 if x.numel() > x.shape[1] else torch.ones(x.shape[1])
+        )
 
     try:
         handles = [m.register_forward_pre_hook(fit) for m in network.modules() if isinstance(m, BATCH_NORMS)]
@@ -218,7 +230,9 @@ def _set_tensor(module: nn.Module, attribute: str, value: nn.Parameter | Tensor)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
-    return getattr(module, "groups", 1) > 1 and getattr(module, "groups", 0) == getattr(module, "in_channels", -1)
+    return getattr(module, "groups", 1) > 1 and getattr(module, "groups", 0) == getattr(
+        module, "in_channels", -1
+    )
 
 
 def _resize(module: nn.Module, depthwise: bool) -> dict[str, int]:
@@ -237,7 +251,11 @@ def _resize(module: nn.Module, depthwise: bool) -> dict[str, int]:
         sizes = {} if known is None else {"num_features": known.shape[0]}
     elif isinstance(module, nn.GroupNorm):
         share = module.num_channels // module.num_groups
-        sizes = {} if weight is None else {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // share}
+        sizes = (
+            {}
+            if weight is None
+            else {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // share}
+        )
     elif isinstance(module, nn.PReLU):
         sizes = {"num_parameters": weight.shape[0]}
     for attribute, value in sizes.items():

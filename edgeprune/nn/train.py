@@ -20,7 +20,7 @@ from edgeprune.nn.data import Split
 from edgeprune.nn.progress import bar
 from edgeprune.recipe import TuneTable
 
-__all__ = ["History", "accuracy", "augment", "fit", "recalibrate_bn"]
+__all__ = ["History", "accuracy", "augment", "fit", "mean_loss", "recalibrate_bn"]
 
 MOMENTUM = 0.9
 MAX_GRAD_NORM = 5.0
@@ -119,6 +119,19 @@ def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, in
             correct += int(((answer.argmax(1) == y) & answer.isfinite().all(1)).sum())
             advance(len(y))
     return correct, len(split)
+
+
+def mean_loss(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
+    """Mean cross-entropy over images (n, C, H, W) with labels (n,), in evaluation mode; may be NaN.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    total = 0.0
+    with modes(None, module), torch.no_grad():
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            total += float(functional.cross_entropy(logits(module, x), y, reduction="sum"))
+    return total / len(images)
 
 
 def _epoch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -87,6 +88,9 @@ class _OrtSession(Session):
 
 
 def _library() -> Any:
+    # From 1.29 on, its Linux packages tell the maker about each model (file name, hashes, operators) unless this is
+    # set before the import. Models here are their owner's business, and its threads would be in the timings.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -38,7 +38,9 @@ def run(
     attributes = surgery.cut(network, tensors)
     after = (total_params(network), total_macs(network, example))
     _check_smaller(bundle.module, network, example, (tensors, before, after))
-    removed = {g: tuple(i for i, kept in enumerate(keep.tolist()) if not kept) for g, keep in channels.items()}
+    removed = {
+        g: tuple(i for i, kept in enumerate(keep.tolist()) if not kept) for g, keep in channels.items()
+    }
     plan = Plan(
         removed={g: gone for g, gone in removed.items() if gone}, tensors=tensors, attributes=attributes,
         left_out={**left_out, **failed}, params=after[0], macs=after[1], params_before=before[0], macs_before=before[1],
@@ -69,7 +71,10 @@ def _proven(
 
 
 def _check_smaller(
-    dense: nn.Module, small: nn.Module, example: Tensor, result: tuple[Mapping[str, object], tuple[int, int], tuple[int, int]]
+    dense: nn.Module,
+    small: nn.Module,
+    example: Tensor,
+    result: tuple[Mapping[str, object], tuple[int, int], tuple[int, int]],
 ) -> None:
     tensors, before, after = result
     if not tensors:

@@ -108,14 +108,16 @@ def _packages() -> list[Finding]:
     broken = _broken(modules)
     retried = [module for module in _ON_TORCHVISION if module in broken]
     helped = set(retried) - set(_broken(retried, _HELP))
-    least = _least()
+    least, torch = _least(), _version("torch")
     findings: list[Finding] = []
     for name, module, use in (*REQUIRED, *OPTIONAL):
         absent = "missing" if (name, module, use) in REQUIRED else "optional"
         version = versions[name]
-        pip = _pip(name, versions["torch"])
+        pip = _pip(name, torch)
         if module in helped:
-            found = f"{version}; models load, torchvision's own operators do not: it is built for another torch"
+            found = (
+                f"{version}; models load, torchvision's own operators do not: it is built for another torch"
+            )
             findings.append(Finding(name, "warning", found, pip))
         elif not version:
             findings.append(Finding(name, absent, f"not installed; {use}", pip))
@@ -186,7 +188,11 @@ def _broken(modules: Sequence[str], first: str = "") -> dict[str, str]:
             return {**broken, **dict.fromkeys(left, error.message[:200])}
         said = [line.split(" ", 2) for line in answer.stdout.splitlines() if line.startswith("@")]
         tried = [words[1] for words in said if words[0] == "@try"]
-        broken |= {words[1]: words[2] for words in said if words[0] == "@bad" and len(words) == 3}
+        broken |= {
+            words[1]: words[2]
+            for words in said
+            if words[0] == "@bad" and words[1] in left and len(words) == 3
+        }
         done = {words[1] for words in said if words[0] in ("@ok", "@bad")}
         if not tried:
             return {**broken, **dict.fromkeys(left, f"python ended with status {answer.status}")}

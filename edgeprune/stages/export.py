@@ -28,8 +28,6 @@ from edgeprune.records import Artifact, Bundle, InputSpec, Reading, Target
 from edgeprune.runtimes.tensorrt import TensorRT
 
 RESULT_VERSION = 1
-# The wrapped network's attribute in the module that `nn.bundle.deployed` gives.
-PREFIX = "network."
 SEED = 20
 RELOAD_TOLERANCE = 1e-5
 RELOAD_TIMEOUT_S = 1800
@@ -186,9 +184,8 @@ def _about(spec: InputSpec, meta: Mapping[str, str]) -> dict[str, str]:
 
 def _first_that_holds(job: _Job) -> _Proven:
     failures: list[EdgepruneError] = []
-    for way in onnx_export.candidates(
-        job.module, job.spec, job.opset, dynamic_batch=job.table.dynamic_batch, prefix=PREFIX
-    ):
+    dynamic_batch = job.table.dynamic_batch
+    for way in onnx_export.candidates(job.module, job.spec, job.opset, dynamic_batch=dynamic_batch):
         try:
             return _prove(job, way())
         except (UnsupportedModel, ParityError) as error:
@@ -218,8 +215,10 @@ def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
             f"{job.name} has opset {got} where {job.opset} was asked for", f"--set export.opset={got}"
         )
     if model.ByteSize() > onnx_export.MAX_BYTES:
+        limit = f"{onnx_export.MAX_BYTES / 1e9:.1f} GB"
         raise UnsupportedModel(
-            f"{job.name} would have {model.ByteSize() / 1e9:.1f} GB; one ONNX file holds at most 1.9 GB"
+            f"{job.name} would have {model.ByteSize() / 1e9:.1f} GB; one ONNX file holds at most {limit}",
+            f"ask for a smaller network: --budget 'size={limit}'",
         )
     made, made_from = parity.open_onnx(model), parity.reference(job.module)
     inputs = {"random": _random(job), "real": _real(job.real)}

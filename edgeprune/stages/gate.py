@@ -143,6 +143,7 @@ def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
     )
     status = "inconclusive" if doubt else "pass" if margin >= 0 else "fail"
     remarks += [doubt] if doubt else []
+    remarks += [str(after.conditions["no_interval"])] if after.conditions.get("no_interval") else []
     remarks += _where(limit.metric, after, report)
     return Check(limit.metric, limit.text, status, value, threshold, margin, "; ".join(remarks))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from xml.etree import ElementTree
 
 from edgeprune import codec
@@ -48,17 +48,13 @@ def render(verdict: Verdict, format: str) -> str:  # noqa: A002 - the word of th
 
 def _text(verdict: Verdict) -> str:
     rows = [(_word(c), c.metric, _shown(c, c.value), _limit(c), _margin(c)) for c in verdict.checks]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)] if rows else []
+    words, metrics, values, limits = ([row[i] for row in rows] for i in range(4))
     lines: list[str] = []
-    for row, check in zip(rows, verdict.checks, strict=True):
-        word, metric, value, limit, margin = (
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        )
-        lines.append(
-            f"  {word}  {metric}  {value.strip().rjust(widths[2])}  limit {limit}  {margin}".rstrip()
-        )
+    for check, (word, metric, value, limit, margin) in zip(verdict.checks, rows, strict=True):
+        start = f"  {word:{_widest(words)}}  {metric:{_widest(metrics)}}  {value:>{_widest(values)}}"
+        lines.append(f"{start}  limit {limit:{_widest(limits)}}  {margin}".rstrip())
         if check.detail:
-            lines.append(f"  {' ' * widths[0]}  {check.detail}")
+            lines.append(f"  {'':{_widest(words)}}  {check.detail}")
     lines += [f"note: {note}" for note in verdict.notes]
     advice = [line for check in verdict.checks for line in _advice(check)]
     last = f"gate: {WORDS[verdict.exit_code]} ({_tally(verdict)})"
@@ -114,16 +110,18 @@ def _junit(verdict: Verdict) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}'
 
 
+def _widest(texts: Sequence[str]) -> int:
+    return max(len(text) for text in texts)
+
+
 def _word(check: Check) -> str:
     return check.status if check.status == "pass" else check.status.upper()
 
 
 def _detail(check: Check) -> str:
-    return (
-        check.detail
-        if check.status in ("pass", "fail")
-        else "; ".join(t for t in (check.status, check.detail) if t)
-    )
+    if check.status in ("pass", "fail"):
+        return check.detail
+    return f"{check.status}: {check.detail}" if check.detail else check.status
 
 
 def _shown(check: Check, value: float | None) -> str:

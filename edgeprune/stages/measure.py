@@ -23,14 +23,16 @@ from edgeprune.stages.measure_speed import Clues, Ratio, clues, words
 
 __all__ = [
     "Clues", "Latency", "Ratio", "accuracy", "agreement", "clues", "latency", "node_times", "peak_memory", "per_layer",
-    "predict", "size", "speed_words", "where",
+    "predict", "size", "speed_words", "speedup", "where",
 ]  # fmt: skip
 
 RESULT_VERSION = 1
 RUNTIME = "onnxruntime"
 QUANTILES = (("latency_p50", 0.5), ("latency_p90", 0.9), ("latency_p99", 0.99))
-# Above this, the median run waited for other work on the machine.
+# Above these, other work on the machine got in the way: wall over CPU time of the median run, and the share of the
+# time of all runs in which the thread was not running (which the higher percentiles show).
 CONTENDED = 1.05
+WAITED = 0.1
 # Fewer blocks than this give no useful interval of their median, so single runs are paired instead.
 LEAST_BLOCKS = 12
 MEMORY_RUNS = 3
@@ -68,6 +70,14 @@ class _Timed:
     def contention(self) -> float | None:
         return statistics.median(self.wall) / statistics.median(self.cpu) if self.cpu else None
 
+    @property
+    def waited(self) -> float | None:
+        return max(0.0, 1.0 - sum(self.cpu) / sum(self.wall)) if self.cpu else None
+
+    @property
+    def contended(self) -> bool:
+        return (self.contention or 1.0) > CONTENDED or (self.waited or 0.0) > WAITED
+
 
 def latency(models: Mapping[str, Path], device: Device, table: MeasureTable) -> Latency:
     """Time models on one image, alternately, so that noise hits all of them.
@@ -93,7 +103,7 @@ def latency(models: Mapping[str, Path], device: Device, table: MeasureTable) -> 
     place = device.where()
     conditions = {
         "threads": table.threads, "warmup": answer.get("warmup"), "clock": "wall", "load": answer.get("load"),
-        "runtime": answer.get("runtime"),
+        "runtime": answer.get("runtime"), "priority": answer.get("priority"),
     }  # fmt: skip
     return Latency(
         where=place,
@@ -101,7 +111,7 @@ def latency(models: Mapping[str, Path], device: Device, table: MeasureTable) -> 
         readings={name: _latency_readings(name, t, place, conditions) for name, t in timed.items()},
         samples={name: tuple(t.wall) for name, t in timed.items()},
         ratios=_ratios(timed, int(answer.get("block", 1))),
-        contended=any((t.contention or 1.0) > CONTENDED for t in timed.values()),
+        contended=any(t.contended for t in timed.values()),
     )
 
 
@@ -157,15 +167,21 @@ def where(device: Device) -> str:
     return device.where()
 
 
+def speedup(timings: Latency) -> tuple[str, Ratio] | None:
+    """How many times faster the compressed model is, and by which clock: "wall", or "cpu" on a busy machine."""
+    kind = "cpu" if timings.contended and "cpu" in timings.ratios else "wall"
+    return (kind, timings.ratios[kind]) if kind in timings.ratios else None
+
+
 def speed_words(timings: Latency, known: Clues | None = None) -> str:
     """One sentence without a full stop: how many times faster the compressed model is, or that it is not and why."""
-    kind = "cpu" if timings.contended and "cpu" in timings.ratios else "wall"
-    if kind not in timings.ratios:
+    found = speedup(timings)
+    if found is None:
         return f"the speed can't be compared: timed were only {', '.join(timings.samples) or 'no models'}"
     place = f"{timings.where}, {timings.threads} thread{'s' if timings.threads > 1 else ''}"
-    if kind == "cpu":
+    if found[0] == "cpu":
         place += ", by CPU time because other work ran on the machine"
-    return words(timings.ratios[kind], place, known)
+    return words(found[1], place, known)
 
 
 def _reading(  # noqa: PLR0913, PLR0917 - the fields of a Reading, in their order
@@ -185,7 +201,11 @@ def _latency_readings(name: str, timed: _Timed, place: str, shared: Mapping[str,
     conditions: dict[str, Any] = {**shared, "iterations": n, "batch": timed.batch}
     conditions["cv"] = statistics.pstdev(ordered) / statistics.fmean(ordered)
     if timed.cpu:
-        conditions |= {"cpu_p50": statistics.median(timed.cpu), "contention": timed.contention}
+        conditions |= {
+            "cpu_p50": statistics.median(timed.cpu),
+            "contention": timed.contention,
+            "waited": timed.waited,
+        }
     readings = []
     for metric, q in QUANTILES:
         spread = intervals.quantile_interval(ordered, q)

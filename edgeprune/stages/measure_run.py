@@ -55,7 +55,10 @@ def run(wanted: Wanted, files: Mapping[str, Path], plan: Plan | None) -> Measure
         DeviceError, MissingDependency, ModelError: the device or its runtime failed.
     """
     timed = measure.latency(files, wanted.device, wanted.table)
-    nodes = {name: measure_layers.node_times(path, wanted.device, wanted.table, name=name) for name, path in files.items()}
+    nodes = {
+        name: measure_layers.node_times(path, wanted.device, wanted.table, name=name)
+        for name, path in files.items()
+    }
     readings = {name: _file_readings(wanted, name, path, timed) for name, path in files.items()}
     if plan is not None:
         readings = {name: (*_counted(plan, name), *rows) for name, rows in readings.items()}
@@ -90,18 +93,21 @@ def _thinned(samples: tuple[float, ...]) -> tuple[float, ...]:
 def _counted(plan: Plan, name: str) -> tuple[Reading, ...]:
     params, macs = (plan.params_before, plan.macs_before) if name == "dense" else (plan.params, plan.macs)
     return tuple(
-        Reading(metric, float(value), "", 1, None, "counted", name, {}) for metric, value in (("params", params), ("macs", macs))
+        Reading(metric, float(value), "", 1, None, "counted", name, {})
+        for metric, value in (("params", params), ("macs", macs))
     )
 
 
 def _file_readings(wanted: Wanted, name: str, path: Path, timed: measure.Latency) -> tuple[Reading, ...]:
     memory = measure.peak_memory(path, wanted.device, name=name)
-    ratio = timed.ratios.get("wall")
+    found = measure.speedup(timed)
     rows = []
     for reading in timed.readings[name]:
         extra: dict[str, Any] = {"contended": timed.contended}
-        if ratio is not None and name == "compressed" and reading.metric == "latency_p50":
-            extra["speedup"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "pairs": ratio.n}
+        if found is not None and name == "compressed" and reading.metric == "latency_p50":
+            clock, ratio = found
+            pairs = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "pairs": ratio.n}
+            extra["speedup"] = {**pairs, "clock": clock}
         rows.append(replace(reading, conditions={**reading.conditions, **extra}))
     return (measure.size(path, name=name), *rows, memory)
 
@@ -115,10 +121,13 @@ def _with_answers(
     out, logits = {}, {}
     for name, path in files.items():
         wanted.say(f"measure: accuracy of {path.name} on {len(wanted.images)} held-out images")
-        accuracy, logits[name] = measure_answers.accuracy(artifact(path, wanted.spec), wanted.images, wanted.device, name=name)
+        accuracy, logits[name] = measure_answers.accuracy(
+            artifact(path, wanted.spec), wanted.images, wanted.device, name=name
+        )
         out[name] = (*readings[name], accuracy)
     if {"dense", "compressed"} <= set(logits):
-        same = replace(measure_answers.agreement(logits["dense"], logits["compressed"]), artifact="compressed")
+        same = measure_answers.agreement(logits["dense"], logits["compressed"])
+        same = replace(same, artifact="compressed", where=wanted.device.where())
         out["compressed"] = (*out["compressed"], same)
     return out
 
@@ -136,7 +145,9 @@ def _notes(wanted: Wanted, timed: measure.Latency) -> tuple[str, ...]:
             "Measure there before you rely on them."
         )
     if timed.contended:
-        notes.append("Other work ran on the machine while it was timed: wall times are too long, ratios are to be trusted more.")
+        notes.append(
+            "Other work ran on the machine while it was timed: wall times are too long, ratios are to be trusted more."
+        )
     if wanted.images is None:
         notes.append("No accuracy was measured: no held-out images were given (--data).")
     return tuple(notes)

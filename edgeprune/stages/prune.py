@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Tuple
 
 from torch import Tensor, nn
 
@@ -114,7 +113,9 @@ def _search(
     network: nn.Module, method: Method, task: PruneTask, wanted: tuple[Budget, Mapping[str, Probe]]
 ) -> tuple[Masks, tuple[str, ...]]:
     budget, probes = wanted
-    measured = {m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better}
+    measured = {
+        m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better
+    }
     unknown = sorted(set(measured) - set(probes))
     if unknown:
         raise UsageError(
@@ -147,7 +148,10 @@ def _bisect(
     tried: list[str] = []
     share = 1.0
     for _ in range(PROBES):
-        limits = {**task.rules.limits, "macs": min(task.rules.limits.get("macs", dense_macs), share * dense_macs)}
+        limits = {
+            **task.rules.limits,
+            "macs": min(task.rules.limits.get("macs", dense_macs), share * dense_macs),
+        }
         try:
             masks = choose(limits)
         except InfeasibleBudget:
@@ -157,8 +161,12 @@ def _bisect(
             share = (low + high) / 2
             continue
         readings = _read(network, task.groups, masks, probes, targets)
-        tried.append(f"{100 * share:.0f} % of the MACs: " + ", ".join(_shown(m, v) for m, v in readings.items()))
-        fits = all(v <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1.0) for m, v in readings.items())
+        tried.append(
+            f"{100 * share:.0f} % of the MACs: " + ", ".join(_shown(m, v) for m, v in readings.items())
+        )
+        fits = all(
+            v <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1.0) for m, v in readings.items()
+        )
         if not closest or all(readings[m] <= closest[m] for m in readings):
             closest = readings
         if fits:
@@ -169,7 +177,9 @@ def _bisect(
             high = share
         share = (low + high) / 2
     if best is None:
-        got = ", ".join(f"{_shown(m, closest.get(m))} (asked for {show(targets[m], METRICS[m].unit)})" for m in targets)
+        got = ", ".join(
+            f"{_shown(m, closest.get(m))} (asked for {show(targets[m], METRICS[m].unit)})" for m in targets
+        )
         raise InfeasibleBudget(
             f"the budget can't be met on this machine: the closest got to {got}",
             "raise the budget, lower --set prune.floor, or give a smaller network",
@@ -196,7 +206,9 @@ def _shown(metric: str, value: float | None) -> str:
 def write(chosen: Chosen, folder: Path) -> None:
     """Leave the choice in a folder: masks.safetensors and chosen.json."""
     save_tensors(masks_to_tensors(dict(chosen.masks.channels)), folder / "masks.safetensors")
-    codec.write(folder / "chosen.json", {"groups": chosen.groups, "left_out": chosen.left_out, "notes": chosen.notes})
+    codec.write(
+        folder / "chosen.json", {"groups": chosen.groups, "left_out": chosen.left_out, "notes": chosen.notes}
+    )
 
 
 def read(folder: Path) -> Chosen:
@@ -212,6 +224,6 @@ def read(folder: Path) -> Chosen:
 
 @dataclass(frozen=True)
 class _Rest:
-    groups: Tuple[Group, ...]
+    groups: tuple[Group, ...]
     left_out: Mapping[str, str]
-    notes: Tuple[str, ...]
+    notes: tuple[str, ...]

@@ -184,6 +184,8 @@ def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
         times += " while other work ran on it"
     if "faster" in row.change:
         yield f"{row.change[:1].upper()}{row.change[1:]}: {times}."
+    elif "uncertain" in row.change:
+        yield f"Not known to be faster ({row.change}: there is no 95 % interval): {times}."
     elif row.change == "not comparable":
         yield f"Dense and compressed were timed in different ways and can't be compared: {times}."
     else:

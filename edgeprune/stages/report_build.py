@@ -11,7 +11,17 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.records import REPORT_SCHEMA, Plan, Reading, Report
 
-PACKAGES = ("torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxslim", "timm", "torchvision", "numpy")
+PACKAGES = (
+    "torch",
+    "torch-pruning",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxslim",
+    "timm",
+    "torchvision",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -35,7 +45,10 @@ def environment(device_facts: Mapping[str, Any], target_title: str) -> dict[str,
 
 
 def layers(
-    before: Sequence[Any], after: Sequence[Any], times: Mapping[str, Mapping[str, float]], why_kept: Mapping[str, str]
+    before: Sequence[Any],
+    after: Sequence[Any],
+    times: Mapping[str, Mapping[str, float]],
+    why_kept: Mapping[str, str],
 ) -> tuple[dict[str, Any], ...]:
     """One row for every layer.
 
@@ -62,9 +75,7 @@ def layers(
     return tuple(rows)
 
 
-def build(
-    parts: Mapping[str, Any], *, ledger: Sequence[Reading], notes: Sequence[str], plan: Plan
-) -> Report:
+def build(parts: Mapping[str, Any], *, ledger: Sequence[Reading], notes: Sequence[str], plan: Plan) -> Report:
     """The report of a run.
 
     Args:

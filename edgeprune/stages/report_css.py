@@ -107,7 +107,8 @@ details table{font-size:.8125rem}
 details td:not(:last-child),details th{white-space:nowrap}
 details td:last-child{min-width:10rem}
 pre{overflow:auto;max-height:34rem;padding:.9rem 1rem;background:var(--raised);border-radius:6px;
-font:.8125rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+line-height:1.5}
+pre,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.8125rem}
 @media(max-width:46rem){
 body{padding:1.5rem 1rem 3rem}
 h1{font-size:1.45rem}

@@ -68,7 +68,7 @@ def _header(report: Report, model: str, target: str) -> Markup:
 
 def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
     rows = comparison(report)
-    notes = [element("li", note) for note in report.notes]
+    notes = [element("li", _with_code(note)) for note in report.notes]
     layers = [
         _section("Channels kept in each layer", _layer_plot(report, "channels", "channels", "")),
         element(
@@ -257,6 +257,14 @@ def _fold(title: str, content: Markup) -> Markup:
 
 def _absent(sentence: str) -> Markup:
     return element("p", sentence, class_="absent")
+
+
+def _with_code(text: str) -> Markup:
+    """A sentence in which what stands between backticks is set as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return join(text)
+    return join([element("code", part) if i % 2 else part for i, part in enumerate(parts)])
 
 
 def _breakable(name: str) -> Markup:

@@ -12,6 +12,11 @@ from edgeprune.records import METRICS, Reading, Report
 
 SPEED = ("latency_p50", "latency_p90", "latency_p99")
 SAME_SPEED = 1.005
+# Measured without an interval: a change smaller than this share is neither better nor worse.
+WOBBLY = ("peak_memory", "energy")
+SAME_SHARE = 0.01
+# Up to here every whole number is a float of its own.
+EXACT = 2.0**53
 LAYER_COLUMNS = (
     ("channels", "channels_before", "channels_after", ""),
     ("params", "params_before", "params_after", ""),
@@ -113,25 +118,25 @@ def how_had(reading: Reading) -> str:
 def change(before: Reading, after: Reading) -> tuple[str, bool | None]:
     """By how much a metric changed, in words, and whether that is better.
 
-    Speed is a factor, and only when the two 95 % intervals do not overlap; accuracies are in percentage points,
-    everything else in percent of the dense model. Readings that were had in different ways are not compared.
+    Speed is a factor: of runs timed in turn, else of the two times when their 95 % intervals do not overlap.
+    Accuracies are in percentage points, everything else in percent of the dense model. Readings that were had in
+    different ways are not compared.
     """
     old, new = value_of(before), value_of(after)
     if old is None or new is None:
         return "-", None
     if how_had(before) != how_had(after):
         return "not comparable", None
+    if after.metric in SPEED:
+        return _speed(before, after)
     less_is_better = METRICS[after.metric].less_is_better if after.metric in METRICS else None
     better = None if less_is_better is None or old == new else (new < old) == less_is_better
-    if after.metric in SPEED:
-        return _speed(before, after, better)
     if unit_of(after) == "fraction":
         points = round(100 * (new - old), 2)
-        return (
-            (f"{points:+.2f} pp", None if _overlap(before, after) else better)
-            if points
-            else ("0.00 pp", None)
-        )
+        words = f"{points:+.2f} pp" if points else "0.00 pp"
+        return words, better if points and not _overlap(before, after) else None
+    if after.metric in WOBBLY and abs(new - old) < SAME_SHARE * abs(old):
+        better = None
     return _percent(old, new), better
 
 
@@ -172,9 +177,9 @@ def facts(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             flat += facts(value, f"{name}.")
         elif isinstance(value, (list, tuple)):
-            flat += [(name, ", ".join(str(v) for v in value))] if value else []
+            flat += [(name, ", ".join(_fact(v) for v in value))] if value else []
         elif value is not None and value != "":
-            flat.append((name, str(value)))
+            flat.append((name, _fact(value)))
     return flat
 
 
@@ -193,20 +198,20 @@ def _how(before: Reading | None, after: Reading | None) -> str:
     return f"dense {sides[0]}; compressed {sides[1]}"
 
 
-def _speed(before: Reading, after: Reading, better: bool | None) -> tuple[str, bool | None]:
+def _speed(before: Reading, after: Reading) -> tuple[str, bool | None]:
     old, new = value_of(before), value_of(after)
     if not old or not new or old < 0 or new < 0:
         return "-", None
-    factor = old / new
+    # Runs that were timed side by side shared their noise, so their ratio says more than the two times.
     paired = _speedup(after)
-    if paired:
-        # Runs that were timed side by side shared their noise, so their ratio says more than the two times.
-        factor, better = paired[0], paired[0] > 1
+    factor = paired[0] if paired else old / new
+    if not paired and not (interval_of(before) and interval_of(after)):
+        return f"{factor:.2f}x, uncertain", None
     if (paired and paired[1] <= 1 <= paired[2]) or (not paired and _overlap(before, after)):
         return "within noise", None
     if max(factor, 1 / factor) < SAME_SPEED:
         return "unchanged", None
-    return (f"{factor:.2f}x faster" if factor > 1 else f"{1 / factor:.2f}x slower"), better
+    return (f"{factor:.2f}x faster", True) if factor > 1 else (f"{1 / factor:.2f}x slower", False)
 
 
 def _speedup(after: Reading) -> tuple[float, float, float] | None:
@@ -262,3 +267,9 @@ def _count(value: float | None, unit: str) -> str:
     if value is None:
         return "?"
     return f"{value:.0f}" if not unit and value < 10000 else show(value, unit)
+
+
+def _fact(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value.is_integer() and abs(value) < EXACT else f"{value:.5g}"

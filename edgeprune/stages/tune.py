@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
+from edgeprune.intervals import binomial
 from edgeprune.nn import bundle as bundles
 from edgeprune.nn import train
-from edgeprune.nn.data import Data, Split, calibration_images
+from edgeprune.nn.data import Data, Split, calibration_images, calibration_indices
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Bundle, Reading
 
@@ -38,7 +38,8 @@ def run(  # noqa: PLR0913
         bundle: the pruned network; not changed.
         data: images to learn from and images to measure on.
         table: whether to recalibrate, and how long and how to fine-tune.
-        calibration: the recipe of `calibration/` whose images set the batch-norm statistics.
+        calibration: the recipe of `calibration/` whose images set the batch-norm statistics. Where the old
+            statistics give a smaller loss on those images, they stay, and the reading says so.
         teacher: the dense network, to imitate with weight `table.distill`; or None.
         seed: decides the order of the images and their augmentation.
         scratch: a folder for the state after each epoch; an interrupted run goes on from there.
@@ -57,10 +58,8 @@ def run(  # noqa: PLR0913
     if data.train is None:
         return copy, tuple(readings)
     if table.recalibrate:
-        images = calibration_images(data, calibration)
-        layers = train.recalibrate_bn(network, images)
-        if layers:
-            used = {"calibration images": len(images), "layers": layers}
+        used = _recalibrate(network, data, data.train.labels, calibration)
+        if used:
             readings.append(_reading(network, data.held_out, "bn recalibrated", used))
     if table.epochs:
         _unfreeze(copy.module)
@@ -71,12 +70,31 @@ def run(  # noqa: PLR0913
     return copy, tuple(readings)
 
 
-def exact_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Clopper-Pearson interval of a share: it holds the true one at least that often."""
-    tail = (1 - confidence) / 2
-    low = float(stats.beta.ppf(tail, correct, total - correct + 1)) if correct else 0.0
-    high = float(stats.beta.ppf(1 - tail, correct + 1, total - correct)) if correct < total else 1.0
-    return low, high
+def _recalibrate(network: nn.Module, data: Data, labels: Tensor, calibration: str) -> dict[str, Any]:
+    """What was done, for the reading; {} when there is no batch-norm.
+
+    A network that lost little may have been trained on other statistics than those of plain images (such as
+    with black borders); new ones make it worse. So both are tried on the images that the new ones come from.
+    """
+    images = calibration_images(data, calibration)
+    chosen = labels[calibration_indices(labels, calibration)]
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    old_loss = train.mean_loss(network, images, chosen)
+    layers = train.recalibrate_bn(network, images)
+    if not layers:
+        return {}
+    new_loss = train.mean_loss(network, images, chosen)
+    worse = new_loss > old_loss
+    if worse:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
+    return {
+        "statistics": "old ones kept" if worse else "new",
+        "layers": layers,
+        "calibration images": len(images),
+        "loss with old": old_loss,
+        "loss with new": new_loss,
+    }
 
 
 def _reading(network: nn.Module, split: Split, stage: str, used: dict[str, Any]) -> Reading:
@@ -86,7 +104,7 @@ def _reading(network: nn.Module, split: Split, stage: str, used: dict[str, Any])
         value=correct / total,
         unit="fraction",
         n=total,
-        spread=exact_interval(correct, total),
+        spread=binomial(correct, total),
         where=f"local {platform.machine()} torch",
         artifact="compressed",
         conditions={"stage": stage, "images": total, **used},

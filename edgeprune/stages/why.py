@@ -38,7 +38,12 @@ def run(bundle: Bundle, times: Mapping[str, float], skip: tuple[str, ...] = ()) 
     """
     example = normalized_example(bundle.input, 0)
     graph = _graph(bundle, example, skip)
-    makers = {m.tensor.rsplit(".", 1)[0]: g.name for g in graph.groups for m in g.members if m.role in ("producer", "norm")}
+    makers = {
+        m.tensor.rsplit(".", 1)[0]: g.name
+        for g in graph.groups
+        for m in g.members
+        if m.role in ("producer", "norm")
+    }
     rows = layer_costs(bundle.module, example)
     macs, seconds = sum(r.macs for r in rows) or 1, sum(times.values())
     return tuple(

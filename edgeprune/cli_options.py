@@ -1,0 +1,38 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help=".pt2, .pt/.pth, .safetensors or a run directory", metavar="MODEL")
+]
+TargetName = Annotated[
+    str | None, typer.Option("--target", help="a name of `edgeprune list targets`, or a .toml file")
+]
+Arch = Annotated[
+    str | None, typer.Option(help="timm:NAME, torchvision:NAME, package.module:callable, file.py:callable")
+]
+Input = Annotated[str | None, typer.Option("--input", help="the shape of one image", metavar="CxHxW")]
+Mean = Annotated[str | None, typer.Option(help="per channel, of pixels in [0, 1]", metavar="R,G,B")]
+Std = Annotated[str | None, typer.Option(help="per channel, of pixels in [0, 1]", metavar="R,G,B")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow-class", help="a class that a pickle may make", metavar="PKG.CLASS"),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-pickle", help="run whatever code the pickle holds; the last resort")
+]
+Data = Annotated[str | None, typer.Option(help="class folders, a tar of them, or an .npz", metavar="PATH")]
+DeviceUrl = Annotated[str | None, typer.Option("--device", help="where to measure", metavar="URL")]
+Seed = Annotated[int | None, typer.Option(help="every random choice follows from it")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="any key of the recipe", metavar="TABLE.KEY=VALUE")
+]
+Budgets = Annotated[
+    list[str] | None, typer.Option("--budget", help='as in "macs=50 %" or "latency_p50=5 ms"')
+]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]

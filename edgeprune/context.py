@@ -1,0 +1,110 @@
+"""What one run is: the context that its stages are given, its result, and how a stage's module is had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edgeprune import recipe as recipes
+from edgeprune.errors import InfeasibleBudget, UsageError
+from edgeprune.recipe import Recipe
+from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
+from edgeprune.workdir import Workdir
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where it lies, its report, and how its own budget came out."""
+
+    folder: Path
+    report: Report
+    verdict: Verdict
+    bundle: Bundle
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 4 when the budget of the run is missed by what was measured in the end."""
+        return InfeasibleBudget.exit_code if any(c.status == "fail" for c in self.verdict.checks) else 0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the tune stage leaves besides the weights: accuracies after each step."""
+
+    readings: tuple[Reading, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of one run is given. data: `nn.data.Data` or None. device: `devices.Device`."""
+
+    recipe: Recipe
+    target: Target
+    budget: Budget
+    work: Workdir
+    bundle: Bundle
+    data: Any
+    device: Any
+    say: Say
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this the run of one model and not of another."""
+        source, spec = self.bundle.source, self.bundle.input
+        return {
+            "path": Path(source.path).name, "sha256": source.sha256, "arch": source.arch,
+            "input": list(spec.shape), "mean": list(spec.mean), "std": list(spec.std),
+        }  # fmt: skip
+
+    @property
+    def data_key(self) -> Any:
+        """What the results owe to the data."""
+        return [self.data.fingerprint, recipes.to_dict(self.recipe)["data"]] if self.data else None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are images that may be learned from."""
+        return self.data is not None and self.data.train is not None
+
+
+def stage(name: str) -> Any:
+    """The module of a stage, imported now."""
+    return import_module(f"edgeprune.stages.{name}")
+
+
+def torch_part(name: str) -> Any:
+    """A module of `nn/`, imported now."""
+    return import_module(f"edgeprune.nn.{name}")
+
+
+def refuse_later_versions(recipe: Recipe, target: Target) -> None:
+    """Words of the command line that this version accepts but can't do yet.
+
+    Raises:
+        UsageError: names the option and what is accepted now.
+    """
+    if recipe.export.precision not in ("auto", "fp32"):
+        raise UsageError(
+            f"precision {recipe.export.precision!r} is not in this version", "accepted: auto, fp32"
+        )
+    if recipe.prune.granularity != "channel":
+        raise UsageError(
+            f"granularity {recipe.prune.granularity!r} is not in this version", "accepted: channel"
+        )
+    if recipe.tune.objective != "natural":
+        raise UsageError(f"objective {recipe.tune.objective!r} is not in this version", "accepted: natural")
+    if not recipe.model.path and recipe.tune.epochs and not recipe.data.path:
+        raise UsageError("fine-tuning needs data", "give --data")
+    if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
+        raise UsageError(
+            f"--epochs {recipe.tune.epochs} needs images to train on",
+            "give --data (without --data-use evaluate)",
+        )
+    if "fp32" not in target.precisions:
+        raise UsageError(f"target {target.name} does not run fp32", "choose another target")

@@ -1,0 +1,108 @@
+"""What kind of model file some bytes are: told by their content first, and by the name only where that is silent."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.errors import ModelError, UnsupportedModel
+from edgeprune.nn.pickle_scan import globals_of
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_ZIP = b"PK\x03\x04"
+_LONGEST_HEADER = 100_000_000
+_KNOWN = "accepted: .pt2 of torch.export, .pt/.pth of torch.save, TorchScript, .safetensors with --arch, a run directory"
+_OTHERS = (
+    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes"),
+    (4, b"TFL3", "a TensorFlow Lite model"),
+    (0, b"GGUF", "a GGUF model"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself: `git lfs pull` fetches it"),
+    (0, b"<!DOCTYPE", "a web page, not the file that was to be downloaded"),
+    (0, b"<html", "a web page, not the file that was to be downloaded"),
+    (0, b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (0, b"\xfd7zXZ", "an xz archive: unpack it first"),
+    (257, b"ustar", "a tar archive: unpack it first"),
+)
+
+
+def kind_of(data: bytes, path: Path) -> str:
+    """One of "pt2", "torchscript", "pickle", "safetensors".
+
+    Raises:
+        ModelError: empty, truncated, or no model file at all; says what it looks like.
+        UnsupportedModel: a model, but of a kind that can't be pruned and trained, such as ONNX.
+    """
+    if not data:
+        raise ModelError(f"{path} is empty", _KNOWN)
+    if data.startswith(_ZIP):
+        return _archive_kind(data, path)
+    if path.suffix == ".safetensors" or _is_safetensors(data):
+        return "safetensors"
+    if path.suffix == ".onnx" or _is_onnx(data):
+        raise UnsupportedModel(
+            f"{path} is an ONNX graph, which can't be trained or cut as modules",
+            "give the PyTorch model that it was made from, for example as a .pt2: torch.export.save(torch.export.export(net, (x,)), file)",
+        )
+    for at, magic, what in _OTHERS:
+        if data[at : at + len(magic)].lower() == magic.lower():
+            raise ModelError(f"{path} is {what}", _KNOWN)
+    if path.suffix == ".py":
+        raise ModelError(f"{path} is Python code", f"give the weights as MODEL, and this as --arch {path}:CALLABLE")
+    if data.startswith(b"\x80") or globals_of(data):
+        return "pickle"
+    raise ModelError(f"{path} is corrupt or no model file: it starts with {data[:8]!r}", _KNOWN)
+
+
+def records(data: bytes, path: Path | str) -> tuple[Any, list[str]]:
+    """torch's reader of an archive's bytes, and the files in it. Another reader might see other files in a forged one.
+
+    Raises:
+        ModelError: truncated or corrupt.
+    """
+    try:
+        reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+        return reader, list(reader.get_all_records())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].removeprefix("PytorchStreamReader ").split(". This is")[0]
+        raise ModelError(f"{path} is a truncated or corrupt archive: {reason}", "save or copy it again") from error
+
+
+def _archive_kind(data: bytes, path: Path) -> str:
+    try:
+        names = records(data, path)[1]
+    except ModelError:
+        _refuse_foreign_archive(data, path)
+        raise
+    if "archive_format" in names or any(name.startswith("models/") for name in names):
+        return "pt2"
+    if "constants.pkl" in names:
+        return "torchscript"
+    if "data.pkl" in names:
+        return "pickle"
+    raise ModelError(f"{path} is an archive, but holds no model: {', '.join(names[:3])}", _KNOWN)
+
+
+def _refuse_foreign_archive(data: bytes, path: Path) -> None:
+    """A whole archive that torch did not write gets another message than a broken one."""
+    try:
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
+        return
+    if "serialized_exported_program.json" in names:
+        raise ModelError(f"{path} is a .pt2 of torch 2.7 or older", "export and save it again with the current torch")
+    if not any("/" in name for name in names):
+        raise ModelError(f"{path} is a zip archive, but holds no model: {', '.join(names[:3])}", _KNOWN)
+
+
+def _is_safetensors(data: bytes) -> bool:
+    length = int.from_bytes(data[:8], "little")
+    return 2 <= length <= min(len(data), _LONGEST_HEADER) and data[8:9] == b"{"
+
+
+def _is_onnx(data: bytes) -> bool:
+    """A ModelProto starts with its IR version (field 1), then the producer's name or the graph."""
+    return len(data) > 4 and data[0] == 0x08 and 3 <= data[1] <= 20 and data[2] in (0x12, 0x1A, 0x3A, 0x42)

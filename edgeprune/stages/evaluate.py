@@ -1,0 +1,81 @@
+"""evaluate: the clean accuracy of an ONNX file, or of a network in torch, on held-out images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+
+from edgeprune import intervals
+from edgeprune.errors import UsageError
+from edgeprune.nn import train
+from edgeprune.nn.bundle import deployed
+from edgeprune.nn.data import Split
+from edgeprune.records import Bundle, InputSpec, Reading
+
+
+def balanced(split: Split, limit: int, seed: int) -> Split:
+    """At most `limit` images, the same share of each class, the same ones for the same seed.
+
+    Raises:
+        UsageError: the limit is not at least 1.
+    """
+    if limit < 1:
+        raise UsageError(f"--limit {limit} must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(split), generator=generator)
+    turn = torch.empty_like(order)
+    for label in split.labels.unique():
+        mine = split.labels[order] == label
+        turn[mine] = torch.arange(int(mine.sum()))
+    chosen = order[torch.argsort(turn, stable=True)[:limit]].sort().values
+    return Split(split.name, split.labels[chosen], Chosen(split, chosen))
+
+
+class Chosen:
+    """The pixels of some images of a part."""
+
+    def __init__(self, split: Split, indices: torch.Tensor) -> None:
+        """Image k is image `indices[k]` of the part."""
+        self._split, self._indices = split, indices
+
+    def take(self, indices: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, C, H, W)."""
+        return self._split.pixels.take(self._indices[indices])
+
+
+def of_network(bundle: Bundle, split: Split, name: str) -> Reading:
+    """The accuracy of a network in torch, with its exact binomial 95 % interval."""
+    right, total = train.accuracy(deployed(bundle), split)
+    interval = intervals.binomial(right, total)
+    where = f"local torch {torch.__version__}"
+    return Reading(
+        "clean_accuracy", right / total, "fraction", total, interval, where, name, {"part": split.name}
+    )
+
+
+def input_of(path: Path) -> InputSpec:
+    """What an ONNX classifier eats and how many classes it answers, from its one input and its first output.
+
+    Raises:
+        UsageError: not an ONNX file, or not one image in and logits out.
+    """
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except (OSError, DecodeError, ValueError) as error:
+        raise UsageError(f"{path} is not a readable ONNX file: {error}") from error
+    constants = {i.name for i in graph.initializer}
+    inputs = [i for i in graph.input if i.name not in constants]
+    shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*inputs, *graph.output)]
+    if (
+        len(inputs) != 1
+        or len(shapes) < 2
+        or len(shapes[0]) != 4
+        or len(shapes[1]) != 2
+        or not all(shapes[0][1:])
+    ):
+        raise UsageError(f"{path} must take (N, C, H, W) and answer (N, classes), found {shapes}")
+    channels, height, width = shapes[0][1:]
+    return InputSpec((channels, height, width), shapes[1][1])
