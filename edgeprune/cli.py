@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,15 +28,13 @@ from edgeprune.cli_options import (
     TargetName,
     Trust,
 )
+from edgeprune.cli_output import guard, print_lines, print_table, say, show_readings, show_run, tables
 from edgeprune.codec import to_json
-from edgeprune.errors import EdgepruneError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Make a trained vision network small, fast and still right on the device it ships to.",
 )  # fmt: skip
-BUG = 70
-INTERRUPTED = 130
 
 
 @app.command()
@@ -84,11 +80,11 @@ def compress(
     def work() -> int:
         wishes = {"budget": pipeline.budget_pairs(budget)} if budget else {}
         built = pipeline.recipe_from(recipe_file, {**flags, **wishes}, sets or [])
-        result = pipeline.compress(built, output, force=force, say=_say)
-        _show_run(result, as_json)
+        result = pipeline.compress(built, output, force=force, say=say)
+        show_run(result, as_json)
         return result.exit_code
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 @app.command()
@@ -105,11 +101,11 @@ def profile(
     flags = _flags({}, data={"path": data, "use": "evaluate"}, measure={"device": device}, target=target)
 
     def work() -> int:
-        readings = queries.profile(artifact, recipe.build({}, flags, sets or []), say=_say)
-        _show_readings(readings, as_json)
+        readings = queries.profile(artifact, recipe.build({}, flags, sets or []), say=say)
+        show_readings(readings, as_json)
         return 0
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 @app.command()
@@ -142,10 +138,10 @@ def evaluate(
 
     def work() -> int:
         readings = queries.evaluate(recipe.build({}, flags), attack=attack, eps=eps, limit=limit)
-        _show_readings(readings, as_json)
+        show_readings(readings, as_json)
         return 0
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 @app.command()
@@ -167,7 +163,7 @@ def gate(
         typer.echo(text)
         return code
 
-    _guard(work, False, debug)
+    guard(work, False, debug)
 
 
 @app.command()
@@ -191,15 +187,15 @@ def why(
     )  # fmt: skip
 
     def work() -> int:
-        rows, lines = queries.why(recipe.build({}, flags, sets or []), say=_say)
+        rows, lines = queries.why(recipe.build({}, flags, sets or []), say=say)
         if as_json:
             typer.echo(json.dumps({"layers": to_json(rows), "notes": lines}))
             return 0
-        _print(_tables().why_table(rows))
-        _print_lines(lines)
+        print_table(tables().why_table(rows))
+        print_lines(lines)
         return 0
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 @app.command()
@@ -213,10 +209,10 @@ def doctor(
         if as_json:
             typer.echo(json.dumps({"checks": to_json(rows)}))
             return 0
-        _print(_tables().doctor_table(rows))
+        print_table(tables().doctor_table(rows))
         return 0
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 @app.command("list")
@@ -239,7 +235,7 @@ def list_(
             typer.echo(f"no {family} in this version")
         return 0
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 @app.command()
@@ -251,23 +247,16 @@ def demo(
     """Train a small network on real digits and compress it for this machine; nothing to download."""
 
     def work() -> int:
-        result = queries.demo(output, say=_say)
-        _show_run(result, as_json)
+        result = queries.demo(output, say=say)
+        show_run(result, as_json)
         return result.exit_code
 
-    _guard(work, as_json, debug)
+    guard(work, as_json, debug)
 
 
 def main() -> None:
     """The program."""
     app()
-
-
-def _tables() -> Any:
-    """Tables need rich, which `--help` does without."""
-    from importlib import import_module
-
-    return import_module("edgeprune.tables")
 
 
 def _version(show: bool) -> None:
@@ -302,66 +291,3 @@ def _flags(model: dict[str, Any], **tables: Any) -> dict[str, Any]:
         elif value is not None:
             out[key] = value
     return out
-
-
-def _guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
-    """The only `except`: an error becomes two lines on stderr and its own exit code."""
-    try:
-        code = work()
-    except EdgepruneError as error:
-        if debug:
-            traceback.print_exc()
-        _print_error(error.message, error.hint, error.exit_code, as_json)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        _print_error("interrupted", "start the same command again to go on", INTERRUPTED, as_json)
-        code = INTERRUPTED
-    except Exception as error:  # a bug: everything that was foreseen is an EdgepruneError
-        if debug:
-            traceback.print_exc()
-        text = f"a bug in edgeprune: {type(error).__name__}: {error}"
-        _print_error(text, "run again with --debug and report the traceback", BUG, as_json)
-        code = BUG
-    raise typer.Exit(code)
-
-
-def _print_error(message: str, hint: str, code: int, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
-    typer.echo(f"error: {message}", err=True)
-    if hint:
-        typer.echo(f"hint: {hint}", err=True)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-def _print_lines(lines: list[str]) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _show_run(result: pipeline.Result, as_json: bool) -> None:
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
-            )
-        )
-        return
-    _print(_tables().report_table(result.report))
-    _print_lines(_tables().summary(result))
-
-
-def _show_readings(readings: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"readings": to_json(readings)}))
-        return
-    _print(_tables().readings_table(readings))

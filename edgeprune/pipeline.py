@@ -254,7 +254,9 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
     export.save_modules(small, out)
     export.check_reload(out, small.input, torch_part("bundle").deployed(small))
     if "tensorrt" in run.target.setup:
-        script = plugins.build("runtimes", "tensorrt", {}).engine_script(artifact, run.target)
+        script = plugins.build("runtimes", "tensorrt", {}).engine_script(
+            run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch
+        )
         (out / "build_engine.sh").write_text(script, encoding="utf-8")
         (out / "build_engine.sh").chmod(0o755)
 

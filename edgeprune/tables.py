@@ -71,10 +71,5 @@ def doctor_table(rows: Sequence[Any]) -> Table:
     for name in ("", "what", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for r in rows:
-        table.add_row(
-            Text({"ok": "ok", "missing": "missing"}.get(r["status"], r["status"])),
-            Text(r["name"]),
-            Text(r["found"]),
-            Text(r["fix"]),
-        )
-    return table
+        style = {"ok": "green", "missing": "red", "warning": "yellow"}.get(r.status, "dim")
+        table.add_row(Text(r.status, style=style), Text(r.name), Text(r.found), Text(r.fix))

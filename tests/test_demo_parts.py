@@ -82,7 +82,10 @@ def test_the_example_architecture_takes_the_trained_weights(shared: Path) -> Non
     network.load_state_dict(torch.load(shared / "models" / "resnet20-cifar10-clean.pt", weights_only=True))
     assert sum(p.numel() for p in network.parameters()) == 269_722
     table = DataTable(path=str(shared / "data" / "cifar10-jpeg.tar.xz"), use="evaluate")
-    held_out = open_data(table, InputSpec((3, 32, 32), 10), 0).held_out
+    data = open_data(table, InputSpec((3, 32, 32), 10), 0)
+    held_out = data.held_out
+    assert held_out.labels.bincount().tolist() == [500] * 10 and data.train is None
+    assert data.labels[:3] == ("airplane", "automobile", "bird")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     some = torch.arange(0, 5000, 10)
     x = (held_out.take(some) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)

@@ -16,13 +16,22 @@ from torch import fx, nn
 
 from edgeprune.nn.zoo import FOREIGN_ERRORS
 
-_RESHAPES = ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::expand", "aten::repeat", "aten::_reshape_copy")
+_RESHAPES = (
+    "aten::view",
+    "aten::reshape",
+    "aten::_unsafe_view",
+    "aten::expand",
+    "aten::repeat",
+    "aten::_reshape_copy",
+)
 _OF_ANYTHING = ("aten::expand", "aten::repeat")
 _FACTORIES = ("aten::zeros", "aten::ones", "aten::full", "aten::empty")
 _NEW = ("aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty")
 
 
-def free_batch(module: Any, graph: fx.Graph, shape: tuple[int, ...], compile_: Callable[[Any, fx.Graph], None]) -> None:
+def free_batch(
+    module: Any, graph: fx.Graph, shape: tuple[int, ...], compile_: Callable[[Any, fx.Graph], None]
+) -> None:
     """Make `module` work with any batch size if that can be proven; sets `module.batch` to None when it could.
 
     Args:
@@ -106,7 +115,13 @@ def _replace_size(graph: fx.Graph, node: fx.Node, size: fx.Node, batch: int) -> 
     if node.op != "call_function" or position is None or len(node.args) <= position:
         return False
     sizes = node.args[position]
-    if not isinstance(sizes, (list, tuple)) or not sizes or not isinstance(sizes[0], int) or sizes[0] < 1 or sizes[0] % batch:
+    if (
+        not isinstance(sizes, (list, tuple))
+        or not sizes
+        or not isinstance(sizes[0], int)
+        or sizes[0] < 1
+        or sizes[0] % batch
+    ):
         return False
     times, first = sizes[0] // batch, size
     if times > 1:

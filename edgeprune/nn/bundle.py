@@ -46,7 +46,9 @@ def load_bundle(table: ModelTable) -> Bundle:
         ModelError: empty, truncated, corrupt, not fitting its architecture, or holding NaN.
     """
     if not table.path:
-        raise UsageError("no model was given", "MODEL is a .pt2, .pt, .pth or .safetensors file, or a run directory")
+        raise UsageError(
+            "no model was given", "MODEL is a .pt2, .pt, .pth or .safetensors file, or a run directory"
+        )
     path, labels = _file_of(Path(table.path))
     data = _read(path)
     given = _shape(table.input) if table.input else None
@@ -59,7 +61,10 @@ def load_bundle(table: ModelTable) -> Bundle:
         _LOG.warning("%s holds its own network: --arch %s is not used", path, table.arch)
     known = _known_input(module)
     if given and known and isinstance(module, ExportedNetwork) and given != known[0]:
-        raise UsageError(f"--input {table.input}: {path} was exported for {text_of(known[0])}", "leave --input out, or export it again")
+        raise UsageError(
+            f"--input {table.input}: {path} was exported for {text_of(known[0])}",
+            "leave --input out, or export it again",
+        )
     if not given and not known:
         raise UsageError(f"{path} doesn't say what images it eats", _HOW)
     mean, std = (table.mean, table.std) if table.mean or table.std else known[1:] if known else ((), ())
@@ -87,18 +92,29 @@ def from_module(
         UsageError: example_inputs or the normalization don't fit.
         UnsupportedModel, ModelError: as `load_bundle`.
     """
-    example = example_inputs[0] if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 1 else example_inputs
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"model must be a torch.nn.Module, got a {type(module).__name__}")
+    example = (
+        example_inputs[0]
+        if isinstance(example_inputs, (tuple, list)) and len(example_inputs) == 1
+        else example_inputs
+    )
+    given: Any = module
+    if not isinstance(given, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, got a {type(given).__name__}")
     if not isinstance(example, Tensor) or example.ndim != 4 or not len(example):
-        found = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
+        found = (
+            f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
+        )
         raise UsageError(f"example_inputs must be one float tensor (N, C, H, W), got {found}")
     try:
         copy = deepcopy(module)
     except zoo.FOREIGN_ERRORS as error:
-        raise ModelError(f"{type(module).__name__} can't be copied: {error}", "give a module that copy.deepcopy takes") from error
+        raise ModelError(
+            f"{type(module).__name__} can't be copied: {error}", "give a module that copy.deepcopy takes"
+        ) from error
     _, channels, height, width = example.shape
-    known = source or Source("memory", sha256=_digest(copy), arch=f"{type(module).__module__}.{type(module).__qualname__}")
+    known = source or Source(
+        "memory", sha256=_digest(copy), arch=f"{type(module).__module__}.{type(module).__qualname__}"
+    )
     return _checked(copy, known, (channels, height, width), (tuple(mean), tuple(std)))
 
 
@@ -126,7 +142,7 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
 
 
 def deployed(bundle: Bundle) -> nn.Module:
-    """The network as it ships: pixels in [0, 1], float32 (N, C, H, W), to logits (N, K). Shares the bundle's network."""
+    """The network as it ships, sharing the bundle's: pixels in [0, 1], float32 (N, C, H, W), to logits (N, K)."""
     return Deployed(bundle.module, bundle.input).eval()
 
 
@@ -141,7 +157,9 @@ class Deployed(nn.Module):
         nn.Module.__init__(self)
         self.network = network
         for name, values in (("mean", spec.mean), ("std", spec.std)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1) if values else None, persistent=False)
+            self.register_buffer(
+                name, torch.tensor(values).view(1, -1, 1, 1) if values else None, persistent=False
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: pixels in [0, 1], float32 (N, C, H, W). Returns logits (N, K)."""
@@ -163,15 +181,24 @@ def sha256_file(path: str | Path) -> str:
 def _file_of(path: Path) -> tuple[Path, tuple[str, ...]]:
     """The model file that a path means, and the labels of its classes where a run directory names them."""
     if not path.exists():
-        raise UsageError(f"no such file: {str(path)!r}", "MODEL is a .pt2, .pt, .pth or .safetensors file, or a run directory")
+        raise UsageError(
+            f"no such file: {str(path)!r}",
+            "MODEL is a .pt2, .pt, .pth or .safetensors file, or a run directory",
+        )
     if not path.is_dir():
         return path, ()
     if not (path / _RECIPE).is_file():
-        raise UsageError(f"{path} is a directory, but no run of edgeprune: it has no {_RECIPE}", "give the model file in it")
+        raise UsageError(
+            f"{path} is a directory, but no run of edgeprune: it has no {_RECIPE}",
+            "give the model file in it",
+        )
     if not (path / _PROGRAM).is_file():
-        raise UsageError(f"the run in {path} isn't finished: it has no {_PROGRAM}", "run its compress again; it goes on where it stopped")
+        raise UsageError(
+            f"the run in {path} isn't finished: it has no {_PROGRAM}",
+            "run its compress again; it goes on where it stopped",
+        )
     try:
-        labels = json.loads((path / _PLAN).readtext_of(encoding="utf-8"))["labels"]
+        labels = json.loads((path / _PLAN).read_text(encoding="utf-8"))["labels"]
     except (OSError, ValueError, KeyError, TypeError):
         labels = ()
     return path / _PROGRAM, tuple(str(label) for label in labels)
@@ -186,7 +213,9 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def _network(data: bytes, source: Source, shape: tuple[int, int, int] | None, path: Path) -> tuple[nn.Module, Source]:
+def _network(
+    data: bytes, source: Source, shape: tuple[int, int, int] | None, path: Path
+) -> tuple[nn.Module, Source]:
     """The network in a file's bytes, and the source with the kind that the content turned out to be."""
     where = str(path)
     if source.kind == "pt2":
@@ -223,45 +252,66 @@ def _original(source: Source, shape: tuple[int, int, int]) -> nn.Module:
     if source.kind in ("state_dict", "safetensors"):
         return zoo.architecture(source.arch)
     if source.kind == "memory":
-        raise ModelError(f"{source.arch or 'the network'} came from memory, so it can't be rebuilt from a plan", f"load {_PROGRAM} instead")
+        raise ModelError(
+            f"{source.arch or 'the network'} came from memory, so it can't be rebuilt from a plan",
+            f"load {_PROGRAM} instead",
+        )
     path = Path(source.path)
     if not path.is_file():
-        raise ModelError(f"the original model {path} is gone, and its architecture with it", f"put it back, or load {_PROGRAM} instead")
+        raise ModelError(
+            f"the original model {path} is gone, and its architecture with it",
+            f"put it back, or load {_PROGRAM} instead",
+        )
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != source.sha256:
-        raise ModelError(f"{path} is not the file any more that was compressed", f"put it back, or load {_PROGRAM} instead")
+        raise ModelError(
+            f"{path} is not the file any more that was compressed", f"put it back, or load {_PROGRAM} instead"
+        )
     return _network(data, source, shape, path)[0]
 
 
 def _shape(text: str) -> tuple[int, int, int]:
     match = _SHAPE.fullmatch(text.strip().lower())
     if not match or not all(int(n) for n in match.groups()):
-        raise UsageError(f"--input {text!r} is not a shape", "write channels x height x width, for example --input 3x224x224")
+        raise UsageError(
+            f"--input {text!r} is not a shape",
+            "write channels x height x width, for example --input 3x224x224",
+        )
     channels, height, width = (int(n) for n in match.groups())
     return channels, height, width
 
 
-def _known_input(module: nn.Module) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
+def _known_input(
+    module: nn.Module,
+) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
     if isinstance(module, ExportedNetwork):
         return (module.shape, (), ()) if module.shape else None
     return zoo.default_input(module)
 
 
 def _checked(
-    module: nn.Module, source: Source, shape: tuple[int, int, int], normalization: tuple[tuple[float, ...], tuple[float, ...]]
+    module: nn.Module,
+    source: Source,
+    shape: tuple[int, int, int],
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Bundle:
     mean, std = normalization
     _check_normalization(mean, std, shape[0])
     where = source.path or type(module).__name__
     _prepare(module)
     check_finite(module, where)
-    return Bundle(module, source, InputSpec(shape, count_classes(module, shape, (mean, std), where), mean, std))
+    return Bundle(
+        module, source, InputSpec(shape, count_classes(module, shape, (mean, std), where), mean, std)
+    )
 
 
 def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels and (mean or std):
-            raise UsageError(f"--{name} has {len(values)} values, the input has {channels} channels", "give one value per channel to both")
+            raise UsageError(
+                f"--{name} has {len(values)} values, the input has {channels} channels",
+                "give one value per channel to both",
+            )
         if not all(torch.isfinite(torch.tensor(values, dtype=torch.float64))):
             raise UsageError(f"--{name} {values} must be finite numbers")
     if any(value <= 0 for value in std):
@@ -271,11 +321,16 @@ def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channe
 def _prepare(module: nn.Module) -> None:
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
-        _LOG.warning("the network is in %s; it is used in float32", ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds)))
+        _LOG.warning(
+            "the network is in %s; it is used in float32",
+            ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds)),
+        )
     try:
         module.to("cpu").float().eval()
     except zoo.FOREIGN_ERRORS as error:
-        raise UnsupportedModel(f"{type(module).__name__} can't be put in eval mode as float32: {error}") from error
+        raise UnsupportedModel(
+            f"{type(module).__name__} can't be put in eval mode as float32: {error}"
+        ) from error
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

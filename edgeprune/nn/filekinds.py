@@ -15,7 +15,10 @@ from edgeprune.nn.pickle_scan import globals_of
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
 _LONGEST_HEADER = 100_000_000
-_KNOWN = "accepted: .pt2 of torch.export, .pt/.pth of torch.save, TorchScript, .safetensors with --arch, a run directory"
+_KNOWN = (
+    "accepted: .pt2 of torch.export, .pt/.pth of torch.save, TorchScript, .safetensors with --arch, "
+    "a run directory"
+)
 _OTHERS = (
     (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes"),
     (4, b"TFL3", "a TensorFlow Lite model"),
@@ -45,13 +48,16 @@ def kind_of(data: bytes, path: Path) -> str:
     if path.suffix == ".onnx" or _is_onnx(data):
         raise UnsupportedModel(
             f"{path} is an ONNX graph, which can't be trained or cut as modules",
-            "give the PyTorch model that it was made from, for example as a .pt2: torch.export.save(torch.export.export(net, (x,)), file)",
+            "give the PyTorch model that it was made from, for example as a .pt2: "
+            "torch.export.save(torch.export.export(net, (x,)), file)",
         )
     for at, magic, what in _OTHERS:
         if data[at : at + len(magic)].lower() == magic.lower():
             raise ModelError(f"{path} is {what}", _KNOWN)
     if path.suffix == ".py":
-        raise ModelError(f"{path} is Python code", f"give the weights as MODEL, and this as --arch {path}:CALLABLE")
+        raise ModelError(
+            f"{path} is Python code", f"give the weights as MODEL, and this as --arch {path}:CALLABLE"
+        )
     if data.startswith(b"\x80") or globals_of(data):
         return "pickle"
     raise ModelError(f"{path} is corrupt or no model file: it starts with {data[:8]!r}", _KNOWN)
@@ -68,7 +74,9 @@ def records(data: bytes, path: Path | str) -> tuple[Any, list[str]]:
         return reader, list(reader.get_all_records())
     except RuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix("PytorchStreamReader ").split(". This is")[0]
-        raise ModelError(f"{path} is a truncated or corrupt archive: {reason}", "save or copy it again") from error
+        raise ModelError(
+            f"{path} is a truncated or corrupt archive: {reason}", "save or copy it again"
+        ) from error
 
 
 def _archive_kind(data: bytes, path: Path) -> str:
@@ -93,7 +101,9 @@ def _refuse_foreign_archive(data: bytes, path: Path) -> None:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
         return
     if "serialized_exported_program.json" in names:
-        raise ModelError(f"{path} is a .pt2 of torch 2.7 or older", "export and save it again with the current torch")
+        raise ModelError(
+            f"{path} is a .pt2 of torch 2.7 or older", "export and save it again with the current torch"
+        )
     if not any("/" in name for name in names):
         raise ModelError(f"{path} is a zip archive, but holds no model: {', '.join(names[:3])}", _KNOWN)
 

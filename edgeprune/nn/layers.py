@@ -62,7 +62,14 @@ def layer_of(node: fx.Node, tensor_of: TensorOf) -> Layer | None:
     return reader(call, tensor_of, node)
 
 
-def _layer(kind: type, source: Any, arguments: Mapping[str, Any], tensors: Mapping[str, Any], *, several: bool = False) -> Layer | None:
+def _layer(
+    kind: type,
+    source: Any,
+    arguments: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    *,
+    several: bool = False,
+) -> Layer | None:
     if not isinstance(source, fx.Node):
         return None
     owned = {name: value for name, value in tensors.items() if isinstance(value, fx.Node)}
@@ -75,7 +82,11 @@ def _convolution(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> La
         return None
     axes, groups = weight.ndim - 2, int(call["groups"])
     transposed = bool(call.get("transposed", "output_padding" in call))
-    channels = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+    channels = (
+        (weight.shape[0], weight.shape[1] * groups)
+        if transposed
+        else (weight.shape[1] * groups, weight.shape[0])
+    )
     arguments: dict[str, Any] = {
         "in_channels": channels[0],
         "out_channels": channels[1],
@@ -90,7 +101,12 @@ def _convolution(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> La
         arguments["output_padding"] = _per_axis(call["output_padding"], axes)
     elif any(_per_axis(call.get("output_padding") or [0], axes)):
         return None
-    return _layer((_TRANSPOSED if transposed else _CONV)[axes], call["input"], arguments, {"weight": call["weight"], "bias": bias})
+    return _layer(
+        (_TRANSPOSED if transposed else _CONV)[axes],
+        call["input"],
+        arguments,
+        {"weight": call["weight"], "bias": bias},
+    )
 
 
 def _linear(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> Layer | None:
@@ -117,7 +133,11 @@ def _transposed(value: Any) -> fx.Node | None:
     if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
         return None
     name, axes = value.target._schema.name, list(value.args[1:])
-    swapped = name == "aten::t" or (name, axes) in (("aten::permute", [[1, 0]]), ("aten::transpose", [0, 1]), ("aten::transpose", [1, 0]))
+    swapped = name == "aten::t" or (name, axes) in (
+        ("aten::permute", [[1, 0]]),
+        ("aten::transpose", [0, 1]),
+        ("aten::transpose", [1, 0]),
+    )
     return value.args[0] if swapped and isinstance(value.args[0], fx.Node) else None
 
 
@@ -125,7 +145,12 @@ def _batch_norm(call: Mapping[str, Any], tensor_of: TensorOf, node: fx.Node) -> 
     tensors = {name: call.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
     owned = [tensor_of(v) for v in tensors.values() if v is not None]
     rank = _rank(call["input"])
-    if not owned or any(t is None for t in owned) or rank not in _BATCH_NORM or (tensors["weight"] is None) != (tensors["bias"] is None):
+    if (
+        not owned
+        or any(t is None for t in owned)
+        or rank not in _BATCH_NORM
+        or (tensors["weight"] is None) != (tensors["bias"] is None)
+    ):
         return None
     several = not call.keys() >= {"cudnn_enabled"}
     if several and not _only_first(node):
@@ -172,7 +197,9 @@ def _rms_norm(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> Layer
     shape = tuple(call["normalized_shape"])
     if tensor_of(call["weight"]) is None or not all(isinstance(n, int) for n in shape):
         return None
-    return _layer(nn.RMSNorm, call["input"], {"normalized_shape": shape, "eps": call["eps"]}, {"weight": call["weight"]})
+    return _layer(
+        nn.RMSNorm, call["input"], {"normalized_shape": shape, "eps": call["eps"]}, {"weight": call["weight"]}
+    )
 
 
 def _group_norm(call: Mapping[str, Any], tensor_of: TensorOf, node: fx.Node) -> Layer | None:
@@ -182,7 +209,13 @@ def _group_norm(call: Mapping[str, Any], tensor_of: TensorOf, node: fx.Node) -> 
         return None
     groups = call["group"] if several else call["num_groups"]
     arguments = {"num_groups": groups, "num_channels": weight.shape[0], "eps": call["eps"]}
-    return _layer(nn.GroupNorm, call["input"], arguments, {"weight": call["weight"], "bias": call["bias"]}, several=several)
+    return _layer(
+        nn.GroupNorm,
+        call["input"],
+        arguments,
+        {"weight": call["weight"], "bias": call["bias"]},
+        several=several,
+    )
 
 
 def _prelu(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> Layer | None:
@@ -213,9 +246,13 @@ def _rank(value: Any) -> int:
 
 
 def _only_first(node: fx.Node) -> bool:
-    """Whether of all that the operator gives only the first value is used, but for statistics that the program hands out."""
-    getitems = [u for u in node.users if u.op == "call_function" and getattr(u.target, "__name__", "") == "getitem"]
-    return len(getitems) == len(node.users) and all(u.args[1] == 0 or all(v.op == "output" for v in u.users) for u in getitems)
+    """Whether only the first of the operator's values is used, but for statistics that the program hands out."""
+    getitems = [
+        u for u in node.users if u.op == "call_function" and getattr(u.target, "__name__", "") == "getitem"
+    ]
+    return len(getitems) == len(node.users) and all(
+        u.args[1] == 0 or all(v.op == "output" for v in u.users) for u in getitems
+    )
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], TensorOf, fx.Node], Layer | None]] = {

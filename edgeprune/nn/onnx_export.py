@@ -159,6 +159,9 @@ def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: 
                 dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}} if dynamic_batch else None,
                 dynamo=False,
                 verbose=False,
+                # Else it merges batch-norms and turns weights round, and they lose their names; onnxslim does it too.
+                training=torch.onnx.TrainingMode.PRESERVE,
+                do_constant_folding=False,
             )
             return onnx.load(file)
     except (*FORWARD_ERRORS, DecodeError) as error:

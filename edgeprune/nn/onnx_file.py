@@ -17,6 +17,8 @@ from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.capture import quiet, reason
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What may stand between a parameter and the node that applies it.
+PASSING = ("Transpose", "Reshape", "Identity", "Cast")
 # The file version that brought functions.
 FUNCTIONS_IR = 8
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -152,24 +154,32 @@ class _Names:
 
     def is_weight(self, value: str) -> bool:
         """Whether a value is an initializer, perhaps transposed or reshaped on its way."""
-        while value not in self.initializers:
-            node = self.producers.get(value)
-            if node is None or node.op_type not in ("Transpose", "Reshape", "Identity", "Cast"):
-                return False
-            value = node.input[0]
-        return True
+        return self._origins(value)[-1] in self.initializers
+
+    def owners(self, value: str) -> list[str]:
+        """The paths of the modules that a value, or what it was made from, may be a parameter of."""
+        return [name.rpartition(".")[0] for name in self._origins(value)]
+
+    def _origins(self, value: str) -> list[str]:
+        chain = [value]
+        while (node := self.producers.get(chain[-1])) and node.op_type in PASSING:
+            chain.append(node.input[0])
+        return chain
 
 
 def _layer(node: NodeProto, scope: str, modules: Mapping[str, bool], names: _Names) -> str:
     """The layer whose weight a node applies, or "" when it applies none."""
     if node.op_type not in WEIGHTED:
         return ""
+    weight = node.input[1]
+    owner = next((path for path in names.owners(weight) if modules.get(path)), "")
+    # Exporters merge equal weights, so one that is used twice may be called after another layer.
+    if owner and names.uses[weight] == 1:
+        return owner
     # The product of two activations inside an attention layer belongs to no layer's weight.
     if modules.get(scope) and (node.op_type != "MatMul" or any(map(names.is_weight, node.input))):
         return scope
-    # A convolution that took up its batch-norm is filed under that; its weight still says whose it is.
-    owner = node.input[1].rpartition(".")[0]
-    return owner if modules.get(owner) else ""
+    return owner
 
 
 def _scope(node: NodeProto, modules: Mapping[str, bool]) -> str:

@@ -16,14 +16,19 @@ from torch import nn
 
 from edgeprune.nn.pickle_scan import Made, Pairs, Permit
 
-_TENSOR_CALLS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
+_TENSOR_CALLS = (
+    "_rebuild_tensor",
+    "_rebuild_tensor_v2",
+    "_rebuild_parameter",
+    "_rebuild_parameter_with_state",
+)
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 _NUMPY_SCALAR = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
 _NUMPY_CODES = ("?", "b", "B", "h", "H", "i", "I", "l", "L", "e", "f", "d")
 
 
 def class_permit(cls: type, *, vouched: bool) -> Permit:
-    """What may be done with a class: a network's is made empty and given attributes; a vouched-for one does as it likes.
+    """What may be done with a class: a network's is made empty and given attributes; a vouched-for one is free.
 
     A network's constructor never runs: with arguments out of a file some constructors read or fetch other files.
     """
@@ -56,7 +61,11 @@ def _no_arguments(arguments: tuple[Any, ...]) -> str:
 
 def _scalars(arguments: tuple[Any, ...]) -> str:
     flat = [v for a in arguments for v in (a if isinstance(a, (tuple, list)) else [a])]
-    return "" if all(v is None or isinstance(v, (bool, int, float, str)) for v in flat) else "arguments that are not plain values"
+    return (
+        ""
+        if all(v is None or isinstance(v, (bool, int, float, str)) for v in flat)
+        else "arguments that are not plain values"
+    )
 
 
 def _one_list(arguments: tuple[Any, ...]) -> str:
@@ -81,7 +90,9 @@ def _module_state(cls: type, state: Any) -> str:
 
 
 def _plain_state(state: Any) -> str:
-    good = isinstance(state, Pairs) and all(isinstance(key, str) and not key.startswith("__") for key, _ in state.items)
+    good = isinstance(state, Pairs) and all(
+        isinstance(key, str) and not key.startswith("__") for key, _ in state.items
+    )
     return "" if good else "a state that is not plain"
 
 
@@ -113,12 +124,21 @@ def _latin1(arguments: tuple[Any, ...]) -> str:
 
 
 def _number_type(arguments: tuple[Any, ...]) -> str:
-    good = arguments and isinstance(arguments[0], str) and re.fullmatch(r"[?biuf]\d*", arguments[0]) and not _scalars(arguments[1:])
+    good = (
+        arguments
+        and isinstance(arguments[0], str)
+        and re.fullmatch(r"[?biuf]\d*", arguments[0])
+        and not _scalars(arguments[1:])
+    )
     return "" if good else "a type that is no number's"
 
 
 def _number(arguments: tuple[Any, ...]) -> str:
-    return "" if [getattr(v, "of", "") for v in arguments] == ["numpy.dtype", "_codecs.encode"] else "odd arguments"
+    return (
+        ""
+        if [getattr(v, "of", "") for v in arguments] == ["numpy.dtype", "_codecs.encode"]
+        else "odd arguments"
+    )
 
 
 def _number_type_state(state: Any) -> str:
@@ -126,7 +146,10 @@ def _number_type_state(state: Any) -> str:
 
 
 def _storages() -> list[str]:
-    names = [f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")]
+    names = [
+        f"torch.{kind}Storage"
+        for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    ]
     return [*names, "torch.storage.UntypedStorage", "torch.storage.TypedStorage"]
 
 

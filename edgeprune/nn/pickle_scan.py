@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # What pickletools may raise on bytes that are no pickle.
-BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, OverflowError, UnicodeDecodeError)
+BROKEN = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OverflowError,
+    UnicodeDecodeError,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ def python3_name(module: str, name: str) -> str:
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
-def _note_global(operation: str, argument: Any, recent: list[Any], memo: dict[int, Any], found: set[str]) -> None:
+def _note_global(
+    operation: str, argument: Any, recent: list[Any], memo: dict[int, Any], found: set[str]
+) -> None:
     if operation in ("GLOBAL", "INST"):
         module, _, name = str(argument).partition(" ")
         found.add(python3_name(module, name))
@@ -217,7 +228,9 @@ def _setitems(machine: _Machine, _: Any) -> None:
 
 def _into_dict(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
-    known = isinstance(target, Pairs) or (isinstance(target, Made) and target.of in ("collections.OrderedDict", "collections.Counter"))
+    known = isinstance(target, Pairs) or (
+        isinstance(target, Made) and target.of in ("collections.OrderedDict", "collections.Counter")
+    )
     if not known:
         machine.found.append(f"items for {_say(target)}")
         return
@@ -258,7 +271,10 @@ _CONSTANTS: dict[str, Callable[[Any], Any]] = {
     "EMPTY_TUPLE": lambda _: (),
     "EMPTY_LIST": lambda _: [],
     "EMPTY_DICT": lambda _: Pairs(),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), lambda value: value),
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
+        lambda value: value,
+    ),
 }
 _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": _global,

@@ -12,7 +12,7 @@ import io
 import logging
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ def load(data: bytes, where: str, *, allow_class: Sequence[str] = (), trust: boo
         refused = [name for name in names if name not in permits]
         raise _unsafe(where, refused, found)
     # A pair gives the class under the name that the file uses, which may be an older one than the class's own.
-    return _load_restricted(data, where, [*((cls, name) for name, cls in classes.items()), *data_objects(names)])
+    return _load_restricted(
+        data, where, [*((cls, name) for name, cls in classes.items()), *data_objects(names)]
+    )
 
 
 def _load_restricted(data: bytes, where: str, safe: list[Any]) -> Any:
@@ -86,9 +88,13 @@ def _load_trusted(data: bytes, where: str) -> Any:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
     except ModuleNotFoundError as error:
         missing = (error.name or "?").split(".")[0]
-        raise MissingDependency(f"{where} needs the package {missing}", f"pip install {missing}, or run beside its file") from error
+        raise MissingDependency(
+            f"{where} needs the package {missing}", f"pip install {missing}, or run beside its file"
+        ) from error
     except _LOAD_ERRORS as error:
-        raise ModelError(f"{where} can't be unpickled: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(
+            f"{where} can't be unpickled: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def _pickles_in(data: bytes, where: str) -> tuple[bytes, int, int]:
@@ -98,13 +104,18 @@ def _pickles_in(data: bytes, where: str) -> tuple[bytes, int, int]:
         try:
             return reader.get_record("data.pkl"), 0, 1
         except RuntimeError as error:
-            raise ModelError(f"{where} is a corrupt archive: {_first_line(error)}", "save it again") from error
+            raise ModelError(
+                f"{where} is a corrupt archive: {_first_line(error)}", "save it again"
+            ) from error
     if data.startswith(LEGACY_MAGIC):
         return data, 0, _LEGACY_PICKLES
     names = globals_of(data)
     if names:
         raise _unsafe(where, names, ["a plain pickle, which torch.save did not write"])
-    raise ModelError(f"{where} is not a file of torch.save, nor any other model file known here", "save it again with torch.save")
+    raise ModelError(
+        f"{where} is not a file of torch.save, nor any other model file known here",
+        "save it again with torch.save",
+    )
 
 
 def _user_class(name: str) -> type:
@@ -120,10 +131,15 @@ def _user_class(name: str) -> type:
         hint = f"pip install {missing}, or run in the directory that holds it"
         raise MissingDependency(f"--allow-class {name}: no package {missing}", hint) from error
     except FOREIGN_ERRORS as error:
-        raise UsageError(f"--allow-class {name}: importing {module} failed: {type(error).__name__}: {error}") from error
+        raise UsageError(
+            f"--allow-class {name}: importing {module} failed: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(value, type):
         kind = "does not exist" if value is None else f"is a {type(value).__name__}, not a class"
-        raise UsageError(f"--allow-class {name}: it {kind}", "only classes can be allowed; --trust-pickle is the last resort")
+        raise UsageError(
+            f"--allow-class {name}: it {kind}",
+            "only classes can be allowed; --trust-pickle is the last resort",
+        )
     return value
 
 
@@ -138,7 +154,11 @@ def _library_class(name: str) -> type | None:
         _import_library(package, name)
     # Only what the library itself imports: a file's say-so never imports a module.
     value = getattr(sys.modules.get(module), attribute, None)
-    if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__.startswith(_MODULE_HOMES):
+    if (
+        isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and value.__module__.startswith(_MODULE_HOMES)
+    ):
         return value
     return None
 
@@ -148,9 +168,13 @@ def _import_library(package: str, needed: str) -> None:
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise MissingDependency(f"the file holds {needed}, so it needs the package {package}", f"pip install {package}") from error
+        raise MissingDependency(
+            f"the file holds {needed}, so it needs the package {package}", f"pip install {package}"
+        ) from error
     except FOREIGN_ERRORS as error:
-        raise MissingDependency(f"{package} is installed but can't be imported: {error}", f"pip install --upgrade {package}") from error
+        raise MissingDependency(
+            f"{package} is installed but can't be imported: {error}", f"pip install --upgrade {package}"
+        ) from error
 
 
 def _unsafe(where: str, refused: Sequence[str], found: Sequence[str]) -> UnsafeModel:
@@ -172,7 +196,11 @@ def _may_be_module(name: str) -> bool:
     value = getattr(sys.modules.get(module), attribute, None)
     if value is not None:
         return isinstance(value, type) and issubclass(value, nn.Module)
-    return module not in ("", "__main__") and module.split(".")[0] not in sys.stdlib_module_names and attribute[:1].isupper()
+    return (
+        module not in ("", "__main__")
+        and module.split(".")[0] not in sys.stdlib_module_names
+        and attribute[:1].isupper()
+    )
 
 
 def _first_line(error: BaseException) -> str:

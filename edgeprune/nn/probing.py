@@ -18,7 +18,10 @@ _IMAGES = 2
 
 
 def count_classes(
-    module: nn.Module, shape: tuple[int, int, int], normalization: tuple[tuple[float, ...], tuple[float, ...]], where: str
+    module: nn.Module,
+    shape: tuple[int, int, int],
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    where: str,
 ) -> int:
     """K, the width of the logits that a network gives to images of a shape.
 
@@ -45,7 +48,13 @@ def count_classes(
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
         x = (x - mean) / std
     answer = _answer(module, x, where)
-    if isinstance(answer, Tensor) and answer.ndim == 2 and answer.shape[0] == len(x) and answer.shape[1] and answer.is_floating_point():
+    if (
+        isinstance(answer, Tensor)
+        and answer.ndim == 2
+        and answer.shape[0] == len(x)
+        and answer.shape[1]
+        and answer.is_floating_point()
+    ):
         return int(answer.shape[1])
     raise UnsupportedModel(
         f"{where} answers {len(x)} images with {_what(answer)}, expected float logits ({len(x)}, K)",
@@ -56,7 +65,9 @@ def count_classes(
 def main_answer(answer: Any) -> Any:
     """The main logits among a network's outputs: the ones that torchvision and timm name so, or put first."""
     if isinstance(answer, Mapping):
-        return next((answer[key] for key in ("logits", "out") if key in answer), next(iter(answer.values()), None))
+        return next(
+            (answer[key] for key in ("logits", "out") if key in answer), next(iter(answer.values()), None)
+        )
     return answer[0] if isinstance(answer, (tuple, list)) and answer else answer
 
 
@@ -94,4 +105,6 @@ def _what(answer: Any) -> str:
         return f"a {str(answer.dtype).removeprefix('torch.')} tensor {tuple(answer.shape)}"
     if isinstance(answer, Mapping):
         return f"a {type(answer).__name__} with {', '.join(map(str, list(answer)[:5]))}"
-    return f"a {type(answer).__name__}" + (f" of {len(answer)} values" if isinstance(answer, (tuple, list)) else "")
+    return f"a {type(answer).__name__}" + (
+        f" of {len(answer)} values" if isinstance(answer, (tuple, list)) else ""
+    )

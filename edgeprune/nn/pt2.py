@@ -34,7 +34,10 @@ from edgeprune.nn.zoo import FOREIGN_ERRORS
 LOAD_ERRORS = (*FOREIGN_ERRORS, SerializeError, SpecViolationError, pickle.UnpicklingError, EOFError)
 _MAIN = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
-_CONFIGS = {"data/weights/model_weights_config.json": "weight", "data/constants/model_constants_config.json": "tensor"}
+_CONFIGS = {
+    "data/weights/model_weights_config.json": "weight",
+    "data/constants/model_constants_config.json": "tensor",
+}
 _FILES = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
     r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
@@ -64,7 +67,9 @@ def load(data: bytes, where: str) -> torch.export.ExportedProgram:
         with _quiet():
             return torch.export.load(io.BytesIO(data))
     except LOAD_ERRORS as error:
-        raise ModelError(f"{where} can't be loaded by torch {torch.__version__}: {last_line(error)}", "export it again") from error
+        raise ModelError(
+            f"{where} can't be loaded by torch {torch.__version__}: {last_line(error)}", "export it again"
+        ) from error
 
 
 def _vet(data: bytes, where: str) -> None:
@@ -72,7 +77,9 @@ def _vet(data: bytes, where: str) -> None:
     strange = [n for n in names if not _FILES.fullmatch(n)]
     if strange or len(set(names)) != len(names):
         what = f"holds {strange[0]!r}" if strange else "holds a file twice"
-        raise UnsafeModel(f"{where} was not loaded: it {what}, which torch.export.save doesn't write", "export it again")
+        raise UnsafeModel(
+            f"{where} was not loaded: it {what}, which torch.export.save doesn't write", "export it again"
+        )
     needed = ("archive_format", "archive_version", _MAIN, _SAMPLES, *_CONFIGS)
     absent = [n for n in needed if n not in names]
     if absent:
@@ -82,8 +89,18 @@ def _vet(data: bytes, where: str) -> None:
         for name, kind in _CONFIGS.items():
             _check_payloads(_json(reader, name), kind, f"{where}: {name}")
         _check_samples(reader.get_record(_SAMPLES), where)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError) as error:
-        raise ModelError(f"{where} is a corrupt .pt2 archive: {last_line(error)}", "export it again") from error
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        RecursionError,
+    ) as error:
+        raise ModelError(
+            f"{where} is a corrupt .pt2 archive: {last_line(error)}", "export it again"
+        ) from error
 
 
 def _json(reader: Any, name: str) -> Any:
@@ -91,12 +108,15 @@ def _json(reader: Any, name: str) -> Any:
 
 
 def _check_payloads(table: Any, kind: str, where: str) -> None:
-    for name, payload in _dict_to_dataclass(schema.PayloadConfig, table).config.items():
+    payloads: Any = _dict_to_dataclass(schema.PayloadConfig, table)
+    for name, payload in payloads.config.items():
         check_state_name(name, where)
         if payload.use_pickle is not False:
             raise UnsafeModel(f"{where} was not loaded: {name} is a pickle, which can run code")
         if not isinstance(payload.path_name, str) or not re.fullmatch(rf"{kind}_\d+", payload.path_name):
-            raise UnsafeModel(f"{where} was not loaded: {name} lies in {short(payload.path_name)}, expected {kind}_N")
+            raise UnsafeModel(
+                f"{where} was not loaded: {name} lies in {short(payload.path_name)}, expected {kind}_N"
+            )
         for part in parts_of(payload.tensor_meta):
             if isinstance(part, schema.SymExpr):
                 raise UnsafeModel(f"{where} was not loaded: {name} has a symbolic size")
@@ -113,7 +133,9 @@ def _check_samples(data: bytes, where: str) -> None:
     try:
         torch.load(io.BytesIO(data), weights_only=True)
     except LOAD_ERRORS as error:
-        raise UnsafeModel(f"{where} was not loaded: its sample inputs are not just tensors: {last_line(error)}") from error
+        raise UnsafeModel(
+            f"{where} was not loaded: its sample inputs are not just tensors: {last_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._export.serde import schema
 from torch._export.serde.serialize import _dict_to_dataclass
+from torch._export.serde.union import _Union
 
 from edgeprune.errors import ModelError, UnsafeModel, UnsupportedModel
 
@@ -27,18 +28,74 @@ _SCALAR_OPERATOR = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|getitem|lshift|rshift)"
     r"|torch\.sym_(int|float|max|min|not|ite|sum)|torch\._sym_sqrt|math\.(ceil|floor|trunc|sqrt)"
 )
-_TOUCHES_THE_MACHINE = ("from_file", "save", "_print", "warn", "manual_seed", "seed", "set_grad_enabled", "to_here", "wait")
+_TOUCHES_THE_MACHINE = (
+    "from_file",
+    "save",
+    "_print",
+    "warn",
+    "manual_seed",
+    "seed",
+    "set_grad_enabled",
+    "to_here",
+    "wait",
+)
 _SYMPY = frozenset(
-    "Max Min Mod FloorDiv CeilDiv CleanDiv PythonMod ModularIndexing Where Eq Ne Lt Le Gt Ge And Or Not Abs Pow PowByNatural "
-    "Add Mul Rational Float Equality Unequality GreaterThan LessThan StrictLessThan StrictGreaterThan "
-    "FloatPow IntTrueDiv FloatTrueDiv TruncToInt TruncToFloat RoundToInt CeilToInt FloorToInt ToFloat Identity LShift RShift "
-    "Integer Symbol IsNonOverlappingAndDenseIndicator".split()
+    [
+        "Max",
+        "Min",
+        "Mod",
+        "FloorDiv",
+        "CeilDiv",
+        "CleanDiv",
+        "PythonMod",
+        "ModularIndexing",
+        "Where",
+        "Eq",
+        "Ne",
+        "Lt",
+        "Le",
+        "Gt",
+        "Ge",
+        "And",
+        "Or",
+        "Not",
+        "Abs",
+        "Pow",
+        "PowByNatural",
+        "Add",
+        "Mul",
+        "Rational",
+        "Float",
+        "Equality",
+        "Unequality",
+        "GreaterThan",
+        "LessThan",
+        "StrictLessThan",
+        "StrictGreaterThan",
+        "FloatPow",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "TruncToInt",
+        "TruncToFloat",
+        "RoundToInt",
+        "CeilToInt",
+        "FloorToInt",
+        "ToFloat",
+        "Identity",
+        "LShift",
+        "RShift",
+        "Integer",
+        "Symbol",
+        "IsNonOverlappingAndDenseIndicator",
+    ]
 )
 _WORDS = frozenset(["oo", "int_oo", "true", "false"])
-_ASSUMPTIONS = frozenset(["positive", "integer", "negative", "nonnegative", "nonzero", "real", "extended_real"])
+_ASSUMPTIONS = frozenset(
+    ["positive", "integer", "negative", "nonnegative", "nonzero", "real", "extended_real"]
+)
 _EXPRESSION_NODES = (
-    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.Name, ast.Constant, ast.keyword, ast.Load,
-    ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.Name, ast.Constant, ast.keyword,
+    ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
 _GUARD_NODES = (*_EXPRESSION_NODES, ast.Subscript, ast.Attribute)
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
@@ -51,10 +108,11 @@ def check_program(table: Any, where: str) -> None:
         UnsafeModel, UnsupportedModel: as `pt2.vet`. ModelError: of another version of the format.
         ValueError, TypeError, KeyError, AttributeError, AssertionError: not such a record at all.
     """
-    program = _dict_to_dataclass(schema.ExportedProgram, table)
+    program: Any = _dict_to_dataclass(schema.ExportedProgram, table)
     if program.schema_version.major != schema.SCHEMA_VERSION[0]:
         raise ModelError(
-            f"{where} has schema version {program.schema_version.major}, torch {torch.__version__} reads {schema.SCHEMA_VERSION[0]}",
+            f"{where} has schema version {program.schema_version.major}, "
+            f"torch {torch.__version__} reads {schema.SCHEMA_VERSION[0]}",
             "export it again with this torch",
         )
     for symbol in program.range_constraints:
@@ -72,7 +130,7 @@ def parts_of(value: Any) -> Iterator[Any]:
     pending = [value]
     while pending:
         item = pending.pop()
-        if isinstance(item, schema._Union):
+        if isinstance(item, _Union):
             yield item
             pending.append(item.value)
         elif is_dataclass(item):
@@ -98,14 +156,18 @@ def _check_node(node: schema.Node, where: str) -> None:
             f"{where} uses {node.target}, which is not one of torch's own operators on tensors",
             "export the network without it, in eval mode and without torch.no_grad() inside forward",
         )
-    raise UnsafeModel(f"{where} was not loaded: it calls {node.target!r}, which is not an operator on tensors")
+    raise UnsafeModel(
+        f"{where} was not loaded: it calls {node.target!r}, which is not an operator on tensors"
+    )
 
 
 def _check_argument(argument: schema.Argument, where: str) -> None:
     if argument.type in ("as_custom_obj", "as_operator", "as_string_to_argument"):
         raise UnsafeModel(f"{where} was not loaded: it hands over an argument of kind {str(argument.type)!r}")
     if argument.type == "as_graph":
-        raise UnsupportedModel(f"{where} has a graph inside its graph (control flow)", "export the network without control flow")
+        raise UnsupportedModel(
+            f"{where} has a graph inside its graph (control flow)", "export the network without control flow"
+        )
 
 
 def _check_named(record: Any, where: str) -> None:
@@ -120,7 +182,9 @@ def _check_symbolic(record: Any, where: str) -> None:
 def _check_name(name: Any, where: str) -> None:
     # Names become variables of generated source code.
     if not isinstance(name, str) or (name and not _IDENTIFIER.fullmatch(name)):
-        raise UnsafeModel(f"{where} was not loaded: it names a value {short(name)}, which is not an identifier")
+        raise UnsafeModel(
+            f"{where} was not loaded: it names a value {short(name)}, which is not an identifier"
+        )
 
 
 def check_state_name(name: Any, where: str) -> None:
@@ -130,7 +194,9 @@ def check_state_name(name: Any, where: str) -> None:
         UnsafeModel: it could break out of generated source code.
     """
     if not isinstance(name, str) or not _STATE_NAME.fullmatch(name):
-        raise UnsafeModel(f"{where} was not loaded: it names a tensor {short(name)}, which is no name of a parameter or buffer")
+        raise UnsafeModel(
+            f"{where} was not loaded: it names a tensor {short(name)}, which is no name of a parameter or buffer"
+        )
 
 
 def _check_target(record: Any, where: str) -> None:
@@ -145,12 +211,15 @@ def _check_signature(signature: schema.ModuleCallSignature, where: str) -> None:
     for text in (signature.in_spec, signature.out_spec):
         version, tree = json.loads(text)
         if version != schema.TREESPEC_VERSION:
-            raise ModelError(f"{where} has containers of version {version!r}, expected {schema.TREESPEC_VERSION}")
+            raise ModelError(
+                f"{where} has containers of version {version!r}, expected {schema.TREESPEC_VERSION}"
+            )
         pending = [tree]
         while pending:
             node = pending.pop()
             if node["type"] not in (None, *_CONTAINERS) or not _plain_context(node["context"]):
-                raise UnsafeModel(f"{where} was not loaded: its inputs or outputs are in {short(node['type'])} of {short(node['context'])}")
+                what = f"{short(node['type'])} of {short(node['context'])}"
+                raise UnsafeModel(f"{where} was not loaded: its inputs or outputs are in {what}")
             pending.extend(node["children_spec"])
 
 
@@ -176,17 +245,33 @@ def _expression_problem(node: ast.AST) -> str:
     if not isinstance(node, _EXPRESSION_NODES):
         return f"no arithmetic ({type(node).__name__})"
     if isinstance(node, ast.Call):
-        return "" if isinstance(node.func, ast.Name) and node.func.id in _SYMPY else "a call of something unknown"
+        return (
+            ""
+            if isinstance(node.func, ast.Name) and node.func.id in _SYMPY
+            else "a call of something unknown"
+        )
     if isinstance(node, ast.keyword):
-        return "" if node.arg in _ASSUMPTIONS and isinstance(node.value, ast.Constant) else "an assumption of no known kind"
+        return (
+            ""
+            if node.arg in _ASSUMPTIONS and isinstance(node.value, ast.Constant)
+            else "an assumption of no known kind"
+        )
     if isinstance(node, ast.Name):
         known = node.id in _SYMPY or node.id in _WORDS or _SYMBOL.fullmatch(node.id)
         return "" if known else f"of something unknown ({node.id})"
     if isinstance(node, ast.Constant):
         symbol = isinstance(node.value, str) and _SYMBOL.fullmatch(node.value)
-        return "" if symbol or (isinstance(node.value, (int, float)) and abs(node.value) < 2**64) else "of a strange constant"
+        return (
+            ""
+            if symbol or (isinstance(node.value, (int, float)) and abs(node.value) < 2**64)
+            else "of a strange constant"
+        )
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Pow, ast.LShift)):
-        small = isinstance(node.right, ast.Constant) and isinstance(node.right.value, int) and node.right.value <= 8
+        small = (
+            isinstance(node.right, ast.Constant)
+            and isinstance(node.right.value, int)
+            and node.right.value <= 8
+        )
         return "" if small else "a power that could take forever"
     return ""
 
@@ -198,11 +283,28 @@ def _check_guard(code: Any, where: str) -> None:
     except (SyntaxError, TypeError, ValueError) as error:
         raise UnsafeModel(f"{where} was not loaded: the guard {short(code)} is not an expression") from error
     for node in nodes:
-        hidden = isinstance(node, ast.Attribute) and node.attr not in ("size", "stride", "storage_offset", "shape", "ndim")
-        foreign = isinstance(node, ast.Name) and node.id not in ("L", "Mod", "FloorDiv", "PythonMod", "Eq", "Ne", "Max", "Min")
+        hidden = isinstance(node, ast.Attribute) and node.attr not in (
+            "size",
+            "stride",
+            "storage_offset",
+            "shape",
+            "ndim",
+        )
+        foreign = isinstance(node, ast.Name) and node.id not in (
+            "L",
+            "Mod",
+            "FloorDiv",
+            "PythonMod",
+            "Eq",
+            "Ne",
+            "Max",
+            "Min",
+        )
         called = isinstance(node, ast.Call) and not isinstance(node.func, (ast.Attribute, ast.Name))
         if hidden or foreign or called or not isinstance(node, _GUARD_NODES):
-            raise UnsafeModel(f"{where} was not loaded: the guard {short(code)} is more than a comparison of sizes")
+            raise UnsafeModel(
+                f"{where} was not loaded: the guard {short(code)} is more than a comparison of sizes"
+            )
 
 
 def short(value: Any) -> str:

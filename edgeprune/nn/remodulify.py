@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from edgeprune.errors import UnsupportedModel
@@ -22,8 +23,24 @@ from edgeprune.nn.batch_axis import free_batch
 from edgeprune.nn.layers import Layer, layer_of
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-_RANDOM = ("bernoulli", "rand", "rand_like", "randn", "randn_like", "randint", "randperm", "uniform", "normal")
-_CHECKS_ONLY = ("_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
+_RANDOM = (
+    "bernoulli",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "randint",
+    "randperm",
+    "uniform",
+    "normal",
+)
+_CHECKS_ONLY = (
+    "_assert_scalar",
+    "_assert_async",
+    "_assert_tensor_metadata",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
 
 
 class ExportedNetwork(nn.Module):
@@ -101,7 +118,9 @@ class _Builder:
             elif node.op == "call_function":
                 self._call(node)
             elif node.op in ("get_attr", "call_module", "call_method"):
-                raise UnsupportedModel(f"the program holds a graph inside its graph ({node.target}), from control flow")
+                raise UnsupportedModel(
+                    f"the program holds a graph inside its graph ({node.target}), from control flow"
+                )
 
     def _call(self, node: fx.Node) -> None:
         operator = getattr(node.target, "__name__", str(node.target)).split(".")[0]
@@ -119,8 +138,10 @@ class _Builder:
                 self.new[node] = several[0]
         else:
             if operator.rstrip("_") in _RANDOM:
-                raise UnsupportedModel(f"the program makes random numbers ({node.target})", "export the network in eval mode")
-            arguments, keywords = (fx.node.map_arg(a, self.lookup) for a in (node.args, node.kwargs))
+                raise UnsupportedModel(
+                    f"the program makes random numbers ({node.target})", "export the network in eval mode"
+                )
+            arguments, keywords = (map_arg(a, self.lookup) for a in (node.args, node.kwargs))
             self.new[node] = self.graph.call_function(node.target, arguments, keywords)  # type: ignore[arg-type]
         new = self.new.get(node)
         if isinstance(new, fx.Node):
@@ -147,7 +168,8 @@ class _Builder:
             return self._free_path(node, layer)
         for path in (_caller(node), self._name(next(iter(layer.tensors.values()))).rpartition(".")[0]):
             same = all(
-                self.state.tensors.get(f"{path}.{attribute}") is self._tensor(value) for attribute, value in layer.tensors.items()
+                self.state.tensors.get(f"{path}.{attribute}") is self._tensor(value)
+                for attribute, value in layer.tensors.items()
             )
             if path and same and self.layers.setdefault(path, layer).config == layer.config:
                 return path
@@ -184,10 +206,14 @@ def _state_of(program: ExportedProgram) -> _State:
     tensors: dict[str, torch.Tensor] = {}
     name_of: dict[str, str] = {}
     volatile: set[str] = set()
-    given: dict[str, tuple[Any, bool]] = {k: (v, isinstance(v, nn.Parameter)) for k, v in program.state_dict.items()}
+    given: dict[str, tuple[Any, bool]] = {
+        k: (v, isinstance(v, nn.Parameter)) for k, v in program.state_dict.items()
+    }
     for item in program.graph_signature.input_specs:
         if item.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
-            raise UnsupportedModel(f"the program holds an object that is no tensor ({item.target or item.kind.name})")
+            raise UnsupportedModel(
+                f"the program holds an object that is no tensor ({item.target or item.kind.name})"
+            )
         if item.kind not in _STATE or item.target is None:
             continue
         value = program.state_dict.get(item.target, program.constants.get(item.target))
@@ -203,11 +229,22 @@ def _state_of(program: ExportedProgram) -> _State:
 
 
 def _copied(value: torch.Tensor, is_parameter: bool, unique: dict[Any, torch.Tensor]) -> torch.Tensor:
-    key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype, is_parameter)
+    key = (
+        value.untyped_storage().data_ptr(),
+        value.storage_offset(),
+        value.shape,
+        value.stride(),
+        value.dtype,
+        is_parameter,
+    )
     if value.numel() == 0 or key not in unique:
         copy = value.detach().clone()
         # Overlapping strides (an expanded constant) can't be written to later.
-        copy = copy if copy.is_contiguous() or copy.is_contiguous(memory_format=torch.channels_last) else copy.contiguous()
+        copy = (
+            copy
+            if copy.is_contiguous() or copy.is_contiguous(memory_format=torch.channels_last)
+            else copy.contiguous()
+        )
         unique[key] = nn.Parameter(copy, requires_grad=copy.is_floating_point()) if is_parameter else copy
     return unique[key]
 
@@ -262,7 +299,9 @@ def _output(program: ExportedProgram, builder: _Builder) -> None:
         if item.kind is OutputKind.USER_OUTPUT
     ]
     new = [builder.lookup(v) if isinstance(v, fx.Node) else v for v in values]
-    builder.graph.output(pytree.tree_unflatten(new, program.call_spec.out_spec) if program.call_spec.out_spec else tuple(new))
+    builder.graph.output(
+        pytree.tree_unflatten(new, program.call_spec.out_spec) if program.call_spec.out_spec else tuple(new)
+    )
 
 
 def _compile(module: nn.Module, graph: fx.Graph) -> None:

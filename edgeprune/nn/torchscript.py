@@ -59,7 +59,9 @@ def _load(data: bytes, where: str) -> torch.jit.ScriptModule:
         with _quiet():
             return torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
     except LOAD_ERRORS as error:
-        raise ModelError(f"{where} is a corrupt TorchScript file: {last_line(error)}", "save it again") from error
+        raise ModelError(
+            f"{where} is a corrupt TorchScript file: {last_line(error)}", "save it again"
+        ) from error
 
 
 def _converted(script: torch.jit.ScriptModule, shape: tuple[int, int, int], where: str) -> ExportedProgram:
@@ -84,7 +86,9 @@ def _vet(data: bytes, where: str) -> None:
         try:
             tree = ast.parse(reader.get_record(name).decode("utf-8"))
         except (RuntimeError, ValueError, SyntaxError, RecursionError) as error:
-            raise UnsafeModel(f"{where} was not loaded: its code {name} can't be read: {last_line(error)}") from error
+            raise UnsafeModel(
+                f"{where} was not loaded: its code {name} can't be read: {last_line(error)}"
+            ) from error
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 _check_attribute(node, f"{where} ({name})")
@@ -94,7 +98,11 @@ def _check_attribute(node: ast.Attribute, where: str) -> None:
     """Operators are called as torch.NAME, ops.NAMESPACE.NAME, or as a method of any value."""
     text = ast.unparse(node)
     inner = node.value
-    space = inner.attr if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == "ops" else ""
+    space = (
+        inner.attr
+        if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == "ops"
+        else ""
+    )
     foreign = (space and space not in _OPERATORS) or text.startswith("__torch__.torch.classes.")
     if node.attr in _TOUCH_FILES or foreign:
         raise UnsafeModel(f"{where} was not loaded: it uses {text}, which is not an operator on tensors")

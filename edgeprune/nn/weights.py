@@ -28,16 +28,27 @@ def unwrap(loaded: Any, where: str) -> nn.Module | dict[str, Tensor]:
     path = ""
     while not isinstance(loaded, nn.Module):
         if not isinstance(loaded, Mapping):
-            raise ModelError(f"{where} holds a {type(loaded).__name__}{path}, not a network or a state dict", "save model.state_dict()")
-        tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
-        holder = next((key for key in _HOLDERS if isinstance(loaded.get(key), (Mapping, nn.Module)) and loaded[key]), "")
+            raise ModelError(
+                f"{where} holds a {type(loaded).__name__}{path}, not a network or a state dict",
+                "save model.state_dict()",
+            )
+        tensors = {
+            name: value
+            for name, value in loaded.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        holder = next(
+            (key for key in _HOLDERS if isinstance(loaded.get(key), (Mapping, nn.Module)) and loaded[key]), ""
+        )
         if tensors and len(tensors) * 2 > len(loaded):
             _note_path(path, where)
             _note_left_out(loaded, tensors, where)
             return tensors
         if not holder:
             keys = ", ".join(map(str, list(loaded)[:_SHOWN])) or "nothing"
-            raise ModelError(f"{where} holds no network and no state dict{path}, only: {keys}", "save model.state_dict()")
+            raise ModelError(
+                f"{where} holds no network and no state dict{path}, only: {keys}", "save model.state_dict()"
+            )
         loaded, path = loaded[holder], f"{path}[{holder!r}]"
     _note_path(path, where)
     return loaded
@@ -52,7 +63,9 @@ def read_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as error:
-        raise ModelError(f"{where} is a corrupt or truncated safetensors file: {error}", "save or copy it again") from error
+        raise ModelError(
+            f"{where} is a corrupt or truncated safetensors file: {error}", "save or copy it again"
+        ) from error
     if not tensors:
         raise ModelError(f"{where} holds no tensors", "save model.state_dict() again")
     return tensors
@@ -74,14 +87,17 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], where: str, arch: str)
     missing, unexpected = [k for k in own if k not in given], [k for k in given if k not in own]
     if missing or unexpected:
         raise ModelError(
-            f"{where} does not fit --arch {arch}: {_listed('missing', missing)}; {_listed('not in the architecture', unexpected)}",
+            f"{where} does not fit --arch {arch}: {_listed('missing', missing)}; "
+            f"{_listed('not in the architecture', unexpected)}",
             f"the file's keys begin with {', '.join(list(tensors)[:3])}",
         )
     _check_shapes(own, given, where, arch)
     try:
         module.load_state_dict(given, strict=True)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{where} can't be loaded into --arch {arch}: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise ModelError(
+            f"{where} can't be loaded into --arch {arch}: {str(error).strip().splitlines()[-1].strip()}"
+        ) from error
 
 
 def need_arch(tensors: Mapping[str, Tensor], where: str) -> ModelError:
@@ -110,7 +126,10 @@ def check_finite(module: nn.Module, where: str) -> None:
                 bad.append(f"{name} ({count} of {tensor.numel()})")
     if bad:
         more = f" and {len(bad) - _SHOWN} more tensors" if len(bad) > _SHOWN else ""
-        raise ModelError(f"{where} has NaN or infinite values in {', '.join(bad[:_SHOWN])}{more}", "train it again, or take an earlier checkpoint")
+        raise ModelError(
+            f"{where} has NaN or infinite values in {', '.join(bad[:_SHOWN])}{more}",
+            "train it again, or take an earlier checkpoint",
+        )
 
 
 def _note_path(path: str, where: str) -> None:
@@ -124,7 +143,9 @@ def _note_left_out(loaded: Mapping[Any, Any], tensors: Mapping[str, Tensor], whe
         _LOG.warning("%s: left out what is no tensor: %s", where, ", ".join(left[:_SHOWN]))
 
 
-def _without_prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def _without_prefix(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
     """Strip what DataParallel, torch.compile or Lightning put before every name, unless the network has it too."""
     given = dict(tensors)
     while given.keys() != own.keys():
@@ -137,24 +158,35 @@ def _without_prefix(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], wh
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a is not b and a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    return (
+        a is not b
+        and a.numel() > 0
+        and a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )
 
 
 def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], where: str, arch: str) -> None:
     wrong = [k for k in own if own[k].shape != given[k].shape]
     if not wrong:
         return
-    shown = "; ".join(f"{k} is {_shape(given[k])}, the architecture's is {_shape(own[k])}" for k in wrong[:_SHOWN])
+    shown = "; ".join(
+        f"{k} is {_shape(given[k])}, the architecture's is {_shape(own[k])}" for k in wrong[:_SHOWN]
+    )
     more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
     rows = {given[k].shape[:1] for k in wrong if own[k].shape[1:] == given[k].shape[1:]}
     hint = "give the architecture's arguments as ?key=value"
     if len(rows) == 1 and len(wrong) <= 2 and "num_classes" not in arch:
-        hint = f"if {wrong[0]} is the classifier: --arch '{arch}{'&' if '?' in arch else '?'}num_classes={next(iter(rows))[0]}'"
+        argument = f"{'&' if '?' in arch else '?'}num_classes={next(iter(rows))[0]}"
+        hint = f"if {wrong[0]} is the classifier: --arch '{arch}{argument}'"
     raise ModelError(f"{where} has other shapes than --arch {arch}: {shown}{more}", hint)
 
 
 def _listed(what: str, keys: Sequence[str]) -> str:
-    return f"{len(keys)} {what}" + (f" ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})" if keys else "")
+    return f"{len(keys)} {what}" + (
+        f" ({', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})" if keys else ""
+    )
 
 
 def _shape(tensor: Tensor) -> str:

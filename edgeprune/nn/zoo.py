@@ -1,4 +1,4 @@
-"""Architectures by name: `timm:NAME`, `torchvision:NAME`, `package.module:callable`, `file.py:callable`, random weights.
+"""Architectures by name, with random weights: timm:NAME, torchvision:NAME, package.module:callable, file.py:callable.
 
 Naming a file or a package here means running it: that is the user's own code, never something out of a model file.
 """
@@ -38,8 +38,18 @@ FOREIGN_ERRORS = (
     Warning,
 )
 
-_FORMS = "accepted: timm:NAME, torchvision:NAME, package.module:callable or file.py:callable, each with ?key=value&key=value"
-_NETWORK_KEYS = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+_FORMS = (
+    "accepted: timm:NAME, torchvision:NAME, package.module:callable or file.py:callable, "
+    "each with ?key=value&key=value"
+)
+_NETWORK_KEYS = (
+    "pretrained",
+    "weights",
+    "weights_backbone",
+    "checkpoint_path",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
 _TORCHVISION_OPS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -81,7 +91,9 @@ def canonical(spec: str) -> str:
     return f"{Path(origin).resolve()}:{name}{mark}{query}" if origin.endswith(".py") else spec
 
 
-def default_input(module: nn.Module) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
+def default_input(
+    module: nn.Module,
+) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
     """The input (C, H, W), mean and std that a timm or torchvision network was made for; None for any other.
 
     Only timm says which normalization goes with a network, so torchvision's mean and std are empty.
@@ -149,7 +161,11 @@ def _timm(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     timm = _package("timm")
     if ":" in name or "/" in name or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`python -c 'import timm; print(timm.list_models())'` lists them"
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else "`python -c 'import timm; print(timm.list_models())'` lists them"
+        )
         raise UsageError(f"timm has no model named {name!r}", hint)
     return lambda **given: timm.create_model(name, pretrained=False, **given)
 
@@ -170,7 +186,10 @@ def _torchvision(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
 def _no_download(arguments: dict[str, Any], what: str) -> None:
     for key in arguments:
         if key in _NETWORK_KEYS:
-            raise UsageError(f"--arch {what}?{key}=...: weights are never downloaded", "give them as a file: MODEL is its path")
+            raise UsageError(
+                f"--arch {what}?{key}=...: weights are never downloaded",
+                "give them as a file: MODEL is its path",
+            )
 
 
 def _package(name: str) -> Any:
@@ -180,13 +199,17 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = (error.name or name).split(".")[0]
-        raise MissingDependency(f"--arch {name}: needs the package {missing}", f"pip install {missing}") from error
+        raise MissingDependency(
+            f"--arch {name}: needs the package {missing}", f"pip install {missing}"
+        ) from error
     except FOREIGN_ERRORS as error:
-        raise MissingDependency(f"{name} is installed but can't be imported: {error}", f"pip install --upgrade {name}") from error
+        raise MissingDependency(
+            f"{name} is installed but can't be imported: {error}", f"pip install --upgrade {name}"
+        ) from error
 
 
 def _from_package(dotted: str, spec: str) -> ModuleType:
-    top = dotted.split(".")[0]
+    top = dotted.split(".", maxsplit=1)[0]
     prepare_torchvision()
     try:
         with importable_here():
@@ -198,7 +221,9 @@ def _from_package(dotted: str, spec: str) -> ModuleType:
         hint = f"pip install {missing.split('.')[0]}, or run in the directory that holds it"
         raise MissingDependency(f"--arch {spec!r} needs the package {missing.split('.')[0]}", hint) from error
     except FOREIGN_ERRORS as error:
-        raise ModelError(f"--arch {spec!r}: importing {dotted} failed: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"--arch {spec!r}: importing {dotted} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -217,7 +242,9 @@ def _from_file(path: Path) -> ModuleType:
         with importable_here():
             spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
-        raise MissingDependency(f"--arch: {path} needs the package {error.name}", f"pip install {error.name}") from error
+        raise MissingDependency(
+            f"--arch: {path} needs the package {error.name}", f"pip install {error.name}"
+        ) from error
     except FOREIGN_ERRORS as error:
         raise ModelError(f"--arch: running {path} failed: {type(error).__name__}: {error}") from error
     finally:
@@ -228,12 +255,22 @@ def _from_file(path: Path) -> ModuleType:
 def _attribute(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
     value = getattr(module, name, None)
     if value is None:
-        here = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        here = [
+            k
+            for k, v in vars(module).items()
+            if callable(v) and getattr(v, "__module__", "") == module.__name__
+        ]
         close = difflib.get_close_matches(name, here, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it defines: {', '.join(sorted(here)) or 'nothing callable'}"
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"it defines: {', '.join(sorted(here)) or 'nothing callable'}"
+        )
         raise UsageError(f"--arch {spec!r}: there is no {name!r} in {module.__file__}", hint)
     if not callable(value):
-        raise UsageError(f"--arch {spec!r}: {name} is a {type(value).__name__}, not a class or function", _FORMS)
+        raise UsageError(
+            f"--arch {spec!r}: {name} is a {type(value).__name__}, not a class or function", _FORMS
+        )
     return value
 
 
@@ -252,7 +289,9 @@ def _built(build: Callable[..., Any], arguments: dict[str, Any], spec: str) -> n
     return module
 
 
-def _timm_input(module: nn.Module) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
+def _timm_input(
+    module: nn.Module,
+) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
     config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     read = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
     size = read("input_size")

@@ -146,7 +146,7 @@ def _notes(wanted: Wanted, timed: measure.Latency) -> tuple[str, ...]:
         )
     if timed.contended:
         notes.append(
-            "Other work ran on the machine while it was timed: wall times are too long, ratios are to be trusted more."
+            "Other work ran on the machine while it was timed: wall times are too long; CPU times are to be believed."
         )
     if wanted.images is None:
         notes.append("No accuracy was measured: no held-out images were given (--data).")

@@ -94,7 +94,19 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     masks, notes = _search(network, method, task, (budget, material.probes))
     if all(bool(keep.all()) for keep in masks.channels.values()):
         notes = (*notes, "The dense model already meets the budget: nothing was removed.")
-    return Chosen(graph.groups, masks, graph.left_out, notes)
+    return Chosen(graph.groups, masks, graph.left_out, (*notes, *_unaligned(masks, material.multiple_of)))
+
+
+def _unaligned(masks: Masks, multiple_of: int) -> tuple[str, ...]:
+    cut = {g: int(keep.sum()) for g, keep in masks.channels.items() if not bool(keep.all())}
+    off = {g: kept for g, kept in cut.items() if kept % multiple_of}
+    if not off:
+        return ()
+    name, kept = next(iter(off.items()))
+    return (
+        f"{len(off)} of {len(cut)} cut groups keep a count that is not a multiple of {multiple_of} ({name}: {kept}), "
+        "because they are too narrow for it or the budget could not be met otherwise.",
+    )
 
 
 def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict[str, float]:

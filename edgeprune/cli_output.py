@@ -1,0 +1,93 @@
+"""What commands print, and the one place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from edgeprune.codec import to_json
+from edgeprune.context import Result
+from edgeprune.errors import EdgepruneError
+
+BUG = 70
+INTERRUPTED = 130
+
+
+def tables() -> Any:
+    """Tables need rich, which `--help` does without."""
+    from importlib import import_module
+
+    return import_module("edgeprune.tables")
+
+
+def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
+    """The only `except`: an error becomes two lines on stderr and its own exit code."""
+    try:
+        code = work()
+    except EdgepruneError as error:
+        if debug:
+            traceback.print_exc()
+        print_error(error.message, error.hint, error.exit_code, as_json)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print_error("interrupted", "start the same command again to go on", INTERRUPTED, as_json)
+        code = INTERRUPTED
+    except Exception as error:  # a bug: everything that was foreseen is an EdgepruneError
+        if debug:
+            traceback.print_exc()
+        text = f"a bug in edgeprune: {type(error).__name__}: {error}"
+        print_error(text, "run again with --debug and report the traceback", BUG, as_json)
+        code = BUG
+    raise typer.Exit(code)
+
+
+def print_error(message: str, hint: str, code: int, as_json: bool) -> None:
+    """Two lines on stderr; with --json also one object on stdout."""
+    if as_json:
+        typer.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
+
+
+def say(text: str) -> None:
+    """A line about progress, on stderr."""
+    typer.echo(text, err=True)
+
+
+def print_table(table: Any) -> None:
+    """A rich table on stdout."""
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def print_lines(lines: list[str]) -> None:
+    """Plain lines on stdout."""
+    for line in lines:
+        typer.echo(line)
+
+
+def show_run(result: Result, as_json: bool) -> None:
+    """What a finished run came to."""
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
+            )
+        )
+        return
+    print_table(tables().report_table(result.report))
+    print_lines(tables().summary(result))
+
+
+def show_readings(readings: Any, as_json: bool) -> None:
+    """Readings of one file."""
+    if as_json:
+        typer.echo(json.dumps({"readings": to_json(readings)}))
+        return
+    print_table(tables().readings_table(readings))
