@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -256,6 +257,9 @@ def demo(
 
 def main() -> None:
     """The program."""
+    # torch's threads spin while they wait, which on a busy machine takes the time from those that work: with two
+    # threads and other load, training was 1.3 to 1.7 times as fast when they sleep instead.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

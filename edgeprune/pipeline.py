@@ -8,6 +8,7 @@ there, so that a run that was killed and started again gives what an undisturbed
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -250,9 +251,10 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
     run.say("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
     cut, tuned = folders
     export, small = stage("export"), _restored(run, cut, tuned)
-    artifact = _export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
+    artifact, parity = _export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
     export.save_modules(small, out)
-    export.check_reload(out, small.input, torch_part("bundle").deployed(small))
+    reloaded = export.check_reload(out, small.input, torch_part("bundle").deployed(small))
+    codec.write(out / "parity.json", Ledger((*parity, *reloaded)))
     if "tensorrt" in run.target.setup:
         script = plugins.build("runtimes", "tensorrt", {}).engine_script(
             run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch
@@ -261,17 +263,19 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
         (out / "build_engine.sh").chmod(0o755)
 
 
-def _export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> Any:
-    labels = ",".join(bundle.labels or (run.data.labels if run.data else ()))
-    meta = {key: value for key, value in (("labels", labels), ("parent", parent)) if value}
+def _export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> tuple[Any, tuple[Reading, ...]]:
+    labels = list(bundle.labels or (run.data.labels if run.data else ()))
+    meta = {"labels": json.dumps(labels)} if labels else {}
+    if parent:
+        meta["parent"] = parent
     real = next(iter(run.data.held_out.batches(PARITY_IMAGES)))[0] if run.data else None
-    artifact, _, notes = stage("export").run(
+    artifact, parity, notes = stage("export").run(
         torch_part("bundle").deployed(bundle), bundle.input, out,
         opset=run.recipe.export.opset or run.target.opset, table=run.recipe.export, meta=meta, real=real,
     )  # fmt: skip
     for note in notes:
         run.say(f"export: {note}")
-    return artifact
+    return artifact, parity
 
 
 def _measure(run: Context, folders: Mapping[str, Path], out: Path) -> None:
@@ -308,8 +312,26 @@ def _report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Report:
         "before": measured.before, "after": measured.after, "samples": measured.samples,
         "layers": build.layers(*rows, measured.times, plan.left_out),
     }  # fmt: skip
-    notes = (*measured.notes, *ledger.notes, *stage("prune").read(folders["prune"]).notes, *_notes(run, plan))
+    parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
+    notes = (
+        *measured.notes,
+        *_parity_notes(parity.readings),
+        *stage("prune").read(folders["prune"]).notes,
+        *_notes(run, plan),
+    )
     return build.build(parts, ledger=ledger.readings, notes=notes, plan=plan)
+
+
+def _parity_notes(readings: Sequence[Reading]) -> list[str]:
+    """How far the files' answers are from the network's, as sentences; differences are relative to the largest logit."""
+    worst: dict[str, float] = {}
+    for reading in readings:
+        if reading.value is not None:
+            worst[reading.artifact] = max(worst.get(reading.artifact, 0.0), reading.value)
+    if not worst:
+        return []
+    said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    return [f"Largest difference to the network in torch, relative to the largest logit: {said}."]
 
 
 def _notes(run: Context, plan: Plan) -> list[str]:

@@ -73,3 +73,4 @@ def doctor_table(rows: Sequence[Any]) -> Table:
     for r in rows:
         style = {"ok": "green", "missing": "red", "warning": "yellow"}.get(r.status, "dim")
         table.add_row(Text(r.status, style=style), Text(r.name), Text(r.found), Text(r.fix))
+    return table

@@ -14,11 +14,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto
 from torch import Tensor, nn
 
 import edgeprune
-from edgeprune import bundled
 from edgeprune.errors import ParityError, UnsupportedModel, UsageError
 from edgeprune.nn import onnx_export, onnx_file, parity
 from edgeprune.nn.bundle import deployed
@@ -243,57 +242,6 @@ def test_a_file_that_answers_differently_on_real_images_only_is_not_written(tmp_
         ship(network, tmp_path / "model.onnx", spec=PLAIN, real=real)
 
 
-def test_the_tolerance_is_a_share_of_the_largest_logit() -> None:
-    wanted = {"one": torch.tensor([[0.0, 2.0]]), "two": torch.tensor([[-4.0, 1.0]])}
-    inputs = [(name, torch.zeros(1, *nets.SHAPE)) for name in wanted]
-    answers = iter(wanted.values()), iter([wanted["one"], torch.tensor([[-4.0, 1.5]])])
-    difference = parity.compare(lambda _: next(answers[0]), lambda _: next(answers[1]), inputs, "made.onnx")
-    assert difference == parity.Difference(absolute=0.5, scale=4.0, on="two", images=2, agreeing=2)
-    reading = parity.check(difference, tolerance=0.125, name="made.onnx", inputs="random", hint="")
-    assert (reading.value, reading.n, reading.conditions["same_class"]) == (0.125, 2, 1.0)
-    with pytest.raises(
-        ParityError, match=r"by 0.5 on two, 0.12 of the largest logit \(4\); at most 0.124 of it"
-    ):
-        parity.check(difference, tolerance=0.124, name="made.onnx", inputs="random", hint="")
-
-
-def test_answers_of_another_shape_are_a_failure() -> None:
-    inputs = [("one", torch.zeros(1, *nets.SHAPE))]
-    with pytest.raises(ParityError, match=r"m answers one with shape \(1, 2\), wanted \(1, 3\)"):
-        parity.compare(lambda _: torch.zeros(1, 3), lambda _: torch.zeros(1, 2), inputs, "m")
-
-
-def test_what_onnx_runtime_can_not_load_or_run_is_refused_in_its_words() -> None:
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])
-    for kind, domain in (("Relu", ""), ("Nonsense", "nowhere")):
-        graph = helper.make_graph(
-            [helper.make_node(kind, ["x"], ["y"], domain=domain)],
-            "g",
-            [value],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
-        )
-        imports = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
-        model = helper.make_model(graph, opset_imports=imports, ir_version=9)
-        if kind == "Relu":
-            network = parity.open_onnx(model)
-            assert torch.equal(network(torch.tensor([[-1.0, 2.0]])), torch.tensor([[0.0, 2.0]]))
-            with pytest.raises(UnsupportedModel, match="can't run the model"):
-                network(torch.zeros(1, 3))
-        else:
-            with pytest.raises(UnsupportedModel, match="can't load the model: .*Nonsense"):
-                parity.open_onnx(model)
-
-
-def test_probes_fill_the_range_of_the_input_and_are_the_same_each_time() -> None:
-    spec = InputSpec((1, 4, 4), 2, low=-1.0, high=3.0)
-    first, again = list(parity.probes(spec, 7, batch=2)), list(parity.probes(spec, 7, batch=2))
-    assert len({name for name, _ in first}) == len(first) >= 4
-    for (_, pixels), (_, same) in zip(first, again, strict=True):
-        assert pixels.shape == (2, 1, 4, 4) and torch.equal(pixels, same)
-        assert float(pixels.min()) >= -1.0 and float(pixels.max()) <= 3.0
-    assert {float(v) for _, pixels in first[:2] for v in pixels.unique()} == {-1.0, 3.0}
-
-
 def test_answers_that_are_not_numbers_are_a_failure(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="answers all 0 with NaN or infinity"):
         ship(
@@ -433,93 +381,3 @@ def test_a_simplification_that_fails_or_changes_answers_is_left_away(
     pixels = nets.example()
     wanted = wrapped(network)(pixels).detach().numpy()
     np.testing.assert_allclose(answers(tmp_path / "model.onnx", pixels), wanted, atol=1e-5)
-
-
-def test_a_layer_that_is_used_twice_has_two_names(tmp_path: Path) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(torch.relu(self.conv(torch.relu(self.conv(x)))).mean((2, 3)))
-
-    for opset in (16, 20):
-        ship(Twice(), tmp_path / "model.onnx", opset=opset)
-        nodes = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type in onnx_file.WEIGHTED]
-        assert [n.name for n in nodes] == ["conv", "conv@2", "fc"]
-        assert nodes[0].input[1] == nodes[1].input[1] == "conv.weight"
-
-
-def test_layers_named_like_inputs_and_outputs_do_no_harm(tmp_path: Path) -> None:
-    class Namesake(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.input, self.batch, self.logits = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.logits(self.batch(torch.relu(self.input(x))).mean((2, 3)))
-
-    ship(Namesake(), tmp_path / "model.onnx", dynamic_batch=True)
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    assert [n.name for n in graph.node if n.op_type in onnx_file.WEIGHTED] == ["input", "batch", "logits"]
-    assert ([v.name for v in graph.input], [v.name for v in graph.output]) == (["input"], ["logits"])
-
-
-def with_a_branch() -> ModelProto:
-    """If(x > 0) then x * scale else c, with values of the outer graph used inside; and a function; all documented."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
-    inner = helper.make_tensor_value_info("picked", TensorProto.FLOAT, [1])
-    outer = helper.make_tensor_value_info("picked_too", TensorProto.FLOAT, [1])
-    yes = helper.make_graph(
-        [helper.make_node("Mul", ["twice", "a/scale"], ["picked"], doc_string="/home/me")], "yes", [], [inner]
-    )
-    no = helper.make_graph([helper.make_node("Identity", ["twice"], ["picked_too"])], "no", [], [outer])
-    nodes = [
-        helper.make_node("Add", ["x", "x"], ["twice"], name="/net/block/Add"),
-        helper.make_node("Greater", ["x", "zero"], ["positive"], name="/net/block/Greater"),
-        helper.make_node("If", ["positive"], ["chosen"], then_branch=yes, else_branch=no, name="/net/If"),
-        helper.make_node("Half", ["chosen"], ["y"], domain="ours"),
-    ]
-    half = helper.make_function(
-        "ours", "Half", ["i"], ["o"], [helper.make_node("Add", ["i", "i"], ["o"], doc_string="/home/me")],
-        [helper.make_opsetid("", 20)],
-    )  # fmt: skip
-    constants = [
-        helper.make_tensor("a/scale", TensorProto.FLOAT, [1], [3.0]),
-        helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]),
-    ]
-    graph = helper.make_graph(nodes, "graph", [x], [y], constants, doc_string="/home/me/model.py")
-    imports = [helper.make_opsetid("", 20), helper.make_opsetid("ours", 1), helper.make_opsetid("unused", 1)]
-    model = helper.make_model(
-        graph, opset_imports=imports, functions=[half], doc_string="/home/me/model.py", ir_version=10
-    )
-    for part in (model, graph, model.graph, *model.graph.node, *model.functions, *model.functions[0].node):
-        part.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "/home/me/model.py"')
-    return model
-
-
-def test_branches_and_functions_are_cleaned_and_still_answer_the_same(tmp_path: Path) -> None:
-    model = with_a_branch()
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = [np.array([v], np.float32) for v in (-2.0, 5.0)]
-    wanted = [session.run(None, {"x": value})[0] for value in inputs]
-    onnx_file.name_after_layers(model, {"": False, "net": False, "net.block": False}, "net.")
-    onnx_file.finish(model, {"edgeprune.version": "1"}, producer="edgeprune", version="1")
-    assert "/home/me" not in texts(model) and "stack_trace" not in texts(model)
-    assert [(item.domain, item.version) for item in model.opset_import] == [("", 20), ("ours", 1)]
-    assert [node.name for node in model.graph.node] == ["block.Add", "block.Greater", "If", "Half"]
-    assert {item.name for item in model.graph.initializer} == {"a.scale", "zero"}
-    cleaned = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    for value, answer in zip(inputs, wanted, strict=True):
-        np.testing.assert_array_equal(cleaned.run(None, {"x": value})[0], answer)
-
-
-def test_only_a_tensorrt_target_gets_an_engine_script(tmp_path: Path) -> None:
-    artifact = Artifact(str(tmp_path / "model.onnx"), "onnx", "fp32", SPEC, "", 0, opset=20)
-    table = ExportTable(dynamic_batch=True)
-    assert export.save_engine_script(artifact, bundled.target("raspberry-pi-5"), table, tmp_path) is None
-    path = export.save_engine_script(artifact, bundled.target("jetson"), table, tmp_path)
-    assert path == tmp_path / "build_engine.sh" and path.stat().st_mode & 0o111
-    assert "shape='input:1x3x8x8'" in path.read_text()

@@ -219,7 +219,7 @@ def _network(
     """The network in a file's bytes, and the source with the kind that the content turned out to be."""
     where = str(path)
     if source.kind == "pt2":
-        return remodulify(pt2.load(data, where)), replace(source, arch="")
+        return _remodulified(data, where), replace(source, arch="")
     if source.kind == "torchscript":
         if shape is None:
             raise UsageError(f"{where} is TorchScript, which doesn't say what images it eats", _HOW)
@@ -236,6 +236,17 @@ def _network(
     module = zoo.architecture(source.arch)
     fit(module, found, where, source.arch)
     return module, replace(source, kind="safetensors" if source.kind == "safetensors" else "state_dict")
+
+
+def _remodulified(data: bytes, where: str) -> nn.Module:
+    program = pt2.load(data, where)
+    try:
+        return remodulify(program)
+    except zoo.FOREIGN_ERRORS as error:
+        raise UnsupportedModel(
+            f"{where} can't be turned into modules again: {type(error).__name__}: {error}",
+            "give the PyTorch model that it was made from: its weights and --arch",
+        ) from error
 
 
 def _digest(module: nn.Module) -> str:
@@ -285,7 +296,7 @@ def _known_input(
     module: nn.Module,
 ) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
     if isinstance(module, ExportedNetwork):
-        return (module.shape, (), ()) if module.shape else None
+        return (module.image_shape, (), ()) if module.image_shape else None
     return zoo.default_input(module)
 
 

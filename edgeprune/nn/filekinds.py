@@ -72,7 +72,7 @@ def records(data: bytes, path: Path | str) -> tuple[Any, list[str]]:
     try:
         reader = torch._C.PyTorchFileReader(io.BytesIO(data))
         return reader, list(reader.get_all_records())
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].removeprefix("PytorchStreamReader ").split(". This is")[0]
         raise ModelError(
             f"{path} is a truncated or corrupt archive: {reason}", "save or copy it again"

@@ -21,7 +21,8 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PASSING = ("Transpose", "Reshape", "Identity", "Cast")
 # The file version that brought functions.
 FUNCTIONS_IR = 8
-SCOPES = "pkg.torch.onnx.name_scopes"
+# What torch's exporter notes at a node: the modules that ran it, and the operation with its arguments.
+SCOPES, OPERATION = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
 # What onnx and protobuf raise on a model that they can't handle.
 ONNX_ERRORS = (
     onnx.checker.ValidationError,
@@ -51,25 +52,13 @@ def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: st
         modules: the path of every module -> whether it is a layer with a weight of two or more dimensions.
         prefix: what the paths of the wrapped network begin with ("network."); left away in the names.
     """
-    graph = model.graph
-    names = _Names(graph)
-    for node in graph.node:
+    names = _Names(model.graph)
+    layers = {f"p_{path}_weight".replace(".", "_"): path for path, is_layer in modules.items() if is_layer}
+    for node in model.graph.node:
         scope = _scope(node, modules)
-        layer = _layer(node, scope, modules, names)
+        layer = _argument(node, layers) or _layer(node, scope, modules, names)
         node.name = _unique(_without(prefix, layer or f"{scope}.{node.op_type}".strip(".")), names.nodes)
-        for role, value in zip(("weight", "bias"), node.input[1:3], strict=False) if layer else ():
-            # Exporters merge equal tensors: another layer's parameter keeps its name, an anonymous one gets ours.
-            owned = "." in value and value.rpartition(".")[0] in modules
-            if names.is_weight(value) and (names.uses[value] == 1 or not owned):
-                names.rename(value, f"{node.name}.{role}")
-    for node in graph.node:
-        for position, name in enumerate(node.output):
-            names.rename(name, f"{node.name}:{position}" if position else node.name)
-    for item in graph.initializer:
-        names.rename(item.name, _without(prefix, item.name.replace("/", ".").strip(".")))
-        item.name = names.new[item.name]
-    del graph.value_info[:]
-    _apply(graph, names.new)
+    _name_values(model.graph, prefix)
 
 
 def strip(model: ModelProto) -> None:
@@ -103,6 +92,7 @@ def slim(model: ModelProto) -> ModelProto:
         raise UnsupportedModel(f"onnxslim failed: {reason(error)}") from error
     if not isinstance(slimmed, ModelProto):
         raise UnsupportedModel("onnxslim gave no model")
+    _keep_names(model.graph, slimmed.graph)
     return slimmed
 
 
@@ -160,11 +150,56 @@ class _Names:
         """The paths of the modules that a value, or what it was made from, may be a parameter of."""
         return [name.rpartition(".")[0] for name in self._origins(value)]
 
+    def maker(self, value: str) -> str:
+        """The weighted node that a value comes from through nodes with constants only, or ""."""
+        while node := self.producers.get(value):
+            if node.op_type in WEIGHTED:
+                return node.name
+            data = [name for name in node.input if name and not self._is_constant(name)]
+            if len(data) != 1:
+                break
+            value = data[0]
+        return ""
+
+    def _is_constant(self, value: str) -> bool:
+        node = self.producers.get(value)
+        return self.is_weight(value) or (node is not None and node.op_type == "Constant")
+
     def _origins(self, value: str) -> list[str]:
         chain = [value]
         while (node := self.producers.get(chain[-1])) and node.op_type in PASSING:
             chain.append(node.input[0])
         return chain
+
+
+def _name_values(graph: GraphProto, prefix: str = "") -> None:
+    """Call outputs like their node, and the initializers that only a weighted node reads its weight and bias."""
+    names = _Names(graph)
+    for node in graph.node:
+        for role, value in zip(("weight", "bias"), node.input[1:3], strict=False):
+            if node.op_type in WEIGHTED and value in names.initializers and names.uses[value] == 1:
+                names.rename(value, f"{node.name}.{role}")
+    for node in graph.node:
+        for position, value in enumerate(node.output):
+            names.rename(value, f"{node.name}:{position}" if position else node.name)
+    for item in graph.initializer:
+        names.rename(item.name, _without(prefix, item.name.replace("/", ".").strip(".")))
+        item.name = names.new[item.name]
+    del graph.value_info[:]
+    _apply(graph, names.new)
+
+
+def _keep_names(before: GraphProto, after: GraphProto) -> None:
+    """Name what onnxslim merged: it calls a convolution that took up a batch-norm after an output on the way."""
+    names = _Names(before)
+    known = {node.name for node in before.node if node.op_type in WEIGHTED}
+    taken = {node.name for node in after.node}
+    for node in after.node:
+        if node.op_type in WEIGHTED and node.name not in known:
+            maker = names.maker(node.name)
+            if maker and maker not in taken:
+                node.name = maker
+    _name_values(after)
 
 
 def _layer(node: NodeProto, scope: str, modules: Mapping[str, bool], names: _Names) -> str:
@@ -180,6 +215,13 @@ def _layer(node: NodeProto, scope: str, modules: Mapping[str, bool], names: _Nam
     if modules.get(scope) and (node.op_type != "MatMul" or any(map(names.is_weight, node.input))):
         return scope
     return owner
+
+
+def _argument(node: NodeProto, layers: Mapping[str, str]) -> str:
+    """The layer whose weight is an argument of the operation that a weighted node was made from, or ""."""
+    operation = next((entry.value for entry in node.metadata_props if entry.key == OPERATION), "")
+    weights = re.findall(r"%(\w+)", operation) if node.op_type in WEIGHTED else ()
+    return next((layers[name] for name in weights if name in layers), "")
 
 
 def _scope(node: NodeProto, modules: Mapping[str, bool]) -> str:

@@ -103,7 +103,7 @@ def _pickles_in(data: bytes, where: str) -> tuple[bytes, int, int]:
         reader, _ = records(data, where)
         try:
             return reader.get_record("data.pkl"), 0, 1
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ModelError(
                 f"{where} is a corrupt archive: {_first_line(error)}", "save it again"
             ) from error

@@ -35,7 +35,7 @@ def count_classes(
         UnsupportedModel: it fails on such images (names the layer), answers with something else than (N, K) floats
             (says with what), or only takes batches of one certain size.
     """
-    fixed = module.batch if isinstance(module, ExportedNetwork) else None
+    fixed = module.fixed_batch if isinstance(module, ExportedNetwork) else None
     if fixed is not None and fixed > 1:
         raise UnsupportedModel(
             f"{where} was exported for batches of {fixed} images and works with no other number",

@@ -46,12 +46,12 @@ _CHECKS_ONLY = (
 class ExportedNetwork(nn.Module):
     """A network made from an exported program: its layers under their names, and one function that runs them.
 
-    `batch` is None when any batch size works, else the only one that does. `shape` is the (C, H, W) that it was
-    exported for, None when the program leaves it open.
+    `fixed_batch` is None when any batch size works, else the only one that does. `image_shape` is the (C, H, W)
+    that it was exported for, None when the program leaves it open.
     """
 
-    batch: int | None
-    shape: tuple[int, int, int] | None
+    fixed_batch: int | None
+    image_shape: tuple[int, int, int] | None
     _run: Callable[[nn.Module, torch.Tensor], Any]
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -67,28 +67,27 @@ def remodulify(program: ExportedProgram) -> nn.Module:
 
     Returns:
         A module with the state-dict names of the network that was exported. Where the program was exported with a
-        fixed batch size that only its reshapes name, any batch size works (its `batch` is None then).
+        fixed batch size that only its reshapes name, any batch size works (`fixed_batch` is None then).
 
     Raises:
-        UnsupportedModel: more than one input, a custom object, control flow; says what.
+        UnsupportedModel: another input than one batch of images, a custom object, control flow; says what.
     """
-    nodes = list(program.graph.nodes)
     state = _state_of(program)
-    inputs = _user_inputs(program)
+    images = _user_input(program)
     module = ExportedNetwork()
-    builder = _Builder(module, state, fx.Graph())
-    builder.read(nodes, inputs[0])
+    builder = _Builder(state, fx.Graph())
+    builder.read(list(program.graph.nodes), images)
     _output(program, builder)
     _place(module, state, builder.layers)
     builder.graph.eliminate_dead_code(_has_effect)
-    shape = tuple(inputs[0].meta["val"].shape)
-    fixed = shape[0] if isinstance(shape[0], int) else None
-    static = len(shape) == 4 and all(isinstance(n, int) for n in shape[1:])
+    batch, *shape = images.meta["val"].shape
+    static = all(isinstance(n, int) for n in shape)
     module.eval()
-    module.batch, module.shape = fixed, (shape[1], shape[2], shape[3]) if static else None
+    module.fixed_batch = batch if isinstance(batch, int) else None
+    module.image_shape = (shape[0], shape[1], shape[2]) if static else None
     _compile(module, builder.graph)
-    if fixed is not None and static:
-        free_batch(module, builder.graph, (fixed, *shape[1:]), _compile)
+    if module.fixed_batch is not None and static:
+        free_batch(module, builder.graph, (batch, *shape), _compile)
     return module
 
 
@@ -103,7 +102,6 @@ class _State:
 
 @dataclass
 class _Builder:
-    module: nn.Module
     state: _State
     graph: fx.Graph
     layers: dict[str, Layer] = field(default_factory=dict)
@@ -249,20 +247,23 @@ def _copied(value: torch.Tensor, is_parameter: bool, unique: dict[Any, torch.Ten
     return unique[key]
 
 
-def _user_inputs(program: ExportedProgram) -> list[fx.Node]:
+def _user_input(program: ExportedProgram) -> fx.Node:
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     names = [
         item.arg.name
         for item in program.graph_signature.input_specs
         if item.kind is InputKind.USER_INPUT and not isinstance(item.arg, ConstantArgument)
     ]
-    found = [placeholders[name] for name in names]
-    if len(found) != 1 or not isinstance(found[0].meta.get("val"), torch.Tensor):
+    value = placeholders[names[0]].meta.get("val") if len(names) == 1 else None
+    if not isinstance(value, torch.Tensor) or value.ndim != 4 or not value.is_floating_point():
+        what = f"{len(names)} inputs ({', '.join(names)})"
+        if isinstance(value, torch.Tensor):
+            what = f"a {value.ndim}-dimensional tensor of {value.dtype}"
         raise UnsupportedModel(
-            f"the program takes {len(found)} inputs ({', '.join(names)}), expected one batch of images",
+            f"the program eats {what}, expected one batch of images: a float tensor (N, C, H, W)",
             "export the part of the network from images to logits",
         )
-    return found
+    return placeholders[names[0]]
 
 
 def _place(module: nn.Module, state: _State, layers: Mapping[str, Layer]) -> None:
@@ -275,20 +276,22 @@ def _place(module: nn.Module, state: _State, layers: Mapping[str, Layer]) -> Non
                 parent.add_module(part, layers[here].make() if here in layers else nn.Module())
             parent = parent.get_submodule(part)
     for layer in (module.get_submodule(path) for path in layers):
-        for key in layer._parameters:
-            layer._parameters[key] = None
-        for key in layer._buffers:
-            layer._buffers[key] = None
+        for table in (layer._parameters, layer._buffers):
+            table.update(dict.fromkeys(table))
     for name, tensor in state.tensors.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        elif leaf in owner._parameters:
-            # A layer's weight that was frozen into the program as a constant.
-            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
-        else:
-            owner.register_buffer(leaf, tensor, persistent=name not in state.volatile)
+        _register(module, name, tensor, persistent=name not in state.volatile)
+
+
+def _register(module: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    elif leaf in owner._parameters:
+        # A layer's weight that was frozen into the program as a constant.
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
 def _output(program: ExportedProgram, builder: _Builder) -> None:

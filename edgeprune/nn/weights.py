@@ -12,6 +12,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
+from edgeprune.nn.zoo import FOREIGN_ERRORS
 
 _LOG = logging.getLogger("edgeprune")
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "ema")
@@ -51,6 +52,7 @@ def unwrap(loaded: Any, where: str) -> nn.Module | dict[str, Tensor]:
             )
         loaded, path = loaded[holder], f"{path}[{holder!r}]"
     _note_path(path, where)
+    _check_tree(loaded, where)
     return loaded
 
 
@@ -130,6 +132,18 @@ def check_finite(module: nn.Module, where: str) -> None:
             f"{where} has NaN or infinite values in {', '.join(bad[:_SHOWN])}{more}",
             "train it again, or take an earlier checkpoint",
         )
+
+
+def _check_tree(module: nn.Module, where: str) -> None:
+    """A network out of a damaged pickle may lack what every module has."""
+    try:
+        parts = dict(module.named_modules())
+        kept = [*module.named_parameters(), *module.named_buffers(), *module.state_dict().items()]
+        whole = all(isinstance(name, str) for name in (*parts, *(name for name, _ in kept)))
+    except FOREIGN_ERRORS as error:
+        raise ModelError(f"{where} holds a damaged network: {error}", "save it again") from error
+    if not whole:
+        raise ModelError(f"{where} holds a damaged network: its parts have no names", "save it again")
 
 
 def _note_path(path: str, where: str) -> None:

@@ -24,14 +24,12 @@ from edgeprune.nn.bundle import deployed
 from edgeprune.nn.capture import capture, check_logits, quiet
 from edgeprune.nn.reload import PLAN, PROGRAM, WEIGHTS, Answer, PlanFile, Request
 from edgeprune.recipe import ExportTable
-from edgeprune.records import Artifact, Bundle, InputSpec, Reading, Target
-from edgeprune.runtimes.tensorrt import TensorRT
+from edgeprune.records import Artifact, Bundle, InputSpec, Reading
 
 RESULT_VERSION = 1
 SEED = 20
 RELOAD_TOLERANCE = 1e-5
 RELOAD_TIMEOUT_S = 1800
-ENGINE_SCRIPT = "build_engine.sh"
 
 
 def run(  # noqa: PLR0913
@@ -135,16 +133,6 @@ def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[R
     why = "the network came from memory: there is no file to take its architecture from"
     missing = Reading(parity.METRIC, None, "fraction", 0, None, "not measured", _FILES["plan"], {"why": why})
     return (missing, *readings)
-
-
-def save_engine_script(artifact: Artifact, target: Target, table: ExportTable, folder: Path) -> Path | None:
-    """Write build_engine.sh, which builds and times the engine on the device; None where no TensorRT runs."""
-    if target.runtime != "tensorrt":
-        return None
-    path = folder / ENGINE_SCRIPT
-    path.write_text(TensorRT.engine_script(target, artifact, dynamic_batch=table.dynamic_batch), "utf-8")
-    path.chmod(0o755)
-    return path
 
 
 def forget_origin(program: ExportedProgram) -> None:
