@@ -8,15 +8,14 @@ there, so that a run that was killed and started again gives what an undisturbed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
+from edgeprune.building import export_onnx, probes
 from edgeprune.context import Context, Ledger, Result, Say, refuse_later_versions, stage, torch_part
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.quantities import suggest
@@ -25,7 +24,6 @@ from edgeprune.records import Budget, Bundle, Plan, Reading, Report
 from edgeprune.workdir import STAGES, Workdir, digest
 
 FORCEABLE = ("load", *STAGES)
-PARITY_IMAGES = 8
 TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
 
 
@@ -139,7 +137,7 @@ def multiple_of(run: Context) -> int:
 
 def _dense(run: Context, out: Path) -> None:
     run.say("dense: export the network as it is")
-    _export_onnx(run, run.bundle, out / "dense.onnx", parent="")
+    export_onnx(run, run.bundle, out / "dense.onnx", parent="")
 
 
 def _prune(run: Context, dense: Path, out: Path) -> None:
@@ -153,60 +151,9 @@ def _prune(run: Context, dense: Path, out: Path) -> None:
         labels = run.data.train.labels[
             data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)
         ]
-    material = prune.Material(images, labels, _probes(run, dense), multiple_of(run), run.recipe.seed)
+    material = prune.Material(images, labels, probes(run, dense), multiple_of(run), run.recipe.seed)
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     prune.write(chosen, out)
-
-
-def _probes(run: Context, dense: Path) -> dict[str, Any]:
-    """Readings that are only had by building the file: its size, and its time on the device."""
-    probes, measure, probe = {}, stage("measure"), stage("prune").Probe
-    if "size" in run.budget.limits:
-        probes["size"] = probe(
-            float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
-        )
-    for metric in ("latency_p50", "latency_p90", "latency_p99"):
-        if metric in run.budget.limits:
-            first = measure.latency({"dense": dense / "dense.onnx"}, run.device, run.recipe.measure)
-            reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
-
-            def read(net: Any, metric: str = metric, reference: float = reference) -> float:
-                return _built_time(run, net, dense, metric) * reference
-
-            probes[metric] = probe(reference, read)
-    return probes
-
-
-def _built_size(run: Context, network: Any) -> int:
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
-        artifact = _export_onnx(
-            run, replace(run.bundle, module=network), Path(folder, "probe.onnx"), parent=""
-        )
-        return artifact.size_bytes
-
-
-def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
-    """The time of a cut network as a share of the dense one's, timed alternately."""
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
-        path = Path(folder, "probe.onnx")
-        _export_onnx(run, replace(run.bundle, module=network), path, parent="")
-        timed = stage("measure").latency(
-            {"dense": dense / "dense.onnx", "compressed": path}, run.device, run.recipe.measure
-        )
-    found = stage("measure").speedup(timed)
-    if metric == "latency_p50" and found is not None:
-        share = 1.0 / found[1].value
-    else:
-        value = {
-            name: next(r.value for r in rows if r.metric == metric) for name, rows in timed.readings.items()
-        }
-        share = value["compressed"] / value["dense"]
-    run.say(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
-    return share
 
 
 def _cut(run: Context, chosen_folder: Path, out: Path) -> None:
@@ -251,7 +198,7 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
     run.say("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
     cut, tuned = folders
     export, small = stage("export"), _restored(run, cut, tuned)
-    artifact, parity = _export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
+    artifact, parity = export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
     export.save_modules(small, out)
     reloaded = export.check_reload(out, small.input, torch_part("bundle").deployed(small))
     codec.write(out / "parity.json", Ledger((*parity, *reloaded)))
@@ -261,21 +208,6 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
         )
         (out / "build_engine.sh").write_text(script, encoding="utf-8")
         (out / "build_engine.sh").chmod(0o755)
-
-
-def _export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> tuple[Any, tuple[Reading, ...]]:
-    labels = list(bundle.labels or (run.data.labels if run.data else ()))
-    meta = {"labels": json.dumps(labels)} if labels else {}
-    if parent:
-        meta["parent"] = parent
-    real = next(iter(run.data.held_out.batches(PARITY_IMAGES)))[0] if run.data else None
-    artifact, parity, notes = stage("export").run(
-        torch_part("bundle").deployed(bundle), bundle.input, out,
-        opset=run.recipe.export.opset or run.target.opset, table=run.recipe.export, meta=meta, real=real,
-    )  # fmt: skip
-    for note in notes:
-        run.say(f"export: {note}")
-    return artifact, parity
 
 
 def _measure(run: Context, folders: Mapping[str, Path], out: Path) -> None:

@@ -134,7 +134,7 @@ class Workdir:
         """Copy a file to the top of the run directory, whole or not at all."""
         final = self.root / name
         temporary = final.with_name(final.name + ".tmp")
-        shutil.copyfile(source, temporary)
+        shutil.copy(source, temporary)
         temporary.replace(final)
         return final
 

@@ -1,14 +1,9 @@
-"""Data sets: the same images from a folder, a tar or an array, parts that share nothing, bad input named."""
+"""Data sets: the same images from a folder, a tar or an array, in parts that share nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import random
 import tarfile
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,52 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import (
+    content,
+    everything,
+    folder,
+    opened,
+    refusal,
+)
 from PIL import Image
 
 from edgeprune.errors import UsageError
 from edgeprune.nn import data as data_module
 from edgeprune.nn import images
-from edgeprune.nn.data import Data, calibration_images, calibration_indices, in_memory, open_data
+from edgeprune.nn.data import calibration_images, in_memory
 from edgeprune.nn.parts import stratified
-from edgeprune.recipe import DataTable
 from edgeprune.records import InputSpec
-
-SPEC = InputSpec((3, 8, 8), 2)
-
-
-def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> Image.Image:
-    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), np.uint8)
-    return Image.fromarray(values)
-
-
-def folder(root: Path, layout: dict[str, int], first_seed: int = 0) -> Path:
-    """Class folders with so many PNG images each, all different."""
-    seed = first_seed
-    for place, count in layout.items():
-        (root / place).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            picture(seed).save(root / place / f"{index:03}.png")
-            seed += 1
-    return root
-
-
-def opened(path: Path, use: str = "all", spec: InputSpec = SPEC, seed: int = 0) -> Data:
-    return open_data(DataTable(path=str(path), use=use), spec, seed)
-
-
-def everything(split: data_module.Split) -> torch.Tensor:
-    return split.take(torch.arange(len(split)))
-
-
-def content(split: data_module.Split | None) -> set[bytes]:
-    return set() if split is None else {image.numpy().tobytes() for image in everything(split)}
-
-
-def refusal(path: Path, **more: object) -> UsageError:
-    with pytest.raises(UsageError) as caught:
-        opened(path, **more)  # type: ignore[arg-type]
-    return caught.value
 
 
 @pytest.fixture
@@ -165,15 +129,6 @@ def test_training_images_that_are_copies_of_held_out_ones_are_left_out(parts: Pa
     assert any("1 training images are copies" in note for note in data.notes)
 
 
-def test_a_training_part_that_is_the_held_out_part_is_refused(parts: Path, tmp_path: Path) -> None:
-    twice = tmp_path / "twice"
-    for part in ("train", "test"):
-        (twice / part).mkdir(parents=True)
-        for name in ("cat", "dog"):
-            (twice / part / name).symlink_to(parts / "train" / name)
-    assert "each of the 11 training images" in refusal(twice).message
-
-
 @pytest.mark.parametrize("kind", ["folder", "tar", "npz"])
 def test_data_for_evaluation_has_no_training_part(parts: Path, tmp_path: Path, kind: str) -> None:
     path = parts
@@ -259,45 +214,6 @@ def test_an_empty_class_folder_keeps_its_place_and_is_noted(tmp_path: Path) -> N
 def test_links_in_a_circle_are_followed_once(whole: Path) -> None:
     (whole / "cat" / "again").symlink_to(whole)
     assert opened(whole, use="evaluate").held_out.labels.bincount().tolist() == [10, 20]
-
-
-def test_links_devices_and_climbing_names_in_a_tar_are_passed_over(parts: Path, tmp_path: Path) -> None:
-    path = tmp_path / "evil.tar"
-    image = (parts / "train/cat/000.png").read_bytes()
-    with tarfile.open(path, "w") as archive:
-        archive.add(parts, "pets")
-        for name in ("../climb/train/cat/x.png", "/absolute/train/cat/x.png", "pets/train/../../x.png"):
-            member = tarfile.TarInfo(name)
-            member.size = len(image)
-            archive.addfile(member, io.BytesIO(image))
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
-            member = tarfile.TarInfo("pets/train/cat/link.png")
-            member.type, member.linkname = kind, "/etc/passwd"
-            archive.addfile(member)
-    assert content(opened(path).train) == content(opened(parts).train)
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.xz", ".tar.gz"])
-def test_a_tar_cut_short_anywhere_is_refused(parts: Path, tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"pets{suffix}"
-    with tarfile.open(path, f"w:{suffix[5:]}") as archive:  # type: ignore[call-overload]
-        archive.add(parts, "pets")
-    raw = path.read_bytes()
-    used = len(raw.rstrip(b"\0")) if suffix == ".tar" else len(raw)
-    for keep in {0, 100, used // 3, used // 2 // 512 * 512, used // 2, used - 20}:
-        path.write_bytes(raw[:keep])
-        assert refusal(path).message
-
-
-def test_a_tar_damaged_in_the_middle_is_refused(parts: Path, tmp_path: Path) -> None:
-    path = tmp_path / "pets.tar"
-    with tarfile.open(path, "w") as archive:
-        archive.add(parts, "pets")
-        header = archive.getmember("pets/train/cat/003.png").offset
-    raw = bytearray(path.read_bytes())
-    raw[header : header + 512] = b"\xff" * 512
-    path.write_bytes(raw)
-    assert "damaged" in refusal(path).message
 
 
 def test_other_sizes_are_resized_on_the_shorter_side_and_cut_in_the_centre(tmp_path: Path) -> None:
@@ -396,201 +312,9 @@ def test_the_fingerprint_changes_with_the_files_and_not_otherwise(parts: Path, t
     assert opened(tmp_path / "d.npz", use="evaluate").fingerprint != before
 
 
-def test_what_is_no_data_is_refused_and_the_message_says_what_was_found(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words/a.txt").write_text("no image")
-    flat = folder(tmp_path, {"flat": 3}) / "flat"
-    (tmp_path / "x.zip").write_bytes(b"PK")
-    (tmp_path / "x.tar").write_bytes(b"no tar" * 500)
-    cases: dict[str, str] = {
-        "missing": "no data at",
-        "empty": "no images found",
-        "words": "no images found (1 other files",
-        str(flat): "3 images, none in a class folder (such as '000.png')",
-        "x.zip": "not a kind of data",
-        "x.tar": "can't be read as a tar",
-    }
-    for name, message in cases.items():
-        error = refusal(tmp_path / name)
-        assert message in error.message and error.hint, (name, error.message)
-
-
-@pytest.mark.parametrize("classes", [3, 1])
-def test_another_number_of_classes_than_the_model_has_is_refused_with_both(whole: Path, classes: int) -> None:
-    message = refusal(whole, spec=InputSpec((3, 8, 8), classes)).message
-    assert "2 class folders (cat, dog)" in message and f"{classes} outputs" in message
-
-
-def test_image_files_for_a_model_of_other_channels_are_refused(whole: Path) -> None:
-    assert "5 channels" in refusal(whole, spec=InputSpec((5, 8, 8), 2)).message
-
-
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp"])
-def test_an_unreadable_image_is_named(whole: Path, suffix: str, damage: str) -> None:
-    path = whole / "dog" / f"zzz.{suffix}"
-    picture(99, size=(64, 64)).save(path)
-    raw = path.read_bytes()
-    path.write_bytes({"cut": raw[: len(raw) // 2], "text": b"hello", "empty": b""}[damage])
-    error = refusal(whole)
-    assert f"'dog/zzz.{suffix}'" in error.message and "remove" in error.hint
-
-
-def test_an_image_of_far_too_many_pixels_is_refused_before_it_is_decoded(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
-    picture(1, size=(40, 40)).save(whole / "dog/large.png")
-    assert "dog/large.png" in refusal(whole).message
-    monkeypatch.setattr(images, "MAX_PIXELS", 10**12)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert "can't be decoded" in refusal(whole).message
-
-
-BAD_ARRAYS: dict[str, tuple[Callable[[], dict[str, object]], str]] = {
-    "no x": (lambda: {"images": np.zeros((2, 8, 8, 3), np.uint8)}, "holds images, but no x and y"),
-    "no y": (lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8)}, "has no 'y'"),
-    "mixed": (lambda: {"x": np.zeros(1), "y": [0], "x_test": np.zeros(1), "y_test": [0]}, "not both"),
-    "float": (lambda: {"x": np.zeros((2, 8, 8, 3), np.float32), "y": [0, 1]}, "is float32 in [0, 0]"),
-    "nan": (lambda: {"x": np.full((1, 8, 8, 3), np.nan), "y": [0]}, "192 values that are NaN"),
-    "int": (lambda: {"x": np.zeros((2, 8, 8, 3), np.int64), "y": [0, 1]}, "is int64, accepted is uint8"),
-    "flat": (lambda: {"x": np.zeros((2, 192), np.uint8), "y": [0, 1]}, "shape (2, 192)"),
-    "channels first": (
-        lambda: {"x": np.zeros((2, 3, 8, 8), np.uint8), "y": [0, 1]},
-        "looks like (N, C, H, W)",
-    ),
-    "empty": (lambda: {"x": np.zeros((0, 8, 8, 3), np.uint8), "y": []}, "shape (0, 8, 8, 3)"),
-    "float labels": (lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [0.0, np.nan]}, "NaN"),
-    "one-hot": (lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": np.eye(2, dtype=int)}, "shape (2, 2)"),
-    "too few labels": (lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [0]}, "for 2 images"),
-    "label too large": (
-        lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [0, 2]},
-        "from 0 to 2, the model has 2",
-    ),
-    "negative": (lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [-1, 0]}, "from -1 to 0"),
-    "objects": (lambda: {"x": np.array([object()]), "y": [0]}, "can't be read as .npz"),
-    "too few images": (
-        lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [0, 1]},
-        "too few to hold some out",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ARRAYS)
-def test_wrong_arrays_are_refused_by_name(tmp_path: Path, case: str) -> None:
-    make, message = BAD_ARRAYS[case]
-    np.savez(tmp_path / "d.npz", **make())  # type: ignore[arg-type]
-    error = refusal(tmp_path / "d.npz")
-    assert message in error.message and error.hint, error.message
-
-
-def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "d.npz"
-    np.savez_compressed(
-        path, x=np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), np.uint8), y=[0, 1] * 10
-    )
-    raw = path.read_bytes()
-    damaged = [
-        b"",
-        b"PK\x03\x04",
-        raw[: len(raw) // 2],
-        raw[:200] + b"\0" * 300 + raw[500:],
-        b"\x80\x04K\x01.",
-        b"\x93NUMPY\x01\x00",
-    ]
-    for content_ in damaged:
-        path.write_bytes(content_)
-        assert "d.npz" in refusal(path).message
-
-
-def labelled(counts: list[int]) -> torch.Tensor:
-    return torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
-
-
-def recipe(tmp_path: Path, **values: object) -> str:
-    table: dict[str, object] = {"title": "t", "count": 12, "seed": 0, "selection": "balanced"} | values
-    lines = [
-        f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in table.items() if v is not None
-    ]
-    (tmp_path / "c.toml").write_text("\n".join(lines))
-    return str(tmp_path / "c.toml")
-
-
-def test_balanced_calibration_takes_equal_shares_and_fills_up_from_larger_classes(tmp_path: Path) -> None:
-    labels = labelled([50, 2, 50])
-    chosen = calibration_indices(labels, recipe(tmp_path))
-    assert labels[chosen].bincount().tolist() == [5, 2, 5]
-    assert len(set(chosen.tolist())) == 12
-    assert torch.equal(chosen, calibration_indices(labels, recipe(tmp_path)))
-    assert not torch.equal(chosen, calibration_indices(labels, recipe(tmp_path, seed=1)))
-
-
-def test_first_and_random_calibration_and_sets_smaller_than_asked(tmp_path: Path) -> None:
-    labels = labelled([20, 20])
-    assert calibration_indices(labels, recipe(tmp_path, selection="first")).tolist() == list(range(12))
-    drawn = calibration_indices(labels, recipe(tmp_path, selection="random"))
-    assert len(set(drawn.tolist())) == 12 and drawn.tolist() != list(range(12))
-    for selection in ("first", "random", "balanced"):
-        everyone = calibration_indices(labelled([3, 2]), recipe(tmp_path, selection=selection))
-        assert sorted(everyone.tolist()) == [0, 1, 2, 3, 4]
-
-
-def test_calibration_images_are_training_images(parts: Path) -> None:
-    data = opened(parts)
-    counted: list[int] = []
-    chosen = calibration_images(data, "small", counted.append)
-    assert {image.numpy().tobytes() for image in chosen} == content(data.train)
-    assert sum(counted) == len(chosen) == 11
-    assert chosen.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"counts": 5}, "unknown key 'counts'"),
-        ({"count": None}, "count is missing"),
-        ({"count": "many"}, "must be of type int"),
-        ({"count": 0}, "at least 1"),
-        ({"seed": -1}, "at least 0"),
-        ({"selection": "best"}, "'best' is not one of balanced, random, first"),
-    ],
-)
-def test_a_wrong_calibration_recipe_is_refused(
-    tmp_path: Path, values: dict[str, object], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        calibration_indices(labelled([3]), recipe(tmp_path, **values))
-    with pytest.raises(UsageError, match="no calibration is named 'smal'"):
-        calibration_indices(labelled([3]), "smal")
-
-
 def test_a_split_from_memory_takes_what_it_was_given() -> None:
     split = in_memory(
         "mine", torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4), torch.tensor([1, 0])
     )
     assert split.take(torch.tensor([1]))[0, 0, 0, 0] == pytest.approx(48 / 255)
     assert len(split) == 2 and split.labels.tolist() == [1, 0]
-
-
-@settings(max_examples=40)
-@given(seed=st.integers(0, 10**6), suffix=st.sampled_from([".tar", ".tar.gz", ".npz"]))
-def test_any_damage_is_refused_or_read_but_never_another_error(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, suffix: str
-) -> None:
-    chance = random.Random(seed)
-    path = tmp_path_factory.mktemp("damaged") / f"d{suffix}"
-    if suffix == ".npz":
-        np.savez_compressed(path, x=np.arange(4 * 192, dtype=np.uint8).reshape(4, 8, 8, 3), y=[0, 0, 1, 1])
-    else:
-        with tarfile.open(path, "w:gz" if suffix == ".tar.gz" else "w:") as archive:
-            archive.add(folder(path.parent / "pets", {"a": 2, "b": 2}), "pets")
-    raw = bytearray(path.read_bytes())
-    for _ in range(chance.choice((1, 2, 20))):
-        place = chance.randrange(len(raw))
-        raw[place : place + chance.randrange(40)] = chance.randbytes(chance.randrange(1, 40))
-    path.write_bytes(raw)
-    with contextlib.suppress(UsageError):
-        assert len(opened(path).held_out) >= 1

@@ -113,7 +113,7 @@ def test_channel_sums_are_as_computed_by_hand() -> None:
     assert channel_sums(group, values, ("producer", "consumer")).tolist() == [14.0, 107.0]
 
 
-def test_magnitude_is_the_group_norm_over_its_mean() -> None:
+def test_magnitude_is_the_share_of_the_groups_squared_norm() -> None:
     network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 3, bias=False)).eval()
     network[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     network[2].weight.data = torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
@@ -121,8 +121,8 @@ def test_magnitude_is_the_group_norm_over_its_mean() -> None:
     groups = graph.find_groups(network, x).groups
     task = PruneTask(groups, costs.cost_model(network, groups, x), Rules({}), call)
     scores = plugins.build("methods", "magnitude", {}).scores(network, task)
-    # norms: sqrt(9 + 16) = 5 and sqrt(1) = 1; their mean is 3
-    assert scores["0"].tolist() == pytest.approx([5 / 3, 1 / 3])
+    # squared norms: 9 + 16 = 25 and 1
+    assert scores["0"].tolist() == pytest.approx([25 / 26, 1 / 26])
 
 
 def test_taylor_predicts_the_change_of_the_loss_to_first_order() -> None:

@@ -1,10 +1,10 @@
-"""Training: bit-equal after an interruption, exact batch-norm statistics, losses worked by hand."""
+"""Training: bit-equal after an interruption, checkpoints, augmentation, accuracy."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,50 +12,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import (
+    Answers,
+    Small,
+    same,
+    stripes,
+    weights,
+)
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import objectives, progress
-from edgeprune.nn.calling import logits, modes
+from edgeprune.nn import progress
+from edgeprune.nn.calling import modes
 from edgeprune.nn.checkpoint import Checkpoint
-from edgeprune.nn.data import Split, in_memory
+from edgeprune.nn.data import Split
 from edgeprune.nn.images import Decoded
-from edgeprune.nn.train import CHECKPOINT, accuracy, augment, fit, mean_loss, recalibrate_bn
+from edgeprune.nn.train import CHECKPOINT, accuracy, augment, fit, mean_loss
 from edgeprune.recipe import TuneTable
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
-
-
-class Small(nn.Module):
-    """Convolutions, batch-norm and dropout: everything whose state or chance a resume must carry."""
-
-    def __init__(self, seed: int = 0) -> None:
-        nn.Module.__init__(self)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.stem = nn.Conv2d(3, 8, 3, padding=1)
-            self.bn = nn.BatchNorm2d(8)
-            self.next = nn.Conv2d(8, 8, 3, padding=1)
-            self.bn2 = nn.BatchNorm2d(8)
-            self.drop = nn.Dropout(0.2)
-            self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn(self.stem(x)))
-        x = torch.relu(self.bn2(self.next(x)))
-        return self.head(self.drop(x.mean((2, 3))))
-
-
-class Answers(nn.Module):
-    """A network that answers what it was told to."""
-
-    def __init__(self, answer: Callable[[Tensor], object]) -> None:
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(torch.ones(2, 2))
-        self.answer = answer
-
-    def forward(self, x: Tensor) -> object:
-        return self.answer(x)
 
 
 @dataclass
@@ -74,24 +49,6 @@ class Interrupted:
 
     def count(self) -> int:
         return len(self.pixels)
-
-
-def stripes(count: int = 64) -> Split:
-    """Upright (0) and lying (1) stripes under noise."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 2
-    line = torch.arange(8) % 2 * 120
-    clean = torch.where(labels.view(-1, 1, 1, 1) == 0, line.view(1, 1, 1, 8), line.view(1, 1, 8, 1))
-    noise = torch.randint(0, 120, (count, 3, 8, 8), generator=generator)
-    return in_memory("train", (clean + noise).to(torch.uint8), labels)
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("teacher", [None, Small(7)])
@@ -244,49 +201,6 @@ def test_networks_that_need_their_features_contiguous_train_too(tmp_path: Path) 
     assert len(fit(Viewing(), stripes(), TABLE, seed=0, scratch=tmp_path).losses) == 3
 
 
-def test_auxiliary_outputs_of_the_training_mode_are_left_aside(tmp_path: Path) -> None:
-    class Auxiliary(Small):
-        """Two heads while training, as torchvision's inception_v3 and googlenet have."""
-
-        def forward(self, x: Tensor) -> object:  # type: ignore[override]
-            answer = Small.forward(self, x)
-            return (answer, answer * math.nan) if self.training else answer
-
-    plain, auxiliary = Small(), Auxiliary()
-    fit(plain, stripes(), TABLE, seed=0, scratch=tmp_path / "a")
-    fit(auxiliary, stripes(), TABLE, seed=0, scratch=tmp_path / "b")
-    assert same(weights(plain), weights(auxiliary))
-
-
-def test_the_main_answer_is_found_in_tuples_and_mappings() -> None:
-    x, wanted = torch.rand(3, 3, 8, 8), torch.rand(3, 5)
-    for answer in (
-        wanted,
-        (wanted, None),
-        [wanted],
-        {"out": wanted, "aux": 1},
-        {"loss": 0, "logits": wanted},
-    ):
-        assert logits(Answers(lambda _, answer=answer: answer), x) is wanted
-    for answer, found in (
-        (None, "NoneType"),
-        (torch.rand(3), "shape (3,)"),
-        (torch.rand(4, 5), "shape (4, 5)"),
-        ((), "tuple"),
-    ):
-        with pytest.raises(ModelError) as caught:
-            logits(Answers(lambda _, answer=answer: answer), x)
-        assert found in caught.value.message
-
-
-def test_a_network_that_fails_is_an_error_with_the_batch_and_the_mode() -> None:
-    def fail(x: Tensor) -> Tensor:
-        raise RuntimeError("shape mismatch inside")
-
-    with pytest.raises(ModelError, match=r"batch \(64, 3, 8, 8\) in evaluation mode: shape mismatch inside"):
-        accuracy(Answers(fail), stripes())
-
-
 def test_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="training needs at least 2"):
         fit(Small(), stripes(1), TABLE, seed=0, scratch=tmp_path)
@@ -294,119 +208,6 @@ def test_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no parameter that can be trained"):
         fit(frozen, stripes(), TABLE, seed=0, scratch=tmp_path)
     assert len(fit(Small(), stripes(3), TABLE, seed=0, scratch=tmp_path).losses) == 3
-
-
-def test_distillation_numbers_worked_by_hand() -> None:
-    teacher, student, y = (
-        torch.tensor([[2.0, 1.0, 0.0]]).double(),
-        torch.ones(1, 3).double(),
-        torch.tensor([0]),
-    )
-    assert torch.softmax(teacher, 1)[0].tolist() == pytest.approx([0.66524, 0.24473, 0.09003], abs=5e-6)
-    at_1 = objectives.distillation(student, teacher, y, 1.0, 1.0)
-    at_4 = objectives.distillation(student, teacher, y, 1.0, 4.0)
-    assert float(at_1) == pytest.approx(0.266217, abs=1e-6)
-    assert float(at_4) == pytest.approx(0.328202, abs=1e-6)
-    half = objectives.distillation(student, teacher, y, 0.5, 4.0)
-    assert float(half) == pytest.approx(0.5 * math.log(3) + 0.5 * 0.328202, abs=1e-6)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 8.0))
-def test_distillation_is_least_at_the_teacher_and_without_weight_is_cross_entropy(
-    seed: int, temperature: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    teacher, student = torch.randn(2, 4, 5, generator=generator)
-    y = torch.randint(0, 5, (4,), generator=generator)
-    assert float(objectives.distillation(teacher + 3.0, teacher, y, 1.0, temperature)) == pytest.approx(
-        0, abs=1e-4
-    )
-    assert float(objectives.distillation(student, teacher, y, 1.0, temperature)) > 0
-    plain = nn.functional.cross_entropy(student, y)
-    assert torch.allclose(objectives.distillation(student, teacher, y, 0.0, temperature), plain)
-
-
-def test_no_gradient_flows_into_the_teacher() -> None:
-    teacher, student = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
-    objectives.distillation(student, teacher, torch.tensor([0, 1]), 0.5, 4.0).backward()
-    assert teacher.grad is None and student.grad is not None
-
-
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "trades", "nothing"])
-def test_objectives_of_other_versions_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="accepted: natural"):
-        fit(Small(), stripes(), replace(TABLE, objective=name), seed=0, scratch=tmp_path)
-    assert objectives.objective("natural") is objectives.natural
-
-
-@settings(max_examples=20, deadline=None)
-@given(count=st.integers(2, 70), batch=st.integers(2, 40))
-def test_batch_norm_gets_the_exact_statistics_of_all_images(count: int, batch: int) -> None:
-    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count)) * 3
-    module = Small()
-    before = weights(module)
-    module.eval()
-    assert recalibrate_bn(module, images, batch=batch) == 2
-    with torch.no_grad():
-        seen = module.stem(images).double()
-    variance, mean = torch.var_mean(seen, dim=(0, 2, 3), correction=1)
-    assert torch.allclose(module.bn.running_mean.double(), mean, atol=1e-6)
-    assert torch.allclose(module.bn.running_var.double(), variance, rtol=1e-5)
-    after = weights(module)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.split(".")[0] for name in moved} == {"bn", "bn2"} and not any(
-        "weight" in name for name in moved
-    )
-    assert not any(layer.training for layer in module.modules())
-    assert module.bn.momentum == 0.1 and not module.bn._forward_pre_hooks
-
-
-def test_recalibration_is_that_of_torch_for_one_batch_and_uses_no_dropout() -> None:
-    images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours, theirs = Small(), Small()
-    for layer in (theirs.bn, theirs.bn2):
-        layer.momentum = None
-    theirs.train()
-    with torch.no_grad():
-        theirs(images)
-    recalibrate_bn(ours, images)
-    assert ours.drop.training and ours.training
-    for name in ("bn", "bn2"):
-        assert torch.allclose(
-            ours.get_buffer(f"{name}.running_mean"), theirs.get_buffer(f"{name}.running_mean"), atol=1e-6
-        )
-        assert torch.allclose(
-            ours.get_buffer(f"{name}.running_var"), theirs.get_buffer(f"{name}.running_var"), rtol=1e-5
-        )
-    assert int(ours.bn.num_batches_tracked) == 1
-
-
-def test_recalibration_repairs_statistics_that_were_lost(tmp_path: Path) -> None:
-    module, split = Small(), stripes()
-    fit(module, split, replace(TABLE, epochs=8), seed=0, scratch=tmp_path)
-    good = accuracy(module, split)[0]
-    for layer in (module.bn, module.bn2):
-        layer.running_mean.fill_(5.0)  # type: ignore[union-attr]
-    broken = accuracy(module, split)[0]
-    recalibrate_bn(module, split.take(torch.arange(64)))
-    assert accuracy(module, split)[0] >= good - 2 > broken
-
-
-def test_networks_without_batch_norm_or_with_too_few_images() -> None:
-    assert recalibrate_bn(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), torch.rand(4, 3, 8, 8)) == 0
-    with pytest.raises(UsageError, match="at least 2"):
-        recalibrate_bn(Small(), torch.rand(1, 3, 8, 8))
-    with pytest.raises(ModelError, match="input of bn is not finite"):
-        recalibrate_bn(Small(), torch.full((4, 3, 8, 8), math.inf))
-
-
-def test_a_batch_norm_that_is_not_used_keeps_its_statistics() -> None:
-    module = Small()
-    module.spare = nn.BatchNorm2d(4)
-    module.spare.running_mean.fill_(3.0)  # type: ignore[union-attr]
-    assert recalibrate_bn(module, torch.rand(4, 3, 8, 8)) == 2
-    assert module.spare.running_mean.tolist() == [3.0] * 4  # type: ignore[union-attr]
 
 
 def test_accuracy_counts_and_an_answer_that_is_not_finite_is_wrong() -> None:

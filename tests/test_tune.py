@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_sets import same, stripes
 from torch import Tensor, nn
 
-from edgeprune.nn.data import Data, Split, calibration_indices, in_memory
+from edgeprune.nn.data import Data, calibration_indices
 from edgeprune.nn.train import accuracy
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Bundle, InputSpec, Reading, Source
@@ -49,18 +50,9 @@ class Watched:
         return len(self.pixels)
 
 
-def stripes(name: str, count: int, seed: int) -> Split:
-    """Upright (0) and lying (1) stripes under noise."""
-    labels = torch.arange(count) % 2
-    line = torch.arange(8) % 2 * 120
-    clean = torch.where(labels.view(-1, 1, 1, 1) == 0, line.view(1, 1, 1, 8), line.view(1, 1, 8, 1))
-    noise = torch.randint(0, 120, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed))
-    return in_memory(name, (clean + noise).to(torch.uint8), labels)
-
-
 @pytest.fixture
 def data() -> Data:
-    return Data(stripes("train", 64, 0), stripes("test", 40, 1), ("up", "lying"), (), "f")
+    return Data(stripes(64), stripes(40, "test", 1), ("up", "lying"), (), "f")
 
 
 def bundle(module: nn.Module) -> Bundle:
@@ -75,10 +67,6 @@ def repaired(
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     return deepcopy(module.state_dict())
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_ledger_has_the_accuracy_before_after_batch_norm_and_after_tuning(
@@ -123,7 +111,7 @@ def test_the_interval_is_the_exact_binomial_one(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.tensor([1.0, 0.0]).repeat(len(x), 1)
 
-    split = stripes("test", 10, 0)
+    split = stripes(10, "test")
     ten = replace(split, labels=torch.tensor([0] * 7 + [1] * 3))
     _, readings = repaired(bundle(First()), Data(None, ten, ("a", "b"), (), ""), tmp_path)
     assert readings[0].value == 0.7
@@ -142,7 +130,7 @@ def test_data_for_evaluation_trains_and_calibrates_nothing(data: Data, tmp_path:
 def test_the_repair_does_not_depend_on_held_out_images(data: Data, tmp_path: Path) -> None:
     teacher = bundle(Small(1))
     first, _ = repaired(bundle(Small()), data, tmp_path / "a", teacher=teacher)
-    other = replace(data, held_out=stripes("test", 6, 9))
+    other = replace(data, held_out=stripes(6, "test", 9))
     second, _ = repaired(bundle(Small()), other, tmp_path / "b", teacher=teacher)
     assert same(state(first.module), state(second.module))
 

@@ -90,11 +90,21 @@ def _fits(cost: Mapping[str, float], limits: Mapping[str, float]) -> bool:
 
 
 def _losses(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """losses[g][k]: importance that is lost when group g keeps k channels."""
+    """losses[g][k]: what it costs in importance when group g keeps its k best channels.
+
+    Not their sum S - R alone (R is what stays of the total S), but S log(S / R): the same for the first channels
+    that go, ever dearer for the last ones. Additive scores say nothing of how channels lean on each other, and with
+    sums the cheapest group is emptied to its floor before the next one is touched.
+    """
     out = {}
     for group, values in scores.items():
-        ascending = torch.sort(values.double()).values.cumsum(0).tolist()
-        out[group] = [*reversed(ascending), 0.0]
+        kept = torch.sort(values.double(), descending=True).values.cumsum(0)
+        total = float(kept[-1])
+        if total <= 0:
+            out[group] = [0.0] * (len(values) + 1)
+            continue
+        share = torch.clamp(kept / total, min=1e-12)
+        out[group] = [float("inf"), *(-total * share.log()).tolist()]
     return out
 
 

@@ -161,7 +161,7 @@ class _Follower:
         node.args = (*node.args[:position], changed, *node.args[position + 1 :])
 
     def _target_axis(self, node: fx.Node, name: str, sizes: Sequence[Any]) -> int | None:
-        source = node.args[0]
+        source: Any = node.args[0]
         axis = self._axis(source) if isinstance(source, fx.Node) and name not in _NEW else None
         if axis is None:
             # Spread out over the batch, or made for it, without an image in it.

@@ -8,6 +8,7 @@ arguments before anything is imported or made.
 from __future__ import annotations
 
 import io
+import itertools
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
@@ -61,34 +62,36 @@ class Permit:
     build: Callable[[Any], str] | None = None
 
 
-def globals_of(data: bytes) -> list[str]:
-    """Every global that the pickles in `data` name, sorted, as far as the bytes can be read. Executes nothing."""
+def globals_of(data: bytes, *, count: int | None = None) -> list[str]:
+    """Every global that the first `count` pickles in `data` name, sorted, as far as the bytes can be read.
+
+    Executes nothing.
+    """
     found: set[str] = set()
     stream = io.BytesIO(data)
-    while True:
+    for _ in itertools.count() if count is None else range(count):
         recent: list[Any] = []
         memo: dict[int, Any] = {}
         try:
-            for operation, argument, _ in pickletools.genops(stream):
+            for operation, argument, _position in pickletools.genops(stream):
                 _note_global(operation.name, argument, recent, memo, found)
         except BROKEN:
-            return sorted(found)
+            break
+    return sorted(found)
 
 
-def faults(data: bytes, permits: Mapping[str, Permit], *, skip: int = 0, count: int = 1) -> list[str]:
+def faults(data: bytes, permits: Mapping[str, Permit], *, count: int = 1) -> list[str]:
     """What the pickles in `data` would do that nobody permitted; empty when they are harmless.
 
     Args:
         data: one or more pickles, one after the other.
         permits: global name -> what may be done with it. A global that is not there is a fault by itself.
-        skip: this many bytes are left out at the start.
         count: how many pickles there are to read; bytes after them are not looked at.
 
     Raises:
         ValueError: the bytes are not complete pickles.
     """
     stream = io.BytesIO(data)
-    stream.seek(skip)
     found: list[str] = []
     try:
         for _ in range(count):
@@ -193,7 +196,9 @@ def _build(machine: _Machine, _: Any) -> None:
 
 def _persistent(machine: _Machine, _: Any) -> None:
     value = machine.stack.pop()
-    if not isinstance(value, tuple) or not value or value[0] != "storage":
+    if isinstance(value, tuple) and value[:1] == ("module",):
+        machine.found.append("a class with its source code, as torch before 1.6 saved whole networks")
+    elif not isinstance(value, tuple) or value[:1] != ("storage",):
         machine.found.append("a persistent id that is not a tensor's storage")
     elif len(value) < 5 or not isinstance(value[1], Global) or not value[1].name.endswith("Storage"):
         machine.found.append("a tensor's storage of no known kind")

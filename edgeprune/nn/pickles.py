@@ -50,12 +50,12 @@ def load(data: bytes, where: str, *, allow_class: Sequence[str] = (), trust: boo
     if trust:
         return _load_trusted(data, where)
     named = {name: _user_class(name) for name in allow_class}
-    scanned, skip, count = _pickles_in(data, where)
-    names = globals_of(scanned[skip:])
+    scanned, count = _pickles_in(data, where)
+    names = globals_of(scanned, count=count)
     classes = {name: cls for name in names if (cls := named.get(name) or _library_class(name)) is not None}
     permits = {**DATA, **{name: class_permit(cls, vouched=name in named) for name, cls in classes.items()}}
     try:
-        found = faults(scanned, permits, skip=skip, count=count)
+        found = faults(scanned, permits, count=count)
     except ValueError as error:
         raise ModelError(f"{where} is corrupt or truncated: {error}", "save it again") from error
     if found:
@@ -97,18 +97,18 @@ def _load_trusted(data: bytes, where: str) -> Any:
         ) from error
 
 
-def _pickles_in(data: bytes, where: str) -> tuple[bytes, int, int]:
-    """The bytes that hold the pickles, where they start, and how many there are."""
+def _pickles_in(data: bytes, where: str) -> tuple[bytes, int]:
+    """The bytes that start with the pickles, and how many there are."""
     if data.startswith(b"PK\x03\x04"):
         reader, _ = records(data, where)
         try:
-            return reader.get_record("data.pkl"), 0, 1
+            return reader.get_record("data.pkl"), 1
         except (RuntimeError, ValueError) as error:
             raise ModelError(
                 f"{where} is a corrupt archive: {_first_line(error)}", "save it again"
             ) from error
     if data.startswith(LEGACY_MAGIC):
-        return data, 0, _LEGACY_PICKLES
+        return data, _LEGACY_PICKLES
     names = globals_of(data)
     if names:
         raise _unsafe(where, names, ["a plain pickle, which torch.save did not write"])

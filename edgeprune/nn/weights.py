@@ -137,8 +137,12 @@ def check_finite(module: nn.Module, where: str) -> None:
 def _check_tree(module: nn.Module, where: str) -> None:
     """A network out of a damaged pickle may lack what every module has."""
     try:
-        parts = dict(module.named_modules())
-        kept = [*module.named_parameters(), *module.named_buffers(), *module.state_dict().items()]
+        parts: dict[Any, nn.Module] = dict(module.named_modules())
+        kept: list[tuple[Any, Any]] = [
+            *module.named_parameters(),
+            *module.named_buffers(),
+            *module.state_dict().items(),
+        ]
         whole = all(isinstance(name, str) for name in (*parts, *(name for name, _ in kept)))
     except FOREIGN_ERRORS as error:
         raise ModelError(f"{where} holds a damaged network: {error}", "save it again") from error

@@ -1,0 +1,83 @@
+"""Calibration recipes: which training images they choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from image_sets import (
+    content,
+    folder,
+    opened,
+)
+
+from edgeprune.errors import UsageError
+from edgeprune.nn.data import calibration_images, calibration_indices
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    layout = {"train/cat": 6, "train/dog": 5, "test/cat": 3, "test/dog": 2}
+    return folder(tmp_path / "pets", layout)
+
+
+def labelled(counts: list[int]) -> torch.Tensor:
+    return torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+
+
+def recipe(tmp_path: Path, **values: object) -> str:
+    table: dict[str, object] = {"title": "t", "count": 12, "seed": 0, "selection": "balanced"} | values
+    lines = [
+        f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in table.items() if v is not None
+    ]
+    (tmp_path / "c.toml").write_text("\n".join(lines))
+    return str(tmp_path / "c.toml")
+
+
+def test_balanced_calibration_takes_equal_shares_and_fills_up_from_larger_classes(tmp_path: Path) -> None:
+    labels = labelled([50, 2, 50])
+    chosen = calibration_indices(labels, recipe(tmp_path))
+    assert labels[chosen].bincount().tolist() == [5, 2, 5]
+    assert len(set(chosen.tolist())) == 12
+    assert torch.equal(chosen, calibration_indices(labels, recipe(tmp_path)))
+    assert not torch.equal(chosen, calibration_indices(labels, recipe(tmp_path, seed=1)))
+
+
+def test_first_and_random_calibration_and_sets_smaller_than_asked(tmp_path: Path) -> None:
+    labels = labelled([20, 20])
+    assert calibration_indices(labels, recipe(tmp_path, selection="first")).tolist() == list(range(12))
+    drawn = calibration_indices(labels, recipe(tmp_path, selection="random"))
+    assert len(set(drawn.tolist())) == 12 and drawn.tolist() != list(range(12))
+    for selection in ("first", "random", "balanced"):
+        everyone = calibration_indices(labelled([3, 2]), recipe(tmp_path, selection=selection))
+        assert sorted(everyone.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_calibration_images_are_training_images(parts: Path) -> None:
+    data = opened(parts)
+    counted: list[int] = []
+    chosen = calibration_images(data, "small", counted.append)
+    assert {image.numpy().tobytes() for image in chosen} == content(data.train)
+    assert sum(counted) == len(chosen) == 11
+    assert chosen.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"counts": 5}, "unknown key 'counts'"),
+        ({"count": None}, "count is missing"),
+        ({"count": "many"}, "must be of type int"),
+        ({"count": 0}, "at least 1"),
+        ({"seed": -1}, "at least 0"),
+        ({"selection": "best"}, "'best' is not one of balanced, random, first"),
+    ],
+)
+def test_a_wrong_calibration_recipe_is_refused(
+    tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibration_indices(labelled([3]), recipe(tmp_path, **values))
+    with pytest.raises(UsageError, match="no calibration is named 'smal'"):
+        calibration_indices(labelled([3]), "smal")
