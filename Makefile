@@ -43,7 +43,7 @@ $(BIN)/python:
 		{ rm -rf $(VENV); echo "$(PYTHON) can't make a virtual environment (on Debian: apt install python3-venv)"; exit 2; }
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) .
+	$(INSTALL) '.[zoo]'
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python

@@ -73,14 +73,12 @@ def compress(
         output
         or Path("runs") / f"{Path(recipe.model.path).stem or 'model'}-{recipe.target.replace('/', '-')}"
     )
+    if bundle is None:
+        say(f"load: {recipe.model.path}")
+    dense: Bundle = bundle or stage("load").run(recipe.model)
+    data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
     with Workdir(folder) as work:
-        if bundle is None:
-            say(f"load: {recipe.model.path}")
-            bundle = stage("load").run(recipe.model)
-        data = (
-            torch_part("data").open_data(recipe.data, bundle.input, recipe.seed) if recipe.data.path else None
-        )
-        run = Context(recipe, target, budget, work, bundle, data, device, say)
+        run = Context(recipe, target, budget, work, dense, data, device, say)
         work.claim(run.identity, _facts(run), again=force == "load")
         (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
         if force is not None:
@@ -124,10 +122,11 @@ def _dense_key(run: Context) -> str:
 
 def _prune_key(run: Context, dense_key: str) -> str:
     timed = any(m.startswith("latency") for m in run.budget.limits)
-    return run.work.key(
-        "prune", stage("prune").RESULT_VERSION, dense_key, run.recipe.prune, run.budget, multiple_of(run), run.recipe.seed,
-        run.data_key if run.trainable else None, [run.recipe.measure, run.device.where()] if timed else None,
-    )  # fmt: skip
+    table, seed = run.recipe.prune, run.recipe.seed
+    seen = run.data_key if run.trainable else None
+    clock = [run.recipe.measure, run.device.where()] if timed else None
+    inputs = (dense_key, table, run.budget, multiple_of(run), seed, seen, clock)
+    return run.work.key("prune", stage("prune").RESULT_VERSION, *inputs)
 
 
 def multiple_of(run: Context) -> int:
@@ -255,7 +254,7 @@ def _report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Report:
 
 
 def _parity_notes(readings: Sequence[Reading]) -> list[str]:
-    """How far the files' answers are from the network's, as sentences; differences are relative to the largest logit."""
+    """How far the files' answers are from the network's; differences are relative to the largest logit."""
     worst: dict[str, float] = {}
     for reading in readings:
         if reading.value is not None:

@@ -75,7 +75,7 @@ class Bundle:
     `module` is the bare network (eats normalized input); `nn.bundle.deployed` adds the normalization.
     """
 
-    module: "nn.Module"
+    module: nn.Module
     source: Source
     input: InputSpec
     plans: Tuple[Plan, ...] = ()

@@ -28,7 +28,8 @@ def summary(result: Result) -> list[str]:
             check.status
         ]
         lines.append(
-            f"Budget {check.metric} {check.limit}: {words} ({show(check.value, unit)}, limit {show(check.threshold, unit)})."
+            f"Budget {check.metric} {check.limit}: {words} "
+            f"({show(check.value, unit)}, limit {show(check.threshold, unit)})."
         )
     lines.append(f"Report: {result.folder / 'report.html'}")
     lines.append(f"Ship:   {result.folder / 'model.onnx'}")
@@ -58,10 +59,9 @@ def why_table(rows: Sequence[Any]) -> Table:
         )
     for r in rows:
         time = f"{100 * r.time_share:.1f}" if r.time_share is not None else "-"
-        table.add_row(
-            Text(r.layer), r.op, str(r.channels), show(r.params, ""), show(r.macs, ""), f"{100 * r.macs_share:.1f}", time,
-            Text(r.why_not),
-        )  # fmt: skip
+        macs, share = show(r.macs, ""), f"{100 * r.macs_share:.1f}"
+        counts = (str(r.channels), show(r.params, ""), macs, share, time)
+        table.add_row(Text(r.layer), r.op, *counts, Text(r.why_not))
     return table
 
 

@@ -84,7 +84,8 @@ class Workdir:
                 ) from error
             if held != to_json(identity):
                 raise WorkdirError(
-                    f"{self.root} holds the run of another model ({held.get('path', '?')}, sha256 {str(held.get('sha256'))[:12]})",
+                    f"{self.root} holds the run of another model "
+                    f"({held.get('path', '?')}, sha256 {str(held.get('sha256'))[:12]})",
                     "choose another directory with -o, or give this one up with --force load",
                 )
         write(path, {"model": identity, **facts})

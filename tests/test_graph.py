@@ -203,7 +203,7 @@ def test_a_plan_replays_on_a_fresh_network_without_tracing() -> None:
 
 
 def test_a_plan_for_another_network_is_refused() -> None:
-    network, groups = groups_of("plain")
+    _, groups = groups_of("plain")
     tensors = surgery.removed_positions(groups, {"a.0": torch.arange(8) < 4})
     with pytest.raises(ModelError, match="does not have"):
         surgery.cut(nets.build("residual"), tensors)

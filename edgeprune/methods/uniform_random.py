@@ -17,5 +17,7 @@ class UniformRandom(ScoreMethod):
     def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
         """Independent draws, as shares of their group's sum."""
         generator = torch.Generator().manual_seed(task.seed)
-        draws = {g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in task.groups}
+        draws = {
+            g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in task.groups
+        }
         return {name: values / values.sum() for name, values in draws.items()}

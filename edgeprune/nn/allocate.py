@@ -28,7 +28,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Rules:
-    """limits: metric (macs, params) -> most allowed. floor: least share of a group that stays. uniform: same share for all."""
+    """What must hold.
+
+    limits: metric (macs, params) -> most allowed. floor: least share of a group that stays.
+    uniform: the same share for all groups.
+    """
 
     limits: Mapping[str, float]
     multiple_of: int = 1
@@ -176,7 +180,8 @@ def _uniform(
 def _infeasible(costs: CostModel, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:
     dense, least = costs.cost({}), costs.cost(kept)
     rows = [
-        f"{m}: asked for at most {show(limit, '')}, got down to {show(least[m], '')} ({100 * least[m] / dense[m]:.1f} % of dense)"
+        f"{m}: asked for at most {show(limit, '')}, got down to {show(least[m], '')} "
+        f"({100 * least[m] / dense[m]:.1f} % of dense)"
         for m, limit in rules.limits.items()
         if least[m] > limit
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,24 +130,16 @@ def cost_model(network: nn.Module, groups: Sequence[Group], example: Tensor) -> 
     )
 
 
-def _row(name: str, module: nn.Module, outputs: int) -> LayerCost:
-    weight = module.weight
+def _row(name: str, module: Any, outputs: int) -> LayerCost:
+    weight: Tensor = module.weight
     params = sum(p.numel() for p in module.parameters(recurse=False))
+    op = type(module).__name__
     if isinstance(module, nn.Linear):
-        return LayerCost(name, "Linear", module.out_features, params, outputs * module.in_features, ())
+        return LayerCost(name, op, module.out_features, params, outputs * module.in_features, ())
+    per_output, diluted = weight[0].numel(), 1
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         # Each output entry sums in_channels/groups * kernel products, divided by the stride's dilution.
         per_output = module.in_channels // module.groups * weight[0, 0].numel()
-        diluted = outputs * per_output // int(torch.tensor(module.stride).prod())
-        return LayerCost(
-            name, type(module).__name__, module.out_channels, params, diluted, tuple(module.kernel_size)
-        )
-    per_output = weight[0].numel()
-    return LayerCost(
-        name,
-        type(module).__name__,
-        module.out_channels,
-        params,
-        outputs * per_output,
-        tuple(module.kernel_size),
-    )
+        diluted = prod(module.stride)
+    macs = outputs * per_output // diluted
+    return LayerCost(name, op, module.out_channels, params, macs, tuple(module.kernel_size))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch_pruning
 from torch import Tensor, nn
+from torch_pruning import ops
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn import surgery
@@ -189,8 +190,9 @@ def _refuse_skipped(items: Iterable[Any], names: dict[nn.Module, str], skip: Seq
 def _group(name: str, items: list[Any], names: dict[nn.Module, str], dependency: Any) -> Group:
     entries: list[_Entry] = []
     tied: list[list[int]] = []
+    module: Any
     for module, out, positions, roots in items:
-        if isinstance(module, torch_pruning.ops._OutputOp):
+        if isinstance(module, ops._OutputOp):
             raise _NotCuttable("its channels are outputs of the network")
         owned: dict[int, list[int]] = {}
         for position, root in zip(positions, roots, strict=True):
@@ -199,7 +201,7 @@ def _group(name: str, items: list[Any], names: dict[nn.Module, str], dependency:
             # Whole normalization groups go, so that the statistics of the others stay what they are.
             share = module.num_channels // module.num_groups
             tied += _tied_by(owned, lambda position, s=share: position // s)
-        if isinstance(module, torch_pruning.ops._SplitOp) and out:
+        if isinstance(module, ops._SplitOp) and out:
             tied += _tied_by_split(owned, module.offsets)
         for tensor, axis, size, modulus, role in _tensors(module, out, names, dependency):
             if modulus:

@@ -173,14 +173,14 @@ def _fit_statistics(network: nn.Module, example: Tensor) -> None:
     handles = []
 
     def fit(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if module.running_mean is None:
+        statistics = dict(module.named_buffers(recurse=False))
+        if "running_mean" not in statistics:
             return
         x = inputs[0].detach()
         axes = [i for i in range(x.ndim) if i != 1]
-        module.running_mean.copy_(x.mean(axes))
-        module.running_var.copy_(
-            x.var(axes, unbiased=False) + 1e-3 if x.numel() > x.shape[1] else torch.ones(x.shape[1])
-        )
+        spread = x.var(axes, unbiased=False) + 1e-3 if x.numel() > x.shape[1] else torch.ones(x.shape[1])
+        statistics["running_mean"].copy_(x.mean(axes))
+        statistics["running_var"].copy_(spread)
 
     try:
         handles = [m.register_forward_pre_hook(fit) for m in network.modules() if isinstance(m, BATCH_NORMS)]
@@ -201,9 +201,10 @@ def _difference(expected: Tensor, found: Tensor, tolerance: float) -> str | None
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    named = dict(network.named_parameters(remove_duplicate=False))
-    named.update(network.named_buffers(remove_duplicate=False))
-    return named
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _without(name: str, tensor: Tensor, axes: Sequence[tuple[int, Sequence[int]]]) -> nn.Parameter | Tensor:
@@ -211,7 +212,8 @@ def _without(name: str, tensor: Tensor, axes: Sequence[tuple[int, Sequence[int]]
     for axis, positions in axes:
         if axis >= out.ndim or (positions and max(positions) >= out.shape[axis]):
             raise ModelError(
-                f"{name} has shape {tuple(tensor.shape)}, which the plan does not fit (axis {axis}, position {max(positions)})"
+                f"{name} has shape {tuple(tensor.shape)}, which the plan does not fit "
+                f"(axis {axis}, position {max(positions)})"
             )
         gone = set(positions)
         keep = [i for i in range(out.shape[axis]) if i not in gone]
@@ -237,31 +239,30 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _resize(module: nn.Module, depthwise: bool) -> dict[str, int]:
     """Set the size attributes of a layer from its tensors; says which it set."""
+    shapes = {
+        name: tuple(t.shape)
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    weight = shapes.get("weight", shapes.get("running_mean", ()))
     sizes: dict[str, int] = {}
-    weight = getattr(module, "weight", None)
+    if not weight:
+        return sizes
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        groups = weight.shape[0] if depthwise else module.groups
-        sizes = {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups, "groups": groups}
+        groups = weight[0] if depthwise else module.groups
+        sizes = {"out_channels": weight[0], "in_channels": weight[1] * groups, "groups": groups}
     elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        sizes = {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
+        sizes = {"in_channels": weight[0], "out_channels": weight[1] * module.groups}
     elif isinstance(module, nn.Linear):
-        sizes = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+        sizes = {"out_features": weight[0], "in_features": weight[1]}
     elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-        known = weight if weight is not None else module.running_mean
-        sizes = {} if known is None else {"num_features": known.shape[0]}
+        sizes = {"num_features": weight[0]}
     elif isinstance(module, nn.GroupNorm):
         share = module.num_channels // module.num_groups
-        sizes = (
-            {}
-            if weight is None
-            else {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // share}
-        )
+        sizes = {"num_channels": weight[0], "num_groups": weight[0] // share}
     elif isinstance(module, nn.PReLU):
-        sizes = {"num_parameters": weight.shape[0]}
+        sizes = {"num_parameters": weight[0]}
     for attribute, value in sizes.items():
         setattr(module, attribute, value)
-    if isinstance(module, nn.LayerNorm) and weight is not None:
-        module.normalized_shape = tuple(weight.shape)
     return sizes
 
 

@@ -45,6 +45,10 @@ class Chosen:
         """uint8 (n, C, H, W)."""
         return self._split.pixels.take(self._indices[indices])
 
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self._indices)
+
 
 def of_network(bundle: Bundle, split: Split, name: str) -> Reading:
     """The accuracy of a network in torch, with its exact binomial 95 % interval."""

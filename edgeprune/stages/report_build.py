@@ -38,10 +38,9 @@ def versions() -> dict[str, str]:
 def environment(device_facts: Mapping[str, Any], target_title: str) -> dict[str, Any]:
     """What the run ran on."""
     keep = ("machine", "system", "release", "board", "cpu", "cores", "memory_bytes", "governor", "power_mode")
-    return {
-        "target": target_title, "versions": versions(), "host": {"system": platform.system(), "python": sys.version.split()[0]},
-        "device": {k: device_facts[k] for k in keep if k in device_facts},
-    }  # fmt: skip
+    device = {k: device_facts[k] for k in keep if k in device_facts}
+    host = {"system": platform.system(), "python": sys.version.split()[0]}
+    return {"target": target_title, "versions": versions(), "host": host, "device": device}
 
 
 def layers(
