@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from edgeprune import codec
 from edgeprune.cli import app
+from edgeprune.nn import zoo
 from edgeprune.records import Report
 
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
@@ -313,3 +314,14 @@ def test_truncated_model_files_are_clear_errors(weights: Path, tmp_path: Path, s
     )
     assert done.exit_code == 4, done.output
     assert done.stderr.count("error: ") == 1 and "bug" not in done.stderr
+
+
+@pytest.mark.parametrize("spec", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
+def test_a_model_of_the_zoos_pickled_whole_needs_no_flag(spec: str, tmp_path: Path) -> None:
+    torch.save(zoo.architecture(spec), tmp_path / "whole.pt")
+    out = ["-o", str(tmp_path / "run"), *FAST, "--json"]
+    done = runner.invoke(app, ["compress", str(tmp_path / "whole.pt"), "--target", "jetson", *out])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)["report"]
+    assert readings(report, "after")["macs"] <= 0.5 * readings(report, "before")["macs"]
+    assert len(report["left_out"]) <= 2

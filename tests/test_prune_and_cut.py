@@ -1,0 +1,125 @@
+"""The two stages between load and tune: budgets that only a built file can tell, and a cut that is never wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError
+from edgeprune.nn import costs, graph
+from edgeprune.nn.bundle import from_module
+from edgeprune.quantities import limit
+from edgeprune.recipe import PruneTable
+from edgeprune.records import Budget, Bundle, Masks
+from edgeprune.stages import cut, prune
+
+
+def bundle(name: str = "residual") -> Bundle:
+    return from_module(nets.build(name), nets.example())
+
+
+def budget(**limits: str) -> Budget:
+    return Budget({m: limit(m, text) for m, text in limits.items()})
+
+
+def material(**probes: prune.Probe) -> prune.Material:
+    return prune.Material(None, None, probes, 1, 0)
+
+
+def slow_as_macs(dense: Bundle) -> prune.Probe:
+    """A device whose time is 10 ms for the dense model and in proportion to the multiply-accumulates."""
+    whole = costs.total_macs(dense.module, nets.example())
+    return prune.Probe(0.01, lambda net: 0.01 * costs.total_macs(net, nets.example()) / whole)
+
+
+def macs_after(dense: Bundle, chosen: prune.Chosen) -> float:
+    plan, _ = cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
+    return plan.macs / plan.macs_before
+
+
+@pytest.mark.parametrize(("text", "share"), [("60 %", 0.6), ("4 ms", 0.4)])
+def test_a_latency_budget_is_met_on_the_device_and_cuts_no_more_than_it_must(text: str, share: float) -> None:
+    dense = bundle("plain")
+    chosen = prune.run(
+        dense, PruneTable(), budget(latency_p50=text), material(latency_p50=slow_as_macs(dense))
+    )
+    assert 0.75 * share <= macs_after(dense, chosen) <= share
+    assert any("Searched by building the file" in note for note in chosen.notes)
+
+
+def test_counted_and_measured_limits_hold_together() -> None:
+    dense = bundle()
+    wanted = budget(latency_p50="90 %", macs="30 %")
+    chosen = prune.run(dense, PruneTable(), wanted, material(latency_p50=slow_as_macs(dense)))
+    assert macs_after(dense, chosen) <= 0.3
+
+
+def test_a_latency_that_pruning_can_not_reach_says_how_far_it_got() -> None:
+    floor = prune.Probe(0.01, lambda net: 0.008)
+    with pytest.raises(InfeasibleBudget, match=r"closest got to latency_p50 8 ms \(asked for 5 ms\)"):
+        prune.run(bundle(), PruneTable(), budget(latency_p50="5 ms"), material(latency_p50=floor))
+
+
+def test_a_metric_that_nobody_can_read_while_pruning_is_refused() -> None:
+    with pytest.raises(UsageError, match="energy can't be read while pruning"):
+        prune.run(bundle(), PruneTable(), budget(energy="1 mJ"), material())
+
+
+def test_a_budget_that_holds_already_is_said_and_nothing_is_cut() -> None:
+    dense = bundle()
+    chosen = prune.run(dense, PruneTable(), budget(macs="100 %"), material())
+    assert macs_after(dense, chosen) == 1 and any("nothing was removed" in n for n in chosen.notes)
+
+
+def test_the_choice_survives_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    chosen = prune.run(bundle("concat"), PruneTable(), budget(macs="50 %"), material())
+    prune.write(chosen, tmp_path)
+    again = prune.read(tmp_path)
+    assert again.groups == chosen.groups and again.left_out == chosen.left_out and again.notes == chosen.notes
+    assert all(torch.equal(again.masks.channels[g], m) for g, m in chosen.masks.channels.items())
+
+
+def test_skipped_layers_keep_their_channels() -> None:
+    chosen = prune.run(bundle(), PruneTable(skip=("one.*",)), budget(macs="70 %"), material())
+    assert "one.0" not in chosen.masks.channels and "skipped by request" in chosen.left_out["one.0"]
+
+
+def test_a_network_of_one_layer_can_not_be_cut_and_is_told_so() -> None:
+    one = from_module(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), nets.example())
+    with pytest.raises(UnsupportedModel, match="no channel of this network can be removed"):
+        prune.run(one, PruneTable(), budget(macs="50 %"), material())
+
+
+def test_a_group_that_fails_its_proof_is_left_whole_and_named() -> None:
+    dense = bundle("plain")
+    groups = graph.find_groups(dense.module, nets.example()).groups
+    wrong = tuple(
+        replace(m, positions=(*m.positions[1:], m.positions[0])) if m.role == "consumer" else m
+        for m in groups[0].members
+    )
+    masks = Masks(channels={g.name: torch.arange(g.channels) % 2 == 0 for g in groups})
+    plan, small = cut.run(dense, (replace(groups[0], members=wrong), groups[1]), masks, {}, nets.example())
+    assert set(plan.removed) == {"b.0"} and "differ by" in plan.left_out["a.0"]
+    assert small.module.a[0].out_channels == 8 and small.module.b[0].out_channels == 6  # type: ignore[index, union-attr]
+
+
+def test_a_cut_that_removes_nothing_that_counts_is_an_error() -> None:
+    """As happens when a graph is misread: tensors are said to be cut, and the network costs what it did."""
+    dense = bundle("plain")
+    x = nets.example()
+    with pytest.raises(ModelError, match="nothing was removed where it counts"):
+        cut._check_smaller(dense.module, dense.module, x, ({"a.0.weight": ()}, (10, 10), (10, 10)))
+
+
+def test_the_plan_says_what_is_left_and_what_there_was() -> None:
+    dense = bundle()
+    chosen = prune.run(dense, PruneTable(), budget(macs="50 %"), material())
+    plan, small = cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
+    assert plan.macs == costs.total_macs(small.module, nets.example()) <= 0.5 * plan.macs_before
+    assert plan.macs_before == costs.total_macs(dense.module, nets.example())
+    assert plan.params == costs.total_params(small.module) < plan.params_before
+    assert small.plans == (plan,) and dense.plans == ()
