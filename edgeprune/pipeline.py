@@ -275,8 +275,9 @@ def _notes(run: Context, plan: Plan) -> list[str]:
     if run.recipe.export.precision == "auto":
         notes.append("The file is fp32: other precisions are not in this version.")
     if plan.left_out:
-        names = ", ".join(list(plan.left_out)[:3]) + (", ..." if len(plan.left_out) > 3 else "")
-        notes.append(f"Left whole: {len(plan.left_out)} of the layers ({names}); the report says why.")
+        named = ", ".join(list(plan.left_out)[:3])
+        more = f" and {len(plan.left_out) - 3} more" if len(plan.left_out) > 3 else ""
+        notes.append(f"Left whole: {named}{more}; the report says why.")
     return notes
 
 

@@ -74,10 +74,10 @@ class TuneTable:
 
     epochs: int = 0
     objective: str = "natural"
-    lr: float = 0.02
+    lr: float = 0.03
     batch: int = 128
     weight_decay: float = 5e-4
-    distill: float = 0.5
+    distill: float = 0.9
     temperature: float = 4.0
     augment: bool = True
     recalibrate: bool = True
