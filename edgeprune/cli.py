@@ -29,9 +29,22 @@ from edgeprune.cli_options import (
     TargetName,
     Trust,
 )
-from edgeprune.cli_output import guard, print_lines, print_table, say, show_readings, show_run, tables
+from edgeprune.cli_output import (
+    INTERRUPTED,
+    USAGE,
+    guard,
+    print_error,
+    print_lines,
+    print_table,
+    say,
+    show_readings,
+    show_run,
+    tables,
+)
 from edgeprune.codec import to_json
 
+# Typer carries its own click and does not name this class: the parent of BadParameter, which it does name.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Make a trained vision network small, fast and still right on the device it ships to.",
@@ -260,7 +273,17 @@ def main() -> None:
     # torch's threads spin while they wait, which on a busy machine takes the time from those that work: with two
     # threads and other load, training was 1.3 to 1.7 times as fast when they sleep instead.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:  # an option that the command does not have, or its value
+        message = error.format_message()
+        if message:  # it is empty when nothing was asked and the help was shown
+            print_error(message, "see edgeprune COMMAND --help", USAGE, "--json" in sys.argv)
+        code = USAGE
+    except typer.Abort:
+        print_error("interrupted", "start the same command again to go on", INTERRUPTED, "--json" in sys.argv)
+        code = INTERRUPTED
+    sys.exit(code or 0)
 
 
 def _version(show: bool) -> None:

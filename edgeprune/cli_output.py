@@ -13,6 +13,7 @@ from edgeprune.codec import to_json
 from edgeprune.context import Result
 from edgeprune.errors import EdgepruneError
 
+USAGE = 2
 BUG = 70
 INTERRUPTED = 130
 

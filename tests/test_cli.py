@@ -265,9 +265,9 @@ def test_list_shows_every_member_with_a_line(family: str) -> None:
     assert all(m["name"] and m["about"] for m in json.loads(done.stdout)[family])
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "edgeprune", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "edgeprune", *arguments], stdout=stdout, stderr=subprocess.PIPE
     )
 
 
@@ -325,3 +325,10 @@ def test_a_model_of_the_zoos_pickled_whole_needs_no_flag(spec: str, tmp_path: Pa
     report = json.loads(done.stdout)["report"]
     assert readings(report, "after")["macs"] <= 0.5 * readings(report, "before")["macs"]
     assert len(report["left_out"]) <= 2
+
+
+def test_an_unknown_option_is_a_usage_error_and_under_json_one_object() -> None:
+    with start(["compress", "x.pt2", "--nope", "--json"], subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and json.loads(out)["exit_code"] == 2
+    assert err.decode().startswith("error: No such option: --nope")

@@ -16,7 +16,6 @@ from edgeprune.errors import InfeasibleBudget
 from edgeprune.nn.costs import CostModel
 from edgeprune.quantities import show
 
-
 # Below this share of its channels a layer chokes what passes through it, and fine-tuning hardly brings that back:
 # a ResNet-20 at half of its multiply-accumulates, tuned for two epochs, lost 2.5 points with one layer at a quarter
 # and 1.8 with every layer at about a half.

@@ -69,7 +69,8 @@ def input_of(path: Path) -> InputSpec:
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except (OSError, DecodeError, ValueError) as error:
-        raise UsageError(f"{path} is not a readable ONNX file: {error}") from error
+        hint = "give an .onnx file or a finished run directory; `edgeprune compress` and `why` take PyTorch models"
+        raise UsageError(f"{path} is not a readable ONNX file: {error}", hint) from error
     constants = {i.name for i in graph.initializer}
     inputs = [i for i in graph.input if i.name not in constants]
     shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*inputs, *graph.output)]

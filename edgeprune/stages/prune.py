@@ -173,8 +173,10 @@ def _bisect(
             share = (low + high) / 2
             continue
         readings = _read(network, task.groups, masks, probes, targets)
+        built = task.costs.cost({g: int(keep.sum()) for g, keep in masks.channels.items()})["macs"]
         tried.append(
-            f"{100 * share:.0f} % of the MACs: " + ", ".join(_shown(m, v) for m, v in readings.items())
+            f"{100 * built / dense_macs:.0f} % of the MACs: "
+            + ", ".join(_shown(m, v) for m, v in readings.items())
         )
         fits = all(
             v <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1.0) for m, v in readings.items()
