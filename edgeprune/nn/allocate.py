@@ -16,9 +16,9 @@ from edgeprune.errors import InfeasibleBudget
 from edgeprune.nn.costs import CostModel
 from edgeprune.quantities import show
 
-# Below this share of its channels a layer chokes what passes through it, and fine-tuning hardly brings that back:
-# a ResNet-20 at half of its multiply-accumulates, tuned for two epochs, lost 2.5 points with one layer at a quarter
-# and 1.8 with every layer at about a half.
+# Levels below this share of a layer's channels are only used when the budget can't be met without them: one layer cut
+# to a few channels chokes all that passes through it. (A ResNet-20 at half of its multiply-accumulates, tuned for two
+# epochs: the same accuracy within noise as with the hard floor alone, 85.3 % and 85.2 %, and faster, 1.53x and 1.46x.)
 BOTTLENECK = 0.3
 
 
