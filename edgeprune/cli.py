@@ -206,7 +206,7 @@ def why(
             typer.echo(json.dumps({"layers": to_json(rows), "notes": lines}))
             return 0
         print_table(tables().why_table(rows))
-        print_lines(lines)
+        print_lines([*tables().reasons(rows), *lines])
         return 0
 
     guard(work, as_json, debug)

@@ -49,27 +49,33 @@ def readings_table(readings: Sequence[Reading]) -> Table:
 
 
 def why_table(rows: Sequence[Any]) -> Table:
-    """Layers, their costs and why they can't be pruned."""
-    table = Table(box=SIMPLE_HEAD)
-    for name in ("layer", "op", "channels", "params", "MACs", "MACs %", "time %", "can't be pruned because"):
+    """Layers and their costs; the reasons go below (`reasons`), where they have room."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("layer", "op", "channels", "params", "MACs", "MACs %", "time %", "can go"):
         table.add_column(
-            name,
-            justify="left" if name in ("layer", "op", "can't be pruned because") else "right",
-            overflow="fold",
+            name, justify="left" if name in ("layer", "op", "can go") else "right", overflow="fold"
         )
     for r in rows:
         time = f"{100 * r.time_share:.1f}" if r.time_share is not None else "-"
-        macs, share = show(r.macs, ""), f"{100 * r.macs_share:.1f}"
-        counts = (str(r.channels), show(r.params, ""), macs, share, time)
-        table.add_row(Text(r.layer), r.op, *counts, Text(r.why_not))
+        counts = (str(r.channels), show(r.params, ""), show(r.macs, ""), f"{100 * r.macs_share:.1f}", time)
+        table.add_row(Text(r.layer), r.op, *counts, "no" if r.why_not else "yes")
     return table
+
+
+def reasons(rows: Sequence[Any]) -> list[str]:
+    """Why layers can't be pruned: one line for each reason, with the layers that it holds for."""
+    found: dict[str, list[str]] = {}
+    for r in rows:
+        if r.why_not:
+            found.setdefault(r.why_not, []).append(r.layer)
+    return [f"Stays whole: {', '.join(layers)}: {reason}." for reason, layers in found.items()]
 
 
 def doctor_table(rows: Sequence[Any]) -> Table:
     """What works, what is missing, and the line that installs it."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("", "what", "found", "what to do"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=name == "layer")
     for r in rows:
         style = {"ok": "green", "missing": "red", "warning": "yellow"}.get(r.status, "dim")
         table.add_row(Text(r.status, style=style), Text(r.name), Text(r.found), Text(r.fix))
