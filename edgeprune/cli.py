@@ -84,8 +84,7 @@ def compress(
 ) -> None:
     """Load, prune, cut, tune, export, measure and report; resumes where it was stopped."""
     flags = _flags(
-        {"path": model, "arch": arch, "input": input_shape, "mean": mean, "std": std,
-         "allow_class": allow_class, "trust_pickle": trust_pickle or None},
+        _model(model, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},
         tune={"objective": objective, "epochs": epochs}, export={"precision": precision},
         measure={"device": device}, target=target, seed=seed,
@@ -145,8 +144,7 @@ def evaluate(
 ) -> None:
     """The accuracy of a file or a model on held-out images."""
     flags = _flags(
-        {"path": artifact, "arch": arch, "input": input_shape, "mean": mean, "std": std,
-         "allow_class": allow_class, "trust_pickle": trust_pickle or None},
+        _model(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": "evaluate"}, seed=seed,
     )  # fmt: skip
 
@@ -196,8 +194,7 @@ def why(
 ) -> None:
     """What every layer costs, and why a layer can't be pruned."""
     flags = _flags(
-        {"path": model, "arch": arch, "input": input_shape, "mean": mean, "std": std,
-         "allow_class": allow_class, "trust_pickle": trust_pickle or None}, target=target,
+        _model(model, arch, input_shape, mean, std, allow_class, trust_pickle), target=target,
     )  # fmt: skip
 
     def work() -> int:
@@ -300,10 +297,31 @@ def _root(
 ) -> None:
     """Make a trained vision network small, fast and still right on the device it ships to."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s".lower()))
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("edgeprune")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
+
+
+def _model(
+    path: str,
+    arch: str | None,
+    input_shape: str | None,
+    mean: str | None,
+    std: str | None,
+    allow_class: list[str] | None,
+    trust_pickle: bool,
+) -> dict[str, Any]:
+    """The recipe's table [model] from the options."""
+    return {
+        "path": path,
+        "arch": arch,
+        "input": input_shape,
+        "mean": mean,
+        "std": std,
+        "allow_class": allow_class,
+        "trust_pickle": trust_pickle or None,
+    }
 
 
 def _flags(model: dict[str, Any], **tables: Any) -> dict[str, Any]:
