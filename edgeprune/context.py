@@ -8,11 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from edgeprune import bundled
 from edgeprune import recipe as recipes
 from edgeprune.errors import InfeasibleBudget, UsageError
 from edgeprune.recipe import Recipe
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
-from edgeprune.workdir import Workdir
+from edgeprune.workdir import Workdir, digest
 
 Say = Callable[[str], None]
 
@@ -63,9 +64,18 @@ class Context:
         }  # fmt: skip
 
     @property
+    def code_key(self) -> str:
+        """What the network owes to a file of the user's code: editing it makes another network of the same weights."""
+        path = Path(self.bundle.source.arch.rpartition(":")[0])
+        return digest(path) if path.suffix == ".py" and path.is_file() else ""
+
+    @property
     def data_key(self) -> Any:
         """What the results owe to the data."""
-        return [self.data.fingerprint, recipes.to_dict(self.recipe)["data"]] if self.data else None
+        if not self.data:
+            return None
+        calibration = digest(bundled.resolve("calibration", self.recipe.data.calibration))
+        return [self.data.fingerprint, recipes.to_dict(self.recipe)["data"], calibration]
 
     @property
     def trainable(self) -> bool:
@@ -99,8 +109,6 @@ def refuse_later_versions(recipe: Recipe, target: Target) -> None:
         )
     if recipe.tune.objective != "natural":
         raise UsageError(f"objective {recipe.tune.objective!r} is not in this version", "accepted: natural")
-    if not recipe.model.path and recipe.tune.epochs and not recipe.data.path:
-        raise UsageError("fine-tuning needs data", "give --data")
     if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
         raise UsageError(
             f"--epochs {recipe.tune.epochs} needs images to train on",

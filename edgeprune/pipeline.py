@@ -115,9 +115,8 @@ def _run(run: Context) -> Result:
 
 
 def _dense_key(run: Context) -> str:
-    return run.work.key(
-        "dense", stage("export").RESULT_VERSION, run.identity, run.recipe.export, run.target.opset
-    )
+    inputs = (run.identity, run.code_key, run.recipe.export, run.target.opset)
+    return run.work.key("dense", stage("export").RESULT_VERSION, *inputs)
 
 
 def _prune_key(run: Context, dense_key: str) -> str:

@@ -8,10 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from edgeprune import bundled, recipe
+from edgeprune.context import Context
 from edgeprune.errors import WorkdirError
+from edgeprune.pipeline import _dense_key
+from edgeprune.records import Budget, Bundle, InputSpec, Source
 from edgeprune.workdir import STAGES, Workdir
 
 
@@ -101,3 +106,19 @@ def test_a_place_that_is_no_directory_is_an_error_of_the_directory(tmp_path: Pat
     (tmp_path / "file").write_text("x")
     with pytest.raises(WorkdirError, match="can't be used"), Workdir(tmp_path / "file"):
         pass
+
+
+def test_editing_the_architecture_or_the_calibration_recipe_makes_old_results_stale(tmp_path: Path) -> None:
+    code, calibration = tmp_path / "net.py", tmp_path / "few.toml"
+    code.write_text("width = 8\n")
+    calibration.write_text("count = 4\n")
+    source = Source("state_dict", "w.pt", "1", f"{code}:net?deep=1")
+    run = Context(
+        recipe.build({}, {"data": {"path": "x", "calibration": str(calibration)}}), bundled.target("local"), Budget(),
+        Workdir(tmp_path), Bundle(None, source, InputSpec((3, 8, 8), 5)), SimpleNamespace(fingerprint="f"), None, print,
+    )  # fmt: skip
+    before = (_dense_key(run), run.data_key)
+    assert before == (_dense_key(run), run.data_key)
+    code.write_text("width = 4\n")
+    calibration.write_text("count = 5\n")
+    assert _dense_key(run) != before[0] and run.data_key != before[1]
