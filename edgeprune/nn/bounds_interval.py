@@ -1,0 +1,193 @@
+"""Intervals of tensors, their arithmetic rounded outward, and hulls over positions as axes of size one.
+
+A `Value` is what bounds know of one tensor of a traced network: lo and hi of shape (B, ...), behind the batch B one
+axis for each axis of the tensor, either of its full size or of size 1. Size 1 where the tensor has more says that the
+bounds are a hull over that axis. Broadcasting does the rest.
+
+Floating point: every operation widens its result by more than the rounding error that it can have made in the dtype
+of the bounds (n products and sums: n eps of the sum of the magnitudes; Higham 2002, section 3.1), so the bounds hold
+for exact arithmetic, underflow aside. A zero interval stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import UnsupportedModel
+
+
+class Unbounded(UnsupportedModel):
+    """An operator that has no sound bound: which, in which layer, and why."""
+
+    def __init__(self, op: str, layer: str, reason: str) -> None:
+        """Keep the three apart and say them in one message."""
+        where = f"{op} in {layer}" if layer else op
+        UnsupportedModel.__init__(self, f"{where} can't be bounded: {reason}")
+        self.op = op
+        self.layer = layer
+        self.reason = reason
+
+
+class NoRule(Exception):
+    """Raised by a rule that does not cover its arguments; says why. `bounds` makes an `Unbounded` of it."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """lo <= hi, two tensors of the same shape (B, ...)."""
+
+    lo: Tensor
+    hi: Tensor
+
+    @property
+    def center(self) -> Tensor:
+        """The middle, rounded."""
+        return (self.lo + self.hi) / 2
+
+    @property
+    def radius(self) -> Tensor:
+        """Half the width, rounded; `ball` allows for the rounding."""
+        return (self.hi - self.lo) / 2
+
+    def ball(self, terms: int) -> tuple[Tensor, Tensor]:
+        """Center and radius, for a sum of `terms` products with weights.
+
+        The radius is widened by so much of the magnitudes that the sum of the radii, with the magnitudes of the
+        weights, also covers the rounding of the two and of both sums.
+        """
+        center, radius, wide = self.center, self.radius, slack(self.lo.dtype, terms)
+        return center, torch.add(radius * (1 + wide), center.abs(), alpha=wide)
+
+    @property
+    def width(self) -> Tensor:
+        """hi - lo."""
+        return self.hi - self.lo
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest absolute value inside."""
+        return torch.maximum(self.lo.abs(), self.hi.abs())
+
+    @property
+    def finite(self) -> bool:
+        """Whether no end has overflowed, and none is NaN."""
+        return bool(torch.isfinite(self.lo.amin()) and torch.isfinite(self.hi.amax()))
+
+    def hull(self, other: Interval | float) -> Interval:
+        """The smallest interval that holds both; the other one may be a number."""
+        low, high = (other.lo, other.hi) if isinstance(other, Interval) else (other, other)
+        return Interval(_least(self.lo, low), _most(self.hi, high))
+
+    def meet(self, other: Interval) -> Interval:
+        """What lies in both; never empty, for both hold what they bound."""
+        return Interval(torch.maximum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
+
+    def contains(self, values: Tensor) -> bool:
+        """Whether every value lies inside; broadcasts."""
+        return bool(((values >= self.lo) & (values <= self.hi)).all())
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.hi, -self.lo)
+
+    def __add__(self, other: Interval) -> Interval:
+        return rounded(self.lo + other.lo, self.hi + other.hi)
+
+    def __sub__(self, other: Interval) -> Interval:
+        return rounded(self.lo - other.hi, self.hi - other.lo)
+
+    def __mul__(self, other: Interval) -> Interval:
+        products = (self.lo * other.lo, self.lo * other.hi, self.hi * other.lo, self.hi * other.hi)
+        lo = torch.minimum(torch.minimum(products[0], products[1]), torch.minimum(products[2], products[3]))
+        hi = torch.maximum(torch.maximum(products[0], products[1]), torch.maximum(products[2], products[3]))
+        return rounded(lo, hi)
+
+    def scaled(self, factor: float | Tensor) -> Interval:
+        """Times a number, or a tensor of numbers."""
+        low, high = self.lo * factor, self.hi * factor
+        return rounded(torch.minimum(low, high), torch.maximum(low, high))
+
+
+def point(values: Tensor) -> Interval:
+    """The interval that holds just these values."""
+    return Interval(values, values)
+
+
+def slack(dtype: torch.dtype, terms: int) -> float:
+    """Twice the relative rounding error of a sum of `terms` products, in any order of summation."""
+    return float(torch.finfo(dtype).eps) * (terms + 4)
+
+
+def rounded(lo: Tensor, hi: Tensor, operations: int = 1) -> Interval:
+    """Widened by the rounding of a few operations, each relative to the result."""
+    eps = slack(lo.dtype, operations)
+    return Interval(torch.add(lo, lo.abs(), alpha=-eps), torch.add(hi, hi.abs(), alpha=eps))
+
+
+def around(center: Tensor, radius: Tensor) -> Interval:
+    """[center - radius, center + radius], the rounding of these two operations left to the caller's radius."""
+    return Interval(center - radius, center + radius)
+
+
+@dataclass(frozen=True)
+class Value:
+    """Bounds of one tensor of the network: axes of full size, or of size 1 for a hull over the axis.
+
+    bounds: (B, ...), one axis behind B for each of `shape`. shape: of the tensor for a batch of one.
+    """
+
+    bounds: Interval
+    shape: tuple[int, ...]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The sizes of the axes as they are kept: those of `shape`, or 1."""
+        return tuple(self.bounds.lo.shape[1:])
+
+    @property
+    def rank(self) -> int:
+        """How many axes the tensor has."""
+        return len(self.shape)
+
+    def collapsed(self, axis: int) -> bool:
+        """Whether the bounds are a hull over this axis of the tensor, which has more than one entry."""
+        return self.kept[axis] == 1 and self.shape[axis] > 1
+
+    def full(self, axes: Sequence[int] | None = None) -> Interval:
+        """The bounds with these axes of the tensor (all of them) in full size; nothing is copied."""
+        wanted = range(self.rank) if axes is None else [a % self.rank for a in axes]
+        size = [-1] + [self.shape[a] if a in wanted else -1 for a in range(self.rank)]
+        return Interval(self.bounds.lo.expand(size), self.bounds.hi.expand(size))
+
+    def to(self, dtype: torch.dtype) -> Value | None:
+        """The bounds in another dtype, widened when that is a coarser one; None when they are too large for it."""
+        if self.bounds.lo.dtype == dtype:
+            return self
+        cast = rounded(self.bounds.lo.to(dtype), self.bounds.hi.to(dtype))
+        return Value(cast, self.shape) if cast.finite else None
+
+    def ranked(self, rank: int) -> Interval:
+        """The bounds with axes put in behind the batch, as broadcasting against `rank` axes needs it."""
+        at = (self.bounds.lo.shape[0], *(1,) * (rank - self.rank), *self.kept)
+        return Interval(self.bounds.lo.reshape(at), self.bounds.hi.reshape(at))
+
+
+def constant(values: Tensor) -> Value:
+    """The value of a tensor that does not depend on the input."""
+    return Value(point(values.unsqueeze(0)), tuple(values.shape))
+
+
+def zero(shape: Sequence[int], like: Tensor) -> Value:
+    """No change of a tensor of this shape."""
+    return Value(point(like.new_zeros((1, *(1 for _ in shape)))), tuple(shape))
+
+
+def _least(values: Tensor, other: Tensor | float) -> Tensor:
+    return torch.minimum(values, other) if isinstance(other, Tensor) else values.clamp(max=other)
+
+
+def _most(values: Tensor, other: Tensor | float) -> Tensor:
+    return torch.maximum(values, other) if isinstance(other, Tensor) else values.clamp(min=other)
