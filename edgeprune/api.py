@@ -61,8 +61,9 @@ def compress(
         example_inputs: float32 (N, C, H, W) pixels in [0, 1]; only the shape counts.
         target: a name of `edgeprune list targets` or a path.
         budget: metric -> limit, as in {"macs": "50 %"}, which is also what None stands for.
-        data: class folders, a tar of them, or an .npz; None prunes without data.
-        method: a name of `edgeprune list methods`.
+        data: class folders, a tar of them, or an .npz; with None the module is pruned and repaired on images that are
+            synthesized from it.
+        method: a name of `edgeprune list methods`; "auto" is taylor with training images, data-free without.
         more: output (the run directory), seed, mean and std (the normalization to put inside), or a table of the
             recipe, as in tune={"epochs": 2}.
 

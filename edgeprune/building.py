@@ -1,8 +1,9 @@
-"""Building the file: the export that every stage shares, and readings that are only had by building a trial."""
+"""Building: a network from the folders of its run, its file, and readings that are only had by building a trial."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,16 @@ from edgeprune.context import Context, stage, torch_part
 from edgeprune.records import Bundle, Reading
 
 PARITY_IMAGES = 8
+# The stages that leave weights of the smaller network; the last one that took place has the newest.
+WEIGHTS = ("tune", "repair", "cut")
+
+
+def smaller(run: Context, folders: Mapping[str, Path]) -> Bundle:
+    """The cut network with the newest weights that a stage of this run has left."""
+    store = torch_part("store")
+    newest = next(folders[name] for name in WEIGHTS if name in folders)
+    plan = store.load_plan(folders["cut"] / "plan.json")
+    return store.restore(run.bundle, (plan,), newest / "weights.safetensors")
 
 
 def export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> tuple[Any, tuple[Reading, ...]]:

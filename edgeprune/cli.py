@@ -17,16 +17,19 @@ from edgeprune.cli_options import (
     Arch,
     Budgets,
     Data,
+    DataUse,
     Debug,
     DeviceUrl,
     Input,
     Json,
     Mean,
+    Method,
     Model,
     Seed,
     Sets,
     Std,
     TargetName,
+    TrainingData,
     Trust,
 )
 from edgeprune.cli_output import (
@@ -64,9 +67,9 @@ def compress(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
-    data: Data = None,
-    data_use: Annotated[str | None, typer.Option(help="all|evaluate", metavar="all|evaluate")] = None,
-    method: Annotated[str | None, typer.Option(help="a name of `edgeprune list methods`")] = None,
+    data: TrainingData = None,
+    data_use: DataUse = None,
+    method: Method = None,
     granularity: Annotated[str | None, typer.Option(metavar="channel|weight|2:4")] = None,
     budget: Budgets = None,
     objective: Annotated[str | None, typer.Option(metavar="natural|fgsm|pgd|trades")] = None,
@@ -82,7 +85,7 @@ def compress(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Load, prune, cut, tune, export, measure and report; resumes where it was stopped."""
+    """Load, prune, cut, repair, tune, export, measure and report; resumes where it was stopped. Data is optional."""
     flags = _flags(
         _model(model, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},

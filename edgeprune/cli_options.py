@@ -26,6 +26,24 @@ Trust = Annotated[
     bool, typer.Option("--trust-pickle", help="run whatever code the pickle holds; the last resort")
 ]
 Data = Annotated[str | None, typer.Option(help="class folders, a tar of them, or an .npz", metavar="PATH")]
+TrainingData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="class folders, a tar of them, or an .npz; without it the network is all that is used",
+        metavar="PATH",
+    ),
+]
+DataUse = Annotated[
+    str | None,
+    typer.Option(help="evaluate: measure on it and learn nothing from it", metavar="all|evaluate"),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="a name of `edgeprune list methods`; auto is taylor with training images, data-free without"
+    ),
+]
 DeviceUrl = Annotated[str | None, typer.Option("--device", help="where to measure", metavar="URL")]
 Seed = Annotated[int | None, typer.Option(help="every random choice follows from it")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else")]

@@ -1,9 +1,9 @@
-"""What one run is: the context that its stages are given, its result, and how a stage's module is had."""
+"""What one run is: its context, what one stage of it is given, its result, and how a stage's module is had."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the tune stage leaves besides the weights: accuracies after each step."""
+    """What a stage leaves besides the weights: accuracies after each step, and what a reader must know."""
 
     readings: tuple[Reading, ...]
     notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,33 @@ class Context:
     def trainable(self) -> bool:
         """Whether there are images that may be learned from."""
         return self.data is not None and self.data.train is not None
+
+    @property
+    def method(self) -> str:
+        """The method's name, with "auto" decided."""
+        return stage("prune").method_name(self.recipe.prune, self.trainable)
+
+    @property
+    def repair(self) -> str:
+        """Which images the network is repaired on: synthetic, data or none.
+
+        Raises:
+            UsageError: the recipe wants training images, and there are none.
+        """
+        return stage("repair").source_of(self.recipe.prune, self.method, self.trainable)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage at work. folders: stage -> the finished folder of each stage before it.
+
+    out: where it writes. scratch: where it may keep what lets it go on after a kill.
+    """
+
+    run: Context
+    folders: Mapping[str, Path]
+    out: Path
+    scratch: Path
 
 
 def stage(name: str) -> Any:

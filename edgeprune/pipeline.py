@@ -1,27 +1,31 @@
 """The order of the stages, and the one place that imports a stage, when it runs.
 
-load -> dense -> prune -> cut -> tune -> export -> measure -> report -> the budget
+load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> measure -> report -> the budget
 
 Every stage between load and report leaves a folder in the run directory (`workdir`), and the next one reads it from
-there, so that a run that was killed and started again gives what an undisturbed one gives.
+there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
+repaired is decided by the recipe's `prune.repair`; where nothing is, those two stages are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
-from edgeprune.building import export_onnx, probes
-from edgeprune.context import Context, Ledger, Result, Say, refuse_later_versions, stage, torch_part
+from edgeprune.building import export_onnx, probes, smaller
+from edgeprune.context import Context, Ledger, Result, Say, Step, refuse_later_versions, stage, torch_part
 from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.keys import multiple_of, stage_keys
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
-from edgeprune.records import Budget, Bundle, Plan, Reading, Report
-from edgeprune.workdir import STAGES, Workdir, digest
+from edgeprune.records import Budget, Bundle, Reading
+from edgeprune.reporting import build_report, lock_facts
+from edgeprune.workdir import STAGES, Workdir
 
 FORCEABLE = ("load", *STAGES)
 TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
@@ -79,69 +83,51 @@ def compress(
     data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
     with Workdir(folder) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
-        work.claim(run.identity, _facts(run), again=force == "load")
+        keys = stage_keys(run)
+        if "." not in run.method:
+            plugins.check_options("methods", run.method, recipe.prune.options)
+        work.claim(run.identity, lock_facts(run), again=force == "load")
         (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
         if force is not None:
             work.forget_from(force)
-        return _run(run)
+        return _run(run, keys)
 
 
-def _run(run: Context) -> Result:
-    dense_key = _dense_key(run)
-    dense = run.work.stage("dense", dense_key, lambda out: _dense(run, out))
-    prune_key = _prune_key(run, dense_key)
-    chosen = run.work.stage("prune", prune_key, lambda out: _prune(run, dense, out))
-    cut_key = run.work.key("cut", stage("cut").RESULT_VERSION, prune_key)
-    cut = run.work.stage("cut", cut_key, lambda out: _cut(run, chosen, out))
-    tune_key = run.work.key(
-        "tune", stage("tune").RESULT_VERSION, cut_key, run.recipe.tune, run.data_key, run.recipe.seed
-    )
-    tuned = run.work.stage("tune", tune_key, lambda out: _tune(run, cut, out, run.work.scratch(tune_key)))
-    export_key = run.work.key(
-        "export", stage("export").RESULT_VERSION, tune_key, run.recipe.export, run.target
-    )
-    exported = run.work.stage("export", export_key, lambda out: _export(run, (cut, tuned), out))
-    measure_key = run.work.key(
-        "measure",
-        stage("measure").RESULT_VERSION,
-        export_key,
-        run.recipe.measure,
-        run.data_key,
-        run.device.where(),
-    )
-    folders = {"dense": dense, "prune": chosen, "cut": cut, "tune": tuned, "export": exported}
-    folders["measure"] = run.work.stage("measure", measure_key, lambda out: _measure(run, folders, out))
+def _run(run: Context, keys: Mapping[str, str]) -> Result:
+    order = (
+        ("dense", _dense), ("synthesize", _synthesize), ("prune", _prune), ("cut", _cut),
+        ("repair", _repair), ("tune", _tune), ("export", _export), ("measure", _measure),
+    )  # fmt: skip
+    folders: dict[str, Path] = {}
+    for name, work in order:
+        if name in keys:
+            folders[name] = run.work.stage(name, keys[name], _doing(work, run, folders, keys[name]))
     return _finish(run, folders)
 
 
-def _dense_key(run: Context) -> str:
-    inputs = (run.identity, run.code_key, run.recipe.export, run.target.opset)
-    return run.work.key("dense", stage("export").RESULT_VERSION, *inputs)
+def _doing(
+    work: Callable[[Step], None], run: Context, folders: Mapping[str, Path], key: str
+) -> Callable[[Path], None]:
+    """The work of a stage as the run directory wants it: a function of the folder to write."""
+    return lambda out: work(Step(run, dict(folders), out, run.work.scratch(key)))
 
 
-def _prune_key(run: Context, dense_key: str) -> str:
-    timed = any(m.startswith("latency") for m in run.budget.limits)
-    table, seed = run.recipe.prune, run.recipe.seed
-    seen = run.data_key if run.trainable else None
-    clock = [run.recipe.measure, run.device.where()] if timed else None
-    inputs = (dense_key, table, run.budget, multiple_of(run), seed, seen, clock)
-    return run.work.key("prune", stage("prune").RESULT_VERSION, *inputs)
+def _dense(step: Step) -> None:
+    step.run.say("dense: export the network as it is")
+    export_onnx(step.run, step.run.bundle, step.out / "dense.onnx", parent="")
 
 
-def multiple_of(run: Context) -> int:
-    """What kept channels should be multiples of: the recipe's wish, or the target's fact for what is built."""
-    return run.recipe.prune.multiple_of or run.target.multiple_of["fp32"]
+def _synthesize(step: Step) -> None:
+    run, synthesize = step.run, stage("synthesize")
+    run.say("synthesize: make images from the network itself")
+    made = synthesize.run(run.bundle, run.recipe.synthesize, run.recipe.seed, step.scratch)
+    run.say(f"synthesize: {len(made.images)} images")
+    synthesize.write(made, step.out)
 
 
-def _dense(run: Context, out: Path) -> None:
-    run.say("dense: export the network as it is")
-    export_onnx(run, run.bundle, out / "dense.onnx", parent="")
-
-
-def _prune(run: Context, dense: Path, out: Path) -> None:
-    prune = stage("prune")
-    method = prune.method_name(run.recipe.prune, run.trainable)
-    run.say(f"prune: {method} at {_budget_words(run.budget)}")
+def _prune(step: Step) -> None:
+    run, prune = step.run, stage("prune")
+    run.say(f"prune: {run.method} at {_budget_words(run.budget)}")
     images = labels = None
     if run.trainable:
         data = torch_part("data")
@@ -149,37 +135,58 @@ def _prune(run: Context, dense: Path, out: Path) -> None:
         labels = run.data.train.labels[
             data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)
         ]
-    material = prune.Material(images, labels, probes(run, dense), multiple_of(run), run.recipe.seed)
+    material = prune.Material(
+        images, labels, probes(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
+        unlabelled=images if run.repair == "data" else _synthetic(step),
+    )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
-    prune.write(chosen, out)
+    prune.write(chosen, step.out)
 
 
-def _cut(run: Context, chosen_folder: Path, out: Path) -> None:
+def _synthetic(step: Step) -> Any:
+    """The images that were synthesized, float32 (N, C, H, W), or None."""
+    return (
+        stage("synthesize").read(step.folders["synthesize"]).images if "synthesize" in step.folders else None
+    )
+
+
+def _cut(step: Step) -> None:
+    run = step.run
     run.say("cut: remove the channels and prove it")
-    chosen = stage("prune").read(chosen_folder)
+    chosen = stage("prune").read(step.folders["prune"])
     example = torch_part("costs").normalized_example(run.bundle.input, run.recipe.seed + 1)
-    plan, small = stage("cut").run(run.bundle, chosen.groups, chosen.masks, chosen.left_out, example)
-    torch_part("store").save_plan(plan, out / "plan.json")
-    torch_part("store").save_network(small.module, out / "weights.safetensors")
+    plan, small = stage("cut").run(
+        run.bundle, chosen.groups, chosen.masks, chosen.left_out, example, edited=chosen.edited
+    )
+    torch_part("store").save_plan(plan, step.out / "plan.json")
+    torch_part("store").save_network(small.module, step.out / "weights.safetensors")
 
 
-def _restored(run: Context, cut: Path, weights: Path) -> Bundle:
-    store = torch_part("store")
-    return store.restore(run.bundle, (store.load_plan(cut / "plan.json"),), weights / "weights.safetensors")
+def _repair(step: Step) -> None:
+    run, small = step.run, smaller(step.run, step.folders)
+    images = _synthetic(step)
+    if images is None:
+        images = torch_part("data").calibration_images(run.data, run.recipe.data.calibration)
+    kind = {"synthetic": "synthesized", "data": "calibration"}[run.repair]
+    run.say(f"repair: solve the layers after each cut anew on {len(images)} {kind} images")
+    held_out = run.data.held_out if run.data else None
+    repaired, ledger = stage("repair").run(run.bundle, small, images, held_out=held_out, seed=run.recipe.seed)
+    torch_part("store").save_network(repaired.bundle.module, step.out / "weights.safetensors")
+    codec.write(step.out / "ledger.json", Ledger(ledger, repaired.notes, repaired.facts))
 
 
-def _tune(run: Context, cut: Path, out: Path, scratch: Path) -> None:
-    small = _restored(run, cut, cut)
+def _tune(step: Step) -> None:
+    run, small = step.run, smaller(step.run, step.folders)
     ledger: tuple[Reading, ...] = ()
     if run.data is not None:
         run.say(f"tune: {_tune_words(run)}")
         teacher = run.bundle if run.recipe.tune.distill > 0 and run.recipe.tune.epochs else None
         small, ledger = stage("tune").run(
             small, run.data, run.recipe.tune, calibration=run.recipe.data.calibration, teacher=teacher,
-            seed=run.recipe.seed, scratch=scratch,
+            seed=run.recipe.seed, scratch=step.scratch, measured="repair" in step.folders,
         )  # fmt: skip
-    torch_part("store").save_network(small.module, out / "weights.safetensors")
-    codec.write(out / "ledger.json", Ledger(ledger))
+    torch_part("store").save_network(small.module, step.out / "weights.safetensors")
+    codec.write(step.out / "ledger.json", Ledger(ledger))
 
 
 def _tune_words(run: Context) -> str:
@@ -192,10 +199,10 @@ def _tune_words(run: Context) -> str:
     return ", ".join(words) or "nothing"
 
 
-def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
+def _export(step: Step) -> None:
+    run, out = step.run, step.out
     run.say("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
-    cut, tuned = folders
-    export, small = stage("export"), _restored(run, cut, tuned)
+    export, small = stage("export"), smaller(run, step.folders)
     artifact, parity = export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
     export.save_modules(small, out)
     reloaded = export.check_reload(out, small.input, torch_part("bundle").deployed(small))
@@ -208,14 +215,33 @@ def _export(run: Context, folders: tuple[Path, Path], out: Path) -> None:
         (out / "build_engine.sh").chmod(0o755)
 
 
-def _measure(run: Context, folders: Mapping[str, Path], out: Path) -> None:
+def _measure(step: Step) -> None:
+    run, small = step.run, smaller(step.run, step.folders)
     run.say(f"measure: dense and compressed in turn on {run.device.where()}")
     measure_run = stage("measure_run")
-    plan: Plan = torch_part("store").load_plan(folders["cut"] / "plan.json")
-    files = {"dense": folders["dense"] / "dense.onnx", "compressed": folders["export"] / "model.onnx"}
+    files = {
+        "dense": step.folders["dense"] / "dense.onnx",
+        "compressed": step.folders["export"] / "model.onnx",
+    }
     images = run.data.held_out if run.data else None
     wanted = measure_run.Wanted(run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say)
-    codec.write(out / "measured.json", measure_run.run(wanted, files, plan))
+    measured = measure_run.run(wanted, files, small.plans[-1])
+    measured = replace(measured, after=(*measured.after, *_without_labels(step, small, files)))
+    codec.write(step.out / "measured.json", measured)
+
+
+def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tuple[Reading, ...]:
+    """What can be said without data: where images were synthesized, and where there is nothing else to be said."""
+    run, synthetic = step.run, stage("measure_synthetic")
+    pictures = None
+    if "synthesize" in step.folders:
+        made = stage("synthesize").read(step.folders["synthesize"])
+        repaired = codec.read(Ledger, step.folders["repair"] / "ledger.json", WorkdirError)
+        facts = {"synthesis": made.facts, "repair": repaired.facts}
+        pictures = synthetic.Pictures(made.images, facts, fitted=True)
+    elif run.data is not None:
+        return ()
+    return synthetic.run((run.bundle, small), files, pictures, run.device, run.say)
 
 
 def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
@@ -223,70 +249,11 @@ def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
         if (folders["export"] / name).exists():
             run.work.publish(folders["export"] / name, name)
     run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
-    small = _restored(run, folders["cut"], folders["tune"])
-    report = _report(run, folders, small)
+    small = smaller(run, folders)
+    report = build_report(run, folders, small)
     stage("report").run(report, run.work.root)
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False)
     return Result(run.work.root, report, verdict, small)
-
-
-def _report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Report:
-    build, costs, plan = stage("report_build"), torch_part("costs"), small.plans[-1]
-    measured = codec.read(stage("measure_run").Measured, folders["measure"] / "measured.json", WorkdirError)
-    ledger = codec.read(Ledger, folders["tune"] / "ledger.json", WorkdirError)
-    example = costs.normalized_example(run.bundle.input, run.recipe.seed)
-    rows = (costs.layer_costs(run.bundle.module, example), costs.layer_costs(small.module, example))
-    parts = {
-        "recipe": recipes.to_dict(run.recipe),
-        "environment": build.environment(run.device.facts(), run.target.title),
-        "before": measured.before, "after": measured.after, "samples": measured.samples,
-        "layers": build.layers(*rows, measured.times, plan.left_out),
-    }  # fmt: skip
-    parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
-    notes = (
-        *measured.notes,
-        *_parity_notes(parity.readings),
-        *stage("prune").read(folders["prune"]).notes,
-        *_notes(run, plan),
-    )
-    return build.build(parts, ledger=ledger.readings, notes=notes, plan=plan)
-
-
-def _parity_notes(readings: Sequence[Reading]) -> list[str]:
-    """How far the files' answers are from the network's; differences are relative to the largest logit."""
-    worst: dict[str, float] = {}
-    for reading in readings:
-        if reading.value is not None:
-            worst[reading.artifact] = max(worst.get(reading.artifact, 0.0), reading.value)
-    if not worst:
-        return []
-    said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
-    return [f"Largest difference to the network in torch, relative to the largest logit: {said}."]
-
-
-def _notes(run: Context, plan: Plan) -> list[str]:
-    """What the reader of a report must know of how it came to be."""
-    table = run.recipe.prune
-    notes = list(run.data.notes) if run.data else []
-    if table.method == "auto":
-        why = "there are training images" if run.trainable else "there is no training data"
-        notes.append(f"The method is {stage('prune').method_name(table, run.trainable)}, because {why}.")
-    if run.recipe.export.precision == "auto":
-        notes.append("The file is fp32: other precisions are not in this version.")
-    if plan.left_out:
-        named = ", ".join(list(plan.left_out)[:3])
-        more = f" and {len(plan.left_out) - 3} more" if len(plan.left_out) > 3 else ""
-        notes.append(f"Left whole: {named}{more}; the report says why.")
-    return notes
-
-
-def _facts(run: Context) -> dict[str, Any]:
-    """The rest of edgeprune.lock: what one needs to make the same files again."""
-    calibration = bundled.resolve("calibration", run.recipe.data.calibration)
-    return {
-        "recipe": recipes.to_dict(run.recipe), "versions": stage("report_build").versions(),
-        "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
-    }  # fmt: skip
 
 
 def _budget_words(budget: Budget) -> str:

@@ -1,7 +1,8 @@
 """The families (methods, attacks, runtimes, devices): list, describe and build their members.
 
 The file name is the registration: a member is one file with exactly one final class, a frozen dataclass whose
-fields are its options. Listing and describing read the source and import nothing.
+fields are its options. Listing and describing read the source and import nothing. A name is written with "-" where
+the file has "_" (`data-free` is data_free.py); both spellings are understood.
 """
 
 from __future__ import annotations
@@ -19,7 +20,25 @@ FAMILIES = ("methods", "attacks", "runtimes", "devices")
 
 def names(family: str) -> List[str]:
     """The members of a family, sorted."""
-    return sorted(p.stem for p in _folder(family).glob("*.py") if not p.stem.startswith("_"))
+    return sorted(spelled(p.stem) for p in _folder(family).glob("*.py") if not p.stem.startswith("_"))
+
+
+def spelled(name: str) -> str:
+    """The one spelling of a member's name, with "-"; a dotted path is left as it is."""
+    return name if "." in name else name.replace("_", "-")
+
+
+def path_of(family: str, name: str) -> Path:
+    """The file of a member.
+
+    Raises:
+        UsageError: no such family or member; says the closest one.
+    """
+    stem = name.replace("-", "_")
+    path = _folder(family) / f"{stem}.py"
+    if stem.startswith("_") or not path.is_file():
+        raise UsageError(f"no {family.rstrip('s')} is named {name!r}", suggest(name, names(family)))
+    return path
 
 
 def describe(family: str, name: str) -> str:
@@ -48,7 +67,8 @@ def check_options(family: str, name: str, given: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
             raise UsageError(
-                f"{name} has no option {key!r}", suggest(key, known) or f"{name} takes no options"
+                f"{spelled(name)} has no option {key!r}",
+                suggest(key, known) or f"{spelled(name)} takes no options",
             )
 
 
@@ -77,10 +97,7 @@ def _folder(family: str) -> Path:
 
 
 def _tree(family: str, name: str) -> ast.Module:
-    path = _folder(family) / f"{name}.py"
-    if name.startswith("_") or not path.is_file():
-        raise UsageError(f"no {family.rstrip('s')} is named {name!r}", suggest(name, names(family)))
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(path_of(family, name).read_text(encoding="utf-8"))
 
 
 def _import(module: str, what: str) -> Any:
@@ -96,7 +113,7 @@ def _import(module: str, what: str) -> Any:
 
 
 def _final_class(family: str, name: str) -> Any:
-    module = _import(f"edgeprune.{family}.{name}", name)
+    module = _import(f"edgeprune.{family}.{path_of(family, name).stem}", name)
     found = [
         v
         for k, v in vars(module).items()

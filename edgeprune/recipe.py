@@ -18,6 +18,9 @@ from edgeprune.records import Budget
 GRANULARITIES = ("channel", "weight", "2:4")
 OBJECTIVES = ("natural", "fgsm", "pgd", "trades")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
+REPAIRS = ("auto", "none", "synthetic", "data")
+# What the method "auto" stands for, with and without training images.
+AUTO = ("taylor", "data-free")
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class PruneTable:
     """[prune]: the method and how channels are shared out.
 
     allocation: "global" or "uniform". floor: the least share of a layer's channels that stays.
-    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. `options` are the method's own
-    (its dataclass fields).
+    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. repair: the images on which the
+    layers after a cut are solved anew: "synthetic" (made from the network itself), "data" (calibration images),
+    "none", or "auto". `options` are the method's own (its dataclass fields).
     """
 
     method: str = "auto"
@@ -62,12 +66,24 @@ class PruneTable:
     floor: float = 0.1
     multiple_of: int = 0
     skip: Tuple[str, ...] = ()
+    repair: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class SynthesizeTable:
+    """[synthesize]: images made from the network itself: how many, and in how many steps.
+
+    0 is as many as the cost of the network allows.
+    """
+
+    images: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
 class TuneTable:
-    """[tune]: repair with data. lr of SGD with momentum and a cosine.
+    """[tune]: fine-tuning with data. lr of SGD with momentum and a cosine.
 
     distill: the weight of the dense model's answers.
     """
@@ -115,6 +131,7 @@ class Recipe:
     seed: int = 0
     model: ModelTable = ModelTable()
     data: DataTable = DataTable()
+    synthesize: SynthesizeTable = SynthesizeTable()
     prune: PruneTable = PruneTable()
     budget: Mapping[str, str] = field(default_factory=dict)
     tune: TuneTable = TuneTable()
@@ -125,6 +142,7 @@ class Recipe:
 _TABLES = {
     "model": ModelTable,
     "data": DataTable,
+    "synthesize": SynthesizeTable,
     "prune": PruneTable,
     "tune": TuneTable,
     "export": ExportTable,
@@ -213,6 +231,7 @@ def _table(name: str, cls: Any, values: Any) -> Any:
             raise UsageError(f"[{name}] has no key {key!r}", suggest(key, defaults))
     if name == "prune":
         known["options"] = options
+        known["method"] = plugins.spelled(known.get("method", defaults["method"]))
     return cls(**known)
 
 
@@ -281,6 +300,7 @@ def _validate(recipe: Recipe) -> None:
         ("data.use", recipe.data.use, ("all", "evaluate")),
         ("prune.granularity", recipe.prune.granularity, GRANULARITIES),
         ("prune.allocation", recipe.prune.allocation, ("global", "uniform")),
+        ("prune.repair", recipe.prune.repair, REPAIRS),
         ("tune.objective", recipe.tune.objective, OBJECTIVES),
         ("export.precision", recipe.export.precision, PRECISIONS),
     )
@@ -289,10 +309,7 @@ def _validate(recipe: Recipe) -> None:
             raise UsageError(
                 f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
             )
-    method = recipe.prune.method
-    if "." not in method:
-        # "auto" may become taylor, which has all the options that either of its choices has.
-        plugins.check_options("methods", "taylor" if method == "auto" else method, recipe.prune.options)
+    _check_options(recipe.prune)
     ranges = (
         ("seed", recipe.seed, 0, 2**32 - 1),
         ("prune.floor", recipe.prune.floor, 0.0, 1.0),
@@ -304,6 +321,8 @@ def _validate(recipe: Recipe) -> None:
         ("tune.epochs", recipe.tune.epochs, 0, 100000),
         ("tune.batch", recipe.tune.batch, 2, 65536),
         ("prune.multiple_of", recipe.prune.multiple_of, 0, 1024),
+        ("synthesize.images", recipe.synthesize.images, 0, 65536),
+        ("synthesize.steps", recipe.synthesize.steps, 0, 10**6),
         ("export.opset", recipe.export.opset, 0, 100),
         ("export.tolerance", recipe.export.tolerance, 0.0, 1.0),
         ("measure.threads", recipe.measure.threads, 0, 1024),
@@ -316,3 +335,13 @@ def _validate(recipe: Recipe) -> None:
             raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
     for metric, text in recipe.budget.items():
         limit(metric, text)
+
+
+def _check_options(table: PruneTable) -> None:
+    if table.method == "auto" and table.options:
+        known = {key for name in AUTO for key in plugins.options("methods", name)}
+        for key in table.options:
+            if key not in known:
+                raise UsageError(f"neither {' nor '.join(AUTO)} has an option {key!r}", suggest(key, known))
+    elif table.method != "auto" and "." not in table.method:
+        plugins.check_options("methods", table.method, table.options)

@@ -18,7 +18,7 @@ from typing import Any
 from edgeprune.codec import to_json, write
 from edgeprune.errors import WorkdirError
 
-STAGES = ("dense", "prune", "cut", "tune", "export", "measure")
+STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "measure")
 LOCKFILE = "edgeprune.lock"
 
 

@@ -16,6 +16,7 @@ from edgeprune import api
 from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
 
 FAST = {"iterations": 20, "seconds": 1.0}
+ROUGH = {"images": 8, "steps": 4}
 
 
 def test_the_docstrings_do_what_they_say() -> None:
@@ -35,7 +36,7 @@ def test_a_module_in_memory_is_compressed_and_itself_not_changed(tmp_path: Path)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     run = edgeprune.compress(
         network, nets.example(), budget={"macs": "60 %"}, output=tmp_path / "run", mean=(0.5,) * 3, std=(0.2,) * 3,
-        measure=FAST,
+        measure=FAST, synthesize=ROUGH,
     )  # fmt: skip
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     bundle = edgeprune.load(tmp_path / "run")
@@ -53,7 +54,13 @@ def test_a_module_in_memory_is_compressed_and_itself_not_changed(tmp_path: Path)
 
 def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleBudget):
-        edgeprune.compress(nets.build("plain"), nets.example(), budget={"macs": "1 %"}, output=tmp_path / "a")
+        edgeprune.compress(
+            nets.build("plain"),
+            nets.example(),
+            budget={"macs": "1 %"},
+            output=tmp_path / "a",
+            synthesize=ROUGH,
+        )
     with pytest.raises(UsageError, match="unknown metric"):
         edgeprune.compress(nets.build("plain"), nets.example(), budget={"speed": "2"}, output=tmp_path / "b")
     with pytest.raises(ModelError):

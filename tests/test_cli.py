@@ -22,6 +22,8 @@ from edgeprune.nn import zoo
 from edgeprune.records import Report
 
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
+# Images enough to go through every step, too few and too rough to be good.
+ROUGH = ["--set", "synthesize.images=8", "--set", "synthesize.steps=4"]
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
 runner = CliRunner()
 
@@ -58,6 +60,7 @@ def command(weights: Path, out: Path, *more: str) -> list[str]:
         "-o",
         str(out),
         *FAST,
+        *ROUGH,
         *more,
     ]
 
@@ -126,13 +129,14 @@ def test_another_option_redoes_only_what_depends_on_it(
     done = runner.invoke(app, command(weights, out, "--data", str(images), "--epochs", "2", "--json"))
     assert done.exit_code == 0, done.output
     counts = {p.name: len(list(p.iterdir())) for p in out.glob("[0-9]-*")}
-    assert counts == {"0-dense": 1, "1-prune": 1, "2-cut": 1, "3-tune": 2, "4-export": 2, "5-measure": 2}
+    assert counts == {"0-dense": 1, "2-prune": 1, "3-cut": 1, "5-tune": 2, "6-export": 2, "7-measure": 2}
 
 
 def test_the_pruned_network_can_be_pruned_again_from_its_run_directory(
     run: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
-    again = ["compress", str(run[0]), "-o", str(tmp_path / "again"), "--json", "--budget", "macs=80 %", *FAST]
+    again = ["compress", str(run[0]), "-o", str(tmp_path / "again"), "--json", *FAST, *ROUGH]
+    again += ["--budget", "macs=80 %"]
     done = runner.invoke(app, again)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)["report"]
@@ -168,6 +172,10 @@ def test_a_missing_baseline_is_no_failure_and_is_said(
         (["compress", "x.pt2", "--method", "tailor"], 2, "did you mean 'taylor'?"),
         (["compress", "x.pt2", "--set", "prune.flor=0.2"], 2, "flor"),
         (["compress", "x.pt2", "--force", "prone"], 2, "did you mean 'prune'?"),
+        (["compress", "x.pt2", "--force", "synthesise"], 2, "did you mean 'synthesize'?"),
+        (["compress", "x.pt2", "--method", "datafree"], 2, "did you mean 'data-free'?"),
+        (["compress", "x.pt2", "--set", "prune.repair=always"], 2, "auto, none, synthetic, data"),
+        (["compress", "x.pt2", "--set", "synthesize.image=8"], 2, "did you mean 'images'?"),
         (["compress", "x.pt2", "--epochs", "3"], 2, "needs images"),
         (["compress", "x.pt2", "--granularity", "2:4"], 2, "not in this version"),
         (["compress", "x.pt2", "--precision", "int8"], 2, "not in this version"),
@@ -228,8 +236,22 @@ def test_evaluation_data_is_never_learned_from(weights: Path, images: Path, tmp_
     done = runner.invoke(app, command(weights, tmp_path / "run", *data, "--json"))
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)["report"]
-    assert [r["conditions"]["stage"] for r in report["ledger"]] == ["pruned"]
+    assert [r["conditions"]["stage"] for r in report["ledger"]] == ["pruned", "repaired"]
     assert readings(report, "after")["clean_accuracy"] is not None
+
+
+def test_any_method_may_be_repaired_on_calibration_images_before_it_is_tuned(
+    weights: Path, images: Path, tmp_path: Path
+) -> None:
+    chosen = ["--data", str(images), "--method", "magnitude", "--set", "prune.repair=data", "--json"]
+    done = runner.invoke(app, command(weights, tmp_path / "run", *chosen))
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)["report"]
+    stages = {r["conditions"]["stage"]: r for r in report["ledger"]}
+    assert list(stages) == ["pruned", "repaired", "bn recalibrated"]
+    assert stages["repaired"]["conditions"]["repair"]["images"] == 100
+    assert not any(r["metric"].startswith(("synthetic", "certified")) for r in report["after"])
+    assert not list((tmp_path / "run").glob("1-synthesize"))
 
 
 def test_evaluate_and_profile_read_the_file_itself(run: tuple[Path, dict[str, object]], images: Path) -> None:
@@ -275,21 +297,21 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
     run: tuple[Path, dict[str, object]], weights: Path, images: Path, tmp_path: Path
 ) -> None:
     arguments = command(weights, tmp_path / "run", "--data", str(images), "--epochs", "1")
-    for stage in ("2-cut", "4-export"):
+    for stage in ("3-cut", "6-export"):
         with start(arguments) as process:
             deadline = time.monotonic() + 120
             while not list((tmp_path / "run").glob(f"{stage}/*")) and process.poll() is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             os.kill(process.pid, signal.SIGKILL)
-    finished = set((tmp_path / "run").glob("[0-3]-*/[!t]*"))
+    finished = set((tmp_path / "run").glob("[0-5]-*/[!t]*"))
     stamps = {p: (p / "record.json").stat().st_mtime_ns for p in finished if p.is_dir()}
     assert stamps
     done = runner.invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     assert {p: (p / "record.json").stat().st_mtime_ns for p in stamps} == stamps
-    key = next(p for p in (run[0] / "4-export").iterdir() if (p / "model.onnx").exists() and p.name in
-               {q.name for q in (tmp_path / "run" / "4-export").iterdir()})  # fmt: skip
+    key = next(p for p in (run[0] / "6-export").iterdir() if (p / "model.onnx").exists() and p.name in
+               {q.name for q in (tmp_path / "run" / "6-export").iterdir()})  # fmt: skip
     assert (tmp_path / "run" / "model.onnx").read_bytes() == (key / "model.onnx").read_bytes()
 
 
@@ -317,9 +339,9 @@ def test_truncated_model_files_are_clear_errors(weights: Path, tmp_path: Path, s
 
 
 @pytest.mark.parametrize("spec", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
-def test_a_model_of_the_zoos_pickled_whole_needs_no_flag(spec: str, tmp_path: Path) -> None:
+def test_a_model_of_the_zoos_pickled_whole_needs_no_flag_of_its_own(spec: str, tmp_path: Path) -> None:
     torch.save(zoo.architecture(spec), tmp_path / "whole.pt")
-    out = ["-o", str(tmp_path / "run"), *FAST, "--json"]
+    out = ["-o", str(tmp_path / "run"), *FAST, "--method", "magnitude", "--json"]
     done = runner.invoke(app, ["compress", str(tmp_path / "whole.pt"), "--target", "jetson", *out])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)["report"]

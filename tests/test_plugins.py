@@ -59,7 +59,23 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 def test_members_are_the_files_without_an_underscore_sorted(write: Write) -> None:
     for name in ("radio", "_shared", "__init__", "carrier_pigeon"):
         write(name)
-    assert plugins.names("devices") == ["carrier_pigeon", "radio"]
+    assert plugins.names("devices") == ["carrier-pigeon", "radio"]
+
+
+@pytest.mark.parametrize("name", ["carrier-pigeon", "carrier_pigeon"])
+def test_a_name_may_be_written_with_a_dash_or_as_its_file(write: Write, name: str) -> None:
+    write("carrier_pigeon")
+    assert plugins.path_of("devices", name).name == "carrier_pigeon.py"
+    assert plugins.describe("devices", name) == "Reached by radio."
+    assert plugins.build("devices", name, {"channel": 3}).channel == 3
+    with pytest.raises(UsageError) as caught:
+        plugins.check_options("devices", name, {"chanel": 3})
+    assert caught.value.message == "carrier-pigeon has no option 'chanel'"
+
+
+def test_a_name_has_one_spelling_and_a_dotted_path_keeps_its_own() -> None:
+    assert plugins.spelled("uniform_random") == plugins.spelled("uniform-random") == "uniform-random"
+    assert plugins.spelled("my_package.my_file.My_Class") == "my_package.my_file.My_Class"
 
 
 def test_a_member_is_described_by_its_first_line_and_not_imported(write: Write) -> None:
@@ -101,7 +117,7 @@ def test_an_option_that_is_missing_is_a_usage_error(write: Write) -> None:
         plugins.build("devices", write("radio"), {})
 
 
-@pytest.mark.parametrize("name", ["radiio", "_shared", "__init__", "../plugins", "", "a/b"])
+@pytest.mark.parametrize("name", ["radiio", "_shared", "-shared", "__init__", "../plugins", "", "a/b"])
 def test_an_unknown_member_is_refused(write: Write, name: str) -> None:
     write("radio")
     write("_shared")

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from edgeprune import plugins, recipe
 from edgeprune.errors import UsageError
-from edgeprune.recipe import DataTable, ExportTable, MeasureTable, ModelTable, PruneTable, Recipe, TuneTable
+from edgeprune.recipe import (
+    DataTable,
+    ExportTable,
+    MeasureTable,
+    ModelTable,
+    PruneTable,
+    Recipe,
+    SynthesizeTable,
+    TuneTable,
+)
 from edgeprune.records import METRICS, Budget, Limit
 
 # Any text but halves of surrogate pairs, which no TOML file can hold.
@@ -47,7 +56,9 @@ RECIPES = some(
         floor=SHARES,
         multiple_of=st.integers(0, 64),
         skip=st.lists(TEXT, max_size=2).map(tuple),
+        repair=st.sampled_from(recipe.REPAIRS),
     ),
+    synthesize=some(SynthesizeTable, images=st.integers(0, 9999), steps=st.integers(0, 9999)),
     budget=st.dictionaries(st.sampled_from(["macs", "params", "size"]), st.just("50 %")),
     tune=some(TuneTable, epochs=st.integers(0, 99), lr=SHARES, distill=SHARES, augment=st.booleans()),
     export=some(ExportTable, precision=st.sampled_from(recipe.PRECISIONS), opset=st.integers(0, 20)),
@@ -108,6 +119,18 @@ def test_a_set_line_is_read_as_toml_or_as_text(line: str, table: str, key: str, 
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize("name", ["uniform_random", "uniform-random"])
+def test_a_method_has_one_name_however_it_is_written(name: str) -> None:
+    assert recipe.build({"prune": {"method": name}}, {}).prune.method == "uniform-random"
+    assert recipe.build({"prune": {"method": "my_file.My_Method"}}, {}).prune.method == "my_file.My_Method"
+
+
+def test_auto_takes_the_options_of_every_method_that_it_may_become() -> None:
+    for name in recipe.AUTO:
+        for option in plugins.options("methods", name):
+            assert recipe.build({"prune": {option: 3}}, {}).prune.options == {option: 3}
+
+
 def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
     made = recipe.build({}, {}, ["seed=7", "target=jetson"])
     assert (made.seed, made.target) == (7, "jetson")
@@ -130,6 +153,15 @@ def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
             "prune.granularity = '4:8' is not one of channel, weight, 2:4",
             None,
         ),
+        ({"prune": {"repair": "no"}}, "prune.repair = 'no' is not one of auto, none, synthetic, data", None),
+        (
+            {"prune": {"imagse": 3}},
+            "neither taylor nor data-free has an option 'imagse'",
+            "did you mean 'images'?",
+        ),
+        ({"synthesize": {"image": 3}}, "[synthesize] has no key 'image'", "did you mean 'images'?"),
+        ({"synthesize": {"images": -1}}, "synthesize.images = -1 must be between 0 and 65536", ""),
+        ({"synthesize": {"steps": 1.5}}, "synthesize.steps = 1.5 must be of type int", ""),
         ({"prune": {"floor": 1.5}}, "prune.floor = 1.5 must be between 0 and 1", ""),
         ({"tune": {"lr": float("nan")}}, "tune.lr = nan must be between 0 and 100", ""),
         ({"tune": {"temperature": 0}}, "tune.temperature = 0.0 must be between 0.01 and 1000", ""),

@@ -69,6 +69,14 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return deepcopy(module.state_dict())
 
 
+def test_an_accuracy_that_was_measured_already_is_not_measured_again(data: Data, tmp_path: Path) -> None:
+    given, table = bundle(Small()), replace(TABLE, epochs=0)
+    _, readings = tune.run(
+        given, data, table, calibration="small", teacher=None, seed=0, scratch=tmp_path, measured=True
+    )
+    assert [r.conditions["stage"] for r in readings] == ["bn recalibrated"]
+
+
 def test_the_ledger_has_the_accuracy_before_after_batch_norm_and_after_tuning(
     data: Data, tmp_path: Path
 ) -> None:

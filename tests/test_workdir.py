@@ -15,7 +15,7 @@ import pytest
 from edgeprune import bundled, recipe
 from edgeprune.context import Context
 from edgeprune.errors import WorkdirError
-from edgeprune.pipeline import _dense_key
+from edgeprune.keys import dense_key
 from edgeprune.records import Budget, Bundle, InputSpec, Source
 from edgeprune.workdir import STAGES, Workdir
 
@@ -99,7 +99,13 @@ def test_forcing_a_stage_forgets_it_and_all_later_ones(tmp_path: Path) -> None:
         for name in STAGES:
             work.stage(name, "k", lambda out: (out / "f").write_text("x") and None)
         work.forget_from("tune")
-        assert [n for n in STAGES if work.is_done(n, "k")] == ["dense", "prune", "cut"]
+        assert [n for n in STAGES if work.is_done(n, "k")] == [
+            "dense",
+            "synthesize",
+            "prune",
+            "cut",
+            "repair",
+        ]
 
 
 def test_a_place_that_is_no_directory_is_an_error_of_the_directory(tmp_path: Path) -> None:
@@ -117,8 +123,8 @@ def test_editing_the_architecture_or_the_calibration_recipe_makes_old_results_st
         recipe.build({}, {"data": {"path": "x", "calibration": str(calibration)}}), bundled.target("local"), Budget(),
         Workdir(tmp_path), Bundle(None, source, InputSpec((3, 8, 8), 5)), SimpleNamespace(fingerprint="f"), None, print,
     )  # fmt: skip
-    before = (_dense_key(run), run.data_key)
-    assert before == (_dense_key(run), run.data_key)
+    before = (dense_key(run), run.data_key)
+    assert before == (dense_key(run), run.data_key)
     code.write_text("width = 4\n")
     calibration.write_text("count = 5\n")
-    assert _dense_key(run) != before[0] and run.data_key != before[1]
+    assert dense_key(run) != before[0] and run.data_key != before[1]

@@ -58,23 +58,29 @@ def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
     return (channels, *down)
 
 
-def allocate(scores: Mapping[str, Tensor], costs: CostModel, rules: Rules) -> Allocation:
+def allocate(losses: Mapping[str, Tensor], costs: CostModel, rules: Rules) -> Allocation:
     """Choose how many channels each group keeps.
 
     Args:
-        scores: group -> float64 (C,), >= 0; larger means keep; comparable between groups unless `rules.uniform`.
+        losses: group -> float64 (C + 1,), what it costs to keep k channels, not increasing in k and 0 for all of them;
+            comparable between groups unless `rules.uniform`.
 
     Raises:
         InfeasibleBudget: even the floor of every group costs more than a limit; says how far it got.
     """
-    multiple, steps = _levels(scores, costs, rules)
-    choose = _uniform if rules.uniform else _descend
-    kept = choose(scores, steps, costs, rules.limits)
+    multiple, steps = _levels(losses, costs, rules)
+    kept = (
+        _uniform(steps, costs, rules.limits)
+        if rules.uniform
+        else _descend(losses, steps, costs, rules.limits)
+    )
+    if not rules.uniform and multiple > 1:
+        kept = _fill(kept, losses, multiple // 2, (costs, rules))
     return Allocation(kept, costs.cost(kept), multiple)
 
 
 def _levels(
-    scores: Mapping[str, Tensor], costs: CostModel, rules: Rules
+    groups: Mapping[str, object], costs: CostModel, rules: Rules
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """The coarsest levels that can meet the limits: rather finer ones than a bottleneck, rather that than none.
 
@@ -86,7 +92,7 @@ def _levels(
     comfortable = [(m, max(BOTTLENECK, rules.floor)) for m in halves[:2]]
     steps: dict[str, tuple[int, ...]] = {}
     for multiple, floor in [*comfortable, *((m, rules.floor) for m in halves)]:
-        steps = {g: levels(costs.channels[g], multiple, floor) for g in scores}
+        steps = {g: levels(costs.channels[g], multiple, floor) for g in groups}
         if _fits(costs.cost({g: s[-1] for g, s in steps.items()}), rules.limits):
             return multiple, steps
     raise _infeasible(costs, {g: s[-1] for g, s in steps.items()}, rules)
@@ -110,33 +116,39 @@ def _fits(cost: Mapping[str, float], limits: Mapping[str, float]) -> bool:
     return all(cost[metric] <= limit for metric, limit in limits.items())
 
 
-def _losses(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """losses[g][k]: what it costs in importance when group g keeps its k best channels.
+def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What it costs in importance when a group keeps its k best channels, from a score for each channel.
 
     Not their sum S - R alone (R is what stays of the total S), but S log(S / R): the same for the first channels
     that go, ever dearer for the last ones. Additive scores say nothing of how channels lean on each other, and with
     sums the cheapest group is emptied to its floor before the next one is touched.
+
+    Args:
+        scores: group -> float64 (C,), >= 0; larger means keep; comparable between groups.
+
+    Returns:
+        group -> float64 (C + 1,); infinite for 0.
     """
     out = {}
     for group, values in scores.items():
         kept = torch.sort(values.double(), descending=True).values.cumsum(0)
         total = float(kept[-1])
         if total <= 0:
-            out[group] = [0.0] * (len(values) + 1)
+            out[group] = torch.zeros(len(values) + 1, dtype=torch.float64)
             continue
-        share = torch.clamp(kept / total, min=1e-12)
-        out[group] = [float("inf"), *(-total * share.log()).tolist()]
+        lost = -total * torch.clamp(kept / total, min=1e-12).log()
+        out[group] = torch.cat([torch.tensor([float("inf")], dtype=torch.float64), lost])
     return out
 
 
 def _descend(
-    scores: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
     steps: dict[str, tuple[int, ...]],
     costs: CostModel,
     limits: Mapping[str, float],
 ) -> dict[str, int]:
     """Greedy: always the step with the least importance lost per (relative) cost saved, then what can be given back."""
-    losses = _losses(scores)
+    losses = {g: values.tolist() for g, values in given.items()}
     at = dict.fromkeys(steps, 0)
     kept = {g: s[0] for g, s in steps.items()}
     now = costs.cost(kept)
@@ -180,11 +192,20 @@ def _give_back(
         kept = {**kept, group: steps[group][at[group]]}
 
 
+def _fill(
+    kept: dict[str, int], losses: Mapping[str, Tensor], multiple_of: int, fit: tuple[CostModel, Rules]
+) -> dict[str, int]:
+    """Spend what a budget has left over, less than a coarse step, in half steps."""
+    costs, rules = fit
+    steps = {g: levels(costs.channels[g], multiple_of, rules.floor) for g in kept}
+    steps = {g: s if kept[g] in s else (kept[g],) for g, s in steps.items()}
+    at = {g: s.index(kept[g]) for g, s in steps.items()}
+    lost = {g: values.tolist() for g, values in losses.items()}
+    return _give_back(kept, at, steps, lost, (costs, rules.limits))
+
+
 def _uniform(
-    scores: Mapping[str, Tensor],
-    steps: dict[str, tuple[int, ...]],
-    costs: CostModel,
-    limits: Mapping[str, float],
+    steps: dict[str, tuple[int, ...]], costs: CostModel, limits: Mapping[str, float]
 ) -> dict[str, int]:
     """The largest share of channels, the same for every group and rounded to its nearest level, that fits."""
     for permille in range(1000, -1, -1):

@@ -17,24 +17,33 @@ RESULT_VERSION = 1
 
 
 def run(
-    bundle: Bundle, groups: Sequence[Group], masks: Masks, left_out: Mapping[str, str], example: Tensor
+    bundle: Bundle,
+    groups: Sequence[Group],
+    masks: Masks,
+    left_out: Mapping[str, str],
+    example: Tensor,
+    *,
+    edited: Mapping[str, Tensor] | None = None,
 ) -> tuple[Plan, Bundle]:
     """Cut a copy of the network.
 
     Args:
         bundle: not changed. groups, masks, left_out: what prune chose. example: float32 (N, C, H, W), normalized.
+        edited: state-dict name -> the tensor that the method put there, as when it merged channels; what is proven
+            is that the edited network answers alike masked and cut. The counts before are those of `bundle`.
 
     Returns:
         The plan, and the bundle of the smaller network with the plan appended. Groups that fail the proof with
         these very weights stay whole and are added to the plan's `left_out`.
 
     Raises:
-        ModelError: nothing was removed although the masks said so, or the outputs changed their shape.
+        ModelError: nothing was removed although the masks said so, the outputs changed their shape, or the
+            edited tensors are not of this network.
     """
-    channels, failed = _proven(bundle.module, groups, masks.channels, example)
+    network = _with(bundle.module, edited or {})
+    channels, failed = _proven(network, groups, masks.channels, example)
     tensors = surgery.removed_positions(groups, channels)
-    network = deepcopy(bundle.module)
-    before = (total_params(network), total_macs(network, example))
+    before = (total_params(bundle.module), total_macs(bundle.module, example))
     attributes = surgery.cut(network, tensors)
     after = (total_params(network), total_macs(network, example))
     _check_smaller(bundle.module, network, example, (tensors, before, after))
@@ -46,6 +55,18 @@ def run(
         left_out={**left_out, **failed}, params=after[0], macs=after[1], params_before=before[0], macs_before=before[1],
     )  # fmt: skip
     return plan, replace(bundle, module=network, plans=(*bundle.plans, plan))
+
+
+def _with(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
+    """A copy with some of its tensors replaced."""
+    copy = deepcopy(module)
+    state = copy.state_dict()
+    for name, tensor in edited.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = f"is {tuple(state[name].shape)} there" if name in state else "is not there"
+            raise ModelError(f"the method edited {name} {tuple(tensor.shape)}, which {found}")
+        state[name].copy_(tensor)
+    return copy
 
 
 def _proven(

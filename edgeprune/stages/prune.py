@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from edgeprune import codec, plugins
 from edgeprune.errors import InfeasibleBudget, UsageError, WorkdirError
-from edgeprune.methods import Method, PruneTask, ScoreMethod, choose_by
+from edgeprune.methods import Method, PruneTask, SurveyMethod, counts, verify
 from edgeprune.nn import surgery
 from edgeprune.nn.allocate import Rules
 from edgeprune.nn.bundle import deployed
@@ -22,7 +23,7 @@ from edgeprune.quantities import show
 from edgeprune.recipe import PruneTable
 from edgeprune.records import METRICS, Budget, Bundle, Group, Limit, Masks
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 COUNTED = ("macs", "params")
 PROBES = 8
 # A timing that just fits would miss half of the time when it is repeated.
@@ -31,12 +32,16 @@ TIMING_MARGIN = 0.97
 
 @dataclass(frozen=True)
 class Chosen:
-    """What prune hands on: the groups that can be cut, what to keep of them, what was left out and why, and notes."""
+    """What prune hands on: the groups that can be cut, what to keep of them, what was left out and why, and notes.
+
+    edited: state-dict name -> the tensor that the method put there (merged units); usually empty.
+    """
 
     groups: tuple[Group, ...]
     masks: Masks
     left_out: dict[str, str]
     notes: tuple[str, ...]
+    edited: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Material:
     """What a method may look at, and what can be tried out while searching.
 
     images: float32 (N, C, H, W) in [0, 1], labels: int64 (N,), or None. probes: metric -> Probe.
+    unlabelled: float32 (N, C, H, W), what the cut network will be repaired on, or None.
     """
 
     images: Tensor | None
@@ -59,13 +65,14 @@ class Material:
     probes: Mapping[str, Probe]
     multiple_of: int
     seed: int
+    unlabelled: Tensor | None = None
 
 
 def method_name(table: PruneTable, has_data: bool) -> str:
-    """The method that "auto" stands for: taylor when there are training images, magnitude otherwise."""
+    """The method that "auto" stands for: taylor when there are training images, data-free otherwise."""
     if table.method != "auto":
         return table.method
-    return "taylor" if has_data else "magnitude"
+    return "taylor" if has_data else "data-free"
 
 
 def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -> Chosen:
@@ -90,11 +97,21 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     def logits(pruned: nn.Module, x: Tensor) -> Tensor:
         return deployed(replace(bundle, module=pruned))(x)
 
-    task = PruneTask(graph.groups, costs, rules, logits, material.images, material.labels, material.seed)
+    task = PruneTask(
+        graph.groups, costs, rules, logits, material.images, material.labels, material.seed, bundle.input,
+        material.unlabelled,
+    )  # fmt: skip
     masks, notes = _search(network, method, task, (budget, material.probes))
     if all(bool(keep.all()) for keep in masks.channels.values()):
         notes = (*notes, "The dense model already meets the budget: nothing was removed.")
-    return Chosen(graph.groups, masks, graph.left_out, (*notes, *_unaligned(masks, material.multiple_of)))
+    notes = (*notes, *_unaligned(masks, material.multiple_of))
+    return Chosen(graph.groups, masks, graph.left_out, notes, _edited(bundle.module, network))
+
+
+def _edited(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """What the method changed in the network's tensors."""
+    old = before.state_dict()
+    return {k: v.detach() for k, v in after.state_dict().items() if not torch.equal(v, old[k])}
 
 
 def _unaligned(masks: Masks, multiple_of: int) -> tuple[str, ...]:
@@ -134,16 +151,27 @@ def _search(
             f"the budget's {unknown[0]} can't be read while pruning here",
             "prune for macs, params, size or latency, and hold the rest with `edgeprune gate`",
         )
-    scores = method.scores(network, task) if isinstance(method, ScoreMethod) else None
+    survey = method.survey(network, task) if isinstance(method, SurveyMethod) else None
 
     def choose(limits: Mapping[str, float]) -> Masks:
+        """The choice within limits; of a surveying method only its counts, which are all that a probe tells."""
         tighter = replace(task, rules=replace(task.rules, limits=dict(limits)))
-        return choose_by(scores, tighter) if scores is not None else method(deepcopy(network), tighter)
+        if survey is None:
+            return method(deepcopy(network), tighter)
+        kept = counts(survey, tighter)
+        return Masks(channels={g.name: torch.arange(g.channels) < kept[g.name] for g in task.groups})
 
-    if not measured:
-        return choose(task.rules.limits), ()
-    targets = {m: absolute(limit, probes[m].dense) for m, limit in measured.items()}
-    return _bisect(network, task, choose, (targets, probes))
+    best, notes = task.rules.limits, ()
+    if measured:
+        targets = {m: absolute(limit, probes[m].dense) for m, limit in measured.items()}
+        best, notes = _bisect(network, task, choose, (targets, probes))
+    final = replace(task, rules=replace(task.rules, limits=dict(best)))
+    if survey is None or not isinstance(method, SurveyMethod):
+        masks = method(network, final)
+    else:
+        masks = method.choose(network, final, survey, counts(survey, final))
+        verify(type(method).__name__, masks, final)
+    return masks, (*notes, *dict.fromkeys(task.notes))
 
 
 def _bisect(
@@ -151,7 +179,7 @@ def _bisect(
     task: PruneTask,
     choose: Callable[[Mapping[str, float]], Masks],
     wanted: tuple[dict[str, float], Mapping[str, Probe]],
-) -> tuple[Masks, tuple[str, ...]]:
+) -> tuple[Mapping[str, float], tuple[str, ...]]:
     """Halve the share of MACs until the largest one is found whose built file keeps every measured limit."""
     targets, probes = wanted
     dense_macs = task.costs.cost({})["macs"]
@@ -184,7 +212,7 @@ def _bisect(
         if not closest or all(readings[m] <= closest[m] for m in readings):
             closest = readings
         if fits:
-            low, best = share, masks
+            low, best = share, limits
             if share == 1.0:
                 break
         else:
@@ -220,6 +248,7 @@ def _shown(metric: str, value: float | None) -> str:
 def write(chosen: Chosen, folder: Path) -> None:
     """Leave the choice in a folder: masks.safetensors and chosen.json."""
     save_tensors(masks_to_tensors(dict(chosen.masks.channels)), folder / "masks.safetensors")
+    save_tensors(dict(chosen.edited), folder / "edited.safetensors")
     codec.write(
         folder / "chosen.json", {"groups": chosen.groups, "left_out": chosen.left_out, "notes": chosen.notes}
     )
@@ -233,7 +262,8 @@ def read(folder: Path) -> Chosen:
     """
     rest = codec.read(_Rest, folder / "chosen.json", WorkdirError)
     masks = Masks(channels={k: v.bool() for k, v in load_tensors(folder / "masks.safetensors").items()})
-    return Chosen(rest.groups, masks, dict(rest.left_out), rest.notes)
+    edited = load_tensors(folder / "edited.safetensors")
+    return Chosen(rest.groups, masks, dict(rest.left_out), rest.notes, edited)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from edgeprune.records import REPORT_SCHEMA, Report
 from edgeprune.stages.report_html import page
 from edgeprune.stages.report_markdown import document
 from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had, value_of
+from edgeprune.stages.report_unlabelled import sentences
 
 RESULT_VERSION = 1
 DEEPEST = 64
@@ -154,7 +155,7 @@ def _write(path: Path, text: str) -> None:
 def _sentences(report: Report) -> list[str]:
     rows = {row.metric: row for row in comparison(report)}
     sayings: tuple[Callable[[Report, dict[str, Row]], Iterator[str]], ...] = (_smaller, _faster, _right)
-    return [sentence for saying in sayings for sentence in saying(report, rows)]
+    return [*(sentence for saying in sayings for sentence in saying(report, rows)), *sentences(report)]
 
 
 def _smaller(report: Report, rows: dict[str, Row]) -> Iterator[str]:

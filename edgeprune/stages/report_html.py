@@ -25,6 +25,7 @@ from edgeprune.stages.report_rows import (
     text_of,
     unit_of,
 )
+from edgeprune.stages.report_unlabelled import HEAD, INTRODUCTION, TITLE, without_labels
 
 HEADLINES = ("macs", "size", "latency_p50", "clean_accuracy")
 MANY_LAYERS = plots.LONG_TABLE
@@ -86,6 +87,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
         ),
         _section("Read this first", element("ul", notes, class_="notes")) if notes else Markup(""),
         _section("Before and after", _comparison_table(rows)),
+        _unlabelled(report),
         _section("Accuracy after each stage", _ledger(report)),
         _section("Time of one image", _distribution(report)),
         *(layers if report.layers else []),
@@ -135,6 +137,26 @@ def _comparison_table(rows: Sequence[Row]) -> Markup:
         for row in rows
     ]
     return _table("Before and after, with 95 % intervals", head, body, kind="compare")
+
+
+def _unlabelled(report: Report) -> Markup:
+    """What was read without labels, each marked for what it is not."""
+    body = [
+        element(
+            "tr",
+            element("th", _breakable(row.metric), scope="row"),
+            element("td", row.text, class_="number"),
+            element("td", element("strong", row.mark)),
+            element("td", row.about),
+            element("td", str(row.n or "-"), class_="number"),
+            element("td", row.how, class_="how"),
+        )
+        for row in without_labels(report)
+    ]
+    if not body:
+        return Markup("")
+    head = [(name, "number" if name in ("value", "images") else "") for name in HEAD]
+    return _section(TITLE, element("p", INTRODUCTION, class_="fine"), _table(TITLE, head, body))
 
 
 def _ledger(report: Report) -> Markup:

@@ -19,6 +19,7 @@ from edgeprune.stages.report_rows import (
     text_of,
     unit_of,
 )
+from edgeprune.stages.report_unlabelled import HEAD, INTRODUCTION, TITLE, without_labels
 
 # An underscore inside a word is no emphasis, and metrics have many.
 _SPECIAL = re.compile(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^>|^[#+-](?=[#\s]))")
@@ -31,6 +32,9 @@ def document(report: Report, sentences: Sequence[str]) -> str:
     if report.notes:
         blocks += ["## Read this first", "\n".join(f"- {plain(note)}" for note in report.notes)]
     blocks += ["## Before and after", _comparison(report)]
+    if unlabelled := without_labels(report):
+        rows = [[r.metric, r.text, r.mark, r.about, str(r.n or "-"), r.how] for r in unlabelled]
+        blocks += [f"## {TITLE}", INTRODUCTION, table(HEAD, rows, numbers=(1,))]
     if report.ledger:
         rows = [[r.stage, r.metric, r.text, str(r.n), r.how] for r in ledger(report)]
         blocks += [

@@ -11,6 +11,8 @@ from edgeprune.quantities import show
 from edgeprune.records import METRICS, Reading, Report
 
 SPEED = ("latency_p50", "latency_p90", "latency_p99")
+# What is read without labels is no accuracy and stands in a section of its own.
+UNLABELLED = ("synthetic_agreement", "synthetic_kl", "certified_logit_change")
 SAME_SPEED = 1.005
 # Measured without an interval: a change smaller than this share is neither better nor worse.
 WOBBLY = ("peak_memory", "energy")
@@ -57,8 +59,11 @@ class LedgerRow:
 
 
 def comparison(report: Report) -> list[Row]:
-    """The before/after table: one row per metric that either side has a reading of, in the order of METRICS."""
-    present = {r.metric for r in (*report.before, *report.after)}
+    """The before/after table: one row per metric that either side has a reading of, in the order of METRICS.
+
+    What was read without labels is left out (`report_unlabelled`).
+    """
+    present = {r.metric for r in (*report.before, *report.after)} - set(UNLABELLED)
     metrics = [m for m in METRICS if m in present] + sorted(present - set(METRICS))
     return [_row(metric, find(report.before, metric), find(report.after, metric)) for metric in metrics]
 
@@ -107,10 +112,10 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def how_had(reading: Reading) -> str:
-    """How and where it was had: "measured on local x86_64", "counted", "estimated: ...", "not available: ..."."""
+    """How and where: "measured on local x86_64", "counted", "computed: ...", "estimated: ...", "not available: ..."."""
     if value_of(reading) is None:
         return f"not available: {reading.conditions.get('why') or 'no reason was recorded'}"
-    if reading.where.startswith(("counted", "estimated")) or not reading.where:
+    if reading.where.startswith(("counted", "computed", "estimated")) or not reading.where:
         return reading.where or "unknown"
     return f"measured on {reading.where}"
 

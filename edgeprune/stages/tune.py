@@ -1,8 +1,7 @@
-"""Repair a pruned network: batch-norm statistics anew, then fine-tuning, and the accuracy after each step."""
+"""tune: batch-norm statistics anew and fine-tuning for a pruned network, and the accuracy after each step."""
 
 from __future__ import annotations
 
-import platform
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgeprune.intervals import binomial
 from edgeprune.nn import bundle as bundles
 from edgeprune.nn import train
-from edgeprune.nn.data import Data, Split, calibration_images, calibration_indices
+from edgeprune.nn.data import Data, calibration_images, calibration_indices
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Bundle, Reading
+from edgeprune.stages import ledger
 
 RESULT_VERSION = 1
 
@@ -29,8 +28,9 @@ def run(  # noqa: PLR0913
     teacher: Bundle | None,
     seed: int,
     scratch: Path,
+    measured: bool = False,
 ) -> tuple[Bundle, tuple[Reading, ...]]:
-    """Repair a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
+    """Tune a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
 
     Nothing is learned from held-out images; without training images only the accuracy before is measured.
 
@@ -43,10 +43,11 @@ def run(  # noqa: PLR0913
         teacher: the dense network, to imitate with weight `table.distill`; or None.
         seed: decides the order of the images and their augmentation.
         scratch: a folder for the state after each epoch; an interrupted run goes on from there.
+        measured: the stage before this one has measured the accuracy of `bundle` already.
 
     Returns:
-        The repaired bundle, and readings of clean_accuracy with `conditions["stage"]` pruned, bn recalibrated
-        and tuned (those that took place).
+        The tuned bundle, and readings of clean_accuracy with `conditions["stage"]` pruned (unless it was measured
+        already), bn recalibrated and tuned (those that took place).
 
     Raises:
         ModelError: the network fails on images, or training diverges.
@@ -54,19 +55,19 @@ def run(  # noqa: PLR0913
     """
     copy = replace(bundle, module=deepcopy(bundle.module))
     network = bundles.deployed(copy)
-    readings = [_reading(network, data.held_out, "pruned", {})]
+    readings = [] if measured else [ledger.reading(network, data.held_out, "pruned", {})]
     if data.train is None:
         return copy, tuple(readings)
     if table.recalibrate:
         used = _recalibrate(network, data, data.train.labels, calibration)
         if used:
-            readings.append(_reading(network, data.held_out, "bn recalibrated", used))
+            readings.append(ledger.reading(network, data.held_out, "bn recalibrated", used))
     if table.epochs:
         _unfreeze(copy.module)
         dense = bundles.deployed(teacher) if teacher is not None and table.distill > 0 else None
         history = train.fit(network, data.train, table, teacher=dense, seed=seed, scratch=scratch)
         used = {"epochs": table.epochs, "training images": len(data.train), "loss": history.losses[-1]}
-        readings.append(_reading(network, data.held_out, "tuned", used))
+        readings.append(ledger.reading(network, data.held_out, "tuned", used))
     return copy, tuple(readings)
 
 
@@ -95,20 +96,6 @@ def _recalibrate(network: nn.Module, data: Data, labels: Tensor, calibration: st
         "loss with old": old_loss,
         "loss with new": new_loss,
     }
-
-
-def _reading(network: nn.Module, split: Split, stage: str, used: dict[str, Any]) -> Reading:
-    correct, total = train.accuracy(network, split)
-    return Reading(
-        metric="clean_accuracy",
-        value=correct / total,
-        unit="fraction",
-        n=total,
-        spread=binomial(correct, total),
-        where=f"local {platform.machine()} torch",
-        artifact="compressed",
-        conditions={"stage": stage, "images": total, **used},
-    )
 
 
 def _unfreeze(module: nn.Module) -> None:

@@ -1,0 +1,167 @@
+"""Prune without data: pairs of units merged under bounds (Meng et al. 2022), or by what synthesized images tell.
+
+Meng, Bai, Teo and Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning" (2022), for convolutional
+and residual networks too. `mode` baseline, greedy and stochastic are the paper's: units are merged in small steps by
+saliency alone, by the score of what a merge can do to the logits, or by that score with simulated annealing. `mode`
+reconstruction looks at images that were made from the network itself: units go in the order in which the layers that
+read them can do without them, and the counts follow the measured change of the answers. Unlike the paper, both
+directions of a pair are tried, the bounds are sound, and the two parts of the score are ranked before they are mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import UsageError
+from edgeprune.methods import PruneTask, Survey, SurveyMethod
+from edgeprune.nn import progressive
+from edgeprune.nn.allocate import losses_of
+from edgeprune.nn.certify import input_box
+from edgeprune.nn.costs import normalized_example
+from edgeprune.nn.elimination import Order, Reader, eliminate
+from edgeprune.nn.moments import affordable, input_moments
+from edgeprune.nn.progress import track
+from edgeprune.nn.readers import GroupReader, output_scale, readers_of
+from edgeprune.nn.sensitivity import Plant, losses
+from edgeprune.nn.tracing import Program, trace
+from edgeprune.quantities import suggest
+from edgeprune.records import Group, InputSpec, Masks
+
+MODES = ("auto", "reconstruction", *progressive.MODES)
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class DataFree(SurveyMethod):
+    """mode: auto (reconstruction where the network is repaired on images, stochastic without), or one of MODES.
+
+    score: paper or margin. alpha: share of the widths in the paper's score. step: share of a layer that goes at a
+    time. pool: candidates of a step, times its quota. scaled: merge a unit in proportion to another one.
+    """
+
+    mode: str = "auto"
+    score: str = "paper"
+    alpha: float = 0.75
+    step: float = 0.05
+    pool: int = 4
+    scaled: bool = True
+
+    def survey(self, network: nn.Module, task: PruneTask) -> Survey:
+        """What each count costs: measured on images, or from the saliency of the units."""
+        mode = self._mode(task)
+        if mode == "reconstruction":
+            return _by_reconstruction(network, task)
+        scores = {g.name: _share(progressive.single_saliency(network, g)) for g in task.groups}
+        return Survey(losses_of(scores))
+
+    def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
+        """Which units stay; in the paper's modes the network is left with the others merged into them."""
+        if self._mode(task) == "reconstruction":
+            orders: Mapping[str, Order] = survey.detail
+            return Masks(channels={g: _without(orders[g], k) for g, k in kept.items()})
+        program = trace(network, _example(task))
+        rules = progressive.Rules(self._mode(task), self.score, self.alpha, self.step, self.pool, self.scaled)
+        thinning = progressive.Thinning(network, program, task.groups, input_box(_spec(task)), rules)
+        thinning.run(kept, task.seed)
+        task.notes.extend(thinning.said())
+        return Masks(channels=dict(thinning.alive))
+
+    def _mode(self, task: PruneTask) -> str:
+        for name, value, accepted in (("mode", self.mode, MODES), ("score", self.score, progressive.SCORES)):
+            if value not in accepted:
+                raise UsageError(
+                    f"data-free: {name} = {value!r} is not one of {', '.join(accepted)}",
+                    suggest(value, accepted),
+                )
+        if not 0 <= self.alpha <= 1 or not 0 < self.step <= 1 or self.pool < 1:
+            raise UsageError(
+                f"data-free: alpha = {self.alpha} must be in [0, 1], step = {self.step} in (0, 1] and "
+                f"pool = {self.pool} at least 1"
+            )
+        images = task.unlabelled
+        if self.mode == "reconstruction" and images is None:
+            raise UsageError(
+                "data-free: mode 'reconstruction' needs images, and there are none",
+                "leave prune.repair at auto or synthetic, or choose mode stochastic",
+            )
+        if self.mode != "auto":
+            return self.mode
+        return "stochastic" if images is None else "reconstruction"
+
+
+def _by_reconstruction(network: nn.Module, task: PruneTask) -> Survey:
+    images = task.unlabelled
+    assert images is not None, "the mode was checked"
+    macs = task.costs.cost({})["macs"]
+    images = affordable(images, macs)
+    whole = _Whole(network, task)
+    readers = {g.name: readers_of(network, g)[0] for g in task.groups}
+    program = trace(network, _example(task))
+    layers = {r.path: r.layer for found in readers.values() for r in found}
+    moments = input_moments(whole, layers, images, BATCH)
+    orders = {
+        group.name: _order(group, readers[group.name], (network, program), moments)
+        for group in track(task.groups, len(task.groups), "eliminate units")
+    }
+    plant = Plant(whole, network, program, moments)
+    found = losses(plant, task.groups, orders, readers, images, macs)
+    return Survey(found, orders)
+
+
+def _order(
+    group: Group, readers: list[GroupReader], traced: tuple[nn.Module, Program], moments: Mapping[str, Tensor]
+) -> Order:
+    network, program = traced
+    if not readers:
+        saliency = progressive.single_saliency(network, group)
+        units = torch.argsort(saliency, stable=True)
+        errors = saliency[units].pow(2).cumsum(0).tolist()[:-1]
+        return Order(tuple(units.tolist()[:-1]), (0.0, *errors))
+    found = []
+    for reader in readers:
+        weight = reader.layer.get_parameter("weight").detach().flatten(1)
+        scaled = weight * output_scale(program, network, reader.path)[:, None]
+        found.append(Reader(scaled, moments.get(reader.path), reader.features))
+    return eliminate(found)
+
+
+def _without(order: Order, kept: int) -> Tensor:
+    channels = len(order.units) + 1
+    keep = torch.ones(channels, dtype=torch.bool)
+    keep[list(order.units[: channels - kept])] = False
+    return keep
+
+
+def _share(saliency: Tensor) -> Tensor:
+    """Squared, as a share of the group's sum: how much of a group goes, whatever its width and scale."""
+    squared = saliency.pow(2)
+    return squared / torch.clamp(squared.sum(), min=1e-30)
+
+
+def _example(task: PruneTask) -> Tensor:
+    return normalized_example(_spec(task), task.seed)
+
+
+def _spec(task: PruneTask) -> InputSpec:
+    if task.spec is None:
+        raise UsageError("data-free needs to know what the network eats", "give PruneTask.spec")
+    return task.spec
+
+
+class _Whole(nn.Module):
+    """The network behind its normalization, as the task runs it."""
+
+    def __init__(self, network: nn.Module, task: PruneTask) -> None:
+        """Share the network."""
+        nn.Module.__init__(self)
+        self.network = network
+        self._logits: Any = task.logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: pixels (N, C, H, W). Returns logits (N, K)."""
+        return self._logits(self.network, x)

@@ -1,0 +1,87 @@
+"""Putting a finished run's report together: what the stages left in their folders, and the notes a reader must see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeprune import bundled, codec
+from edgeprune import recipe as recipes
+from edgeprune.context import Context, Ledger, stage, torch_part
+from edgeprune.errors import WorkdirError
+from edgeprune.records import Bundle, Plan, Reading, Report
+from edgeprune.workdir import digest
+
+
+def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Report:
+    """The report of a run whose stages are all done.
+
+    Args:
+        folders: stage -> its folder. small: the network that ships.
+
+    Raises:
+        WorkdirError: what a stage left is not readable.
+    """
+    build, costs, plan = stage("report_build"), torch_part("costs"), small.plans[-1]
+    measured = codec.read(stage("measure_run").Measured, folders["measure"] / "measured.json", WorkdirError)
+    ledgers = [_ledger(folders[name]) for name in ("repair", "tune") if name in folders]
+    example = costs.normalized_example(run.bundle.input, run.recipe.seed)
+    rows = (costs.layer_costs(run.bundle.module, example), costs.layer_costs(small.module, example))
+    parts = {
+        "recipe": recipes.to_dict(run.recipe),
+        "environment": build.environment(run.device.facts(), run.target.title),
+        "before": measured.before, "after": measured.after, "samples": measured.samples,
+        "layers": build.layers(*rows, measured.times, plan.left_out),
+    }  # fmt: skip
+    parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
+    notes = (
+        *measured.notes,
+        *_parity_notes(parity.readings),
+        *(stage("synthesize").read(folders["synthesize"]).notes if "synthesize" in folders else ()),
+        *stage("prune").read(folders["prune"]).notes,
+        *(note for ledger in ledgers for note in ledger.notes),
+        *_notes(run, plan),
+    )
+    readings = [reading for ledger in ledgers for reading in ledger.readings]
+    return build.build(parts, ledger=readings, notes=notes, plan=plan)
+
+
+def lock_facts(run: Context) -> dict[str, Any]:
+    """The rest of edgeprune.lock: what one needs to make the same files again."""
+    calibration = bundled.resolve("calibration", run.recipe.data.calibration)
+    return {
+        "recipe": recipes.to_dict(run.recipe), "versions": stage("report_build").versions(),
+        "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
+    }  # fmt: skip
+
+
+def _ledger(folder: Path) -> Ledger:
+    return codec.read(Ledger, folder / "ledger.json", WorkdirError)
+
+
+def _parity_notes(readings: Sequence[Reading]) -> list[str]:
+    """How far the files' answers are from the network's; differences are relative to the largest logit."""
+    worst: dict[str, float] = {}
+    for reading in readings:
+        if reading.value is not None:
+            worst[reading.artifact] = max(worst.get(reading.artifact, 0.0), reading.value)
+    if not worst:
+        return []
+    said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    return [f"Largest difference to the network in torch, relative to the largest logit: {said}."]
+
+
+def _notes(run: Context, plan: Plan) -> list[str]:
+    """What the reader of a report must know of how it came to be."""
+    notes = list(run.data.notes) if run.data else []
+    if run.recipe.prune.method == "auto":
+        why = "there are training images" if run.trainable else "there is no training data"
+        notes.append(f"The method is {run.method}, because {why}.")
+    if run.recipe.export.precision == "auto":
+        notes.append("The file is fp32: other precisions are not in this version.")
+    if plan.left_out:
+        named = ", ".join(list(plan.left_out)[:3])
+        more = f" and {len(plan.left_out) - 3} more" if len(plan.left_out) > 3 else ""
+        notes.append(f"Left whole: {named}{more}; the report says why.")
+    return notes

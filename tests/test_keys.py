@@ -1,0 +1,115 @@
+"""The keys of the stages: which of them a run needs, and what each one's result depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgeprune import bundled, recipe
+from edgeprune.context import Context
+from edgeprune.errors import UsageError
+from edgeprune.keys import stage_keys
+from edgeprune.records import Bundle, InputSpec, Source
+from edgeprune.workdir import STAGES, Workdir
+
+MODEL = Bundle(None, Source("pt2", "net.pt2", "1"), InputSpec((3, 8, 8), 5))  # type: ignore[arg-type]
+LEARN = SimpleNamespace(fingerprint="f", train=object())
+WATCH = SimpleNamespace(fingerprint="f", train=None)
+WITHOUT = ["dense", "prune", "cut", "tune", "export", "measure"]
+
+
+def keys(folder: Path, *, data: Any = None, model: Bundle = MODEL, **tables: Any) -> dict[str, str]:
+    """The keys of a run; recipe tables as keywords."""
+    made = recipe.build({}, tables)
+    target = bundled.target(made.target)
+    device = SimpleNamespace(where=lambda: "local here")
+    run = Context(made, target, recipe.budget(made), Workdir(folder), model, data, device, print)
+    return stage_keys(run)
+
+
+def changed(folder: Path, one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    """The stages that have other keys in the second run."""
+    before, after = keys(folder, **one), keys(folder, **two)
+    assert list(before) == list(after)
+    return [name for name in before if before[name] != after[name]]
+
+
+def test_without_data_every_stage_is_needed(tmp_path: Path) -> None:
+    assert list(keys(tmp_path)) == list(STAGES)
+    assert list(keys(tmp_path, data=WATCH)) == list(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("data", "prune"),
+    [
+        (LEARN, {}),
+        (None, {"repair": "none"}),
+        (None, {"method": "magnitude"}),
+        (WATCH, {"method": "magnitude"}),
+    ],
+)
+def test_what_nothing_uses_is_not_made(data: Any, prune: dict[str, str], tmp_path: Path) -> None:
+    assert list(keys(tmp_path, data=data, prune=prune)) == WITHOUT
+
+
+def test_a_repair_on_real_images_synthesizes_none(tmp_path: Path) -> None:
+    assert list(keys(tmp_path, data=LEARN, prune={"repair": "data"})) == [
+        *WITHOUT[:3],
+        "repair",
+        *WITHOUT[3:],
+    ]
+    with pytest.raises(UsageError, match="needs images to learn from"):
+        keys(tmp_path, data=WATCH, prune={"repair": "data"})
+
+
+LATER = list(STAGES[2:])
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ({}, {"budget": {"macs": "70 %"}}, LATER),
+        ({}, {"prune": {"floor": 0.2}}, LATER),
+        ({}, {"synthesize": {"images": 64}}, ["synthesize", *LATER]),
+        ({}, {"synthesize": {"steps": 64}}, ["synthesize", *LATER]),
+        ({}, {"seed": 1}, ["synthesize", *LATER]),
+        ({}, {"tune": {"batch": 64}}, ["tune", "export", "measure"]),
+        ({}, {"measure": {"iterations": 50}}, ["measure"]),
+        ({}, {"export": {"opset": 18}}, ["dense", *LATER]),
+        (
+            {"prune": {"method": "magnitude"}},
+            {"prune": {"method": "magnitude"}, "synthesize": {"images": 9}},
+            [],
+        ),
+    ],
+)
+def test_a_stage_is_redone_when_what_it_depends_on_changes_and_only_then(
+    one: dict[str, Any], two: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    assert changed(tmp_path, one, two) == expected
+
+
+def test_held_out_images_change_what_is_measured_and_not_what_is_pruned(tmp_path: Path) -> None:
+    assert changed(tmp_path, {}, {"data": WATCH}) == ["repair", "tune", "export", "measure"]
+
+
+def test_a_choice_that_may_look_at_the_images_of_the_repair_depends_on_which_they_are(tmp_path: Path) -> None:
+    found = {wish: keys(tmp_path, data=LEARN, prune={"repair": wish}) for wish in recipe.REPAIRS}
+    assert found["auto"]["prune"] == found["none"]["prune"]
+    assert len({k["prune"] for k in found.values()}) == len({k["tune"] for k in found.values()}) == 3
+
+
+def test_synthetic_and_real_images_give_different_repairs(tmp_path: Path) -> None:
+    found = [
+        keys(tmp_path, data=LEARN, prune={"method": "magnitude", "repair": wish})
+        for wish in ("synthetic", "data")
+    ]
+    assert found[0]["repair"] != found[1]["repair"]
+
+
+def test_another_network_is_another_key_everywhere(tmp_path: Path) -> None:
+    other = Bundle(None, Source("pt2", "net.pt2", "2"), MODEL.input)  # type: ignore[arg-type]
+    assert changed(tmp_path, {}, {"model": other}) == list(STAGES)
