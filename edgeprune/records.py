@@ -155,7 +155,7 @@ class Reading:
 
     value: in the metric's base unit (`METRICS`); None when it could not be had, and `conditions["why"]` says why.
     n: how many samples; spread: (low, high), a 95 % interval of the value, or None.
-    where: "local x86_64" when it was measured there; "counted" or "estimated: HOW" when it was not measured.
+    where: "local x86_64" when it was measured there; "counted", "computed: HOW" or "estimated: HOW" otherwise.
     artifact: "dense", "compressed", or a file's name. conditions: threads, iterations, data set, and so on.
     """
 

@@ -89,7 +89,7 @@ def test_in_a_large_group_errors_are_still_those_of_all_that_went() -> None:
 
 @pytest.mark.parametrize("units", [8, 256])
 def test_of_two_equal_units_one_costs_nearly_nothing_and_the_other_stays(units: int) -> None:
-    """Nearly: the other takes its weights over, which the ridge counts. In a large group, too, only one of them goes."""
+    """Nearly: the other takes its weights over, which the ridge counts. In a large group, too, only one goes."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, units + 1, generator=generator, dtype=torch.float64)
     x[:, 5], x[:, 3], x[:, -1] = x[:, 2], x[:, 1], 1

@@ -15,7 +15,6 @@ from edgeprune.nn.expectations import Moments, expectations
 from edgeprune.nn.readers import tensors_of
 from edgeprune.nn.tracing import trace
 
-
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -34,7 +33,9 @@ class Behind(nn.Module):
 
 def of(*functions: Function, affine: bool = True) -> tuple[list[Moments | None], Behind]:
     """What is known of each function's value, and the network; a sine, of which nothing is known, marks the values."""
-    network = Behind(lambda x, y: torch.cat([torch.sin(f(x, y)).reshape(1, -1) for f in functions], 1), affine)
+    network = Behind(
+        lambda x, y: torch.cat([torch.sin(f(x, y)).reshape(1, -1) for f in functions], 1), affine
+    )
     generator = torch.Generator().manual_seed(0)
     for norm in (network.n, network.m):
         if norm.affine:

@@ -58,7 +58,9 @@ def test_every_method_meets_the_budget_repeats_itself_and_leaves_the_weights_alo
     masks = plugins.build("methods", method, {})(network, task)
     again = plugins.build("methods", method, {})(nets.build(name), task)
     assert all(torch.equal(masks.channels[g], again.channels[g]) for g in masks.channels)
-    if method != "data-free":  # which merges units: they are what is left, and masked and cut they answer alike
+    if (
+        method != "data-free"
+    ):  # which merges units: they are what is left, and masked and cut they answer alike
         assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert surgery.proof_failure(network, task.groups, masks.channels, nets.example()) is None
     surgery.cut(network, surgery.removed_positions(task.groups, masks.channels))
@@ -102,7 +104,9 @@ def test_uniform_allocation_keeps_the_same_share_everywhere() -> None:
 
 def test_a_budget_that_holds_already_removes_nothing() -> None:
     _, task = task_for("residual", {"macs": 1.0})
-    kept = allocate(losses_of({g.name: torch.ones(g.channels) for g in task.groups}), task.costs, task.rules).kept
+    kept = allocate(
+        losses_of({g.name: torch.ones(g.channels) for g in task.groups}), task.costs, task.rules
+    ).kept
     assert kept == dict(task.costs.channels)
 
 

@@ -175,7 +175,12 @@ def test_features_are_the_taps_of_a_channel() -> None:
 
 def test_only_maps_of_patches_are_read() -> None:
     assert moments.reads_patches(nn.Conv2d(4, 4, 3)) and moments.reads_patches(nn.Linear(2, 2))
-    others = (nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.BatchNorm2d(4))
+    others = (
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.ConvTranspose2d(4, 4, 3),
+        nn.Conv1d(4, 4, 3),
+        nn.BatchNorm2d(4),
+    )
     assert not any(moments.reads_patches(m) for m in others)
 
 

@@ -194,7 +194,9 @@ def test_networks_of_other_calls_are_not_repaired_and_it_is_said() -> None:
     small = halved(other)
     found = repair(dense, small, images(4), seed=0)
     assert found.bundle is small and found.facts == {"layers": 0}
-    assert found.notes[0].startswith("The cut network was not repaired: the dense network makes 9 operator calls")
+    assert found.notes[0].startswith(
+        "The cut network was not repaired: the dense network makes 9 operator calls"
+    )
 
 
 class Dense(nn.Module):

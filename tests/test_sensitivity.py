@@ -92,7 +92,9 @@ def plant(name: str, images: Tensor) -> tuple[Plant, tuple[Group, ...], dict[str
     return Plant(network, network, trace(network, nets.example()), moments), groups, readers
 
 
-def orders(given: Plant, groups: tuple[Group, ...], readers: dict[str, list[GroupReader]]) -> dict[str, Order]:
+def orders(
+    given: Plant, groups: tuple[Group, ...], readers: dict[str, list[GroupReader]]
+) -> dict[str, Order]:
     found = {}
     for group in groups:
         rows = [

@@ -98,7 +98,8 @@ def _state(reader: Reader) -> _Solved | _Fixed:
     ridge = RIDGE * float(reader.moments.diagonal()[:-1].mean())
     damped = reader.moments.clone()
     damped.diagonal()[:-1].add_(max(ridge, 1e-12))
-    weight = torch.cat([reader.weight.double(), torch.zeros(len(reader.weight), 1, dtype=torch.float64)], 1)
+    # Inputs first, so that the rows of a unit lie together.
+    weight = torch.cat([reader.weight.double().T, torch.zeros(1, len(reader.weight), dtype=torch.float64)])
     return _Solved(weight, torch.linalg.inv(damped), index)
 
 
@@ -112,15 +113,16 @@ class _Solved:
         """float64 (len(units),): the squared error that each would add."""
         at = self._index[units]
         blocks = self._inverse[at[:, :, None], at[:, None, :]]
-        weights = self._weight[:, at].permute(1, 2, 0)
-        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+        weights = self._weight[at]
+        # tr(W^T B^-1 W) = tr(B^-1 W W^T), which has as few columns as a unit has inputs.
+        return torch.linalg.solve(blocks, weights @ weights.mT).diagonal(dim1=1, dim2=2).sum(1)
 
     def only(self, units: Tensor) -> _Solved:
         """A copy that knows of these units alone; the others make up for what goes, but don't go."""
         at = self._index[units]
         inputs = at.flatten()
         return _Solved(
-            self._weight[:, inputs],
+            self._weight[inputs],
             self._inverse[inputs[:, None], inputs],
             torch.arange(len(inputs)).view(at.shape),
         )
@@ -130,9 +132,9 @@ class _Solved:
         at = self._index[units].flatten()
         rows = self._inverse[at]
         update = torch.linalg.solve(rows[:, at], rows)
-        self._weight -= self._weight[:, at] @ update
+        self._weight -= update.T @ self._weight[at]
         self._inverse -= self._inverse[:, at] @ update
-        self._weight[:, at] = 0
+        self._weight[at] = 0
         self._inverse[at] = 0
         self._inverse[:, at] = 0
         self._inverse[at, at] = 1

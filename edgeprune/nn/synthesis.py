@@ -135,7 +135,8 @@ class _Task:
             optimizer.param_groups[0]["lr"] = top * (1 + math.cos(math.pi * len(distances) / self.steps)) / 2
             optimizer.zero_grad(set_to_none=True)
             loss, distance = self._loss(free, classes)
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
             _check_gradient(free)
             optimizer.step()
             distances.append(distance)
