@@ -41,7 +41,9 @@ class Ridge:
             penalty[-1] = 0
         self._index, self._start, self._constant = index, start, constant
         self._system = moments[index][:, index] + penalty.diag()
-        self._factors = torch.linalg.lu_factor(self._system)
+        # Half the work of a general solution; a singular system (an input that is always 0) needs that all the same.
+        self._lower, failed = torch.linalg.cholesky_ex(self._system)
+        self._general = bool(failed)
         self._added = penalty[:, None] * start[index]
         if not constant:
             self._added = self._added - moments[index][:, [width]] @ start[[width]]
@@ -49,7 +51,11 @@ class Ridge:
     def solve(self, cross: Tensor) -> Tensor:
         """The weights (F + 1, O) for answers Y, 0 in features that may not be used. cross: X^T Y, (F + 1, O)."""
         out = torch.zeros_like(self._start)
-        out[self._index] = torch.linalg.lu_solve(*self._factors, cross[self._index] + self._added)
+        wanted = cross[self._index] + self._added
+        if self._general:
+            out[self._index] = torch.linalg.solve(self._system, wanted)
+        else:
+            out[self._index] = torch.cholesky_solve(wanted, self._lower)
         if not self._constant:
             out[-1] = self._start[-1]
         return out
