@@ -9,15 +9,21 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from tracing_once import traced
 
 from edgeprune import plugins
 from edgeprune.errors import EdgepruneError, UsageError
-from edgeprune.methods import PruneTask, SurveyMethod, counts
+from edgeprune.methods import PruneTask, SurveyMethod, counts, data_free
 from edgeprune.nn import costs, graph, surgery
 from edgeprune.nn.allocate import Rules
 from edgeprune.records import InputSpec
 
 MODES = ("reconstruction", "baseline", "greedy", "stochastic")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_free, "trace", traced)
 
 
 def images(count: int = 24) -> Tensor:

@@ -8,11 +8,12 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from tracing_once import traced
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn import graph, surgery
 from edgeprune.nn.lockstep import Side, check_batches, check_same_calls, walk
-from edgeprune.nn.tracing import Call, trace
+from edgeprune.nn.tracing import Call
 
 
 class Windows(nn.Module):
@@ -58,7 +59,7 @@ def halved(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", nets.NETS)
 def test_the_walk_gives_the_answers_of_the_networks_themselves(name: str) -> None:
     networks = [nets.build(name), halved(nets.build(name))]
-    programs = [trace(n, nets.example()) for n in networks]
+    programs = [traced(n, nets.example()) for n in networks]
     check_same_calls(*programs)
     images = nets.example(5)
     assert all(check_batches(n, p, images[:2]) for n, p in zip(networks, programs, strict=True))
@@ -93,7 +94,7 @@ def test_a_layer_that_is_changed_on_the_way_runs_as_changed() -> None:
     expected = deepcopy(small)
     with torch.no_grad():
         expected.fc.bias.add_(3.0)
-    programs = [trace(n, nets.example()) for n in (dense, small)]
+    programs = [traced(n, nets.example()) for n in (dense, small)]
     sides = [Side(n, p, [nets.example(4)]) for n, p in zip((dense, small), programs, strict=True)]
 
     def visit(first: Call, second: Call, moved: bool) -> None:
@@ -112,7 +113,7 @@ def test_what_does_not_differ_is_run_once_and_not_said_to_have_moved() -> None:
     copy = deepcopy(network)
     with torch.no_grad():
         copy.two.weight[0] += 1
-    programs = [trace(n, nets.example()) for n in (network, copy)]
+    programs = [traced(n, nets.example()) for n in (network, copy)]
     sides = [Side(n, p, [nets.example(2)]) for n, p in zip((network, copy), programs, strict=True)]
     moved: list[str] = []
     walk(*sides, lambda first, second, yes: moved.append(second.op) if yes else None)  # type: ignore[func-returns-value]
@@ -121,11 +122,11 @@ def test_what_does_not_differ_is_run_once_and_not_said_to_have_moved() -> None:
 
 
 def test_networks_of_other_calls_can_not_be_walked_side_by_side() -> None:
-    plain, residual = (trace(nets.build(n), nets.example()) for n in ("plain", "residual"))
+    plain, residual = (traced(nets.build(n), nets.example()) for n in ("plain", "residual"))
     with pytest.raises(UnsupportedModel, match="makes 9 operator calls and the compressed one 15"):
         check_same_calls(plain, residual)
-    one = trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU()), nets.example())
-    other = trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Sigmoid()), nets.example())
+    one = traced(nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU()), nets.example())
+    other = traced(nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Sigmoid()), nets.example())
     with pytest.raises(UnsupportedModel, match="calls relu at '2' where the compressed one calls sigmoid"):
         check_same_calls(one, other)
     check_same_calls(plain, plain)
@@ -134,7 +135,7 @@ def test_networks_of_other_calls_can_not_be_walked_side_by_side() -> None:
 @pytest.mark.parametrize(("kind", "several"), [(Windows, True), (Sequence, False)])
 def test_a_program_for_one_image_is_run_on_several_or_found_out(kind: type[nn.Module], several: bool) -> None:
     network = kind().eval()
-    program = trace(network, nets.example())
+    program = traced(network, nets.example())
     assert check_batches(network, program, nets.example(2)) == several
     # For one image at a time it is right in any case.
     side, other = (Side(network, program, nets.example(3).split(1)) for _ in range(2))
@@ -154,4 +155,4 @@ def test_several_outputs_are_not_compared() -> None:
             return y, 2 * y
 
     network = Two().eval()
-    assert not check_batches(network, trace(network, nets.example()), nets.example(2))
+    assert not check_batches(network, traced(network, nets.example()), nets.example(2))

@@ -6,11 +6,11 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from tracing_once import traced
 
 from edgeprune.nn import graph
 from edgeprune.nn.moments import patches
 from edgeprune.nn.readers import bias_of, output_scale, readers_of, solve, tensors_of
-from edgeprune.nn.tracing import trace
 from edgeprune.records import Group
 
 
@@ -55,7 +55,7 @@ def test_a_reader_knows_which_entries_of_its_patches_each_unit_owns() -> None:
 
 def test_a_constant_goes_into_the_bias_or_into_the_batch_norm_behind() -> None:
     network, x = nets.build("residual"), nets.example(3)
-    program = trace(network, x)
+    program = traced(network, x)
     for path, shift in (("one.0", torch.randn(16)), ("two", torch.randn(8)), ("fc", torch.randn(5))):
         place = bias_of(program, network, path)
         assert place.free and (place.bias is None) == (path == "one.0")
@@ -75,7 +75,7 @@ def test_a_constant_goes_into_the_bias_or_into_the_batch_norm_behind() -> None:
 
 def test_a_constant_has_no_place_without_bias_and_batch_norm() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
-    place = bias_of(trace(network, nets.example()), network, "0")
+    place = bias_of(traced(network, nets.example()), network, "0")
     assert not place.free
     place.add(torch.ones(4))
 
@@ -93,14 +93,14 @@ class Words(nn.Module):
 
 def test_a_batch_norm_over_words_is_no_place_for_a_layers_constant() -> None:
     network = Words().eval()
-    program = trace(network, nets.example())
+    program = traced(network, nets.example())
     assert not bias_of(program, network, "a").free
     assert torch.equal(output_scale(program, network, "a"), torch.ones(8))
 
 
 def test_the_scale_of_an_output_is_that_of_the_batch_norm_behind() -> None:
     network = nets.build("plain")
-    program, norm = trace(network, nets.example()), network.a[1]
+    program, norm = traced(network, nets.example()), network.a[1]
     norm.weight.data[0] = -2.0
     scale = output_scale(program, network, "a.0")
     torch.testing.assert_close(scale, norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt())

@@ -8,6 +8,7 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from tracing_once import traced
 
 from edgeprune.nn import least_squares, reconstruct
 from edgeprune.nn.bundle import deployed, from_module
@@ -17,6 +18,11 @@ from edgeprune.records import Bundle, Masks
 from edgeprune.stages import cut
 
 Errors = Mapping[str, tuple[float, float]]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "trace", traced)
 
 
 def images(count: int, seed: int = 5) -> Tensor:

@@ -8,13 +8,13 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from tracing_once import traced
 
 from edgeprune.nn import graph, sensitivity
 from edgeprune.nn.elimination import Order, Reader, eliminate
 from edgeprune.nn.moments import input_moments
 from edgeprune.nn.readers import GroupReader, output_scale, readers_of
 from edgeprune.nn.sensitivity import Plant, curve, divergence, effort, losses
-from edgeprune.nn.tracing import trace
 from edgeprune.records import Group
 
 
@@ -89,7 +89,7 @@ def plant(name: str, images: Tensor) -> tuple[Plant, tuple[Group, ...], dict[str
     readers = {g.name: readers_of(network, g)[0] for g in groups}
     layers = {r.path: r.layer for found in readers.values() for r in found}
     moments = input_moments(network, layers, images, 16)
-    return Plant(network, network, trace(network, nets.example()), moments), groups, readers
+    return Plant(network, network, traced(network, nets.example()), moments), groups, readers
 
 
 def orders(
@@ -166,7 +166,7 @@ def test_a_group_with_a_duplicate_can_miss_it_for_nothing() -> None:
     groups = graph.find_groups(network, nets.example()).groups
     readers = {g.name: readers_of(network, g)[0] for g in groups}
     moments = input_moments(network, {"b.0": network.b[0]}, images, 16)
-    given = Plant(network, network, trace(network, nets.example()), moments)
+    given = Plant(network, network, traced(network, nets.example()), moments)
     order = Order((5, 0, 1, 3, 4, 6, 7), tuple(map(float, range(8))))
     found = [
         losses(case, groups[:1], {"a.0": order}, readers, images, 1e6)["a.0"]
@@ -191,7 +191,7 @@ def test_answers_that_are_no_numbers_are_the_worst_and_a_finite_loss() -> None:
     images = nets.example(8)
     groups = graph.find_groups(network, nets.example()).groups
     readers = {"a": readers_of(network, groups[0])[0]}
-    given = Plant(network, network, trace(network, nets.example()), {})
+    given = Plant(network, network, traced(network, nets.example()), {})
     order = Order((0, 1, 2), (0.0, 1.0, 2.0, 3.0))
     found = losses(given, groups, {"a": order}, readers, images, 1e6)["a"]
     assert found.tolist() == [math.inf, sensitivity.WORST, sensitivity.WORST, sensitivity.WORST, 0]
