@@ -172,3 +172,22 @@ def test_the_ridge_is_a_share_of_the_mean_square_of_the_inputs(
     expected = torch.linalg.lstsq(torch.cat([x, more]), torch.cat([y, penalty * start[:-1]])).solution
     found = solve(x.T @ x, x.T @ y, start, None, constant=True, ridge=ridge)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_that_rounding_made_indefinite_are_solved_all_the_same() -> None:
+    moments = torch.diag(torch.tensor([4.0, -0.5, 1.0], dtype=torch.float64))
+    moments[0, 2] = moments[2, 0] = 1.0
+    start, cross = torch.ones(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    found = solve(moments, cross, start, None, constant=True, ridge=0.0)
+    torch.testing.assert_close(moments @ found, cross, rtol=1e-9, atol=1e-9)
+
+
+def test_inputs_that_are_always_zero_keep_their_weights(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, y, start = problem
+    x[:, 2] = 0
+    found = solve(x.T @ x, x.T @ y, start, None, constant=True, ridge=1e-6)
+    torch.testing.assert_close(found[2], start[2])
+    nothing = torch.zeros_like(x)
+    nothing[:, -1] = 1
+    alone = solve(nothing.T @ nothing, nothing.T @ y, start, None, constant=True, ridge=0.1)
+    torch.testing.assert_close(alone, torch.cat([start[:-1], y.mean(0)[None]]))
