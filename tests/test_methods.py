@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from edgeprune import plugins
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
-from edgeprune.methods import Method, PruneTask, ScoreMethod
+from edgeprune.methods import Method, PruneTask, ScoreMethod, Survey, SurveyMethod, counts
 from edgeprune.nn import costs, graph, surgery
 from edgeprune.nn.allocate import Rules, allocate, keep_largest, levels, losses_of
 from edgeprune.nn.units import channel_sums
@@ -58,9 +60,8 @@ def test_every_method_meets_the_budget_repeats_itself_and_leaves_the_weights_alo
     masks = plugins.build("methods", method, {})(network, task)
     again = plugins.build("methods", method, {})(nets.build(name), task)
     assert all(torch.equal(masks.channels[g], again.channels[g]) for g in masks.channels)
-    if (
-        method != "data-free"
-    ):  # which merges units: they are what is left, and masked and cut they answer alike
+    # data-free merges units: what is left answers alike masked and cut.
+    if method != "data-free":
         assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert surgery.proof_failure(network, task.groups, masks.channels, nets.example()) is None
     surgery.cut(network, surgery.removed_positions(task.groups, masks.channels))
@@ -108,6 +109,63 @@ def test_a_budget_that_holds_already_removes_nothing() -> None:
         losses_of({g.name: torch.ones(g.channels) for g in task.groups}), task.costs, task.rules
     ).kept
     assert kept == dict(task.costs.channels)
+
+
+def test_scores_become_losses_that_grow_ever_faster() -> None:
+    """S log(S / R) for what stays, R of S: 8 of 1, 4 and 3, then 7, 4 and nothing."""
+    (loss,) = losses_of({"a": torch.tensor([1.0, 4.0, 3.0])}).values()
+    assert loss.tolist() == pytest.approx([math.inf, 8 * math.log(8 / 4), 8 * math.log(8 / 7), 0])
+    assert losses_of({"a": torch.zeros(3)})["a"][1:].tolist() == [0, 0, 0]
+
+
+def test_what_costs_nothing_goes_first_and_what_costs_much_stays() -> None:
+    _, task = task_for("residual", {"macs": 0.7}, floor=0.25)
+    free, dear = (torch.full((17,), value, dtype=torch.float64) for value in (0.0, 1.0))
+    dear[16], dear[0] = 0, math.inf
+    losses = {g.name: (free if g.name == "one.0" else dear)[-g.channels - 1 :] for g in task.groups}
+    kept = allocate(losses, task.costs, task.rules).kept
+    assert kept["one.0"] < 16 and all(kept[g] == 8 for g in kept if g != "one.0")
+
+
+class Counted(SurveyMethod):
+    """A method of curves alone; `more` channels than it was told to keep."""
+
+    def __init__(self, more: int = 0) -> None:
+        self.more = more
+
+    def survey(self, network: nn.Module, task: PruneTask) -> Survey:
+        curves = {g.name: torch.linspace(1, 0, g.channels + 1).double() ** 2 for g in task.groups}
+        return Survey(curves, detail="mine")
+
+    def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
+        assert survey.detail == "mine"
+        return Masks(
+            channels={g.name: torch.arange(g.channels) < kept[g.name] + self.more for g in task.groups}
+        )
+
+
+def test_a_method_that_surveys_is_told_the_counts_that_its_curves_lead_to() -> None:
+    network, task = task_for("concat", {"macs": 0.5})
+    method = Counted()
+    expected = counts(method.survey(network, task), task)
+    masks = method(network, task)
+    assert {g: int(keep.sum()) for g, keep in masks.channels.items()} == expected
+    assert task.costs.cost(expected)["macs"] <= task.rules.limits["macs"]
+    with pytest.raises(EdgepruneError, match=r"Counted left macs at \d+, more than the budget of"):
+        Counted(more=2)(network, task)
+    with pytest.raises(InfeasibleBudget):
+        method(network, replace(task, rules=Rules({"macs": 1.0})))
+
+
+def test_a_method_that_changes_the_structure_is_caught() -> None:
+    class Cutting(Method):
+        def prune(self, network: nn.Module, task: PruneTask) -> Masks:
+            network.fc = nn.Linear(8, 7)
+            return Masks(channels={})
+
+    network, task = task_for("residual", {"macs": 1.0})
+    with pytest.raises(EdgepruneError, match="Cutting changed the structure of the network"):
+        Cutting()(network, task)
 
 
 def test_channel_sums_are_as_computed_by_hand() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import nets
 import pytest
 import torch
 from torch import nn
 
-from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError
-from edgeprune.nn import costs, graph
+from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError, WorkdirError
+from edgeprune.nn import costs, graph, progressive
 from edgeprune.nn.bundle import from_module
 from edgeprune.quantities import limit
 from edgeprune.recipe import PruneTable
@@ -75,12 +76,61 @@ def test_a_budget_that_holds_already_is_said_and_nothing_is_cut() -> None:
     assert macs_after(dense, chosen) == 1 and any("nothing was removed" in n for n in chosen.notes)
 
 
-def test_the_choice_survives_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_choice_survives_the_disk(tmp_path: Path) -> None:
     chosen = prune.run(bundle("concat"), PruneTable(), budget(macs="50 %"), material())
     prune.write(chosen, tmp_path)
     again = prune.read(tmp_path)
     assert again.groups == chosen.groups and again.left_out == chosen.left_out and again.notes == chosen.notes
     assert all(torch.equal(again.masks.channels[g], m) for g, m in chosen.masks.channels.items())
+
+
+def test_what_a_method_edited_goes_with_the_choice_and_survives_the_disk(tmp_path: Path) -> None:
+    """Merged units: the readers of what stays have other weights than in the dense network, and nothing else has."""
+    dense = bundle("plain")
+    chosen = prune.run(dense, PruneTable(options={"mode": "baseline"}), budget(macs="60 %"), material())
+    assert "Mode baseline: " in chosen.notes[0]
+    # What went is zero everywhere; of what stays only the readers changed.
+    before, keep = dense.module.state_dict(), chosen.masks.channels["a.0"]
+    assert "b.0.weight" in chosen.edited
+    assert not torch.equal(chosen.edited["b.0.weight"][:, keep], before["b.0.weight"][:, keep])
+    assert torch.equal(chosen.edited["a.0.weight"][keep], before["a.0.weight"][keep])
+    prune.write(chosen, tmp_path)
+    again = prune.read(tmp_path)
+    assert set(again.edited) == set(chosen.edited)
+    assert all(torch.equal(again.edited[k], v) for k, v in chosen.edited.items())
+    cuts = [
+        cut.run(dense, c.groups, c.masks, c.left_out, nets.example(), edited=edited)[1].module
+        for c, edited in ((chosen, chosen.edited), (again, again.edited), (chosen, None))
+    ]
+    x = nets.example(6)
+    with torch.no_grad():
+        merged, same, plain = (network(x) for network in cuts)
+    assert torch.equal(merged, same) and not torch.allclose(merged, plain, atol=1e-4)
+    (tmp_path / "edited.safetensors").unlink()
+    with pytest.raises(WorkdirError, match=r"edited\.safetensors"):
+        prune.read(tmp_path)
+
+
+def test_with_images_to_repair_on_the_weights_are_left_to_the_repair() -> None:
+    dense = bundle("plain")
+    given = replace(material(), unlabelled=nets.example(32))
+    chosen = prune.run(dense, PruneTable(), budget(macs="60 %"), given)
+    assert chosen.edited == {} and chosen.notes == () and macs_after(dense, chosen) <= 0.6
+
+
+def test_searching_on_the_device_tries_counts_and_merges_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, runs = bundle("plain"), []
+    run = progressive.Thinning.run
+
+    def counted(thinning: progressive.Thinning, *given: object) -> None:
+        runs.append(given[0])
+        run(thinning, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(progressive.Thinning, "run", counted)
+    probes = material(latency_p50=slow_as_macs(dense))
+    chosen = prune.run(dense, PruneTable(), budget(latency_p50="5 ms"), probes)
+    assert len(runs) == 1 and macs_after(dense, chosen) <= 0.5
+    assert runs[0] == {g: int(keep.sum()) for g, keep in chosen.masks.channels.items()}
 
 
 def test_skipped_layers_keep_their_channels() -> None:

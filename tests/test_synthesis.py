@@ -1,4 +1,4 @@
-"""Images made from a network: repeatable, in range, nearer to what batch-norm remembers, and resumed to the same end."""
+"""Images made from a network: repeatable, in range, nearer to what batch-norm remembers, resumed to the same end."""
 
 from __future__ import annotations
 
