@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeprune.context import Context, stage, torch_part
+from edgeprune.nn import team
 from edgeprune.records import Bundle, Reading
 
 PARITY_IMAGES = 8
@@ -25,8 +26,19 @@ def smaller(run: Context, folders: Mapping[str, Path]) -> Bundle:
     return store.restore(run.bundle, (plan,), newest / "weights.safetensors")
 
 
-def export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> tuple[Any, tuple[Reading, ...]]:
-    """Write a network as ONNX for the run's target, and prove it; gives the artifact and the parity readings."""
+def export_onnx(
+    run: Context,
+    bundle: Bundle,
+    out: Path,
+    *,
+    parent: str,
+    pattern: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Any, tuple[Reading, ...]]:
+    """Write a network as ONNX for the run's target, and prove it; gives the artifact and the parity readings.
+
+    Args:
+        pattern: parameter -> shape of what holds the 2:4 pattern, which the file must hold then; or None.
+    """
     labels = list(bundle.labels or (run.data.labels if run.data else ()))
     meta = {"labels": json.dumps(labels)} if labels else {}
     if parent:
@@ -35,6 +47,7 @@ def export_onnx(run: Context, bundle: Bundle, out: Path, *, parent: str) -> tupl
     artifact, parity, notes = stage("export").run(
         torch_part("bundle").deployed(bundle), bundle.input, out,
         opset=run.recipe.export.opset or run.target.opset, table=run.recipe.export, meta=meta, real=real,
+        pattern=pattern,
     )  # fmt: skip
     for note in notes:
         run.say(f"export: {note}")
@@ -58,6 +71,18 @@ def probes(run: Context, dense: Path) -> dict[str, Any]:
 
             found[metric] = probe(reference, read)
     return found
+
+
+def shared_probes(run: Context, dense: Path) -> dict[str, Any]:
+    """The same for all processes of a team: what the first one reads, the others are told."""
+    own = probes(run, dense) if run.work.leads else {}
+    probe = stage("prune").Probe
+
+    def reader(metric: str) -> Callable[[Any], float]:
+        return lambda net: team.tell(own[metric].read(net) if metric in own else 0.0)
+
+    references = team.tell({metric: found.dense for metric, found in own.items()})
+    return {metric: probe(value, reader(metric)) for metric, value in references.items()}
 
 
 def _built_size(run: Context, network: Any) -> int:

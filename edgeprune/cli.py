@@ -45,6 +45,7 @@ from edgeprune.cli_output import (
     tables,
 )
 from edgeprune.codec import to_json
+from edgeprune.nn import team
 
 # Typer carries its own click and does not name this class: the parent of BadParameter, which it does name.
 USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -100,7 +101,7 @@ def compress(
         show_run(result, as_json)
         return result.exit_code
 
-    guard(work, as_json, debug)
+    guard(lambda: team.together(work), as_json, debug)
 
 
 @app.command()
@@ -273,9 +274,14 @@ def main() -> None:
     # torch's threads spin while they wait, which on a busy machine takes the time from those that work: with two
     # threads and other load, training was 1.3 to 1.7 times as fast when they sleep instead.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    follows = team.launch().rank > 0  # the first process that torchrun started speaks for all
+    if follows and sys.argv[1:2] != ["compress"]:  # the only command that several processes share
+        sys.exit(0)
     try:
         code = app(standalone_mode=False)
     except USAGE_ERROR as error:  # an option that the command does not have, or its value
+        if follows:
+            sys.exit(0)
         message = error.format_message()
         if message:  # it is empty when nothing was asked and the help was shown
             print_error(message, "see edgeprune COMMAND --help", USAGE, "--json" in sys.argv)

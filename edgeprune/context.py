@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 from edgeprune import bundled
 from edgeprune import recipe as recipes
 from edgeprune.errors import InfeasibleBudget, UsageError
-from edgeprune.recipe import Recipe
+from edgeprune.recipe import Recipe, TuneTable
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
 from edgeprune.workdir import Workdir, digest
 
 Say = Callable[[str], None]
+
+# Of a method that trains, when nobody says how long.
+EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,29 @@ class Context:
         return stage("prune").method_name(self.recipe.prune, self.trainable)
 
     @property
+    def trains(self) -> bool:
+        """Whether the method trains the network while it chooses."""
+        return stage("prune").trains(self.recipe.prune, self.method)
+
+    @property
+    def synthesizes(self) -> bool:
+        """Whether images are made from the network itself: to repair it on, or for data-free to look at."""
+        finer = self.recipe.prune.granularity != "channel"
+        return self.repair == "synthetic" or (finer and self.method == "data-free" and not self.trainable)
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether the method's unlabelled images are the calibration images."""
+        finer = self.recipe.prune.granularity != "channel"
+        return self.repair == "data" or (finer and self.trainable)
+
+    @property
+    def lesson(self) -> TuneTable:
+        """What the tune stage does: nothing more when the method has trained."""
+        table = self.recipe.tune
+        return replace(table, epochs=0, recalibrate=False) if self.trains else table
+
+    @property
     def repair(self) -> str:
         """Which images the network is repaired on: synthetic, data or none.
 
@@ -121,6 +147,15 @@ def torch_part(name: str) -> Any:
     return import_module(f"edgeprune.nn.{name}")
 
 
+def with_epochs(recipe: Recipe) -> Recipe:
+    """The recipe with the epochs of a method that trains written out when it names none."""
+    name = recipe.prune.method
+    untold = not recipe.tune.epochs and recipe.data.path and recipe.data.use != "evaluate"
+    if name != "auto" and untold and stage("prune").trains(recipe.prune, name):
+        return recipes.with_defaults(recipe, tune={"epochs": EPOCHS})
+    return recipe
+
+
 def refuse_later_versions(recipe: Recipe, target: Target) -> None:
     """Words of the command line that this version accepts but can't do yet.
 
@@ -131,12 +166,6 @@ def refuse_later_versions(recipe: Recipe, target: Target) -> None:
         raise UsageError(
             f"precision {recipe.export.precision!r} is not in this version", "accepted: auto, fp32"
         )
-    if recipe.prune.granularity != "channel":
-        raise UsageError(
-            f"granularity {recipe.prune.granularity!r} is not in this version", "accepted: channel"
-        )
-    if recipe.tune.objective != "natural":
-        raise UsageError(f"objective {recipe.tune.objective!r} is not in this version", "accepted: natural")
     if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
         raise UsageError(
             f"--epochs {recipe.tune.epochs} needs images to train on",

@@ -13,7 +13,7 @@ from torch.nn import functional
 from edgeprune.errors import MissingDependency, ModelError
 from edgeprune.nn.data import in_memory
 from edgeprune.nn.parts import stratified
-from edgeprune.nn.train import fit
+from edgeprune.nn.train import Course, fit
 from edgeprune.recipe import TuneTable
 
 SIZE = 16
@@ -88,7 +88,7 @@ def prepare(folder: Path, seed: int = 0) -> DemoFiles:
         torch.manual_seed(seed)
         network = DigitsNet()
     train = in_memory("train", torch.from_numpy(x[learn])[:, None], torch.from_numpy(y[learn]))
-    fit(network, train, TRAINING, seed=seed, scratch=folder)
+    fit(network, Course(train, TRAINING, seed, folder))
     model = folder / "digits.pt2"
     example = torch.zeros(2, 1, SIZE, SIZE)
     try:

@@ -18,7 +18,7 @@ def stage_keys(run: Context) -> dict[str, str]:
     """
     repair, table = run.repair, run.recipe
     keys = {"dense": dense_key(run)}
-    if repair == "synthetic":
+    if run.synthesizes:
         # Not the budget and not the opset: another one finds the same images.
         keys["synthesize"] = _key(run, "synthesize", run.identity, run.code_key, table.synthesize, table.seed)
     keys["prune"] = _prune_key(run, keys)
@@ -27,7 +27,7 @@ def stage_keys(run: Context) -> dict[str, str]:
         images = keys.get("synthesize", run.data_key)
         keys["repair"] = _key(run, "repair", keys["cut"], repair, images, run.data_key, table.seed)
     pruned = keys.get("repair", keys["cut"])
-    keys["tune"] = _key(run, "tune", pruned, table.tune, run.data_key, table.seed)
+    keys["tune"] = _key(run, "tune", pruned, run.lesson, run.data_key, table.seed)
     keys["export"] = _key(run, "export", keys["tune"], table.export, run.target)
     where = run.device.where()
     keys["measure"] = _key(run, "measure", keys["export"], table.measure, run.data_key, where)
@@ -52,7 +52,8 @@ def _prune_key(run: Context, keys: dict[str, str]) -> str:
     # "auto" and the word that it comes to are the same. A method may look at the images that the repair will use.
     table = replace(run.recipe.prune, repair=run.repair)
     images = keys.get("synthesize")
-    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images)
+    lesson = run.recipe.tune if run.trains else None
+    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson)
     return _key(run, "prune", keys["dense"], *chosen_by)
 
 

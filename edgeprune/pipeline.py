@@ -5,6 +5,8 @@ load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> measu
 Every stage between load and report leaves a folder in the run directory (`workdir`), and the next one reads it from
 there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
 repaired is decided by the recipe's `prune.repair`; where nothing is, those two stages are left out.
+
+Under torchrun every process comes through here. What trains is done by all of them, the rest by the first alone.
 """
 
 from __future__ import annotations
@@ -17,8 +19,18 @@ from typing import Any
 
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
-from edgeprune.building import export_onnx, probes, smaller
-from edgeprune.context import Context, Ledger, Result, Say, Step, refuse_later_versions, stage, torch_part
+from edgeprune.building import export_onnx, probes, shared_probes, smaller
+from edgeprune.context import (
+    Context,
+    Ledger,
+    Result,
+    Say,
+    Step,
+    refuse_later_versions,
+    stage,
+    torch_part,
+    with_epochs,
+)
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.keys import multiple_of, stage_keys
 from edgeprune.quantities import suggest
@@ -70,6 +82,7 @@ def compress(
     """
     if force is not None and force not in FORCEABLE:
         raise UsageError(f"--force {force!r} is not a stage", suggest(force, FORCEABLE))
+    recipe = with_epochs(recipe)
     target, budget = bundled.target(recipe.target), recipes.budget(recipe)
     refuse_later_versions(recipe, target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
@@ -83,13 +96,14 @@ def compress(
     data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
     with Workdir(folder) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
-        keys = stage_keys(run)
+        keys = work.agree(stage_keys(run))
         if "." not in run.method:
             plugins.check_options("methods", run.method, recipe.prune.options)
-        work.claim(run.identity, lock_facts(run), again=force == "load")
-        (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
-        if force is not None:
-            work.forget_from(force)
+        if work.leads:
+            work.claim(run.identity, lock_facts(run), again=force == "load")
+            (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
+            if force is not None:
+                work.forget_from(force)
         return _run(run, keys)
 
 
@@ -101,8 +115,14 @@ def _run(run: Context, keys: Mapping[str, str]) -> Result:
     folders: dict[str, Path] = {}
     for name, work in order:
         if name in keys:
-            folders[name] = run.work.stage(name, keys[name], _doing(work, run, folders, keys[name]))
+            doing = _doing(work, run, folders, keys[name])
+            folders[name] = run.work.stage(name, keys[name], doing, together=_trains(run, name))
     return _finish(run, folders)
+
+
+def _trains(run: Context, name: str) -> bool:
+    """Whether a stage trains the network, which all processes of a team do together."""
+    return run.trains if name == "prune" else name == "tune" and run.trainable and run.lesson.epochs > 0
 
 
 def _doing(
@@ -127,7 +147,8 @@ def _synthesize(step: Step) -> None:
 
 def _prune(step: Step) -> None:
     run, prune = step.run, stage("prune")
-    run.say(f"prune: {run.method} at {_budget_words(run.budget)}")
+    words = f"{run.recipe.tune.epochs} epochs of training, " if run.trains else ""
+    run.say(f"prune: {run.method}, {words}{_budget_words(run.budget)}")
     images = labels = None
     if run.trainable:
         data = torch_part("data")
@@ -135,9 +156,11 @@ def _prune(step: Step) -> None:
         labels = run.data.train.labels[
             data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)
         ]
+    trials = shared_probes if run.trains else probes
     material = prune.Material(
-        images, labels, probes(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
-        unlabelled=images if run.repair == "data" else _synthetic(step),
+        images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
+        unlabelled=images if run.looks_at_data else _synthetic(step),
+        train=run.data.train if run.trainable else None, table=run.recipe.tune, scratch=step.scratch,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     prune.write(chosen, step.out)
@@ -180,10 +203,11 @@ def _tune(step: Step) -> None:
     ledger: tuple[Reading, ...] = ()
     if run.data is not None:
         run.say(f"tune: {_tune_words(run)}")
-        teacher = run.bundle if run.recipe.tune.distill > 0 and run.recipe.tune.epochs else None
+        teacher = run.bundle if run.lesson.distill > 0 and run.lesson.epochs else None
         small, ledger = stage("tune").run(
-            small, run.data, run.recipe.tune, calibration=run.recipe.data.calibration, teacher=teacher,
+            small, run.data, run.lesson, calibration=run.recipe.data.calibration, teacher=teacher,
             seed=run.recipe.seed, scratch=step.scratch, measured="repair" in step.folders,
+            masks=stage("prune").read(step.folders["prune"]).masks.weights,
         )  # fmt: skip
     torch_part("store").save_network(small.module, step.out / "weights.safetensors")
     codec.write(step.out / "ledger.json", Ledger(ledger))
@@ -192,8 +216,8 @@ def _tune(step: Step) -> None:
 def _tune_words(run: Context) -> str:
     if not run.trainable:
         return "nothing (the data is for evaluation only)"
-    epochs = run.recipe.tune.epochs
-    words = ["recalibrate batch-norm"] if run.recipe.tune.recalibrate else []
+    epochs = run.lesson.epochs
+    words = ["recalibrate batch-norm"] if run.lesson.recalibrate else []
     if epochs:
         words.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of fine-tuning")
     return ", ".join(words) or "nothing"
@@ -203,7 +227,12 @@ def _export(step: Step) -> None:
     run, out = step.run, step.out
     run.say("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
     export, small = stage("export"), smaller(run, step.folders)
-    artifact, parity = export_onnx(run, small, out / "model.onnx", parent=run.bundle.source.sha256)
+    pattern = None
+    if run.recipe.prune.granularity == "2:4":
+        masks = stage("prune").read(step.folders["prune"]).masks.weights
+        pattern = {name: tuple(keep.shape) for name, keep in masks.items()}
+    parent = run.bundle.source.sha256
+    artifact, parity = export_onnx(run, small, out / "model.onnx", parent=parent, pattern=pattern)
     export.save_modules(small, out)
     reloaded = export.check_reload(out, small.input, torch_part("bundle").deployed(small))
     codec.write(out / "parity.json", Ledger((*parity, *reloaded)))
@@ -236,25 +265,27 @@ def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tup
     pictures = None
     if "synthesize" in step.folders:
         made = stage("synthesize").read(step.folders["synthesize"])
-        repaired = codec.read(Ledger, step.folders["repair"] / "ledger.json", WorkdirError)
-        facts = {"synthesis": made.facts, "repair": repaired.facts}
-        pictures = synthetic.Pictures(made.images, facts, fitted=True)
+        facts = {"synthesis": made.facts}
+        if "repair" in step.folders:
+            facts["repair"] = codec.read(Ledger, step.folders["repair"] / "ledger.json", WorkdirError).facts
+        pictures = synthetic.Pictures(made.images, facts, fitted="repair" in step.folders)
     elif run.data is not None:
         return ()
     return synthetic.run((run.bundle, small), files, pictures, run.device, run.say)
 
 
 def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
-    for name in TAKE_AWAY:
-        if (folders["export"] / name).exists():
-            run.work.publish(folders["export"] / name, name)
-    run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
     small = smaller(run, folders)
     report = build_report(run, folders, small)
-    stage("report").run(report, run.work.root)
+    if run.work.leads:
+        for name in TAKE_AWAY:
+            if (folders["export"] / name).exists():
+                run.work.publish(folders["export"] / name, name)
+        run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
+        stage("report").run(report, run.work.root)
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False)
     return Result(run.work.root, report, verdict, small)
 
 
 def _budget_words(budget: Budget) -> str:
-    return ", ".join(f"{m} {limit.text}" for m, limit in budget.limits.items())
+    return ", ".join(f"{m} {limit.text}" for m, limit in budget.limits.items()) or "no limit"

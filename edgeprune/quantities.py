@@ -40,6 +40,11 @@ _SCALES = {
     "fraction": {"": 1.0, "%": 1e-2},
 }
 
+USUAL_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
+# A larger radius was meant in levels of 255: an Linf ball of 1 is every image there is, and an L2 ball of 20
+# makes any photograph of 3x224x224 unrecognizable.
+LARGEST_EPS = {"Linf": 1.0, "L2": 20.0}
+
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """The sentence "did you mean ...?" for the closest known name, or the list of all of them."""
@@ -134,3 +139,23 @@ def show(value: Optional[float], unit: str) -> str:
     # 999.5 and more would round to "1e+03" in three digits.
     digits = f"{value / scale:.3g}" if abs(value / scale) < 999.5 else f"{value / scale:.0f}"
     return f"{digits} {name}".strip()
+
+
+def eps_of(text: str, norm: str) -> float:
+    """Read the radius of an attack: "8/255", "0.03" or "3 %" of the range of pixels; "" is the norm's usual one.
+
+    Raises:
+        UsageError: not a number, not more than 0, or so large that levels of 255 were meant.
+    """
+    if norm not in NORMS:
+        raise UsageError(f"norm = {norm!r} is not one of {', '.join(NORMS)}", suggest(norm, NORMS))
+    if not text.strip():
+        return USUAL_EPS[norm]
+    value = number(text, "fraction")
+    if value <= 0:
+        raise UsageError(f"eps = {text} must be more than 0", "for example 8/255")
+    if value > LARGEST_EPS[norm]:
+        found = f"eps = {text} is too large for {norm}: pixels are in [0, 1]"
+        meant = f"did you mean {value:g}/255?" if value <= 255 * LARGEST_EPS[norm] else "for example 8/255"
+        raise UsageError(f"{found}, accepted is at most {LARGEST_EPS[norm]:g}", meant)
+    return value

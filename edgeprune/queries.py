@@ -92,7 +92,7 @@ def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str
 
 
 def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
-    """What every layer costs, its share of the time on this machine, and why it can't be pruned.
+    """What every layer costs, its share of the time here, how compressible it looks, and why it can't be pruned.
 
     Raises:
         ModelError: the model can't be loaded or run.
@@ -118,7 +118,7 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
         except (MissingDependency, import_module("edgeprune.errors").ModelError) as error:
             notes.append(f"No times: {error.message}")
     rows = stage("why").run(bundle, times, recipe.prune.skip)
-    return rows, notes
+    return rows, [*notes, stage("why").ABOUT_PQI]
 
 
 def doctor(target: str | None, device: str) -> Any:

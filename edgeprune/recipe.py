@@ -10,17 +10,10 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
-from edgeprune import plugins
+from edgeprune import choices, plugins
 from edgeprune.errors import UsageError
 from edgeprune.quantities import limit, suggest
 from edgeprune.records import Budget
-
-GRANULARITIES = ("channel", "weight", "2:4")
-OBJECTIVES = ("natural", "fgsm", "pgd", "trades")
-PRECISIONS = ("auto", "fp32", "fp16", "int8")
-REPAIRS = ("auto", "none", "synthetic", "data")
-# What the method "auto" stands for, with and without training images.
-AUTO = ("taylor", "data-free")
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,9 @@ class DataTable:
 class PruneTable:
     """[prune]: the method and how channels are shared out.
 
-    allocation: "global" or "uniform". floor: the least share of a layer's channels that stays.
+    granularity: what goes whole: "channel", "weight", or half of each block of four weights, "2:4".
+    allocation: "global", "uniform", or "pqi" (layers share by their PQ index). floor: the least share of a layer's
+    channels that stays.
     multiple_of: 0 takes the target's. skip: layers whose channels are left alone. repair: the images on which the
     layers after a cut are solved anew: "synthetic" (made from the network itself), "data" (calibration images),
     "none", or "auto". `options` are the method's own (its dataclass fields).
@@ -83,9 +78,13 @@ class SynthesizeTable:
 
 @dataclass(frozen=True)
 class TuneTable:
-    """[tune]: fine-tuning with data. lr of SGD with momentum and a cosine.
+    """[tune]: training with data, after a cut or, for a method that trains, while it chooses. Warm-up, then a cosine.
 
-    distill: the weight of the dense model's answers.
+    epochs: all of them; of a method that trains they are its own. optimizer: sgd (Nesterov momentum) or adamw.
+    distill: the weight of the dense model's answers. eps: radius of the attack ("8/255"; empty for the norm's usual
+    one), attack_step 0 for a step that fits attack_steps of them. beta: share of the clean images' loss in fgsm and
+    pgd. trades: weight of the divergence. keep: "last" epoch, or the "best" on val_share of the training images.
+    mixed: "auto", "fp32" or "bf16".
     """
 
     epochs: int = 0
@@ -93,10 +92,20 @@ class TuneTable:
     lr: float = 0.03
     batch: int = 128
     weight_decay: float = 5e-4
+    optimizer: str = "sgd"
     distill: float = 0.9
     temperature: float = 4.0
     augment: bool = True
     recalibrate: bool = True
+    eps: str = ""
+    norm: str = "Linf"
+    attack_steps: int = 7
+    attack_step: float = 0.0
+    beta: float = 0.0
+    trades: float = 6.0
+    keep: str = "last"
+    val_share: float = 0.1
+    mixed: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -175,13 +184,18 @@ def build(file_tables: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequen
     if not isinstance(limits, Mapping):
         raise UsageError(f"[budget] must be a table, got {limits!r}")
     recipe = Recipe(target=target, seed=seed, budget={k: str(v) for k, v in limits.items()}, **tables)
-    _validate(recipe)
+    choices.check(recipe)
     return recipe
 
 
 def budget(recipe: Recipe) -> Budget:
-    """The recipe's budget, parsed; `macs=50 %` when it names none."""
-    limits = dict(recipe.budget) or {"macs": "50 %"}
+    """The recipe's budget, parsed; when it names none, half of what the granularity makes less.
+
+    None stands for `macs=50 %` of channels and `params=50 %` of weights. The 2:4 pattern is a budget by itself, and
+    the method sap stops by itself.
+    """
+    half = {"channel": {"macs": "50 %"}, "weight": {"params": "50 %"}, "2:4": {}}[recipe.prune.granularity]
+    limits = dict(recipe.budget) or ({} if recipe.prune.method == "sap" else half)
     return Budget({metric: limit(metric, text) for metric, text in limits.items()})
 
 
@@ -293,55 +307,3 @@ def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
         else:
             out[table] = value
     return out
-
-
-def _validate(recipe: Recipe) -> None:
-    choices = (
-        ("data.use", recipe.data.use, ("all", "evaluate")),
-        ("prune.granularity", recipe.prune.granularity, GRANULARITIES),
-        ("prune.allocation", recipe.prune.allocation, ("global", "uniform")),
-        ("prune.repair", recipe.prune.repair, REPAIRS),
-        ("tune.objective", recipe.tune.objective, OBJECTIVES),
-        ("export.precision", recipe.export.precision, PRECISIONS),
-    )
-    for where, value, accepted in choices:
-        if value not in accepted:
-            raise UsageError(
-                f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
-            )
-    _check_options(recipe.prune)
-    ranges = (
-        ("seed", recipe.seed, 0, 2**32 - 1),
-        ("prune.floor", recipe.prune.floor, 0.0, 1.0),
-        ("data.val_share", recipe.data.val_share, 0.01, 0.99),
-        ("tune.distill", recipe.tune.distill, 0.0, 1.0),
-        ("tune.lr", recipe.tune.lr, 0.0, 100.0),
-        ("tune.weight_decay", recipe.tune.weight_decay, 0.0, 1.0),
-        ("tune.temperature", recipe.tune.temperature, 0.01, 1000.0),
-        ("tune.epochs", recipe.tune.epochs, 0, 100000),
-        ("tune.batch", recipe.tune.batch, 2, 65536),
-        ("prune.multiple_of", recipe.prune.multiple_of, 0, 1024),
-        ("synthesize.images", recipe.synthesize.images, 0, 65536),
-        ("synthesize.steps", recipe.synthesize.steps, 0, 10**6),
-        ("export.opset", recipe.export.opset, 0, 100),
-        ("export.tolerance", recipe.export.tolerance, 0.0, 1.0),
-        ("measure.threads", recipe.measure.threads, 0, 1024),
-        ("measure.warmup", recipe.measure.warmup, 0, 10**6),
-        ("measure.iterations", recipe.measure.iterations, 10, 10**6),
-        ("measure.seconds", recipe.measure.seconds, 0.1, 86400.0),
-    )
-    for where, value, low, high in ranges:
-        if not low <= value <= high:
-            raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
-    for metric, text in recipe.budget.items():
-        limit(metric, text)
-
-
-def _check_options(table: PruneTable) -> None:
-    if table.method == "auto" and table.options:
-        known = {key for name in AUTO for key in plugins.options("methods", name)}
-        for key in table.options:
-            if key not in known:
-                raise UsageError(f"neither {' nor '.join(AUTO)} has an option {key!r}", suggest(key, known))
-    elif table.method != "auto" and "." not in table.method:
-        plugins.check_options("methods", table.method, table.options)

@@ -176,6 +176,7 @@ class Report:
     before, after: readings of the dense and of the compressed file. ledger: accuracies after each stage.
     layers: one row a layer (docs/report.md). samples: "dense"/"compressed" -> latencies in s, for the plots.
     notes: plain sentences that a reader must see. left_out: group -> why it was not pruned.
+    history: how the choice came about: what was recorded ("pqi") -> curve -> numbers, or layer -> numbers.
     """
 
     schema: str
@@ -188,6 +189,7 @@ class Report:
     samples: Mapping[str, Tuple[float, ...]] = field(default_factory=dict)
     notes: Tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    history: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,17 @@ METRICS: Dict[str, Metric] = {
     for m in (
         Metric("params", "", True, "non-zero parameters"),
         Metric("macs", "", True, "multiply-accumulates for one image"),
+        Metric(
+            "weight_density", "fraction", True, "non-zero weights, as a share of the dense model's weights"
+        ),
+        Metric(
+            "param_density",
+            "fraction",
+            True,
+            "non-zero parameters, as a share of the dense model's parameters",
+        ),
         Metric("size", "B", True, "bytes of the deployed file"),
+        Metric("compressed_size", "B", True, "bytes of the deployed file after deflate"),
         Metric("latency_p50", "s", True, "median time of one image"),
         Metric("latency_p90", "s", True, "90th percentile of the time of one image"),
         Metric("latency_p99", "s", True, "99th percentile of the time of one image"),

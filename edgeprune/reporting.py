@@ -28,18 +28,21 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
     ledgers = [_ledger(folders[name]) for name in ("repair", "tune") if name in folders]
     example = costs.normalized_example(run.bundle.input, run.recipe.seed)
     rows = (costs.layer_costs(run.bundle.module, example), costs.layer_costs(small.module, example))
+    chosen = stage("prune").read(folders["prune"])
     parts = {
         "recipe": recipes.to_dict(run.recipe),
         "environment": build.environment(run.device.facts(), run.target.title),
         "before": measured.before, "after": measured.after, "samples": measured.samples,
-        "layers": build.layers(*rows, measured.times, plan.left_out),
+        "layers": build.layers(*rows, measured.times, plan.left_out, nonzero=_nonzero(run, small)),
+        "history": chosen.record,
     }  # fmt: skip
     parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
     notes = (
+        *build.sparse_notes(run.recipe.prune.granularity, measured.after),
         *measured.notes,
         *_parity_notes(parity.readings),
         *(stage("synthesize").read(folders["synthesize"]).notes if "synthesize" in folders else ()),
-        *stage("prune").read(folders["prune"]).notes,
+        *chosen.notes,
         *(note for ledger in ledgers for note in ledger.notes),
         *_notes(run, plan),
     )
@@ -60,16 +63,25 @@ def _ledger(folder: Path) -> Ledger:
     return codec.read(Ledger, folder / "ledger.json", WorkdirError)
 
 
+def _nonzero(run: Context, small: Bundle) -> dict[str, dict[str, int]] | None:
+    """Non-zero weights of each layer, where single weights were pruned."""
+    if run.recipe.prune.granularity == "channel":
+        return None
+    count = stage("measure_densities").nonzero_weights
+    return {"dense": count(run.bundle.module), "compressed": count(small.module)}
+
+
 def _parity_notes(readings: Sequence[Reading]) -> list[str]:
-    """How far the files' answers are from the network's; differences are relative to the largest logit."""
+    """How far the files' answers are from the network's, relative to the largest logit; and the 2:4 pattern's proof."""
+    proofs = [str(r.conditions["words"]) for r in readings if "words" in r.conditions]
     worst: dict[str, float] = {}
     for reading in readings:
-        if reading.value is not None:
+        if reading.value is not None and "words" not in reading.conditions:
             worst[reading.artifact] = max(worst.get(reading.artifact, 0.0), reading.value)
     if not worst:
-        return []
+        return proofs
     said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
-    return [f"Largest difference to the network in torch, relative to the largest logit: {said}."]
+    return [*proofs, f"Largest difference to the network in torch, relative to the largest logit: {said}."]
 
 
 def _notes(run: Context, plan: Plan) -> list[str]:

@@ -51,14 +51,14 @@ def readings_table(readings: Sequence[Reading]) -> Table:
 def why_table(rows: Sequence[Any]) -> Table:
     """Layers and their costs; the reasons go below (`reasons`), where they have room."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("layer", "op", "channels", "params", "MACs", "MACs %", "time %", "can go"):
+    for name in ("layer", "op", "channels", "params", "MACs", "MACs %", "time %", "PQI", "can go"):
         table.add_column(
             name, justify="left" if name in ("layer", "op", "can go") else "right", overflow="fold"
         )
     for r in rows:
         time = f"{100 * r.time_share:.1f}" if r.time_share is not None else "-"
-        counts = (str(r.channels), show(r.params, ""), show(r.macs, ""), f"{100 * r.macs_share:.1f}", time)
-        table.add_row(Text(r.layer), r.op, *counts, "no" if r.why_not else "yes")
+        counts = (str(r.channels), show(r.params, ""), show(r.macs, ""), f"{100 * r.macs_share:.1f}")
+        table.add_row(Text(r.layer), r.op, *counts, time, f"{r.pqi:.2f}", "no" if r.why_not else "yes")
     return table
 
 

@@ -2,6 +2,9 @@
 
 A stage writes into `tmp-KEY`, which is renamed to `KEY` when it is whole: a folder that exists is complete. Killing
 a run loses the stage that was running and nothing else; deleting folders is always safe.
+
+Of several processes (`nn.team`) the first holds the directory and alone writes to it. The others go through the same
+stages: they take part in those that are done together, and read what the first one has left.
 """
 
 from __future__ import annotations
@@ -10,16 +13,21 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
 from edgeprune.codec import to_json, write
 from edgeprune.errors import WorkdirError
+from edgeprune.nn import team
 
 STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "measure")
 LOCKFILE = "edgeprune.lock"
+# A shared file system may show a new folder to other machines this much later.
+SIGHT_S = 60.0
 
 
 def digest(path: Path) -> str:
@@ -32,12 +40,17 @@ def digest(path: Path) -> str:
 
 
 class Workdir:
-    """A run directory that this process holds; use it with `with`."""
+    """A run directory that this process holds, or follows where another process of its team holds it.
+
+    Use it with `with`. leads: whether this process is the one that writes.
+    """
 
     def __init__(self, root: Path) -> None:
         """Only remembers the folder; `with` creates and locks it."""
         self.root = root
+        self.leads = team.rank() == 0
         self._held: Any = None
+        self._aside: Any = None
 
     def __enter__(self) -> Workdir:
         """Create the folder and lock it for this process.
@@ -45,6 +58,9 @@ class Workdir:
         Raises:
             WorkdirError: another process holds it, or it can't be created.
         """
+        if not self.leads:
+            self._aside = TemporaryDirectory(prefix="edgeprune-")
+            return self
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._held = (self.root / ".lock").open("a")
@@ -66,7 +82,25 @@ class Workdir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let go of the folder."""
-        self._held.close()
+        if self.leads:
+            self._held.close()
+        else:
+            self._aside.cleanup()
+
+    def agree(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """The keys of the stages, when every process of the team came to the same.
+
+        Raises:
+            WorkdirError: this process has other inputs than the first one.
+        """
+        led = team.tell(dict(keys))
+        other = [name for name in {**led, **keys} if led.get(name) != keys.get(name)]
+        if other:
+            raise WorkdirError(
+                f"process {team.rank()} of {team.size()} would do another {other[0]} than process 0",
+                "give all processes the same model, data, recipe and version of edgeprune",
+            )
+        return led
 
     def claim(self, identity: dict[str, Any], facts: dict[str, Any], *, again: bool) -> None:
         """Say whose run this is, and write `edgeprune.lock`; `again` gives the folder to another model.
@@ -95,34 +129,58 @@ class Workdir:
         text = json.dumps([stage, version, *map(to_json, inputs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def stage(self, name: str, key: str, work: Callable[[Path], None]) -> Path:
+    def stage(self, name: str, key: str, work: Callable[[Path], None], *, together: bool = False) -> Path:
         """The finished folder of a stage; does the work only if it is not there yet.
 
+        Args:
+            name: one of STAGES. key: of `key`. work: writes the stage's files into the folder it is given.
+            together: every process of the team does the work; the folders of all but the first are thrown away.
+
         Raises:
-            WorkdirError: the folder is there but a file in it is not what was written.
+            WorkdirError: the folder is there but a file in it is not what was written; or a process of the team
+                does not see it.
         """
         done = self._parent(name) / key
-        if done.is_dir():
+        there = self.leads and done.is_dir()
+        if there:
             self._verify(done)
-            return done
+        if not team.tell(there):
+            self._do(done, work, together)
+        if not self.leads:
+            _look_for(done)
+        return done
+
+    def _do(self, done: Path, work: Callable[[Path], None], together: bool) -> None:
+        if self.leads:
+            self._make(done, work)
+        elif together:
+            with TemporaryDirectory(prefix="edgeprune-") as folder:
+                work(Path(folder))
+        team.wait()
+
+    def _make(self, done: Path, work: Callable[[Path], None]) -> None:
+        key = done.name
         unfinished = done.with_name(f"tmp-{key}")
         unfinished.mkdir(parents=True)
         work(unfinished)
         files = {
             str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()
         }
+        name = done.parent.name.partition("-")[2]
         write(unfinished / "record.json", {"stage": name, "key": key, "files": files})
         unfinished.rename(done)
         shutil.rmtree(self.scratch(key), ignore_errors=True)
-        return done
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether a stage's folder is there."""
         return (self._parent(name) / key).is_dir()
 
     def scratch(self, key: str) -> Path:
-        """Where a stage may keep what lets it go on after a kill; gone when the stage is done."""
-        return self.root / "scratch" / key
+        """Where a stage may keep what lets it go on after a kill; gone when the stage is done.
+
+        A follower's is empty and goes with it: what is kept, the first process keeps, and tells.
+        """
+        return self.root / "scratch" / key if self.leads else Path(self._aside.name) / key
 
     def forget_from(self, stage: str) -> None:
         """Delete the results of a stage and of every later one ("load" means all)."""
@@ -154,3 +212,15 @@ class Workdir:
             raise WorkdirError(
                 f"{folder / bad} is not what was written there", f"delete {folder}; it will be made again"
             )
+
+
+def _look_for(folder: Path) -> None:
+    """Wait until a folder that another process has made is to be seen here."""
+    until = time.monotonic() + SIGHT_S
+    while not (folder / "record.json").is_file():
+        if time.monotonic() > until:
+            raise WorkdirError(
+                f"process {team.rank()} of {team.size()} does not see {folder}, which process 0 has written",
+                "put the run directory on a file system that all machines share",
+            )
+        time.sleep(0.2)

@@ -32,7 +32,7 @@ VOID = {"meta", "wbr"}
 
 
 def reading(metric: str, value: float | None, artifact: str = "compressed", **changes: Any) -> Reading:
-    counted = metric in ("params", "macs", "size")
+    counted = metric in ("params", "macs", "size", "compressed_size", "weight_density", "param_density")
     base = Reading(
         metric, value, METRICS[metric].unit, 1000, None, "counted" if counted else HERE, artifact, {}
     )
@@ -108,6 +108,69 @@ def sample(*, layers: int = 20, timed: bool = True, labeled: bool = True, target
         notes=("Nothing has been measured on jetson-orin-nano yet.",) if target != "local" else (),
         left_out={"conv1": "it reads the image"},
     )
+
+
+ZEROS = "Zeros: single weights were set to zero."
+
+
+def history(layers: int = 12, n: int = 9) -> dict[str, Any]:
+    """What every method here records, with as many layers and iterations."""
+    names = [f"layer{i // 4}.{i % 4}.conv" for i in range(layers)]
+
+    def falls_and_rises(i: int) -> list[float]:
+        low = 0.2 + 0.01 * i
+        return [round(low + 0.012 * (1 + i % 3) * (t - n / 2) ** 2 / n, 6) for t in range(n)]
+
+    def falls(start: float, rate: float) -> list[float]:
+        return [round(start * rate**t, 6) for t in range(n)]
+
+    return {
+        "pqi": {
+            "iterations": list(range(n)),
+            "layers": {name: falls_and_rises(i) for i, name in enumerate(names)},
+            "kept": {name: falls(1.0, 0.7 + 0.02 * (i % 5)) for i, name in enumerate(names)},
+            "accuracy": [round(0.9 - 0.002 * t**2, 6) for t in range(n)],
+            "stopped": "the validation accuracy fell by more than 2 points",
+        },
+        "dnr": {
+            "epochs": list(range(1, n + 1)),
+            "density": {name: [round(0.1 + 0.005 * t * (i % 3 - 1), 6) for t in range(n)]
+                        for i, name in enumerate(names)},
+            "removed": [max(0, 5000 - 400 * t) for t in range(n)],
+            "grown": [max(0, 5000 - 400 * t) for t in range(n)],
+        },
+        "deadwooding": {
+            "epochs": [3, n - 3],
+            "lambda": {name: [round(0.01 * t * (1 + i), 6) for t in range(3)] for i, name in enumerate(names)},
+            "deadwood": falls(0.2, 0.5)[:3],
+            "lambda_kd": [1.0 + 0.1 * t for t in range(n - 3)],
+            "lambda_adv": [1.0 + 0.3 * t for t in range(n - 3)],
+        },
+        "training": {"losses": falls(2.3, 0.8), "validation": [None, *falls(0.6, 1.02)[1:]]},
+    }  # fmt: skip
+
+
+def pruned_weights() -> Report:
+    """A report as a run at granularity "weight" gives it."""
+    base = sample(layers=12)
+    sizes = {
+        "weight_density": (1.0, 0.1),
+        "param_density": (1.0, 0.105),
+        "compressed_size": (1030000, 230000),
+    }
+    sides = (
+        [reading(m, v[0], "dense") for m, v in sizes.items()],
+        [reading(m, v[1]) for m, v in sizes.items()],
+    )
+    rows = tuple(
+        {**row, "params_after": row["params_before"], "channels_after": row["channels_before"],
+         "nonzero_before": row["params_before"], "nonzero_after": row["params_before"] // (4 + i)}
+        for i, row in enumerate(base.layers)
+    )  # fmt: skip
+    return replace(
+        base, before=(*base.before, *sides[0]), after=(*base.after, *sides[1]), layers=rows, notes=(ZEROS,),
+        history=history(),
+    )  # fmt: skip
 
 
 def html_of(report: Report, tmp_path: Path) -> str:

@@ -18,7 +18,7 @@ from image_sets import (
 from torch import nn
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn.train import accuracy, fit, recalibrate_bn
+from edgeprune.nn.train import Course, accuracy, fit, recalibrate_bn
 from edgeprune.recipe import TuneTable
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
@@ -68,7 +68,7 @@ def test_recalibration_is_that_of_torch_for_one_batch_and_uses_no_dropout() -> N
 
 def test_recalibration_repairs_statistics_that_were_lost(tmp_path: Path) -> None:
     module, split = Small(), stripes()
-    fit(module, split, replace(TABLE, epochs=8), seed=0, scratch=tmp_path)
+    fit(module, Course(split, replace(TABLE, epochs=8), 0, tmp_path))
     good = accuracy(module, split)[0]
     for layer in (module.bn, module.bn2):
         layer.running_mean.fill_(5.0)  # type: ignore[union-attr]

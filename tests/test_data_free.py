@@ -160,7 +160,7 @@ def test_the_options_of_the_paper_run(options: dict[str, object]) -> None:
 def test_a_uniform_allocation_is_kept_to() -> None:
     network = nets.build("residual")
     task = task_for(network, 0.5)
-    masks = method("reconstruction")(network, replace(task, rules=replace(task.rules, uniform=True)))
+    masks = method("reconstruction")(network, replace(task, rules=replace(task.rules, cuts={})))
     shares = [float(keep.double().mean()) for keep in masks.channels.values()]
     assert max(shares) - min(shares) <= 1 / 8
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgeprune import bundled, recipe
+from edgeprune import bundled, choices, recipe
 from edgeprune.context import Context
 from edgeprune.errors import UsageError
 from edgeprune.keys import stage_keys
@@ -97,7 +97,7 @@ def test_held_out_images_change_what_is_measured_and_not_what_is_pruned(tmp_path
 
 
 def test_a_choice_that_may_look_at_the_images_of_the_repair_depends_on_which_they_are(tmp_path: Path) -> None:
-    found = {wish: keys(tmp_path, data=LEARN, prune={"repair": wish}) for wish in recipe.REPAIRS}
+    found = {wish: keys(tmp_path, data=LEARN, prune={"repair": wish}) for wish in choices.REPAIRS}
     assert found["auto"]["prune"] == found["none"]["prune"]
     assert len({k["prune"] for k in found.values()}) == len({k["tune"] for k in found.values()}) == 3
 

@@ -40,6 +40,13 @@ def test_a_difference_that_two_runs_of_one_file_can_have_is_no_gain() -> None:
     assert words(SAME, HERE).startswith("NOT faster: 1.00x")
 
 
+def test_a_small_gain_without_less_work_is_no_gain() -> None:
+    ratio = Ratio(1.03, 1.02, 1.04, 40)
+    assert words(ratio, HERE, Clues(macs_before=1000, macs_after=900)).startswith("1.03x faster")
+    same = words(ratio, HERE, Clues(macs_before=1000, macs_after=1000))
+    assert same.startswith("NOT faster: 1.03x") and same.endswith("because no work is gone")
+
+
 def test_noise_is_called_inconclusive() -> None:
     text = words(UNSURE, HERE)
     assert text.startswith("NOT shown to be faster: 1.05x (95 % interval 0.90-1.30)")

@@ -308,7 +308,7 @@ def test_data_is_not_touched(mode: str) -> None:
         raise AssertionError("the network was asked for answers")
 
     task = PruneTask(
-        groups, model, Budget({"macs": model.cost({"1": 8, "3": 6})["macs"]}, uniform=True), never,
+        groups, model, Budget({"macs": model.cost({"1": 8, "3": 6})["macs"]}, cuts={}), never,
         poison, poison, 0, InputSpec(SHAPE, 3), poison,
     )  # fmt: skip
     found = plugins.build("methods", "data-free", {"mode": mode})(network, task)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune import plugins, recipe
+from edgeprune import choices, plugins, recipe
 from edgeprune.errors import UsageError
 from edgeprune.recipe import (
     DataTable,
@@ -51,17 +51,17 @@ RECIPES = some(
     prune=some(
         PruneTable,
         method=st.sampled_from(["auto", *plugins.names("methods")]),
-        granularity=st.sampled_from(recipe.GRANULARITIES),
+        granularity=st.sampled_from(choices.GRANULARITIES),
         allocation=st.sampled_from(["global", "uniform"]),
         floor=SHARES,
         multiple_of=st.integers(0, 64),
         skip=st.lists(TEXT, max_size=2).map(tuple),
-        repair=st.sampled_from(recipe.REPAIRS),
+        repair=st.sampled_from(choices.REPAIRS),
     ),
     synthesize=some(SynthesizeTable, images=st.integers(0, 9999), steps=st.integers(0, 9999)),
     budget=st.dictionaries(st.sampled_from(["macs", "params", "size"]), st.just("50 %")),
     tune=some(TuneTable, epochs=st.integers(0, 99), lr=SHARES, distill=SHARES, augment=st.booleans()),
-    export=some(ExportTable, precision=st.sampled_from(recipe.PRECISIONS), opset=st.integers(0, 20)),
+    export=some(ExportTable, precision=st.sampled_from(choices.PRECISIONS), opset=st.integers(0, 20)),
     measure=some(MeasureTable, device=TEXT, threads=st.integers(0, 64), seconds=st.floats(0.1, 99)),
 )
 
@@ -126,7 +126,7 @@ def test_a_method_has_one_name_however_it_is_written(name: str) -> None:
 
 
 def test_auto_takes_the_options_of_every_method_that_it_may_become() -> None:
-    for name in recipe.AUTO:
+    for name in choices.AUTO:
         for option in plugins.options("methods", name):
             assert recipe.build({"prune": {option: 3}}, {}).prune.options == {option: 3}
 

@@ -11,16 +11,36 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reports import EVIL, HERE, ODD, check_page, html_of, layer, leaves, put, reading, sample
+from reports import (
+    EVIL,
+    HERE,
+    ODD,
+    ZEROS,
+    check_page,
+    history,
+    html_of,
+    layer,
+    leaves,
+    pruned_weights,
+    put,
+    reading,
+    sample,
+)
 from rich.console import Console
 
 from edgeprune import codec
 from edgeprune.errors import UsageError
+from edgeprune.nn.costs import LayerCost
 from edgeprune.records import REPORT_SCHEMA, Report
 from edgeprune.stages import report as stage
+from edgeprune.stages.report_build import SPARSE_NOTE, layers, sparse_notes
 
 SMALL = sample(layers=2)
-SMALL = replace(SMALL, samples={k: v[:5] for k, v in SMALL.samples.items()})
+SMALL = replace(
+    SMALL,
+    samples={k: v[:5] for k, v in SMALL.samples.items()},
+    history={"pqi": history(layers=2, n=3)["pqi"]},
+)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +224,61 @@ def test_what_the_run_s_notes_say_with_a_reason_is_not_said_twice() -> None:
     lines = stage.summary_lines(replace(sample(labeled=False), notes=notes))
     assert len(lines) == 3
     assert lines[1:] == list(notes)
+
+
+def test_the_summary_opens_with_what_zeros_are_good_for_and_says_it_once(tmp_path: Path) -> None:
+    report = pruned_weights()
+    lines = stage.summary_lines(report)
+    assert lines[0].endswith("compressed file size -77.7 %.")
+    assert lines[1] == ZEROS and lines.count(ZEROS) == 1
+    page = html_of(report, tmp_path)
+    assert page.count(ZEROS) == (tmp_path / "report.md").read_text(encoding="utf-8").count(ZEROS) == 1
+    assert "Read this first" not in page
+    # The first things to see are those that changed.
+    assert re.findall(r"<dt>(.*?)</dt>", page) == [
+        "params",
+        "compressed_size",
+        "latency_p50",
+        "clean_accuracy",
+    ]
+    assert stage.load(tmp_path) == report
+
+
+def test_the_note_on_zeros_promises_no_speed_and_knows_where_times_were_taken() -> None:
+    local = [reading("latency_p50", 1e-3, conditions={"runtime": "onnxruntime 1.27.0"})]
+    jetson = [reading("latency_p50", 1e-3, conditions={"runtime": "TensorRT 10.3.0"})]
+    assert sparse_notes("channel", local) == []
+    (weight,), (pattern,) = sparse_notes("weight", local), sparse_notes("2:4", local)
+    assert weight.startswith(SPARSE_NOTE) and pattern.startswith(SPARSE_NOTE)
+    assert all("not faster on a CPU" in note and "dense" in note for note in (weight, pattern))
+    assert "TensorRT" not in weight
+    assert pattern.endswith("TensorRT's sparse kernels can use this pattern; nothing was timed there.")
+    assert sparse_notes("2:4", jetson)[0].endswith("can use this pattern.")
+
+
+def test_layers_count_what_is_not_zero_where_weights_were_pruned(tmp_path: Path) -> None:
+    row = LayerCost("conv", "Conv2d", 8, 224, 1000, (3, 3))
+    (plain,) = layers([row], [row], {}, {})
+    assert "nonzero_after" not in plain
+    (counted,) = layers([row], [row], {}, {}, nonzero={"dense": {"conv": 216}, "compressed": {"conv": 20}})
+    assert (counted["nonzero_before"], counted["nonzero_after"]) == (216, 20)
+    stage.run(replace(sample(), layers=(counted,)), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| layer | operator | channels | parameters | non-zero weights | macs |" in text
+    assert "| conv | Conv2d | 8 -> 8 | 224 -> 224 | 216 -> 20 | 1000 -> 1000 |" in text
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Weights that are not zero in each layer" in page and "20 of 216" in page
+    assert "Weights that are not zero" not in html_of(sample(), tmp_path)
+
+
+def test_a_report_of_an_earlier_version_reads_as_one_without_a_history(tmp_path: Path) -> None:
+    stage.run(sample(), tmp_path)
+    file = tmp_path / "report.json"
+    data = json.loads(file.read_text())
+    del data["history"]
+    file.write_text(json.dumps(data))
+    assert stage.load(tmp_path) == sample() and stage.load(tmp_path).history == {}
+    assert "How the choice came about" not in html_of(sample(), tmp_path)
 
 
 def test_markdown_holds_the_table_the_ledger_the_notes_and_the_layers(written: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reports import EVIL, check_page, html_of, layer, parts, reading, sample
 
 from edgeprune.records import REPORT_SCHEMA, Reading, Report
-from edgeprune.stages.report_css import CSS, DARK, LIGHT
+from edgeprune.stages.report_css import CSS, DARK, LIGHT, SERIES
 from edgeprune.stages.report_markup import Markup, element, escape
 from edgeprune.stages.report_plots import CURVE_POINTS, Bar, distribution, paired_bars, skyline
 
@@ -138,7 +138,7 @@ def test_text_and_marks_stand_out_in_both_palettes(palette: dict[str, str]) -> N
     for name in ("ink", "muted", "good", "bad"):
         assert contrast(palette[name], palette["ground"]) >= 4.5, name
     assert contrast(palette["ink"], palette["raised"]) >= 4.5
-    for name in ("dense", "compressed"):
+    for name in ("dense", "compressed", *SERIES):
         assert contrast(palette[name], palette["ground"]) >= 3.0, name
 
 

@@ -1,139 +1,84 @@
-"""Training: bit-equal after an interruption, checkpoints, augmentation, accuracy."""
+"""The training loop: what it learns, leaves alone and refuses, the order of hooks, and the choice of an epoch."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import nets
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from image_sets import (
-    Answers,
-    Small,
-    same,
-    stripes,
-    weights,
-)
+from image_sets import Answers, Small, same, stripes, weights
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import progress
-from edgeprune.nn.calling import modes
-from edgeprune.nn.checkpoint import Checkpoint
-from edgeprune.nn.data import Split
-from edgeprune.nn.images import Decoded
-from edgeprune.nn.train import CHECKPOINT, accuracy, augment, fit, mean_loss
+from edgeprune.nn import train
+from edgeprune.nn.data import in_memory
+from edgeprune.nn.objectives import of_table
+from edgeprune.nn.schedule import share_of_lr
+from edgeprune.nn.train import CHECKPOINT, Course, Hooks, accuracy, fit, momentum, robust_accuracy
 from edgeprune.recipe import TuneTable
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
 
 
-@dataclass
-class Interrupted:
-    """Pixels that end the run at the n-th batch, as Ctrl-C or a kill would."""
-
-    pixels: Tensor
-    after: int
-    seen: list[int] = field(default_factory=list)
-
-    def take(self, indices: Tensor) -> Tensor:
-        self.seen.append(len(indices))
-        if len(self.seen) > self.after:
-            raise KeyboardInterrupt
-        return self.pixels[indices]
-
-    def count(self) -> int:
-        return len(self.pixels)
-
-
-@pytest.mark.parametrize("teacher", [None, Small(7)])
-@pytest.mark.parametrize("after", [5, 6, 10])
-def test_an_interrupted_training_ends_with_the_same_weights_bit_for_bit(
-    tmp_path: Path, teacher: nn.Module | None, after: int
-) -> None:
-    split, table = stripes(), replace(TABLE, distill=0.5 if teacher else 0.0)
-    whole = Small()
-    history = fit(whole, split, table, teacher=teacher, seed=3, scratch=tmp_path / "whole")
-    broken = Small()
-    cut = replace(split, pixels=Interrupted(split.pixels.pixels, after))  # type: ignore[attr-defined]
-    with pytest.raises(KeyboardInterrupt):
-        fit(broken, cut, table, teacher=teacher, seed=3, scratch=tmp_path / "broken")
-    resumed = Small()
-    second = fit(resumed, split, table, teacher=teacher, seed=3, scratch=tmp_path / "broken")
-    # One batch is looked at before the first step, and an epoch has four.
-    assert second.resumed == (after - 1) // 4
-    assert second.losses == history.losses and len(second.losses) == 3
-    assert same(weights(resumed), weights(whole))
+def course(scratch: Path, table: TuneTable = TABLE, **more: Any) -> Course:
+    return Course(**({"split": stripes(), "table": table, "seed": 0, "scratch": scratch} | more))
 
 
 def test_training_is_decided_by_the_seed_and_leaves_the_global_chance_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     first, second, other = Small(), Small(), Small()
-    fit(first, stripes(), TABLE, seed=1, scratch=tmp_path / "a")
+    fit(first, course(tmp_path / "a", seed=1))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(5)
-    fit(second, stripes(), TABLE, seed=1, scratch=tmp_path / "b")
-    fit(other, stripes(), TABLE, seed=2, scratch=tmp_path / "c")
+    fit(second, course(tmp_path / "b", seed=1))
+    fit(other, course(tmp_path / "c", seed=2))
     assert same(weights(first), weights(second))
     assert not same(weights(first), weights(other))
 
 
-def test_training_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"optimizer": "adamw", "lr": 0.01},
+        {"mixed": "bf16"},
+        {"objective": "fgsm", "eps": "16/255", "beta": 0.5},
+        {"objective": "pgd", "eps": "1", "norm": "L2", "attack_steps": 2},
+        {"objective": "trades", "eps": "16/255", "attack_steps": 2, "trades": 2.0},
+    ],
+    ids=lambda change: "-".join(map(str, change.values())) or "sgd",
+)
+def test_training_learns(tmp_path: Path, change: dict[str, Any]) -> None:
     module = Small()
-    table = replace(TABLE, epochs=10, augment=False)
-    history = fit(module, stripes(), table, seed=0, scratch=tmp_path)
-    assert history.losses[-1] < 0.3 * history.losses[0]
-    correct, total = accuracy(module, stripes())
-    assert total == 64 and correct >= 62
+    table = replace(TABLE, epochs=10, augment=False, **change)
+    objective = of_table(table, None)
+    before = robust_accuracy(module, stripes(), objective, seed=0)[0]
+    history = fit(module, course(tmp_path, table))
+    assert history.losses[-1] < (0.5 if objective.attacks else 0.3) * history.losses[0]
+    correct, total = robust_accuracy(module, stripes(), objective, seed=0)
+    assert total == 64 and correct >= 58 > before
+    assert accuracy(module, stripes())[0] >= 62
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
 
 
-def test_a_checkpoint_of_another_training_is_not_used(tmp_path: Path) -> None:
-    fit(Small(), stripes(), TABLE, seed=0, scratch=tmp_path)
-    for change in (
-        {"seed": 1},
-        {"table": replace(TABLE, lr=0.01)},
-        {"split": stripes(32)},
-        {"module": Small(1)},
-    ):
-        asked = {"module": Small(), "split": stripes(), "table": TABLE, "seed": 0} | change
-        assert fit(**asked, scratch=tmp_path).resumed == 0  # type: ignore[arg-type]
-    assert fit(Small(1), stripes(), TABLE, seed=0, scratch=tmp_path).resumed == 3
-
-
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no", None])
-def test_a_damaged_checkpoint_means_to_start_again(tmp_path: Path, damage: bytes | None) -> None:
-    module = Small()
-    fit(module, stripes(), TABLE, seed=0, scratch=tmp_path)
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:2000] if damage is None else damage)
-    again = Small()
-    assert fit(again, stripes(), TABLE, seed=0, scratch=tmp_path).resumed == 0
-    assert same(weights(again), weights(module))
-
-
-def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-    torch.save({"key": "k", "losses": Evil(marker)}, tmp_path / "c.pt")
-    module = Small()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    assert Checkpoint(tmp_path / "c.pt", "k").restore(module, optimizer) == []
-    assert not marker.exists()
-
-
-class Evil:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return open, (str(self.marker), "w")
+@pytest.mark.parametrize("name", sorted(nets.NETS))
+def test_a_network_of_any_kind_trains_and_its_tree_stays(tmp_path: Path, name: str) -> None:
+    module = nets.build(name)
+    tree = [(name, type(layer), id(layer)) for name, layer in module.named_modules()]
+    parameters = [(name, id(value)) for name, value in module.named_parameters()]
+    split = in_memory("train", (nets.example(6) * 255).to(torch.uint8), torch.arange(6) % 5)
+    before = weights(module)
+    fit(module, course(tmp_path, replace(TABLE, epochs=1, batch=3, objective="fgsm"), split=split))
+    assert [(name, type(layer), id(layer)) for name, layer in module.named_modules()] == tree
+    assert [(name, id(value)) for name, value in module.named_parameters()] == parameters
+    assert weights(module).keys() == before.keys() and not same(weights(module), before)
+    assert not module.training
 
 
 def test_frozen_parameters_and_modes_stay_as_they_were(tmp_path: Path) -> None:
@@ -143,46 +88,271 @@ def test_frozen_parameters_and_modes_stay_as_they_were(tmp_path: Path) -> None:
     module.drop.train()
     teacher = Small(1)
     before, teacher_before = weights(module), weights(teacher)
-    fit(module, stripes(), replace(TABLE, distill=0.5), teacher=teacher, seed=0, scratch=tmp_path)
+    fit(module, course(tmp_path, replace(TABLE, distill=0.5), teacher=teacher))
     after = weights(module)
     assert torch.equal(before["stem.weight"], after["stem.weight"])
     assert not torch.equal(before["next.weight"], after["next.weight"])
     assert [name for name, layer in module.named_modules() if layer.training] == ["drop"]
     assert same(weights(teacher), teacher_before) and teacher.training
-    assert all(p.is_contiguous() for p in module.parameters())
+    assert all(p.is_contiguous() for p in [*module.parameters(), *teacher.parameters()])
 
 
-def test_weight_decay_leaves_biases_and_normalization_alone(tmp_path: Path) -> None:
-    class Constant(nn.Module):
-        """Its loss does not depend on its parameters, so that decay alone moves them."""
+class Constant(nn.Module):
+    """Its loss does not depend on its parameters, so that decay and penalties alone move them."""
 
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.conv = nn.Conv2d(3, 4, 1)
-            self.bn = nn.BatchNorm2d(4)
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return 0.0 * self.bn(self.conv(x)).mean((2, 3))[:, :2]
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.0 * self.bn(self.conv(x)).mean((2, 3))[:, :2]
 
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_leaves_biases_and_normalization_alone(tmp_path: Path, optimizer: str) -> None:
     module = Constant()
     before = {name: value.clone() for name, value in module.named_parameters()}
-    fit(module, stripes(), replace(TABLE, weight_decay=0.1), seed=0, scratch=tmp_path)
+    fit(module, course(tmp_path, replace(TABLE, weight_decay=0.1, optimizer=optimizer)))
     changed = {name for name, value in module.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {"conv.weight"}
     assert bool((module.conv.weight.abs() < before["conv.weight"].abs()).all())
 
 
+def test_the_decay_of_adamw_is_decoupled_from_its_gradients(tmp_path: Path) -> None:
+    """Without a gradient, w shrinks by 1 - lr * decay at each step (Loshchilov and Hutter 2019, algorithm 2)."""
+    module, rates = Constant(), []
+    start = module.conv.weight.detach().clone()
+    table = replace(TABLE, weight_decay=0.1, optimizer="adamw")
+    fit(module, course(tmp_path, table), Hooks(after_step=lambda _, lr: rates.append(lr)))
+    assert torch.allclose(module.conv.weight, start * math.prod(1 - rate * 0.1 for rate in rates))
+
+
+@pytest.mark.parametrize("total", [1, 2, 12, 400])
+def test_the_learning_rate_warms_up_and_falls_by_half_a_cosine(total: int, tmp_path: Path) -> None:
+    shares = [share_of_lr(step, total) for step in range(total)]
+    top = shares.index(1.0)
+    assert top == max(1, round(0.05 * total)) - 1
+    assert shares[: top + 1] == sorted(shares[: top + 1]) and all(share > 0 for share in shares)
+    assert shares[top:] == sorted(shares[top:], reverse=True)
+    if total == 400:
+        assert shares[:2] == [0.05, 0.1] and shares[20 + 190] == pytest.approx(0.5)
+        assert shares[-1] == pytest.approx((math.pi / 380) ** 2 / 4, rel=1e-3)
+    if total == 12:
+        rates: list[float] = []
+        fit(Small(), course(tmp_path), Hooks(after_step=lambda _, rate: rates.append(rate)))
+        assert rates == [0.05 * share for share in shares]
+
+
+@dataclass
+class Diary:
+    """Writes down the hooks' calls in their order."""
+
+    network: nn.Module
+    lines: list[str] = field(default_factory=list)
+
+    def hooks(self) -> Hooks:
+        return Hooks(self.loss, self.penalty, self.before_step, self.after_step, self.after_epoch, self.state)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        assert module is self.network and module.training and len(x) == len(y)
+        self.lines.append("loss")
+        return nn.functional.cross_entropy(module(x), y)
+
+    def penalty(self) -> Tensor:
+        self.lines.append("penalty")
+        return torch.zeros(())
+
+    def before_step(self) -> None:
+        self.lines.append("before_step")
+        self.start = weights(self.network)
+        assert all(parameter.grad is not None for parameter in self.network.parameters())
+
+    def after_step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        self.lines.append("after_step")
+        assert not same(self.start, weights(self.network))
+        assert all(group["lr"] == lr for group in optimizer.param_groups)
+
+    def after_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        self.lines.append(f"after_epoch {epoch}")
+
+    def state(self) -> dict[str, Any]:
+        self.lines.append("state")
+        return {}
+
+
+def test_hooks_are_called_in_their_order(tmp_path: Path) -> None:
+    module = Small()
+    diary = Diary(module)
+    fit(module, course(tmp_path, replace(TABLE, epochs=2)), diary.hooks())
+    step = ["loss", "penalty", "before_step", "after_step"]
+    epochs = [[*step * 4, f"after_epoch {epoch}", "state"] for epoch in range(2)]
+    assert diary.lines == ["state", *epochs[0], *epochs[1]]
+
+
+def test_hooks_that_do_nothing_change_nothing(tmp_path: Path) -> None:
+    plain, hooked = Small(), Small()
+    objective = of_table(TABLE, None)
+    hooks = Hooks(loss=objective, penalty=lambda: torch.zeros(()))
+    assert fit(plain, course(tmp_path / "a")) == fit(hooked, course(tmp_path / "b"), hooks)
+    assert same(weights(plain), weights(hooked))
+
+
+def test_a_penalty_pulls(tmp_path: Path) -> None:
+    module = Constant()
+    before = float(module.bn.weight.detach().norm())
+    hooks = Hooks(penalty=lambda: module.bn.weight.square().sum())
+    history = fit(module, course(tmp_path, replace(TABLE, weight_decay=0.0)), hooks)
+    # The loss of two equal logits, and the penalty of four ones before the first step.
+    assert math.log(2) < history.losses[-1] < history.losses[0] < math.log(2) + 4
+    assert float(module.bn.weight.detach().norm()) < 0.9 * before
+
+
+def test_a_masked_gradient_does_not_shrink_the_step_of_the_others(tmp_path: Path) -> None:
+    """The kept weight's gradient is far below the bound of the clip, the masked one's far above."""
+
+    def run(masked: bool, place: str) -> float:
+        module = Answers(lambda x: x.mean((2, 3))[:, :2] @ torch.eye(2))
+        module.keep, module.gone = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+        def mask() -> None:
+            assert module.keep.grad is not None and module.gone.grad is not None
+            if masked:
+                module.gone.grad.zero_()
+
+        hooks = Hooks(
+            loss=lambda network, x, y, generator: module.keep + 1e4 * module.gone + 0 * network.weight.sum(),
+            before_step=mask,
+        )
+        fit(module, course(tmp_path / place, replace(TABLE, epochs=1, batch=64)), hooks)
+        return float(module.keep.detach())
+
+    # One step of SGD with Nesterov momentum on a gradient g: lr (1 + 0.9) g.
+    assert run(True, "a") == pytest.approx(-0.05 * 1.9)
+    assert run(False, "b") == pytest.approx(-0.05 * 1.9 * train.MAX_GRAD_NORM / 1e4, rel=1e-4)
+
+
+def test_momentum_is_what_the_optimizer_remembers(tmp_path: Path) -> None:
+    module = Small()
+    found: list[Tensor] = []
+    gradients: list[Tensor] = []
+    weight = module.head.weight
+
+    def after(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        assert weight.grad is not None
+        gradients.append(weight.grad.clone())
+        found.append(momentum(optimizer, weight).clone())
+
+    table = replace(TABLE, epochs=1, weight_decay=0.0)
+    fit(module, course(tmp_path / "a", table), Hooks(after_step=after))
+    assert torch.allclose(found[0], gradients[0])
+    assert torch.allclose(found[1], 0.9 * gradients[0] + gradients[1])
+    found.clear()
+    gradients.clear()
+    fit(module, course(tmp_path / "b", replace(table, optimizer="adamw")), Hooks(after_step=after))
+    # m = 0.1 g, v = 0.001 g^2: after the first step 0.1 / sqrt(0.001) of the sign.
+    assert torch.allclose(found[0], 0.1 * gradients[0] / (0.001**0.5 * gradients[0].abs() + 1e-8), rtol=1e-4)
+    fresh = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    assert torch.equal(momentum(fresh, weight), torch.zeros_like(weight)) and not fresh.state
+
+
+@dataclass
+class Spoiler:
+    """Breaks the network after some epochs, and remembers how many it has seen."""
+
+    module: Small
+    bad: set[int]
+    seen: list[int] = field(default_factory=list)
+    good: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def after_epoch(self, epoch: int, _: object) -> None:
+        self.seen.append(epoch)
+        if epoch in self.bad:
+            with torch.no_grad():
+                self.module.head.bias.copy_(torch.tensor([1e4, 0.0]))
+        self.good[epoch] = weights(self.module)
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": list(self.seen)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.seen = list(state["seen"])
+
+    def hooks(self) -> Hooks:
+        return Hooks(after_epoch=self.after_epoch, state=self.state, restore=self.restore)
+
+
+@pytest.mark.parametrize("objective", ["natural", "fgsm"])
+def test_the_best_epoch_is_put_back_with_what_the_hooks_had_then(tmp_path: Path, objective: str) -> None:
+    module = Small()
+    spoiler = Spoiler(module, {8, 9})
+    table = replace(TABLE, epochs=10, keep="best", objective=objective, eps="1/255", augment=False)
+    held = stripes(40, "val", 1)
+    history = fit(module, course(tmp_path, table, validation=held), spoiler.hooks())
+    best = history.best
+    assert best is not None and best < 8
+    assert history.validation[best] == max(history.validation) > 0.5 == history.validation[9]
+    # Of equal ones the later.
+    assert all(value < history.validation[best] for value in history.validation[best + 1 :])
+    assert same(weights(module), spoiler.good[best]) and spoiler.seen == list(range(best + 1))
+    correct, total = robust_accuracy(module, held, of_table(table, None), seed=0)
+    assert correct / total == history.validation[best]
+    again = Small()
+    assert fit(again, course(tmp_path, table, validation=held), Spoiler(again, {8, 9}).hooks()).best == best
+    assert same(weights(again), weights(module))
+
+
+def test_the_last_epoch_stays_by_default_and_nothing_is_validated(tmp_path: Path) -> None:
+    module = Small()
+    spoiler = Spoiler(module, {2})
+    history = fit(module, course(tmp_path, validation=stripes(8, "val", 1)), spoiler.hooks())
+    assert history.best == 2 and history.validation == ()
+    assert float(module.head.bias[0].detach()) == 1e4
+    untouched = Small()
+    assert fit(untouched, course(tmp_path / "b", replace(TABLE, epochs=0))).best is None
+    assert same(weights(untouched), weights(Small()))
+
+
+def test_validation_looks_at_a_thousand_images_under_attack_and_at_all_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "VALIDATED", 10)
+    held = stripes(30, "val", 1)
+    for objective, count in (("natural", 30), ("fgsm", 10)):
+        table = replace(TABLE, epochs=1, keep="best", objective=objective)
+        history = fit(Small(), course(tmp_path / objective, table, validation=held))
+        assert (history.validation[0] * count) % 1 == pytest.approx(0, abs=1e-9)
+
+
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_place(tmp_path: Path) -> None:
     module = Answers(lambda x: x.mean((2, 3))[:, :2] @ torch.full((2, 2), math.nan))
     with pytest.raises(ModelError, match="loss is nan in epoch 1, step 1 of 4") as caught:
-        fit(module, stripes(), TABLE, seed=0, scratch=tmp_path)
+        fit(module, course(tmp_path), Hooks(penalty=module.weight.sum))
     assert "tune.lr=0.005" in caught.value.hint
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:
+    module = Small()
+    before = {name: value.clone() for name, value in module.named_parameters()}
+
+    def steep() -> Tensor:
+        return (module.head.bias.sum() * 0).sqrt()
+
+    with pytest.raises(ModelError, match="norm of the gradient is nan in epoch 1, step 1 of 4"):
+        fit(module, course(tmp_path), Hooks(penalty=steep))
+    assert all(torch.equal(value, before[name]) for name, value in module.named_parameters())
+
+
+def test_a_loss_without_a_gradient_is_refused(tmp_path: Path) -> None:
+    module = Answers(lambda x: x.mean((2, 3))[:, :2])
+    with pytest.raises(ModelError, match=r"batch \(16, 3, 8, 8\) has no gradient that can be computed"):
+        fit(module, course(tmp_path))
+
+
 def test_a_learning_rate_far_too_high_ends_as_a_clear_error_or_finite(tmp_path: Path) -> None:
     try:
-        history = fit(Small(), stripes(), replace(TABLE, lr=100.0), seed=0, scratch=tmp_path)
+        history = fit(Small(), course(tmp_path, replace(TABLE, lr=100.0)))
         assert all(math.isfinite(loss) for loss in history.losses)
     except ModelError as error:
         assert "diverged" in error.message
@@ -198,52 +368,26 @@ def test_networks_that_need_their_features_contiguous_train_too(tmp_path: Path) 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.conv(x).view(len(x), -1))
 
-    assert len(fit(Viewing(), stripes(), TABLE, seed=0, scratch=tmp_path).losses) == 3
+    assert len(fit(Viewing(), course(tmp_path / "a")).losses) == 3
+    table = replace(TABLE, distill=0.5)
+    assert len(fit(Small(), course(tmp_path / "b", table, teacher=Viewing())).losses) == 3
 
 
-def test_too_little_to_train_on_is_refused(tmp_path: Path) -> None:
+def test_what_is_too_little_or_unknown_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="training needs at least 2"):
-        fit(Small(), stripes(1), TABLE, seed=0, scratch=tmp_path)
+        fit(Small(), course(tmp_path, split=stripes(1)))
     frozen = Small().requires_grad_(False)
     with pytest.raises(ModelError, match="no parameter that can be trained"):
-        fit(frozen, stripes(), TABLE, seed=0, scratch=tmp_path)
-    assert len(fit(Small(), stripes(3), TABLE, seed=0, scratch=tmp_path).losses) == 3
-
-
-def test_accuracy_counts_and_an_answer_that_is_not_finite_is_wrong() -> None:
-    labels = torch.tensor([0, 1, 1, 0, 1])
-    answers = torch.tensor([[2.0, 1.0], [0.0, 5.0], [3.0, 1.0], [math.nan, 0.0], [0.0, math.inf]])
-    split = Split("test", labels, Decoded(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)))
-    module = Answers(lambda x: answers[(x.flatten() * 255).round().long()])
-    assert accuracy(module, split, batch=2) == (2, 5)
-    assert module.training
-
-
-def test_mean_loss_is_the_mean_over_images_whatever_the_batch() -> None:
-    split = stripes(10)
-    images, module = split.take(torch.arange(10)), Small().eval()
-    expected = float(nn.functional.cross_entropy(module(images), split.labels).detach())
-    for batch in (3, 10, 100):
-        assert mean_loss(module, images, split.labels, batch) == pytest.approx(expected, rel=1e-5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_an_augmented_image_is_a_window_of_the_mirrored_or_plain_image(
-    height: int, width: int, seed: int
-) -> None:
-    x = torch.rand(6, 2, height, width, generator=torch.Generator().manual_seed(seed))
-    out = augment(x, torch.Generator().manual_seed(seed))
-    reach = min(height // 8, width - 1)
-    padded = nn.functional.pad(x, (reach,) * 4, mode="reflect") if reach else x
-    assert out.shape == x.shape
-    for image, source in zip(out, padded, strict=True):
-        windows = [
-            source[:, a : a + height, b : b + width]
-            for a in range(2 * reach + 1)
-            for b in range(2 * reach + 1)
-        ]
-        assert any(torch.equal(image, w) or torch.equal(image, w.flip(2)) for w in windows)
+        fit(frozen, course(tmp_path))
+    assert len(fit(Small(), course(tmp_path, split=stripes(3))).losses) == 3
+    for change, found in (
+        ({"keep": "best"}, "validation images, and there are none"),
+        ({"keep": "first"}, "'first' is not one of last, best"),
+        ({"optimizer": "adma"}, "'adma' is not one of sgd, adamw"),
+        ({"mixed": "fp8"}, "'fp8' is not one of auto, fp32, bf16"),
+    ):
+        with pytest.raises(UsageError, match=found):
+            fit(Small(), course(tmp_path, replace(TABLE, **change)))
 
 
 def test_augmentation_is_off_when_the_recipe_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,29 +395,17 @@ def test_augmentation_is_off_when_the_recipe_says_so(tmp_path: Path, monkeypatch
         raise AssertionError("augmented")
 
     monkeypatch.setattr("edgeprune.nn.train.augment", never)
-    fit(Small(), stripes(), replace(TABLE, epochs=1, augment=False), seed=0, scratch=tmp_path)
+    fit(Small(), course(tmp_path, replace(TABLE, epochs=1, augment=False)))
 
 
-def test_modes_are_put_back_after_an_error() -> None:
-    first, second = Small(), Small().eval()
-    first.bn.eval()
-    with pytest.raises(KeyError), modes(second, first):
-        assert second.drop.training and not first.training
-        raise KeyError
-    assert first.training and not first.bn.training and not second.drop.training
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_hooks_see_the_network_there_and_it_comes_back(tmp_path: Path) -> None:
+    module, seen = Small(), set()
 
+    def look() -> None:
+        seen.update(parameter.device.type for parameter in module.parameters())
 
-def test_bars_are_silent_when_nobody_looks_and_shown_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert list(progress.track(iter("abc"), 3, "letters")) == ["a", "b", "c"]
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    assert list(progress.track(_slowly(), 3, "letters")) == [0, 1, 2]
-    out, err = capsys.readouterr()
-    assert out == "" and "letters" in err and "left" in err
-
-
-def _slowly() -> Iterator[int]:
-    yield from range(3)
+    table = replace(TABLE, objective="pgd", attack_steps=2)
+    fit(module, course(tmp_path, table), Hooks(before_step=look))
+    assert seen == {"cuda"}
+    assert {value.device.type for value in module.state_dict().values()} == {"cpu"}

@@ -24,7 +24,7 @@ from edgeprune.nn.allocate import losses_of
 from edgeprune.nn.certify import input_box
 from edgeprune.nn.costs import normalized_example
 from edgeprune.nn.elimination import Order, Reader, eliminate
-from edgeprune.nn.moments import affordable, input_moments
+from edgeprune.nn.moments import affordable, input_moments, reads_patches
 from edgeprune.nn.progress import track
 from edgeprune.nn.readers import GroupReader, output_scale, readers_of
 from edgeprune.nn.sensitivity import Plant, losses
@@ -70,6 +70,29 @@ class DataFree(SurveyMethod):
         thinning.run(kept, task.seed)
         task.notes.extend(thinning.said())
         return Masks(channels=dict(thinning.alive))
+
+    def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
+        """Of single weights: |w| times the root mean square of what it multiplies, as a share of its output's sum.
+
+        Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2024), Eq. 1, made comparable
+        between outputs and layers: the relative change of an output when the weight goes. Where there are no images,
+        and for layers whose inputs are not looked at, what a weight multiplies counts as 1.
+        """
+        units = task.units
+        paths = {name: name.rpartition(".")[0] for name in units.shapes}
+        layers = {path: network.get_submodule(path) for path in paths.values()}
+        layers = {path: layer for path, layer in layers.items() if reads_patches(layer)}
+        moments: Mapping[str, Tensor] = {}
+        if task.unlabelled is not None:
+            images = affordable(task.unlabelled, task.costs.cost({})["macs"])
+            moments = input_moments(_Whole(network, task), layers, images, BATCH)
+        out = {}
+        for name, norms in units.norms(network).items():
+            rows = norms.view(units.shapes[name][0], -1)
+            if paths[name] in moments:
+                rows = rows * torch.diagonal(moments[paths[name]])[:-1].clamp(min=0).sqrt()
+            out[name] = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).flatten()
+        return out
 
     def _mode(self, task: PruneTask) -> str:
         for name, value, accepted in (("mode", self.mode, MODES), ("score", self.score, progressive.SCORES)):

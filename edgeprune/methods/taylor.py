@@ -1,4 +1,4 @@
-"""Keep the channels whose removal would change the loss most, by a first-order expansion; needs labelled images.
+"""Keep the units whose removal would change the loss most, by a first-order expansion; needs labelled images.
 
 Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019), Eq. 8, with one gate where the group's
 readers take the channel in: setting channel i to zero changes the loss of a batch by about -sum(w * dL/dw) over the
@@ -18,7 +18,6 @@ from torch.nn import functional
 from edgeprune.errors import UsageError
 from edgeprune.methods import PruneTask, ScoreMethod, need_images
 from edgeprune.nn.progress import track
-from edgeprune.nn.units import channel_sums
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,21 @@ class Taylor(ScoreMethod):
     batch: int = 32
 
     def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
-        """Mean square of the expected change of the loss, per channel."""
+        """Mean square of the expected change of the loss, per unit."""
         if self.images < 1 or self.batch < 1:
             raise UsageError(f"taylor: images = {self.images} and batch = {self.batch} must be at least 1")
         images, labels = need_images("taylor", task)
         images, labels = images[: self.images], labels[: self.images]
         parameters = dict(network.named_parameters())
-        total = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in task.groups}
+        units = task.units
+        total = {name: torch.zeros(n, dtype=torch.float64) for name, n in units.sizes.items()}
         starts = range(0, len(images), self.batch)
         for start in track(starts, len(starts), "taylor scores"):
             x, y = images[start : start + self.batch], labels[start : start + self.batch]
             network.zero_grad(set_to_none=True)
             functional.cross_entropy(task.logits(network, x), y, reduction="sum").backward()
             change = {n: (p.detach() * p.grad).double() for n, p in parameters.items() if p.grad is not None}
-            for group in task.groups:
-                total[group.name] += channel_sums(group, change, ("consumer",)) ** 2
+            for name, expected in units.sums(change, ("consumer",)).items():
+                total[name] += expected**2
         network.zero_grad(set_to_none=True)
         return {name: value / len(images) for name, value in total.items()}

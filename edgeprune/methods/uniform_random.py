@@ -1,4 +1,4 @@
-"""Keep channels drawn at random: the baseline that every other method must beat; needs no data."""
+"""Keep channels or weights drawn at random: the baseline that every other method must beat; needs no data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ class UniformRandom(ScoreMethod):
     """Uniformly random scores, the same for the same seed."""
 
     def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
-        """Independent draws, as shares of their group's sum."""
+        """Independent draws; of channels as shares of their group's sum."""
         generator = torch.Generator().manual_seed(task.seed)
         draws = {
-            g.name: torch.rand(g.channels, generator=generator, dtype=torch.float64) for g in task.groups
+            name: torch.rand(n, generator=generator, dtype=torch.float64)
+            for name, n in task.units.sizes.items()
         }
+        if task.weights is not None:
+            return draws
         return {name: values / values.sum() for name, values in draws.items()}

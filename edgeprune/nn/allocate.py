@@ -36,13 +36,14 @@ class Rules:
     """What must hold.
 
     limits: metric (macs, params) -> most allowed. floor: least share of a group that stays.
-    uniform: the same share for all groups.
+    cuts: group -> how much of it goes relative to the others, in [0, 1], 1 where nothing is said; so {} is the same
+    share for all groups. None shares by importance.
     """
 
     limits: Mapping[str, float]
     multiple_of: int = 1
     floor: float = 0.1
-    uniform: bool = False
+    cuts: Mapping[str, float] | None = None
 
 
 def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
@@ -63,18 +64,18 @@ def allocate(losses: Mapping[str, Tensor], costs: CostModel, rules: Rules) -> Al
 
     Args:
         losses: group -> float64 (C + 1,), what it costs to keep k channels, not increasing in k and 0 for all of them;
-            comparable between groups unless `rules.uniform`.
+            comparable between groups unless `rules.cuts` decides.
 
     Raises:
         InfeasibleBudget: even the floor of every group costs more than a limit; says how far it got.
     """
     multiple, steps = _levels(losses, costs, rules)
     kept = (
-        _uniform(steps, costs, rules.limits)
-        if rules.uniform
-        else _descend(losses, steps, costs, rules.limits)
+        _descend(losses, steps, costs, rules.limits)
+        if rules.cuts is None
+        else _by_shares(steps, costs, rules.limits, rules.cuts)
     )
-    if not rules.uniform and multiple > 1:
+    if rules.cuts is None and multiple > 1:
         kept = _fill(kept, losses, multiple // 2, (costs, rules))
     return Allocation(kept, costs.cost(kept), multiple)
 
@@ -96,6 +97,39 @@ def _levels(
         if _fits(costs.cost({g: s[-1] for g, s in steps.items()}), rules.limits):
             return multiple, steps
     raise _infeasible(costs, {g: s[-1] for g, s in steps.items()}, rules)
+
+
+def shared_counts(
+    sizes: Mapping[str, int], cuts: Mapping[str, float], k: int, floors: Mapping[str, int]
+) -> dict[str, int]:
+    """How many of each stay, k in all, when what goes is shared out in given proportions.
+
+    Args:
+        sizes: name -> n. cuts: name -> how much of it goes relative to the others. floors: name -> least that stays.
+
+    Returns:
+        name -> count; their sum is exactly k, which lies between the sums of the floors and of the sizes.
+    """
+
+    def kept(strength: float) -> dict[str, float]:
+        return {
+            m: min(n, max(floors.get(m, 0), n * (1 - strength * cuts.get(m, 1.0)))) for m, n in sizes.items()
+        }
+
+    low, high = 0.0, 1.0 / max(1e-12, min((cuts.get(m, 1.0) for m in sizes), default=1.0))
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(kept(middle).values()) >= k else (low, middle)
+    wish = kept(low)
+    out = {name: int(value) for name, value in wish.items()}
+    while (short := k - sum(out.values())) != 0:
+        step = 1 if short > 0 else -1
+        room = [m for m in out if (out[m] < sizes[m] if step > 0 else out[m] > floors.get(m, 0))]
+        assert room, "k lies between the floors and the sizes"
+        room.sort(key=lambda m: step * (out[m] - wish[m]))
+        for name in room[: abs(short)]:
+            out[name] += step
+    return out
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -204,15 +238,29 @@ def _fill(
     return _give_back(kept, at, steps, lost, (costs, rules.limits))
 
 
-def _uniform(
-    steps: dict[str, tuple[int, ...]], costs: CostModel, limits: Mapping[str, float]
+def _by_shares(
+    steps: dict[str, tuple[int, ...]],
+    costs: CostModel,
+    limits: Mapping[str, float],
+    cuts: Mapping[str, float],
 ) -> dict[str, int]:
-    """The largest share of channels, the same for every group and rounded to its nearest level, that fits."""
-    for permille in range(1000, -1, -1):
-        kept = {g: min(s, key=lambda k: (abs(k - permille / 1000 * s[0]), k)) for g, s in steps.items()}
+    """The gentlest cut in the given proportions, rounded to the nearest levels, that fits.
+
+    Strength t takes the share min(1, t * cut) of a group.
+    """
+    cut = {g: cuts.get(g, 1.0) for g in steps}
+    deepest = max(*cut.values(), 1e-12)
+    top = deepest / max(
+        min(c for c in cut.values() if c > 0) if any(cut.values()) else deepest, deepest / 1000
+    )
+    for permille in range(int(1000 * top) + 1):
+        strength = permille / 1000 / deepest
+        share = {g: max(0.0, 1.0 - strength * cut[g]) for g in steps}
+        kept = {g: min(s, key=lambda k, wish=share[g] * s[0]: (abs(k - wish), k)) for g, s in steps.items()}
         if _fits(costs.cost(kept), limits):
             return kept
-    raise AssertionError("the floor of every group was checked to fit")
+    # What is not to be cut at all goes to its floor only when nothing else is left.
+    return {g: s[-1] for g, s in steps.items()}
 
 
 def _infeasible(costs: CostModel, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:

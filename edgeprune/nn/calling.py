@@ -60,3 +60,10 @@ def _main(output: Any) -> Any:
             (output[key] for key in ("logits", "out") if key in output), next(iter(output.values()), None)
         )
     return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def unfreeze(module: nn.Module) -> None:
+    """A network that was frozen for inference is trained whole; one that is frozen in part stays so."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())

@@ -1,65 +1,161 @@
-"""The state of a training after each epoch, in one file that is whole or absent."""
+"""The state of a training, in one file that is whole or absent."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# What torch.load and load_state_dict raise on a file that is cut short or of another kind.
+from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.nn import team
+
+# What torch.load and load_state_dict raise on a file of another kind.
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass
+class Progress:
+    """How far a training has come; it grows with each step.
+
+    epoch: epochs that are done. step, total: steps of the next one that are done, and the sum of their losses.
+    losses, validation: of each epoch that is done. best: the number of the best one, counted from 0; -1 for none.
+    kept: what "module" and "hooks" were after it.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    best: int = -1
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file, and the key of the training that it must belong to."""
+    """A file, and the key of the training that it must belong to. Of a team, process 0 alone writes and reads it."""
 
     path: Path
     key: str
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> None:
-        """Write the state after `len(losses)` epochs over the one before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def save(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        hooks: Mapping[str, Any],
+    ) -> None:
+        """Write the state over the one before; a process that is killed meanwhile leaves the one before.
+
+        Raises:
+            WorkdirError: the file can't be written.
+        """
+        if team.rank():
+            return
+        content = io.BytesIO()
         state = {
             "key": self.key,
-            "losses": list(losses),
+            "progress": dict(vars(progress)),
             "module": module.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "hooks": dict(hooks),
         }
+        torch.save(state, content)
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-        """Put the saved state back and give the loss of each epoch done; [] without one of this training."""
         try:
-            state = torch.load(self.path, weights_only=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(hashlib.sha256(content.getbuffer()).digest())
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError as error:
+            raise WorkdirError(
+                f"the checkpoint {self.path} can't be written: {error}", "make room, or choose another folder"
+            ) from error
+
+    def restore(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> tuple[Progress, dict[str, Any]] | None:
+        """Put the saved state into the network and the optimizer; None without a whole one of this training.
+
+        Returns:
+            The progress, and what the hooks had to save, on the device when it was on a GPU.
+        """
+        content = team.tell(_read(self.path) if team.rank() == 0 else b"")
+        try:
+            state = torch.load(
+                io.BytesIO(content),
+                weights_only=True,
+                map_location=_onto(device),
+            )
             if state["key"] != self.key:
-                return []
+                return None
+            progress = Progress(**state["progress"])
             # The optimizer first: if it is refused, the network is still as it was.
             optimizer.load_state_dict(state["optimizer"])
             module.load_state_dict(state["module"])
-            return [float(loss) for loss in state["losses"]]
+            return progress, state["hooks"]
         except BROKEN:
             # Training starts again then, and ends the same.
-            return []
+            return None
 
 
-def key(settings: str, networks: Sequence[nn.Module]) -> str:
-    """A hash of the settings and of all weights that a training starts from."""
+def key(settings: str, networks: Iterable[nn.Module], more: Any) -> str:
+    """A hash of the settings, of all weights that a training starts from, and of what hooks start from.
+
+    Raises:
+        UsageError: `more` has something else than tensors, numbers, text, and mappings and lists of them.
+    """
     digest = hashlib.sha256(settings.encode())
     for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(tensor, Tensor):
-                digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        tensors = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        _feed(digest, tensors)
+    _feed(digest, more)
     return digest.hexdigest()
+
+
+def _onto(device: torch.device) -> Callable[[Any, str], Any]:
+    """What was on a GPU comes onto this process's device, the rest stays on the CPU."""
+    return lambda storage, place: storage if place == "cpu" else storage.to(device=device)
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            digest.update(repr(name).encode())
+            _feed(digest, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().view(-1)
+        digest.update(repr((value.shape, value.dtype)).encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(repr(value).encode())
+    else:
+        raise UsageError(
+            f"a {type(value).__name__} can't be kept in a checkpoint",
+            "a hook's state may have tensors, numbers, text, and dictionaries and lists of them",
+        )
+
+
+def _read(path: Path) -> bytes:
+    """The content of a checkpoint; empty when there is none, or not all of it is as it was written."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return b""
+    digest, content = found[:DIGEST_BYTES], found[DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else b""

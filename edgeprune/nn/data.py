@@ -75,6 +75,33 @@ def in_memory(name: str, pixels: Tensor, labels: Tensor) -> Split:
     return Split(name, labels.to(torch.int64), images.Decoded(pixels))
 
 
+def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Two parts of a split: what is left, and `share` of it, each class alike, to choose by.
+
+    Raises:
+        UsageError: too few images for two parts.
+    """
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    aside = [
+        mine[: max(1, round(share * len(mine)))]
+        for label in split.labels.unique()
+        if len(mine := order[split.labels[order] == label]) > 1
+    ]
+    if not aside:
+        raise UsageError(
+            f"{split.name} has {len(split)} images, too few to set some aside", "give more training images"
+        )
+    chosen = torch.cat(aside).sort().values
+    rest = torch.ones(len(split), dtype=torch.bool)
+    rest[chosen] = False
+    names = (split.name, f"validation images of {split.name}")
+    left, right = (
+        Split(name, split.labels[indices], images.Chosen(split.pixels, indices))
+        for name, indices in zip(names, (rest.nonzero().flatten(), chosen), strict=True)
+    )
+    return left, right
+
+
 def open_data(table: DataTable, spec: InputSpec, seed: int) -> Data:
     """Open the data set of a recipe for a model.
 

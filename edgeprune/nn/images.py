@@ -95,6 +95,22 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Some of another part's images. indices: int64 (n,)."""
+
+    whole: Pixels
+    indices: Tensor
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (n,) of the chosen ones as uint8 (n, C, H, W)."""
+        return self.whole.take(self.indices[indices])
+
+    def count(self) -> int:
+        """How many images there are."""
+        return int(self.indices.shape[0])
+
+
+@dataclass(frozen=True)
 class OnDemand:
     """Files that are decoded each time they are asked for, for sets that don't fit in memory."""
 

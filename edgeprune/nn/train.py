@@ -1,238 +1,269 @@
-"""The one training loop, and accuracy; `module` takes pixels in [0, 1] to logits everywhere."""
+"""The one training loop; `module` takes pixels in [0, 1] to logits everywhere."""
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from edgeprune.choices import KEEPS
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import checkpoint, objectives
+from edgeprune.nn import checkpoint, team
+from edgeprune.nn.augmenting import augment
 from edgeprune.nn.batchnorm import recalibrate_bn
-from edgeprune.nn.calling import logits, modes
+from edgeprune.nn.calling import modes
+from edgeprune.nn.checkpoint import Checkpoint, Progress
+from edgeprune.nn.course import NO_HOOKS, Course, History, Hooks
 from edgeprune.nn.data import Split
+from edgeprune.nn.objectives import Objective, of_table
+from edgeprune.nn.placement import Placement, fastest, home, lay_out, repeatable
 from edgeprune.nn.progress import bar
-from edgeprune.recipe import TuneTable
+from edgeprune.nn.schedule import chance, momentum, optimizer_of, seed_of, share_of_lr, trained
+from edgeprune.nn.scoring import accuracy, attacked, mean_loss, robust_accuracy, some
+from edgeprune.quantities import suggest
 
-__all__ = ["History", "accuracy", "augment", "fit", "mean_loss", "recalibrate_bn"]
+__all__ = [
+    "Course",
+    "History",
+    "Hooks",
+    "accuracy",
+    "augment",
+    "fit",
+    "mean_loss",
+    "momentum",
+    "recalibrate_bn",
+    "robust_accuracy",
+]
 
-MOMENTUM = 0.9
 MAX_GRAD_NORM = 5.0
-WARM_UP_SHARE = 0.05
 CHECKPOINT = "training.pt"
-
-
-@dataclass(frozen=True)
-class History:
-    """Mean loss of each epoch, and how many of them an interrupted run had done before."""
-
-    losses: tuple[float, ...]
-    resumed: int = 0
+# Within an epoch: what a kill may cost. At the end of an epoch there is a checkpoint anyway.
+CHECKPOINT_SECONDS = 120.0
+# Validation images under attack; 1,000 tell accuracies apart that differ by 3 points.
+VALIDATED = 1000
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """What every step needs. memory_format: how images and weights lie in memory while training."""
+    """What every step needs."""
 
     module: nn.Module
-    split: Split
-    table: TuneTable
-    teacher: nn.Module | None
-    seed: int
-    memory_format: torch.memory_format
+    course: Course
+    hooks: Hooks
+    placement: Placement
+    objective: Objective
+    optimizer: torch.optim.Optimizer
 
     @property
     def batch(self) -> int:
-        return min(self.table.batch, len(self.split))
+        """Images of a step, of all processes."""
+        return min(self.course.table.batch, len(self.course.split))
 
     @property
     def steps(self) -> int:
         """Steps of an epoch; a rest that fills no batch waits for another epoch's order."""
-        return len(self.split) // self.batch
+        return len(self.course.split) // self.batch
 
 
-def fit(
-    module: nn.Module,
-    split: Split,
-    table: TuneTable,
-    *,
-    teacher: nn.Module | None = None,
-    seed: int,
-    scratch: Path,
-) -> History:
-    """Train in place with SGD (Nesterov momentum), warm-up and cosine; the last epoch's weights stay.
+def fit(module: nn.Module, course: Course, hooks: Hooks = NO_HOOKS) -> History:
+    """Train in place by SGD or AdamW, with warm-up and cosine; the last or the best epoch's weights stay.
 
-    Each epoch's state goes to `scratch`. Called again with the same arguments after an interruption, the
-    weights become bit for bit those of an undisturbed run (same machine, same number of threads).
+    On a GPU when there is one. In a team every process works on its share of each batch, and all end with the same
+    weights. The state goes to `course.scratch` after each epoch and every two minutes. Called again with the same
+    arguments after an interruption, also in the middle of an epoch, the weights become bit for bit those of an
+    undisturbed run (same machine, same number of threads and processes).
 
     Args:
         module: pixels in [0, 1] to logits (N, K); parameters that ask for no gradient stay as they are.
-        split: images to train on.
-        table: epochs, lr, batch, weight_decay, distill, temperature, augment, objective.
-        teacher: a network to imitate with weight `table.distill`, or None.
-        seed: decides the order, the augmentation and dropout.
-        scratch: a folder for the checkpoint; made if need be.
+        course: images, settings, seed, folder, teacher, validation images.
+        hooks: what a method adds.
 
     Raises:
-        UsageError: fewer than two images, or an objective that is not known.
+        UsageError: too few images, no validation images where the best epoch is wanted, or a word of the table that
+            is not known.
         ModelError: the loss is not finite any more, or the network fails in training mode.
+        WorkdirError: a checkpoint can't be written.
     """
-    objective = objectives.objective(table.objective)
+    _check(course)
+    with _prepared(module, course, hooks) as loop:
+        saved = Checkpoint(course.scratch / CHECKPOINT, _key(loop))
+        found = saved.restore(module, loop.optimizer, loop.placement.device)
+        progress, state = found or (Progress(), {})
+        if found:
+            hooks.restore(state)
+        resumed = progress.epoch
+        with modes(module, course.teacher), bar(course.table.epochs * loop.steps, "training") as advance:
+            advance(resumed * loop.steps + progress.step)
+            while progress.epoch < course.table.epochs:
+                _epoch(loop, progress, saved, advance)
+                saved.save(module, loop.optimizer, progress, hooks.state())
+        if progress.best not in {-1, progress.epoch - 1}:
+            module.load_state_dict(progress.kept["module"])
+            hooks.restore(progress.kept["hooks"])
+        loop.optimizer.zero_grad(set_to_none=True)
+    last = progress.epoch - 1 if progress.epoch else None
+    best = progress.best if progress.best >= 0 else last
+    return History(tuple(progress.losses), resumed, tuple(progress.validation), best)
+
+
+def _check(course: Course) -> None:
+    split, table = course.split, course.table
     if len(split) < 2:
         raise UsageError(f"{split.name} has {len(split)} image, training needs at least 2")
-    teacher = teacher if table.distill > 0 else None
-    loop = _Loop(module, split, table, teacher, seed, _memory_format(module, split))
-    _lay_out(module, loop.memory_format)
-    optimizer = _optimizer(module, table)
-    saved = checkpoint.Checkpoint(scratch / CHECKPOINT, _key(loop))
-    losses = saved.restore(module, optimizer)
-    resumed = len(losses)
-    with modes(module, teacher), bar(table.epochs * loop.steps, "training") as advance:
-        advance(resumed * loop.steps)
-        for epoch in range(resumed, table.epochs):
-            total = 0.0
-            for step, loss in enumerate(_epoch(loop, epoch, objective, optimizer)):
-                total += loss
-                advance(1, f"training, epoch {epoch + 1} of {table.epochs}, loss {total / (step + 1):.3f}")
-            losses.append(total / loop.steps)
-            saved.save(module, optimizer, losses)
-    _lay_out(module, torch.contiguous_format)
-    return History(tuple(losses), resumed)
-
-
-def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, int]:
-    """How many images of a part are classified right, and how many there are; what isn't finite is wrong.
-
-    Raises:
-        ModelError: the network fails on the images.
-    """
-    correct = 0
-    with modes(None, module), torch.no_grad(), bar(len(split), f"accuracy on {split.name}") as advance:
-        for x, y in split.batches(batch):
-            answer = logits(module, x)
-            correct += int(((answer.argmax(1) == y) & answer.isfinite().all(1)).sum())
-            advance(len(y))
-    return correct, len(split)
-
-
-def mean_loss(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
-    """Mean cross-entropy over images (n, C, H, W) with labels (n,), in evaluation mode; may be NaN.
-
-    Raises:
-        ModelError: the network fails on the images.
-    """
-    total = 0.0
-    with modes(None, module), torch.no_grad():
-        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-            total += float(functional.cross_entropy(logits(module, x), y, reduction="sum"))
-    return total / len(images)
-
-
-def _epoch(
-    loop: _Loop, epoch: int, objective: objectives.Objective, optimizer: torch.optim.Optimizer
-) -> Iterator[float]:
-    """Train for an epoch; gives the loss of each step. Chance depends on the seed and the epoch alone."""
-    generator = torch.Generator().manual_seed(_epoch_seed(loop.seed, epoch, "order"))
-    order = torch.randperm(len(loop.split), generator=generator)[: loop.steps * loop.batch]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_epoch_seed(loop.seed, epoch, "dropout"))
-        for step, (x, y) in enumerate(loop.split.batches(loop.batch, order)):
-            seen = augment(x, generator) if loop.table.augment else x
-            _set_lr(optimizer, loop, epoch * loop.steps + step)
-            loss = _loss(loop, objective, seen.contiguous(memory_format=loop.memory_format), y)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                where = f"epoch {epoch + 1}, step {step + 1} of {loop.steps}"
-                hint = f"lower the learning rate: --set tune.lr={loop.table.lr / 10:g}"
-                raise ModelError(f"training diverged: the loss is {value} in {where}", hint)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(_trained(loop.module), MAX_GRAD_NORM)
-            optimizer.step()
-            yield value
-
-
-def _loss(loop: _Loop, objective: objectives.Objective, x: Tensor, y: Tensor) -> Tensor:
-    if loop.teacher is None:
-        return objective(loop.module, x, y)
-    with torch.no_grad():
-        wanted = logits(loop.teacher, x)
-    answer = logits(loop.module, x)
-    return objectives.distillation(answer, wanted, y, loop.table.distill, loop.table.temperature)
-
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its height, with mirrored borders, and mirror every second one.
-
-    Args:
-        x: (N, C, H, W).
-        generator: decides the shifts and mirrors.
-    """
-    count, _, height, width = x.shape
-    reach = min(height // 8, width - 1)
-    if reach:
-        padded = functional.pad(x, (reach, reach, reach, reach), mode="reflect")
-        shifts = torch.randint(0, 2 * reach + 1, (count, 2), generator=generator).tolist()
-        x = torch.stack([padded[i, :, a : a + height, b : b + width] for i, (a, b) in enumerate(shifts)])
-    mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(mirrored, x.flip(3), x)
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _optimizer(module: nn.Module, table: TuneTable) -> torch.optim.SGD:
-    """SGD; weight decay for kernels and matrices, not for biases and normalization."""
-    decayed = [p for p in _trained(module) if p.ndim > 1]
-    plain = [p for p in _trained(module) if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": table.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if not decayed and not plain:
-        raise ModelError(
-            "the network has no parameter that can be trained", "set requires_grad on its parameters"
+    least, batch = 2 * team.size(), min(table.batch, len(split))
+    if batch < least:
+        found = f"a batch of {batch} is too small for {team.size()} processes: each needs at least 2 images"
+        raise UsageError(found, f"--set tune.batch={least}, or fewer processes")
+    if table.keep not in KEEPS:
+        raise UsageError(
+            f"tune.keep = {table.keep!r} is not one of {', '.join(KEEPS)}", suggest(table.keep, KEEPS)
         )
-    return torch.optim.SGD(groups, lr=table.lr, momentum=MOMENTUM, nesterov=True)
+    if table.keep == "best" and not course.validation:
+        raise UsageError(
+            'tune.keep = "best" chooses an epoch by its accuracy on validation images, and there are none',
+            '--set tune.keep="last"',
+        )
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, loop: _Loop, step: int) -> None:
-    """Linear warm-up over the first steps, then half a cosine down to zero."""
-    total = loop.table.epochs * loop.steps
-    warm = max(1, round(WARM_UP_SHARE * total))
-    falling = (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
-    share = (step + 1) / warm if step < warm else falling
-    for group in optimizer.param_groups:
-        group["lr"] = loop.table.lr * share
+@contextmanager
+def _prepared(module: nn.Module, course: Course, hooks: Hooks) -> Iterator[_Loop]:
+    """Networks on the device on which they train; they go back, and the global chance is left alone."""
+    table, teacher = course.table, course.teacher
+    objective = of_table(table, teacher if table.distill > 0 else None)
+    networks = _networks(module, course)
+    with home(networks):
+        for tensor in (*module.parameters(), *module.buffers()):
+            team.same(tensor)
+        placement = fastest(networks, course.split.take(torch.arange(2)), table.mixed)
+        for network in networks:
+            lay_out(network, placement.memory_format)
+        try:
+            with repeatable(placement.device):
+                optimizer = optimizer_of(module, table)
+                yield _Loop(module, course, hooks, placement, objective, optimizer)
+        finally:
+            for network in networks:
+                lay_out(network, torch.contiguous_format)
 
 
-def _epoch_seed(seed: int, epoch: int, purpose: str) -> int:
-    digest = hashlib.sha256(f"{seed} {epoch} {purpose}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+def _epoch(loop: _Loop, progress: Progress, saved: Checkpoint, advance: Callable[..., None]) -> None:
+    """The steps of an epoch that are not done yet, and what comes after them."""
+    course, epoch = loop.course, progress.epoch
+    order = torch.randperm(len(course.split), generator=chance(course.seed, epoch, "order"))
+    last = time.monotonic()
+    for step in range(progress.step, loop.steps):
+        progress.total += _step(loop, epoch, step, order[step * loop.batch : (step + 1) * loop.batch])
+        progress.step = step + 1
+        mean = progress.total / progress.step
+        advance(1, f"training, epoch {epoch + 1} of {course.table.epochs}, loss {mean:.3f}")
+        # Not after the last step: what the hooks do then may look at its gradients, which no checkpoint has.
+        if progress.step < loop.steps and time.monotonic() - last >= CHECKPOINT_SECONDS:
+            saved.save(loop.module, loop.optimizer, progress, loop.hooks.state())
+            last = time.monotonic()
+    loop.hooks.after_epoch(epoch, loop.optimizer)
+    progress.losses.append(progress.total / loop.steps)
+    if course.table.keep == "best" and course.validation is not None:
+        _validate(loop, progress, course.validation)
+    progress.epoch, progress.step, progress.total = epoch + 1, 0, 0.0
 
 
-def _memory_format(module: nn.Module, split: Split) -> torch.memory_format:
-    """Channels last is a third faster on CPUs; networks that call `view` on feature maps fail with it."""
-    x = split.take(torch.arange(2)).contiguous(memory_format=torch.channels_last)
+def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
+    """One step on the images `rows` of all processes; gives their loss.
+
+    Chance depends on the seed, the epoch, the step and, but for augmentation, the process.
+    """
+    table, rank, size = loop.course.table, team.rank(), team.size()
+    mine = slice(rank, None, size)
+    seed = (loop.course.seed, epoch, step)
+    x, y = loop.course.split.take(rows[mine]), loop.course.split.labels[rows[mine]]
+    if table.augment:
+        x = augment(x, chance(*seed, "augment"), count=len(rows), part=mine)
+    torch.manual_seed(seed_of(*seed, rank, "dropout"))
+    loss = _loss(loop, loop.placement.images(x), y.to(loop.placement.device), chance(*seed, rank, "attack"))
+    loop.optimizer.zero_grad(set_to_none=True)
+    # A process may have one image more than another.
+    share = len(y) * size / len(rows)
+    _backward(loss * share, tuple(x.shape))
+    mean = loss.detach() * share
+    if size > 1:
+        team.average_([mean, *_shared(loop.module)])
+    loop.hooks.before_step()
+    norm = nn.utils.clip_grad_norm_(trained(loop.module), MAX_GRAD_NORM)
+    value = float(mean)
+    _check_finite(loop, (value, float(norm)), f"epoch {epoch + 1}, step {step + 1} of {loop.steps}")
+    rate = table.lr * share_of_lr(epoch * loop.steps + step, table.epochs * loop.steps)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = rate
+    loop.optimizer.step()
+    loop.hooks.after_step(loop.optimizer, rate)
+    return value
+
+
+def _loss(loop: _Loop, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    with loop.placement.autocast():
+        loss = (loop.hooks.loss or loop.objective)(loop.module, x, y, generator)
+    return loss if loop.hooks.penalty is None else loss + loop.hooks.penalty()
+
+
+def _backward(loss: Tensor, shape: tuple[int, ...]) -> None:
     try:
-        with modes(None, module), torch.no_grad():
-            logits(module, x)
-    except ModelError:
-        return torch.contiguous_format
-    return torch.channels_last
+        loss.backward()
+    except RuntimeError as error:
+        raise ModelError(
+            f"the loss of a batch {shape} has no gradient that can be computed: {error}",
+            "look for detach(), in-place changes or too little memory (then --set tune.batch=32)",
+        ) from error
 
 
-def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+def _shared(module: nn.Module) -> list[Tensor]:
+    """What processes hold in common besides weights: gradients, and statistics of normalization.
+
+    The latter after every step: attacks look at them, and a checkpoint may come after any.
+    """
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    statistics = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
+    return gradients + [value for value in statistics if value is not None]
+
+
+def _check_finite(loop: _Loop, found: tuple[float, float], where: str) -> None:
+    loss, norm = found
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    hint = f"lower the learning rate: --set tune.lr={loop.course.table.lr / 10:g}"
+    raise ModelError(f"training diverged: {what} in {where}", hint)
+
+
+def _validate(loop: _Loop, progress: Progress, split: Split) -> None:
+    """Accuracy after an epoch, of all processes together; of two best epochs the later one is kept."""
+    seed = loop.course.seed
+    rows = some(len(split), VALIDATED if loop.objective.attacks else 0, seed)
+    mine = rows[team.rank() :: team.size()]
+    counts = attacked(loop.module, split, mine, (loop.objective, seed), loop.placement)
+    found = torch.tensor(counts, dtype=torch.float64)
+    team.average_([found])
+    value = float(found[0] / found[1])
+    progress.validation.append(value)
+    if value >= max(progress.validation):
+        progress.best = progress.epoch
+        progress.kept = copy.deepcopy({"module": dict(loop.module.state_dict()), "hooks": loop.hooks.state()})
 
 
 def _key(loop: _Loop) -> str:
-    """Tells whether a checkpoint belongs to this training: same settings, same start, as many images."""
-    networks = [loop.module] if loop.teacher is None else [loop.module, loop.teacher]
-    return checkpoint.key(f"{loop.table!r} {loop.seed} {len(loop.split)}", networks)
+    """What tells trainings apart: settings, seed, all weights, the hooks' state, how many images, and where."""
+    course = loop.course
+    held = len(course.validation) if course.validation else 0
+    where = (loop.placement.device.type, loop.placement.memory_format, loop.placement.mixed, team.size())
+    settings = repr((course.table, course.seed, len(course.split), held, where))
+    return team.tell(checkpoint.key(settings, _networks(loop.module, course), loop.hooks.state()))
+
+
+def _networks(module: nn.Module, course: Course) -> list[nn.Module]:
+    return [module] if course.teacher is None else [module, course.teacher]

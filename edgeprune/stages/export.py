@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 import edgeprune
 from edgeprune import codec
 from edgeprune.errors import EdgepruneError, ModelError, ParityError, UnsupportedModel
-from edgeprune.nn import onnx_export, onnx_file, parity, store
+from edgeprune.nn import onnx_export, onnx_file, onnx_pattern, parity, store
 from edgeprune.nn.bundle import deployed
 from edgeprune.nn.capture import capture, check_logits, quiet
 from edgeprune.nn.reload import PLAN, PROGRAM, WEIGHTS, Answer, PlanFile, Request
@@ -28,6 +28,8 @@ from edgeprune.records import Artifact, Bundle, InputSpec, Reading
 
 RESULT_VERSION = 1
 SEED = 20
+# The reading of what holds the 2:4 pattern: a share of the file's weights.
+PATTERN = "pattern_2:4"
 RELOAD_TOLERANCE = 1e-5
 RELOAD_TIMEOUT_S = 1800
 
@@ -41,6 +43,7 @@ def run(  # noqa: PLR0913
     table: ExportTable,
     meta: Mapping[str, str],
     real: Tensor | None,
+    pattern: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]:
     """Write the network as one ONNX file that answers as it does.
 
@@ -52,17 +55,21 @@ def run(  # noqa: PLR0913
         table: batch dimension and tolerance.
         meta: what to add to the metadata that says version, input and normalization: "labels", "parent".
         real: images to compare on besides random ones, or None.
+        pattern: the bare network's parameters that keep two of every four inputs at most, and their shapes; None
+            when nothing of the kind was promised.
 
     Returns:
-        The file; how far its answers are from the module's, on random and on real images; notes for people.
+        The file; how far its answers are from the module's, on random and on real images, and with a pattern the
+        share of the weights that hold it; notes for people.
 
     Raises:
         UnsupportedModel: the network can't be exported, or not at that opset; says what stands in the way.
-        ParityError: the file's answers differ from the module's; says by how much and on which input.
+        ParityError: the file's answers differ from the module's; says by how much and on which input. Or it breaks
+            the pattern; says which weight and in how many blocks.
     """
     onnx_export.check_size(module)
     check_logits(module, spec)
-    job = _Job(module, spec, opset, table, _about(spec, meta), real, out.name)
+    job = _Job(module, spec, opset, table, _about(spec, meta), real, out.name, pattern)
     model, readings, notes = _first_that_holds(job)
     data = model.SerializeToString()
     temporary = out.with_name(out.name + ".tmp")
@@ -153,6 +160,7 @@ class _Job:
     about: Mapping[str, str]
     real: Tensor | None
     name: str
+    pattern: Mapping[str, tuple[int, ...]] | None
 
 
 _Proven = tuple[ModelProto, tuple[Reading, ...], tuple[str, ...]]
@@ -180,7 +188,7 @@ def _first_that_holds(job: _Job) -> _Proven:
             failures.append(error)
     if len(failures) == 1:
         raise failures[0]
-    said = "; ".join(error.message for error in failures)
+    said = "; ".join(dict.fromkeys(error.message for error in failures))
     raise type(failures[0])(said, failures[0].hint) from failures[-1]
 
 
@@ -219,7 +227,19 @@ def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
                     difference, tolerance=job.table.tolerance, name=job.name, inputs=kind, hint=_HINT
                 )
             )
-    return tuple(readings)
+    return (*readings, *_pattern(job, model))
+
+
+def _pattern(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
+    """The proof that the file holds what was promised, read off its own weights."""
+    if job.pattern is None:
+        return ()
+    share = onnx_pattern.pattern_share(model)
+    words = onnx_pattern.check_pattern(share, job.pattern, job.name)
+    value = len(share.holding) / len(share.weights) if share.weights else 0.0
+    without = [w.name for w in share.weights if w not in share.holding]
+    facts = {"pattern": "2:4", "promised": len(job.pattern), "words": words, "without": without}
+    return (Reading(PATTERN, value, "fraction", len(share.weights), None, "counted", job.name, facts),)
 
 
 _HINT = "accept it with --set export.tolerance=..., or take another --set export.opset=..."

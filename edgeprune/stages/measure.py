@@ -14,16 +14,17 @@ from typing import Any
 
 from edgeprune import intervals
 from edgeprune.devices import Device
-from edgeprune.errors import DeviceError, UsageError
+from edgeprune.errors import DeviceError
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.measure_answers import accuracy, agreement, predict
 from edgeprune.stages.measure_layers import node_times, per_layer
+from edgeprune.stages.measure_size import compressed_size, size
 from edgeprune.stages.measure_speed import Clues, Ratio, clues, words
 
 __all__ = [
-    "Clues", "Latency", "Ratio", "accuracy", "agreement", "clues", "latency", "node_times", "peak_memory", "per_layer",
-    "predict", "size", "speed_words", "speedup", "where",
+    "Clues", "Latency", "Ratio", "accuracy", "agreement", "clues", "compressed_size", "latency", "node_times",
+    "peak_memory", "per_layer", "predict", "size", "speed_words", "speedup", "where",
 ]  # fmt: skip
 
 RESULT_VERSION = 1
@@ -147,19 +148,6 @@ def peak_memory(path: Path, device: Device, *, name: str = "") -> Reading:
     }
     peak = statistics.median(peaks)
     return _reading("peak_memory", peak, len(peaks), None, device.where(), name or path.name, conditions)
-
-
-def size(path: Path, *, name: str = "") -> Reading:
-    """The bytes of a file.
-
-    Raises:
-        UsageError: the file is not there.
-    """
-    try:
-        value = path.stat().st_size
-    except OSError as error:
-        raise UsageError(f"the size of {path} can't be had: {error}") from error
-    return _reading("size", float(value), 1, None, "counted", name or path.name, {"file": path.name})
 
 
 def where(device: Device) -> str:

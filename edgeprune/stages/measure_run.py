@@ -13,7 +13,7 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.records import Artifact, InputSpec, Plan, Reading, Target
 from edgeprune.stages import measure, measure_answers, measure_layers, measure_speed
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 # No more than this for the plots and for whoever reads report.json.
 MOST_SAMPLES = 2000
 
@@ -45,11 +45,18 @@ class Wanted:
     say: Callable[[str], None]
 
 
-def run(wanted: Wanted, files: Mapping[str, Path], plan: Plan | None) -> Measured:
+def run(
+    wanted: Wanted,
+    files: Mapping[str, Path],
+    plan: Plan | None,
+    *,
+    counted: Mapping[str, tuple[Reading, ...]] | None = None,
+) -> Measured:
     """Measure "dense" and "compressed" (or one file alone).
 
     Args:
         files: name -> ONNX file. plan: the cut between them, for the counts and for the reason when it does not pay.
+        counted: more that was counted of the networks behind the files, by the same names (`measure_densities`).
 
     Raises:
         DeviceError, MissingDependency, ModelError: the device or its runtime failed.
@@ -61,7 +68,11 @@ def run(wanted: Wanted, files: Mapping[str, Path], plan: Plan | None) -> Measure
     }
     readings = {name: _file_readings(wanted, name, path, timed) for name, path in files.items()}
     if plan is not None:
-        readings = {name: (*_counted(plan, name), *rows) for name, rows in readings.items()}
+        more = counted or {}
+        readings = {
+            name: (*_counted(plan, name), *more.get(name, ()), *_with_work(plan, name, rows))
+            for name, rows in readings.items()
+        }
     readings = _with_answers(wanted, files, readings)
     notes = list(_notes(wanted, timed))
     if plan is not None and timed.ratios:
@@ -98,6 +109,16 @@ def _counted(plan: Plan, name: str) -> tuple[Reading, ...]:
     )
 
 
+def _with_work(plan: Plan, name: str, rows: tuple[Reading, ...]) -> tuple[Reading, ...]:
+    """Note at the times of a file that does exactly the dense file's work that a small gain is none."""
+    if name == "dense" or plan.macs != plan.macs_before:
+        return rows
+    same = {"same_work": True}
+    return tuple(
+        replace(r, conditions={**r.conditions, **same}) if r.metric.startswith("latency") else r for r in rows
+    )
+
+
 def _file_readings(wanted: Wanted, name: str, path: Path, timed: measure.Latency) -> tuple[Reading, ...]:
     memory = measure.peak_memory(path, wanted.device, name=name)
     found = measure.speedup(timed)
@@ -109,7 +130,8 @@ def _file_readings(wanted: Wanted, name: str, path: Path, timed: measure.Latency
             pairs = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "pairs": ratio.n}
             extra["speedup"] = {**pairs, "clock": clock}
         rows.append(replace(reading, conditions={**reading.conditions, **extra}))
-    return (measure.size(path, name=name), *rows, memory)
+    counted = (measure.size(path, name=name), measure.compressed_size(path, name=name))
+    return (*counted, *rows, memory)
 
 
 def _with_answers(

@@ -6,24 +6,29 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgeprune import codec, plugins
 from edgeprune.errors import InfeasibleBudget, UsageError, WorkdirError
-from edgeprune.methods import Method, PruneTask, SurveyMethod, counts, verify
+from edgeprune.methods import Method, PruneTask, SurveyMethod, Training, TrainingMethod, counts, verify
 from edgeprune.nn import surgery
-from edgeprune.nn.allocate import Rules
+from edgeprune.nn.allocate import Rules, shared_counts
 from edgeprune.nn.bundle import deployed
+from edgeprune.nn.calling import unfreeze
 from edgeprune.nn.costs import CostModel, cost_model, normalized_example, total_params
+from edgeprune.nn.data import Split, divide
 from edgeprune.nn.graph import find_groups, provable_groups
+from edgeprune.nn.pqi import keep_shares
 from edgeprune.nn.store import load_tensors, masks_to_tensors, save_tensors
+from edgeprune.nn.units import Units, of_channels, of_weights
 from edgeprune.quantities import show
-from edgeprune.recipe import PruneTable
+from edgeprune.recipe import PruneTable, TuneTable
 from edgeprune.records import METRICS, Budget, Bundle, Group, Limit, Masks
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 COUNTED = ("macs", "params")
 PROBES = 8
 # A timing that just fits would miss half of the time when it is repeated.
@@ -34,7 +39,8 @@ TIMING_MARGIN = 0.97
 class Chosen:
     """What prune hands on: the groups that can be cut, what to keep of them, what was left out and why, and notes.
 
-    edited: state-dict name -> the tensor that the method put there (merged units); usually empty.
+    edited: state-dict name -> the tensor that the method put there (merged or trained units); usually empty.
+    record: the method's curves, for the report.
     """
 
     groups: tuple[Group, ...]
@@ -42,6 +48,7 @@ class Chosen:
     left_out: dict[str, str]
     notes: tuple[str, ...]
     edited: dict[str, Tensor] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Material:
     """What a method may look at, and what can be tried out while searching.
 
     images: float32 (N, C, H, W) in [0, 1], labels: int64 (N,), or None. probes: metric -> Probe.
-    unlabelled: float32 (N, C, H, W), what the cut network will be repaired on, or None.
+    unlabelled: float32 (N, C, H, W), what the cut network will be repaired on, or None. train: what may be learned
+    from, for methods that train by `table`; scratch: where they keep what lets them go on after a kill.
     """
 
     images: Tensor | None
@@ -66,6 +74,9 @@ class Material:
     multiple_of: int
     seed: int
     unlabelled: Tensor | None = None
+    train: Split | None = None
+    table: TuneTable = field(default_factory=TuneTable)
+    scratch: Path = Path()
 
 
 def method_name(table: PruneTable, has_data: bool) -> str:
@@ -75,37 +86,78 @@ def method_name(table: PruneTable, has_data: bool) -> str:
     return "taylor" if has_data else "data-free"
 
 
+def trains(table: PruneTable, name: str) -> bool:
+    """Whether a method trains the network while it chooses."""
+    return isinstance(plugins.build("methods", name, table.options), TrainingMethod)
+
+
 def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -> Chosen:
     """Find what can be cut, and choose within it.
 
     Raises:
-        UsageError: a granularity or a metric that can't be pruned for. UnsupportedModel: nothing can be cut.
+        UsageError: a metric that can't be pruned for. UnsupportedModel: nothing can be cut.
         InfeasibleBudget: no choice meets the budget; says how far it got.
     """
-    if table.granularity != "channel":
-        raise UsageError(f"granularity {table.granularity!r} is not in this version", "accepted: channel")
     method: Method = plugins.build("methods", method_name(table, material.images is not None), table.options)
     network = deepcopy(bundle.module)
+    task, left_out = _task(bundle, network, (table, budget), material)
+    if isinstance(method, TrainingMethod):
+        unfreeze(network)
+    masks, notes = _search(network, method, task, (budget, material.probes))
+    if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
+        notes = (*notes, "The dense model already meets the budget: nothing was removed.")
+    notes = (*notes, *_unaligned(masks, material.multiple_of))
+    if task.weights is not None:
+        task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
+    return Chosen(task.groups, masks, left_out, notes, _edited(bundle.module, network), task.record)
+
+
+def _task(
+    bundle: Bundle, network: nn.Module, wishes: tuple[PruneTable, Budget], material: Material
+) -> tuple[PruneTask, dict[str, str]]:
+    """What the method is given, and which layers stay whole and why."""
+    table, budget = wishes
     example = normalized_example(bundle.input, material.seed)
-    graph = provable_groups(network, find_groups(network, example, table.skip), example, material.seed)
-    costs = cost_model(network, graph.groups, example)
-    rules = Rules(
-        limits=counted_limits(budget, network, costs), multiple_of=material.multiple_of, floor=table.floor,
-        uniform=table.allocation == "uniform",
-    )  # fmt: skip
+    if table.granularity == "channel":
+        graph = provable_groups(network, find_groups(network, example, table.skip), example, material.seed)
+        groups, left_out, weights = graph.groups, graph.left_out, None
+        units = of_channels(groups)
+    else:
+        weights = units = of_weights(network, table.granularity, table.skip)
+        groups, left_out = (), dict(weights.left_out)
+    costs = cost_model(network, groups, example)
+    cuts = _cuts(table.allocation, units, network)
+    rules = Rules(counted_limits(budget, network, costs), material.multiple_of, table.floor, cuts)
 
     def logits(pruned: nn.Module, x: Tensor) -> Tensor:
         return deployed(replace(bundle, module=pruned))(x)
 
     task = PruneTask(
-        graph.groups, costs, rules, logits, material.images, material.labels, material.seed, bundle.input,
-        material.unlabelled,
+        groups, costs, rules, logits, material.images, material.labels, material.seed, bundle.input,
+        material.unlabelled, weights=weights, training=_training(bundle, material),
     )  # fmt: skip
-    masks, notes = _search(network, method, task, (budget, material.probes))
-    if all(bool(keep.all()) for keep in masks.channels.values()):
-        notes = (*notes, "The dense model already meets the budget: nothing was removed.")
-    notes = (*notes, *_unaligned(masks, material.multiple_of))
-    return Chosen(graph.groups, masks, graph.left_out, notes, _edited(bundle.module, network))
+    if table.granularity == "weight" and cuts is not None and not task.free:
+        task = replace(task, counts=shared_counts(units.sizes, cuts, task.quota(), task.floors()))
+    return task, left_out
+
+
+def _cuts(allocation: str, units: Units, network: nn.Module) -> dict[str, float] | None:
+    """How much of each group or parameter goes, relative to the others."""
+    if allocation == "uniform":
+        return {}
+    if allocation == "pqi":
+        return {name: 1.0 - share for name, share in keep_shares(units.norms(network)).items()}
+    return None
+
+
+def _training(bundle: Bundle, material: Material) -> Training | None:
+    if material.train is None or not material.table.epochs:
+        return None
+    split, validation = divide(material.train, material.table.val_share, material.seed)
+    return Training(
+        split, validation, material.table, material.scratch, material.seed, deployed(bundle).eval(),
+        lambda network: deployed(replace(bundle, module=network)),
+    )  # fmt: skip
 
 
 def _edited(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
@@ -146,12 +198,19 @@ def _search(
         m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better
     }
     unknown = sorted(set(measured) - set(probes))
+    in_vain = [m for m in budget.limits if m != "params"] if task.weights is not None else []
+    if in_vain:
+        raise UsageError(
+            f"zeroing single weights leaves {in_vain[0]} as it is: the file's kernels are dense",
+            'give params, as in --budget "params=20 %", or prune channels (--granularity channel)',
+        )
     if unknown:
         raise UsageError(
             f"the budget's {unknown[0]} can't be read while pruning here",
             "prune for macs, params, size or latency, and hold the rest with `edgeprune gate`",
         )
-    survey = method.survey(network, task) if isinstance(method, SurveyMethod) else None
+    surveys = isinstance(method, SurveyMethod) and task.weights is None
+    survey = method.survey(network, task) if surveys else None
 
     def choose(limits: Mapping[str, float]) -> Masks:
         """The choice within limits; of a surveying method only its counts, which are all that a probe tells."""
@@ -248,10 +307,10 @@ def _shown(metric: str, value: float | None) -> str:
 def write(chosen: Chosen, folder: Path) -> None:
     """Leave the choice in a folder: masks.safetensors and chosen.json."""
     save_tensors(masks_to_tensors(dict(chosen.masks.channels)), folder / "masks.safetensors")
+    save_tensors(masks_to_tensors(dict(chosen.masks.weights)), folder / "weights.safetensors")
     save_tensors(dict(chosen.edited), folder / "edited.safetensors")
-    codec.write(
-        folder / "chosen.json", {"groups": chosen.groups, "left_out": chosen.left_out, "notes": chosen.notes}
-    )
+    rest = _Rest(chosen.groups, chosen.left_out, chosen.notes, chosen.record)
+    codec.write(folder / "chosen.json", rest)
 
 
 def read(folder: Path) -> Chosen:
@@ -261,9 +320,12 @@ def read(folder: Path) -> Chosen:
         WorkdirError: the files are not readable.
     """
     rest = codec.read(_Rest, folder / "chosen.json", WorkdirError)
-    masks = Masks(channels={k: v.bool() for k, v in load_tensors(folder / "masks.safetensors").items()})
+    channels, weights = (
+        {k: v.bool() for k, v in load_tensors(folder / f"{name}.safetensors").items()}
+        for name in ("masks", "weights")
+    )
     edited = load_tensors(folder / "edited.safetensors")
-    return Chosen(rest.groups, masks, dict(rest.left_out), rest.notes, edited)
+    return Chosen(rest.groups, Masks(channels, weights), dict(rest.left_out), rest.notes, edited, rest.record)
 
 
 @dataclass(frozen=True)
@@ -271,3 +333,4 @@ class _Rest:
     groups: tuple[Group, ...]
     left_out: Mapping[str, str]
     notes: tuple[str, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)

@@ -32,6 +32,14 @@ def source_of(table: PruneTable, method: str, trainable: bool) -> str:
             "prune.repair = 'data' needs images to learn from, and there are none",
             "give --data with a training part (without --data-use evaluate), or --set prune.repair=synthetic",
         )
+    if table.granularity != "channel" and table.repair not in ("auto", "none"):
+        raise UsageError(
+            f"prune.repair = {table.repair!r} is for channels: at granularity {table.granularity!r} no layer is cut",
+            "leave it out",
+        )
+    if table.repair == "auto" and table.granularity != "channel":
+        # The images are for choosing alone.
+        return "none"
     if table.repair == "auto":
         if method != "data-free":
             return "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgeprune import codec
 from edgeprune.errors import UsageError
 from edgeprune.quantities import show
 from edgeprune.records import REPORT_SCHEMA, Report
+from edgeprune.stages.report_build import SPARSE_NOTE
 from edgeprune.stages.report_html import page
 from edgeprune.stages.report_markdown import document
 from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had, value_of
@@ -31,8 +33,9 @@ MOST_SAMPLES = 10**12
 def run(report: Report, folder: Path) -> None:
     """Write report.json, report.md and report.html into a folder; each is whole or absent, never half."""
     sentences = _sentences(report)
-    _write(folder / "report.md", document(report, sentences))
-    _write(folder / "report.html", page(report, sentences))
+    shown = replace(report, notes=_others(report, sentences))
+    _write(folder / "report.md", document(shown, sentences))
+    _write(folder / "report.html", page(shown, sentences))
     codec.write(folder / "report.json", report)
 
 
@@ -52,7 +55,8 @@ def terminal(report: Report) -> Table:
 
 def summary_lines(report: Report) -> list[str]:
     """The outcome in plain words: smaller, faster, still right; then every note of the report."""
-    return [*_sentences(report), *report.notes]
+    sentences = _sentences(report)
+    return [*sentences, *_others(report, sentences)]
 
 
 def load(path: Path) -> Report:
@@ -154,12 +158,29 @@ def _write(path: Path, text: str) -> None:
 
 def _sentences(report: Report) -> list[str]:
     rows = {row.metric: row for row in comparison(report)}
-    sayings: tuple[Callable[[Report, dict[str, Row]], Iterator[str]], ...] = (_smaller, _faster, _right)
+    sayings: tuple[Callable[[Report, dict[str, Row]], Iterator[str]], ...] = (
+        _smaller,
+        _zeros,
+        _faster,
+        _right,
+    )
     return [*(sentence for saying in sayings for sentence in saying(report, rows)), *sentences(report)]
+
+
+def _others(report: Report, sentences: list[str]) -> tuple[str, ...]:
+    """The notes that the sentences do not say already."""
+    return tuple(note for note in report.notes if note not in sentences)
+
+
+def _zeros(report: Report, _rows: dict[str, Row]) -> Iterator[str]:
+    """What zeros inside a weight are good for: who sees a smaller number of parameters must see this too."""
+    yield from (note for note in report.notes if note.startswith(SPARSE_NOTE))
 
 
 def _smaller(report: Report, rows: dict[str, Row]) -> Iterator[str]:
     words = {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}
+    if any(note.startswith(SPARSE_NOTE) for note in report.notes):
+        words["compressed_size"] = "compressed file size"
     said = [
         f"{text} {rows[name].change}"
         for name, text in words.items()

@@ -11,6 +11,8 @@ from typing import Any
 from edgeprune import __version__
 from edgeprune.records import REPORT_SCHEMA, Plan, Reading, Report
 
+# What the note on zeros begins with; the summary moves it up.
+SPARSE_NOTE = "Zeros:"
 PACKAGES = (
     "torch",
     "torch-pruning",
@@ -48,22 +50,27 @@ def layers(
     after: Sequence[Any],
     times: Mapping[str, Mapping[str, float]],
     why_kept: Mapping[str, str],
+    *,
+    nonzero: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """One row for every layer.
 
     Args:
         before, after: `nn.costs.LayerCost` of the dense and of the compressed network.
         times: "dense"/"compressed" -> layer -> seconds. why_kept: layer -> why its channels could not go.
+        nonzero: "dense"/"compressed" -> layer -> entries of its weight that are not zero, where weights were pruned.
     """
     small = {row.name: row for row in after}
     rows = []
     for row in before:
         now = small.get(row.name)
+        left = {side: counts.get(row.name) for side, counts in (nonzero or {}).items()}
         rows.append(
             {
                 "layer": row.name, "op": row.op,
                 "channels_before": row.channels, "channels_after": now.channels if now else None,
                 "params_before": row.params, "params_after": now.params if now else None,
+                **({"nonzero_before": left.get("dense"), "nonzero_after": left.get("compressed")} if left else {}),
                 "macs_before": row.macs, "macs_after": now.macs if now else None,
                 "size_before": 4 * row.params, "size_after": 4 * now.params if now else None,
                 "time_before_s": times.get("dense", {}).get(row.name),
@@ -74,14 +81,38 @@ def layers(
     return tuple(rows)
 
 
+def sparse_notes(granularity: str, after: Sequence[Reading]) -> list[str]:
+    """What zeros inside a weight are good for, and what not; the report opens with it.
+
+    Args:
+        granularity: of the method: "channel" says nothing. after: what was measured of the compressed file.
+    """
+    if granularity == "channel":
+        return []
+    which = (
+        "single weights" if granularity == "weight" else "two of every four weights where a layer allows it"
+    )
+    plain = (
+        f"{SPARSE_NOTE} {which} were set to zero. The file is smaller for it once it is compressed (deflate), and "
+        "the model is not faster on a CPU, whose kernels are dense and multiply by zeros too."
+    )
+    if granularity != "2:4":
+        return [plain]
+    runtimes = [str(r.conditions.get("runtime") or "") for r in after if r.metric.startswith("latency")]
+    timed = any("tensorrt" in runtime.lower() for runtime in runtimes)
+    return [
+        f"{plain} TensorRT's sparse kernels can use this pattern{'.' if timed else '; nothing was timed there.'}"
+    ]
+
+
 def build(parts: Mapping[str, Any], *, ledger: Sequence[Reading], notes: Sequence[str], plan: Plan) -> Report:
     """The report of a run.
 
     Args:
-        parts: recipe, environment, before, after, layers, samples, as `records.Report` names them.
+        parts: recipe, environment, before, after, layers, samples, history, as `records.Report` names them.
     """
     return Report(
         schema=REPORT_SCHEMA, recipe=parts["recipe"], environment=parts["environment"], before=tuple(parts["before"]),
         after=tuple(parts["after"]), ledger=tuple(ledger), layers=tuple(parts["layers"]), samples=parts["samples"],
-        notes=tuple(dict.fromkeys(notes)), left_out=dict(plan.left_out),
+        notes=tuple(dict.fromkeys(notes)), left_out=dict(plan.left_out), history=parts.get("history", {}),
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# The lines of a plot that have names. Four of them are dashed, so that no two differ by their color alone much.
+SERIES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 LIGHT = {
     "ground": "#ffffff",
     "raised": "#f5f6f8",
@@ -12,6 +14,15 @@ LIGHT = {
     "compressed": "#0b69a8",
     "good": "#17703f",
     "bad": "#b0271c",
+    "other": "#949ca7",
+    "first": "#0b69a8",
+    "second": "#b65a00",
+    "third": "#17703f",
+    "fourth": "#7b3fb5",
+    "fifth": "#b0287f",
+    "sixth": "#00767a",
+    "seventh": "#7a5a1e",
+    "eighth": "#b0271c",
 }
 DARK = {
     "ground": "#14171b",
@@ -23,11 +34,30 @@ DARK = {
     "compressed": "#5fb2e8",
     "good": "#6cc793",
     "bad": "#f28b80",
+    "other": "#66707c",
+    "first": "#5fb2e8",
+    "second": "#f0a04b",
+    "third": "#6cc793",
+    "fourth": "#b99af0",
+    "fifth": "#f08cc8",
+    "sixth": "#4fc9c4",
+    "seventh": "#c9ad6a",
+    "eighth": "#f28b80",
 }
 
 
 def _variables(palette: dict[str, str]) -> str:
     return "".join(f"--{name}:{color};" for name, color in palette.items())
+
+
+def _series() -> str:
+    """Each named line in its color, the second half of them dashed."""
+    colored = "".join(
+        f".{name}.line{{stroke:var(--{name})}}.{name}.point{{fill:var(--{name})}}"
+        for name in (*SERIES, "other")
+    )
+    dashed = ",".join(f".{name}.line" for name in SERIES[len(SERIES) // 2 :])
+    return f"{colored}{dashed}{{stroke-dasharray:6 3}}"
 
 
 _RULES = """
@@ -71,8 +101,10 @@ tbody th{font-weight:550}
 td .fine,th .fine{display:block;font-size:.8125rem;font-weight:400}
 .number{text-align:right;white-space:nowrap}
 .how{color:var(--muted);min-width:11rem}
+h4{margin:1.1rem 0 .2rem;font-size:.875rem;font-weight:550}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem}
 .legend i{display:inline-block;width:.8rem;height:.55rem;margin-right:.45rem;background:var(--dense)}
+.legend .key{display:inline-block;margin-right:.45rem;vertical-align:middle}
 .legend i.compressed{background:var(--compressed)}
 .two{display:grid;grid-template-columns:1fr 1fr;gap:0 2.5rem}
 .plots{table-layout:fixed;font-size:.8125rem}
@@ -98,14 +130,22 @@ svg.skyline{width:100%;height:84px;margin:.25rem 0 1rem}
 .whisker{stroke:var(--compressed);stroke-width:1.5}
 .chart text{fill:var(--muted);font-size:.75rem}
 .axes{padding:.6rem 1.5rem 2.2rem 3rem}
+.axes.lines{padding:.6rem 1rem 3rem 4rem}
+.line{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+.other.line{stroke-width:1;stroke-opacity:.8}
+.point{stroke:var(--ground);stroke-width:1}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:0 2rem}
 .axes .fine{margin:2rem 0 -1.5rem -3rem}
 details{border-top:1px solid var(--line)}
 details:last-child{border-bottom:1px solid var(--line)}
 summary{padding:.65rem 0;cursor:pointer;font-weight:550}
+h3~details{border:0}
+h3~details summary{padding:.2rem 0 .6rem;font-size:.875rem;font-weight:400;color:var(--muted)}
 details .scroll,details pre{margin-bottom:1rem}
 details table{font-size:.8125rem}
 details td:not(:last-child),details th{white-space:nowrap}
 details td:last-child{min-width:10rem}
+details td.number:last-child{min-width:0}
 pre{overflow:auto;max-height:34rem;padding:.9rem 1rem;background:var(--raised);border-radius:6px;
 line-height:1.5}
 pre,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.8125rem}
@@ -134,8 +174,12 @@ h1{font-size:1.45rem}
 """
 
 CSS = (
-    f":root{{color-scheme:light dark;{_variables(LIGHT)}}}"
-    f"@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{_variables(DARK)}}}}}"
-    f":root[data-theme=dark]{{color-scheme:dark;{_variables(DARK)}}}"
-    ":root[data-theme=light]{color-scheme:light}"
-) + _RULES
+    (
+        f":root{{color-scheme:light dark;{_variables(LIGHT)}}}"
+        f"@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{_variables(DARK)}}}}}"
+        f":root[data-theme=dark]{{color-scheme:dark;{_variables(DARK)}}}"
+        ":root[data-theme=light]{color-scheme:light}"
+    )
+    + _RULES
+    + _series()
+)

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from edgeprune.records import Reading, Report
 from edgeprune.stages import report_plots as plots
+from edgeprune.stages.report_build import SPARSE_NOTE
 from edgeprune.stages.report_css import CSS
-from edgeprune.stages.report_markup import Markup, element, join
+from edgeprune.stages.report_lines import history
+from edgeprune.stages.report_markup import LONG_TABLE, Markup, cells, element, fold, join, table
 from edgeprune.stages.report_rows import (
+    NONZERO,
     LedgerRow,
     Row,
     comparison,
@@ -18,7 +21,7 @@ from edgeprune.stages.report_rows import (
     heading,
     how_had,
     interval_of,
-    layer_cells,
+    layer_table,
     ledger,
     number_in,
     quantity,
@@ -28,7 +31,9 @@ from edgeprune.stages.report_rows import (
 from edgeprune.stages.report_unlabelled import HEAD, INTRODUCTION, TITLE, without_labels
 
 HEADLINES = ("macs", "size", "latency_p50", "clean_accuracy")
-MANY_LAYERS = plots.LONG_TABLE
+# Of a network whose single weights were set to zero: what changed.
+SPARSE_HEADLINES = ("params", "compressed_size", "latency_p50", "clean_accuracy")
+MANY_LAYERS = LONG_TABLE
 LONGEST_S = 1e6
 DENSE_AND_COMPRESSED = plots.legend(("dense", "dense"), ("compressed", "compressed"))
 
@@ -72,6 +77,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
     notes = [element("li", _with_code(note)) for note in report.notes]
     layers = [
         _section("Channels kept in each layer", _layer_plot(report, "channels", "channels", "")),
+        _nonzero(report),
         element(
             "div",
             _section("Time of each layer", _layer_plot(report, "time", "time", "s")),
@@ -82,7 +88,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
     return [
         element(
             "section",
-            _headlines(rows),
+            _headlines(rows, sparse=any(s.startswith(SPARSE_NOTE) for s in sentences)),
             element("div", [element("p", s) for s in sentences], class_="summary"),
         ),
         _section("Read this first", element("ul", notes, class_="notes")) if notes else Markup(""),
@@ -90,6 +96,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
         _unlabelled(report),
         _section("Accuracy after each stage", _ledger(report)),
         _section("Time of one image", _distribution(report)),
+        history(report),
         *(layers if report.layers else []),
         _section("In full", _details(report)),
     ]
@@ -99,8 +106,9 @@ def _section(title: str, *children: str | Iterable[str]) -> Markup:
     return element("section", element("h2", title), *children)
 
 
-def _headlines(rows: Sequence[Row]) -> Markup:
-    found = [row for name in HEADLINES for row in rows if row.metric == name and row.before and row.after]
+def _headlines(rows: Sequence[Row], *, sparse: bool) -> Markup:
+    names = SPARSE_HEADLINES if sparse else HEADLINES
+    found = [row for name in names for row in rows if row.metric == name and row.before and row.after]
     tiles = [
         element(
             "div",
@@ -136,7 +144,7 @@ def _comparison_table(rows: Sequence[Row]) -> Markup:
         )
         for row in rows
     ]
-    return _table("Before and after, with 95 % intervals", head, body, kind="compare")
+    return table("Before and after, with 95 % intervals", head, body, kind="compare")
 
 
 def _unlabelled(report: Report) -> Markup:
@@ -156,7 +164,7 @@ def _unlabelled(report: Report) -> Markup:
     if not body:
         return Markup("")
     head = [(name, "number" if name in ("value", "images") else "") for name in HEAD]
-    return _section(TITLE, element("p", INTRODUCTION, class_="fine"), _table(TITLE, head, body))
+    return _section(TITLE, element("p", INTRODUCTION, class_="fine"), table(TITLE, head, body))
 
 
 def _ledger(report: Report) -> Markup:
@@ -211,28 +219,37 @@ def _layer_plot(report: Report, column: str, what: str, unit: str) -> Markup:
     return join(DENSE_AND_COMPRESSED, overview, plots.paired_bars(what, bars, number, unit))
 
 
+def _nonzero(report: Report) -> Markup:
+    """Where single weights were pruned: how many of each layer are not zero."""
+    if not any(number_in(row, key) is not None for row in report.layers for key in NONZERO[1:3]):
+        return Markup("")
+    return _section(
+        "Weights that are not zero in each layer", _layer_plot(report, "nonzero", "non-zero weights", "")
+    )
+
+
 def _pair(before: float | None, after: float | None, unit: str) -> str:
     return " to ".join("?" if v is None else quantity(v, unit) for v in (before, after))
 
 
 def _details(report: Report) -> list[Markup]:
     readings = [*report.before, *report.after]
-    columns = ("layer", "operator", "channels", "parameters", "macs", "size", "time", "why it was kept whole")
-    layers = [_cells(layer_cells(row)) for row in report.layers]
-    left = [_cells([name, why]) for name, why in report.left_out.items()]
+    columns, texts = layer_table(report.layers)
+    layers = [cells(row) for row in texts]
+    left = [cells([name, why]) for name, why in report.left_out.items()]
     return [
-        _fold(f"Layers ({len(layers)})", _table("Layers", [(c, "") for c in columns], layers))
+        fold(f"Layers ({len(layers)})", table("Layers", [(c, "") for c in columns], layers))
         if layers
         else Markup(""),
-        _fold(
+        fold(
             f"Groups that were not pruned ({len(left)})",
-            _table("Not pruned", [("group", ""), ("why", "")], left),
+            table("Not pruned", [("group", ""), ("why", "")], left),
         )
         if left
         else Markup(""),
-        _fold(f"How each number was had ({len(readings)})", _readings(readings)),
-        _fold("Environment", _facts_table("Environment", facts(report.environment))),
-        _fold(
+        fold(f"How each number was had ({len(readings)})", _readings(readings)),
+        fold("Environment", _facts_table("Environment", facts(report.environment))),
+        fold(
             "Recipe",
             element(
                 "pre", json.dumps(report.recipe, indent=1, ensure_ascii=False, default=str), tabindex="0"
@@ -244,10 +261,10 @@ def _details(report: Report) -> list[Markup]:
 def _readings(readings: Sequence[Reading]) -> Markup:
     head = [(c, "") for c in ("metric", "of", "value", "95 % interval", "n", "how and where", "conditions")]
     body = [
-        _cells([r.metric, r.artifact, text_of(r), _interval(r), str(r.n), how_had(r), _conditions(r)])
+        cells([r.metric, r.artifact, text_of(r), _interval(r), str(r.n), how_had(r), _conditions(r)])
         for r in readings
     ]
-    return _table("Readings", head, body)
+    return table("Readings", head, body)
 
 
 def _conditions(reading: Reading) -> str:
@@ -255,26 +272,7 @@ def _conditions(reading: Reading) -> str:
 
 
 def _facts_table(caption: str, pairs: Sequence[tuple[str, str]]) -> Markup:
-    return _table(caption, [("name", ""), ("value", "")], [_cells([k, v]) for k, v in pairs])
-
-
-def _cells(texts: Sequence[str]) -> Markup:
-    first = element("th", texts[0], scope="row")
-    return element("tr", first, [element("td", text) for text in texts[1:]])
-
-
-def _table(
-    caption: str, head: Sequence[tuple[str, str]], body: Sequence[Markup], kind: str | None = None
-) -> Markup:
-    headings = element("tr", [element("th", text, scope="col", class_=c or None) for text, c in head])
-    parts = (element("caption", caption), element("thead", headings), element("tbody", body))
-    table = element("table", *parts, class_=kind)
-    size = "scroll long" if len(body) > MANY_LAYERS else "scroll"
-    return element("div", table, class_=size, tabindex="0", role="region", aria_label=caption)
-
-
-def _fold(title: str, content: Markup) -> Markup:
-    return element("details", element("summary", title), content)
+    return table(caption, [("name", ""), ("value", "")], [cells([k, v]) for k, v in pairs])
 
 
 def _absent(sentence: str) -> Markup:

@@ -7,13 +7,15 @@ import re
 from collections.abc import Sequence
 
 from edgeprune.records import Report
+from edgeprune.stages.report_history import TITLE as HISTORY
+from edgeprune.stages.report_history import chapters, summary_rows
 from edgeprune.stages.report_rows import (
     comparison,
     facts,
     heading,
     how_had,
     interval_of,
-    layer_cells,
+    layer_table,
     ledger,
     quantity,
     text_of,
@@ -41,6 +43,7 @@ def document(report: Report, sentences: Sequence[str]) -> str:
             "## Accuracy after each stage",
             table(["after", "metric", "value (95 % interval)", "images", "how and where"], rows),
         ]
+    blocks += _history(report)
     blocks += _folds(report)
     return "\n\n".join(blocks) + "\n"
 
@@ -66,9 +69,21 @@ def _comparison(report: Report) -> str:
     return table(["metric", "dense", "compressed", "change", "how and where"], rows, numbers=(1, 2, 3))
 
 
+def _history(report: Report) -> list[str]:
+    """Of each curve where it began, how far it went, and where it ended; all numbers are in the other two files."""
+    blocks: list[str] = []
+    for chapter in chapters(report):
+        head = f"### {plain(chapter.title)}"
+        said = [f"- {plain(name)}: {plain(text)}" for name, text in chapter.facts]
+        rows = summary_rows(chapter)
+        columns = ["what", "of", "first", "least", "most", "last"]
+        folded = _fold(f"Curves ({len(rows)})", table(columns, rows, numbers=(2, 3, 4, 5))) if rows else []
+        blocks += [head, *(["\n".join(said)] if said else []), *folded]
+    return [f"## {HISTORY}", *blocks] if blocks else []
+
+
 def _folds(report: Report) -> list[str]:
-    columns = ["layer", "operator", "channels", "parameters", "macs", "size", "time", "why it was kept whole"]
-    layers = [layer_cells(row) for row in report.layers]
+    columns, layers = layer_table(report.layers)
     left = list(report.left_out.items())
     readings = []
     for r in (*report.before, *report.after):

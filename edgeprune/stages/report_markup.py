@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+# Tables with more rows than this scroll.
+LONG_TABLE = 24
 _VOID = ("meta", "wbr")
 # Characters that no XML or HTML document may hold, and halves of surrogate pairs, which UTF-8 can't write.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
@@ -44,3 +46,27 @@ def join(*children: str | Iterable[str]) -> Markup:
 def escape(text: str) -> Markup:
     """Text that shows as itself in HTML, in SVG and inside a quoted attribute."""
     return Markup(html.escape(_FORBIDDEN.sub("\ufffd", text), quote=True))
+
+
+def table(
+    caption: str, head: Sequence[tuple[str, str]], body: Sequence[Markup], kind: str | None = None
+) -> Markup:
+    """A table of rows that scrolls when it is long; head: (heading, class) of each column."""
+    headings = element("tr", [element("th", text, scope="col", class_=c or None) for text, c in head])
+    parts = (element("caption", caption), element("thead", headings), element("tbody", body))
+    size = "scroll long" if len(body) > LONG_TABLE else "scroll"
+    made = element("table", *parts, class_=kind)
+    return element("div", made, class_=size, tabindex="0", role="region", aria_label=caption)
+
+
+def cells(texts: Sequence[str], numbers: Sequence[int] = ()) -> Markup:
+    """A row whose first cell is its heading; the columns in `numbers` are aligned to the right."""
+    rest = [
+        element("td", text, class_="number" if i in numbers else None) for i, text in enumerate(texts[1:], 1)
+    ]
+    return element("tr", element("th", texts[0], scope="row"), rest)
+
+
+def fold(title: str, content: Markup) -> Markup:
+    """What is shown only when one asks for it."""
+    return element("details", element("summary", title), content)

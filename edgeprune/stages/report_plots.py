@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeprune.quantities import show
-from edgeprune.stages.report_markup import Markup, element, join
+from edgeprune.stages.report_axis import fixed, ticks, widen
+from edgeprune.stages.report_markup import LONG_TABLE, Markup, element, join
 from edgeprune.stages.report_rows import LedgerRow, quantity
 
 PLOT_HEIGHT = 220
 CURVE_POINTS = 400
 LEAST_BAR = 0.5
-LONG_TABLE = 24
 WIDEST_NUMBER = 28
 
 
@@ -63,9 +63,9 @@ def skyline(bars: Sequence[Bar], what: str) -> Markup:
             element(
                 "rect",
                 x=i,
-                y=_fixed(100 * (1 - value / top)),
+                y=fixed(100 * (1 - value / top)),
                 width=0.86,
-                height=_fixed(100 * value / top),
+                height=fixed(100 * value / top),
                 class_=mark,
             )
             for mark, value in (("dense", bar.before), ("compressed", bar.after))
@@ -89,12 +89,12 @@ def distribution(samples: dict[str, Sequence[float]]) -> Markup:
     high = max(
         min(values[_rank(values, 0.99)], 1.5 * values[_rank(values, 0.9)]) for values in samples.values()
     )
-    low, high = _widen(low, high, 0.05)
+    low, high = widen(low, high, 0.05)
     curves, marks = [], []
     for name, values in samples.items():
         curves.append(element("polyline", points=_curve(values, low, high), class_=f"{name} curve"))
         middle = values[_rank(values, 0.5)]
-        across = f"{_fixed(100 * (middle - low) / (high - low))}%"
+        across = f"{fixed(100 * (middle - low) / (high - low))}%"
         marks.append(element("line", x1=across, x2=across, y1="50%", y2="100%", class_=f"{name} guide"))
         title = element("title", f"{name}: half of the images within {show(middle, 's')}")
         marks.append(element("circle", title, cx=across, cy="50%", r=4.5, class_=f"{name} dot"))
@@ -125,7 +125,7 @@ def distribution(samples: dict[str, Sequence[float]]) -> Markup:
 def intervals(metric: str, rows: Sequence[LedgerRow]) -> Markup:
     """A table with a dot and its 95 % interval a row, all on one axis that is zoomed to them."""
     edges = [v for r in rows for v in (r.value, r.low, r.high) if v is not None] or [0.0, 1.0]
-    low, high = _widen(min(edges), max(edges), 0.08)
+    low, high = widen(min(edges), max(edges), 0.08)
     if rows[0].unit == "fraction" and min(edges) >= 0 and max(edges) <= 1:
         low, high = max(low, 0.0), min(high, 1.0)
     body = [
@@ -173,7 +173,7 @@ def _interval(row: LedgerRow, low: float, high: float) -> Markup:
     if row.value is None:
         return Markup("")
     place = [
-        f"{_fixed(100 * (v - low) / (high - low))}%"
+        f"{fixed(100 * (v - low) / (high - low))}%"
         for v in (row.value, _or(row.low, row.value), _or(row.high, row.value))
     ]
     words = f"{row.stage}: {row.text}"
@@ -203,9 +203,9 @@ def _grid(low: float, high: float) -> list[Markup]:
         y = f"{100 - share}%"
         lines.append(element("line", x1="0", x2="100%", y1=y, y2=y, class_="rule"))
         lines.append(element("text", f"{share} %", x="-8", y=y, dy="0.32em", text_anchor="end"))
-    ticks, unit, scale = _ticks(low, high)
-    for tick in ticks:
-        x = f"{_fixed(100 * (tick * scale - low) / (high - low))}%"
+    marks, unit, scale = _ticks(low, high)
+    for tick in marks:
+        x = f"{fixed(100 * (tick * scale - low) / (high - low))}%"
         lines.append(element("line", x1=x, x2=x, y1=PLOT_HEIGHT, y2=PLOT_HEIGHT + 4, class_="rule"))
         lines.append(element("text", f"{tick:.10g} {unit}", x=x, y=PLOT_HEIGHT + 18, text_anchor="middle"))
     return lines
@@ -214,12 +214,7 @@ def _grid(low: float, high: float) -> list[Markup]:
 def _ticks(low: float, high: float) -> tuple[list[float], str, float]:
     """At most six round numbers between low and high (seconds), the unit that they are in, and its size."""
     unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if high >= s), ("us", 1e-6))
-    rough = (high - low) / scale / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
-    first = math.ceil(low / scale / step - 1e-9)
-    last = math.floor(high / scale / step + 1e-9)
-    return [i * step for i in range(first, last + 1)], unit, scale
+    return ticks(low / scale, high / scale), unit, scale
 
 
 def _curve(values: Sequence[float], low: float, high: float) -> str:
@@ -227,17 +222,11 @@ def _curve(values: Sequence[float], low: float, high: float) -> str:
     stride = math.ceil(len(values) / CURVE_POINTS)
     points, share = ["0,100"], 0.0
     for rank in [*range(stride - 1, len(values), stride), len(values) - 1]:
-        across = _fixed(100 * (min(values[rank], high * 2) - low) / (high - low))
-        points.append(f"{across},{_fixed(100 - share)}")
+        across = fixed(100 * (min(values[rank], high * 2) - low) / (high - low))
+        points.append(f"{across},{fixed(100 - share)}")
         share = 100 * (rank + 1) / len(values)
-        points.append(f"{across},{_fixed(100 - share)}")
+        points.append(f"{across},{fixed(100 - share)}")
     return " ".join([*points, "100,0"] if values[-1] < high else points)
-
-
-def _widen(low: float, high: float, share: float) -> tuple[float, float]:
-    # One value alone, or values that hardly differ, still get an axis that can be read.
-    span = max(high - low, abs(high) * 0.01, 1e-9)
-    return low - share * span, high + share * span
 
 
 def _rank(values: Sequence[float], quantile: float) -> int:
@@ -246,12 +235,8 @@ def _rank(values: Sequence[float], quantile: float) -> int:
 
 def _width(value: float, top: float) -> str:
     # What is there at all stays visible beside a much larger one.
-    return f"{_fixed(max(100 * value / top, LEAST_BAR)) if value > 0 else 0}%"
+    return f"{fixed(max(100 * value / top, LEAST_BAR)) if value > 0 else 0}%"
 
 
 def _or(value: float | None, other: float) -> float:
     return other if value is None else value
-
-
-def _fixed(value: float) -> str:
-    return f"{value:.3f}".rstrip("0").rstrip(".")

@@ -14,6 +14,8 @@ SPEED = ("latency_p50", "latency_p90", "latency_p99")
 # What is read without labels is no accuracy and stands in a section of its own.
 UNLABELLED = ("synthetic_agreement", "synthetic_kl", "certified_logit_change")
 SAME_SPEED = 1.005
+# Of files that do the same work: where their memory lands makes more of a difference than this.
+SAME_WORK = 1.05
 # Measured without an interval: a change smaller than this share is neither better nor worse.
 WOBBLY = ("peak_memory", "energy")
 SAME_SHARE = 0.01
@@ -26,6 +28,8 @@ LAYER_COLUMNS = (
     ("size", "size_before", "size_after", "B"),
     ("time", "time_before_s", "time_after_s", "s"),
 )
+# Only where single weights were pruned: elsewhere the parameters say it.
+NONZERO = ("non-zero weights", "nonzero_before", "nonzero_after", "")
 
 
 @dataclass(frozen=True)
@@ -165,10 +169,18 @@ def number_in(row: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def layer_cells(row: Mapping[str, Any]) -> list[str]:
-    """One layer as text: name, operator, five columns "before -> after", and why it was kept whole."""
+def layer_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The layers as text: headings, and for each layer its name, operator, "before -> after", and why it stayed."""
+    counted = any(number_in(row, key) is not None for row in rows for key in NONZERO[1:3])
+    columns = (*LAYER_COLUMNS[:2], NONZERO, *LAYER_COLUMNS[2:]) if counted else LAYER_COLUMNS
+    names = {"params": "parameters"}
+    head = ["layer", "operator", *(names.get(c[0], c[0]) for c in columns), "why it was kept whole"]
+    return head, [_layer_cells(row, columns) for row in rows]
+
+
+def _layer_cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str, str]]) -> list[str]:
     cells = [str(row.get("layer") or "-"), str(row.get("op") or "-")]
-    for _, before, after, unit in LAYER_COLUMNS:
+    for _, before, after, unit in columns:
         old, new = number_in(row, before), number_in(row, after)
         cells.append("-" if old is None and new is None else f"{_count(old, unit)} -> {_count(new, unit)}")
     return [*cells, str(row.get("why_kept") or "")]
@@ -214,7 +226,8 @@ def _speed(before: Reading, after: Reading) -> tuple[str, bool | None]:
         return f"{factor:.2f}x, uncertain", None
     if (paired and paired[1] <= 1 <= paired[2]) or (not paired and _overlap(before, after)):
         return "within noise", None
-    if max(factor, 1 / factor) < SAME_SPEED:
+    least = SAME_WORK if after.conditions.get("same_work") is True else SAME_SPEED
+    if max(factor, 1 / factor) < least:
         return "unchanged", None
     return (f"{factor:.2f}x faster", True) if factor > 1 else (f"{1 / factor:.2f}x slower", False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from edgeprune.nn import bundle as bundles
 from edgeprune.nn import train
-from edgeprune.nn.data import Data, calibration_images, calibration_indices
+from edgeprune.nn.calling import unfreeze
+from edgeprune.nn.data import Data, calibration_images, calibration_indices, divide
+from edgeprune.nn.masked import holding
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Bundle, Reading
 from edgeprune.stages import ledger
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 def run(  # noqa: PLR0913
@@ -29,6 +32,7 @@ def run(  # noqa: PLR0913
     seed: int,
     scratch: Path,
     measured: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[Bundle, tuple[Reading, ...]]:
     """Tune a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
 
@@ -44,6 +48,7 @@ def run(  # noqa: PLR0913
         seed: decides the order of the images and their augmentation.
         scratch: a folder for the state after each epoch; an interrupted run goes on from there.
         measured: the stage before this one has measured the accuracy of `bundle` already.
+        masks: parameter -> bool like it, False is zero and stays zero; or None.
 
     Returns:
         The tuned bundle, and readings of clean_accuracy with `conditions["stage"]` pruned (unless it was measured
@@ -63,10 +68,17 @@ def run(  # noqa: PLR0913
         if used:
             readings.append(ledger.reading(network, data.held_out, "bn recalibrated", used))
     if table.epochs:
-        _unfreeze(copy.module)
+        unfreeze(copy.module)
         dense = bundles.deployed(teacher) if teacher is not None and table.distill > 0 else None
-        history = train.fit(network, data.train, table, teacher=dense, seed=seed, scratch=scratch)
-        used = {"epochs": table.epochs, "training images": len(data.train), "loss": history.losses[-1]}
+        split, validation = data.train, None
+        if table.keep == "best":
+            split, validation = divide(data.train, table.val_share, seed)
+        course = train.Course(split, table, seed, scratch, dense, validation)
+        history = train.fit(network, course, holding(copy.module, masks or {}))
+        used = {
+            "epochs": table.epochs, "training images": len(split), "loss": history.losses[-1],
+            "objective": table.objective,
+        }  # fmt: skip
         readings.append(ledger.reading(network, data.held_out, "tuned", used))
     return copy, tuple(readings)
 
@@ -96,10 +108,3 @@ def _recalibrate(network: nn.Module, data: Data, labels: Tensor, calibration: st
         "loss with old": old_loss,
         "loss with new": new_loss,
     }
-
-
-def _unfreeze(module: nn.Module) -> None:
-    """A network that was frozen for inference is trained whole; one that is frozen in part stays so."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        for parameter in module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())

@@ -1,4 +1,4 @@
-"""why: what every layer costs, and for each that can't be pruned the reason."""
+"""why: what every layer costs, how much of it looks superfluous, and for each that can't be pruned the reason."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import Any
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.costs import layer_costs, normalized_example
 from edgeprune.nn.graph import Graph, find_groups, provable_groups
+from edgeprune.nn.pqi import pqi
 from edgeprune.records import Bundle
+
+ABOUT_PQI = (
+    "PQI: the PQ index (p = 0.5, q = 1) of a layer's weights, the share of them that SAP would prune first. An "
+    "estimate of how compressible the layer is, from its weights alone: nothing was trained or measured for it."
+)
 
 
 @dataclass(frozen=True)
 class LayerReason:
     """One layer: counts for one image, shares of the whole, and why its outputs stay ("" when they can go).
 
-    time_share is measured (None when the layer could not be timed); the other numbers are counted.
+    time_share is measured (None when the layer could not be timed). pqi: the PQ index of the layer's weights, in
+    [0, 1), see ABOUT_PQI. The other numbers are counted.
     """
 
     layer: str
@@ -26,6 +33,7 @@ class LayerReason:
     macs: int
     macs_share: float
     time_share: float | None
+    pqi: float
     group: str
     why_not: str
 
@@ -50,6 +58,7 @@ def run(bundle: Bundle, times: Mapping[str, float], skip: tuple[str, ...] = ()) 
         LayerReason(
             layer=r.name, op=r.op, channels=r.channels, params=r.params, macs=r.macs, macs_share=r.macs / macs,
             time_share=times[r.name] / seconds if r.name in times and seconds > 0 else None,
+            pqi=_index(bundle.module.get_submodule(r.name)),
             group=makers.get(r.name, ""), why_not="" if r.name in makers else _reason(r.name, graph),
         )
         for r in rows
@@ -59,6 +68,10 @@ def run(bundle: Bundle, times: Mapping[str, float], skip: tuple[str, ...] = ()) 
 def as_dicts(rows: tuple[LayerReason, ...]) -> list[dict[str, Any]]:
     """The rows as plain dicts."""
     return [vars(r).copy() for r in rows]
+
+
+def _index(layer: Any) -> float:
+    return pqi(layer.weight)
 
 
 def _graph(bundle: Bundle, example: Any, skip: tuple[str, ...]) -> Graph:

@@ -1,0 +1,216 @@
+"""Train sparse and rewire every epoch: the weakest go, what has most momentum comes; robust with an attack.
+
+Kundu, Nazemi, Beerel and Pedram, "DNR: A Tunable Robust Pruning Framework Through Dynamic Network Rewiring of DNNs"
+(ASP-DAC 2021): one training run on the budget from its first step to its last, on a hybrid loss of clean and
+adversarial images plus a dynamic L2 term. Gradients stay dense, so that the momentum of what is not there tells what
+should be. Unlike the authors' public code the budget holds exactly after every epoch, the L2 term has a gradient (its
+anchor is detached), a weight that is traded for itself starts at zero too, and a channel's price is what it costs in
+the network that is cut. Channels and the 2:4 pattern are rewired within what the target is fast with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import UsageError
+from edgeprune.methods import PruneTask, Training, TrainingMethod, need_training
+from edgeprune.nn import objectives
+from edgeprune.nn.allocate import BOTTLENECK, allocate, keep_largest, levels
+from edgeprune.nn.rewiring import largest_remainder
+from edgeprune.nn.rewiring_channels import ChannelBudget
+from edgeprune.nn.schedule import chance
+from edgeprune.nn.train import Course, fit
+from edgeprune.nn.wiring import REGULARIZERS, Plan, Wiring
+from edgeprune.quantities import suggest
+from edgeprune.records import Masks
+
+STARTS = ("given", "scratch")
+INITS = ("auto", "global", "uniform", "random")
+# Of a layer's weights at least so many stay, per output; fewer where the budget leaves no choice.
+FLOOR_PER_OUTPUT = 1 / 8
+HYBRID = 0.5
+
+
+@dataclass(frozen=True)
+class DNR(TrainingMethod):
+    """Dynamic network rewiring.
+
+    start: from the given weights or from scratch. init: what is there first: of all layers the largest weights
+    (global), of each layer the same share of its largest (uniform) or any (random); auto is global, and from scratch
+    random. rate: share of what is there that is traded after the first epoch; it falls to 0 at the share `until` of
+    the epochs. beta: share of the clean images in the loss; -1 is tune.beta, or 0.5 where that is 0. regularizer:
+    proximal (towards the weights at the epoch's start), admm (towards those that the next rewiring would leave) or
+    none; rho: its weight. revive_value: what is traded for itself keeps its value, as in the authors' code.
+    """
+
+    start: str = "given"
+    init: str = "auto"
+    rate: float = 0.5
+    until: float = 1.0
+    beta: float = -1.0
+    regularizer: str = "proximal"
+    rho: float = 1e-4
+    revive_value: bool = False
+
+    def prune(self, network: nn.Module, task: PruneTask) -> Masks:
+        """Train on the budget for all epochs; the network is left trained, with everything that went at zero."""
+        self._check()
+        training = need_training("dnr", task)
+        if training.table.epochs < 1:
+            raise UsageError("dnr trains while it prunes, and tune.epochs is 0", "give --epochs, 10 or more")
+        if task.free:
+            raise UsageError(
+                "dnr trains on a budget from the first step on, and there is none",
+                'give one, as in --budget "params=10 %"',
+            )
+        objective = self._objective(training)
+        if self.start == "scratch":
+            task.notes.extend(_reset(network, training.seed))
+        wiring = self._wiring(network, task, training)
+        course = Course(
+            training.split,
+            training.table,
+            training.seed,
+            training.scratch,
+            training.teacher,
+            training.validation,
+        )
+        history = fit(training.deployed(network), course, wiring.hooks(objective))
+        task.units.apply(network, wiring.masks)
+        task.record["dnr"] = {**wiring.record, "loss": list(history.losses)}
+        return task.masks(wiring.masks)
+
+    def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> Wiring:
+        """The network with what is there first, ready to train."""
+        epochs = training.table.epochs
+        plan = Plan(epochs, self.rate, self.until, self.regularizer, self.rho, self.revive_value)
+        masks = _first(self, network, task, training.seed)
+        told = f"{self!r} {sorted(task.rules.limits.items())}"
+        if task.units.granularity == "channel":
+            budget = ChannelBudget(task.costs.cost, task.rules.limits, _steps(task))
+            return Wiring(network, task.units, plan, masks, budget=budget, told=told)
+        floors = _floors(task) if task.units.granularity == "weight" else {}
+        return Wiring(network, task.units, plan, masks, floors, told=told)
+
+    def _check(self) -> None:
+        words = (
+            ("start", self.start, STARTS),
+            ("init", self.init, INITS),
+            ("regularizer", self.regularizer, REGULARIZERS),
+        )
+        for name, value, accepted in words:
+            if value not in accepted:
+                raise UsageError(
+                    f"dnr: {name} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
+                )
+        if self.beta != -1 and not 0 <= self.beta <= 1:
+            raise UsageError(
+                f"dnr: beta = {self.beta} must be between 0 and 1, or -1 to leave it to the method"
+            )
+        for name, value, high in (
+            ("rate", self.rate, 1.0),
+            ("until", self.until, 1.0),
+            ("rho", self.rho, 1e6),
+        ):
+            if not 0 <= value <= high:
+                raise UsageError(f"dnr: {name} = {value} must be between 0 and {high:g}")
+
+    def _objective(self, training: Training) -> objectives.Objective:
+        """The recipe's objective with this method's share of clean images."""
+        table = training.table
+        objective = objectives.of_table(table, training.teacher if table.distill > 0 else None)
+        if objective.kind in ("fgsm", "pgd"):
+            return replace(objective, beta=self.beta if self.beta >= 0 else table.beta or HYBRID)
+        if self.beta not in (-1, 1) or (self.beta == 1 and objective.kind == "trades"):
+            raise UsageError(
+                f"dnr: beta = {self.beta:g} shares the loss between clean and adversarial images, which the objective "
+                f"{objective.kind} does not",
+                "choose --objective pgd or fgsm, or leave beta out",
+            )
+        return objective
+
+
+def _reset(network: nn.Module, seed: int) -> list[str]:
+    """Draw every weight anew, in place; says which ones no layer knows how to draw."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left: list[str] = []
+        for path, layer in network.named_modules():
+            reset = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                continue
+            left += [f"{path}.{name}" if path else name for name, _ in layer.named_parameters(recurse=False)]
+    if not left:
+        return []
+    return [f"DNR from scratch: {', '.join(left[:5])} kept the given values, no layer says how to draw them."]
+
+
+def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[str, Tensor]:
+    """What is there before the first step: exactly the budget's number of weights, two of each block, or channels."""
+    init = rules.init
+    if init == "auto":
+        init = "random" if rules.start == "scratch" else "global"
+    units = task.units
+    scores = units.norms(network)
+    if init == "random":
+        generator = chance(seed, "first masks of dnr")
+        scores = {
+            n: torch.rand(size, generator=generator, dtype=torch.float64) for n, size in units.sizes.items()
+        }
+    if units.granularity == "2:4" or (init == "global" and units.granularity == "weight"):
+        return task.keep(scores)
+    if units.granularity == "weight":
+        counts = _uniform(task)
+        return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
+    # An allocation spends its rest in half steps; rewiring keeps to whole ones.
+    kept = _even(task) if init != "global" else {n: int(m.sum()) for n, m in task.keep(scores).items()}
+    return {
+        name: keep_largest(scores[name], max((k for k in steps if k <= kept[name]), default=steps[-1]))
+        for name, steps in _steps(task).items()
+    }
+
+
+def _even(task: PruneTask) -> dict[str, int]:
+    """How many channels of each group at one share for all, or as the recipe shares them out."""
+    losses = {name: torch.zeros(n + 1, dtype=torch.float64) for name, n in task.units.sizes.items()}
+    return allocate(losses, task.costs, replace(task.rules, cuts=task.rules.cuts or {})).kept
+
+
+def _uniform(task: PruneTask) -> Mapping[str, int]:
+    """How many weights of each layer at one density for all, or as the recipe shares them out."""
+    sizes = task.units.sizes
+    if task.counts is not None:
+        return task.counts
+    n, floors = list(sizes.values()), _floors(task)
+    found = largest_remainder([float(size) for size in n], task.quota(), n, [floors[name] for name in sizes])
+    return dict(zip(sizes, found, strict=True))
+
+
+def _floors(task: PruneTask) -> dict[str, int]:
+    """The least of each layer: an eighth of its outputs, or the task's own floors where that would be too many."""
+    floors, shapes = task.floors(), task.units.shapes
+    wish = {
+        n: max(least, min(task.units.sizes[n], int(FLOOR_PER_OUTPUT * shapes[n][0])))
+        for n, least in floors.items()
+    }
+    return wish if sum(wish.values()) <= task.quota() else floors
+
+
+def _steps(task: PruneTask) -> dict[str, tuple[int, ...]]:
+    """The levels that counts keep to: as coarse as the budget allows, and above a bottleneck where it allows that."""
+    rules, costs = task.rules, task.costs
+    wish = max(1, rules.multiple_of)
+    halves = [wish >> k for k in range(wish.bit_length())]
+    comfortable = [(multiple, max(BOTTLENECK, rules.floor)) for multiple in halves[:2]]
+    found: dict[str, tuple[int, ...]] = {}
+    for multiple, floor in [*comfortable, *((multiple, rules.floor) for multiple in halves)]:
+        found = {name: levels(n, multiple, floor) for name, n in task.units.sizes.items()}
+        least = costs.cost({name: steps[-1] for name, steps in found.items()})
+        if all(least[metric] <= limit for metric, limit in rules.limits.items()):
+            break
+    return found

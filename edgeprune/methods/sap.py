@@ -1,0 +1,337 @@
+"""Cut again and again as much as the PQ index of the weights calls superfluous, and train in between.
+
+Diao, Wang, Zhang, Yang, Ding and Tarokh, "Pruning Deep Neural Networks from a Sparsity Perspective" (ICLR 2023),
+Algorithm 1, at every granularity: of channels the index is that of their norms, of the 2:4 pattern the count says how
+many blocks take it. Unlike the paper, SAP here can meet a budget: the last cut leaves exactly what that allows. And it
+can go on from the weights there are (`variant` tune), when it stops by the index itself: this falls while training
+makes the weights more even, rises when only what matters is left, and falls again when the network collapses.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import UsageError
+from edgeprune.methods import PruneTask, TrainingMethod, need_training
+from edgeprune.nn import checkpoint, next_cut, snapshot, team, train
+from edgeprune.nn.masked import holding
+from edgeprune.nn.next_cut import Cutter, Rule
+from edgeprune.nn.objectives import of_table
+from edgeprune.nn.pqi import pqi
+from edgeprune.nn.renewal import renew
+from edgeprune.quantities import suggest
+from edgeprune.records import Masks
+
+VARIANTS = ("tune", "paper", "oneshot")
+STARTS = ("given", "scratch")
+# Of trainings that begin anew, and where no budget says how many cuts it needs.
+EPOCHS_EACH = 5
+VALIDATED = 1000
+CURVES = ("iterations", "accuracy", "mean", "factor")
+
+
+@dataclass(frozen=True)
+class Sap(TrainingMethod):
+    """p, q: orders of the PQ index. eta, gamma, beta: slack, factor and largest share of its count.
+
+    scope: what is counted together: the rows of a weight ("unit"), a "layer", or the whole network ("global").
+    variant: "tune" goes on from the weights there are; "paper" goes back to the first ones before each training;
+    "oneshot" does not train. start: "given" weights, or "scratch": new ones by the seed. iterations: how many cuts; 0
+    is as many as the budget needs, or one for five epochs. ratio: this share goes each time, whatever the index says
+    (a lottery ticket), 0 lets it decide. pace: where the cuts there are don't get to the budget that way, all of them
+    take more, so that they get there by even steps; else the last one takes the rest. from_dense: cut by the weights of the first training, always. tolerance:
+    without a budget, the loss of validation accuracy at which "tune" stops.
+    """
+
+    p: float = 0.5
+    q: float = 1.0
+    eta: float = 0.0
+    gamma: float = 1.0
+    beta: float = 0.9
+    scope: str = "layer"
+    variant: str = "tune"
+    start: str = "given"
+    iterations: int = 0
+    ratio: float = 0.0
+    pace: bool = True
+    from_dense: bool = False
+    tolerance: float = 0.02
+
+    def prune(self, network: nn.Module, task: PruneTask) -> Masks:
+        """Cut and train in turns, in place; the masks after the last cut.
+
+        Raises:
+            UsageError: an option is out of its range, nothing to train on, or too few epochs.
+            InfeasibleBudget: no choice meets the budget.
+            ModelError: the network fails on the images, or training diverges.
+        """
+        rule = self._rule()
+        # What can't be met is refused before the first epoch.
+        task.keep(task.units.norms(network))
+        key = self._key(network, task)
+        notes = renew(network, task.seed) if self.start == "scratch" else ()
+        cutter = _cutter(task, rule)
+        plan = self._plan(task, lambda: cutter.needed(task.units.norms(network)))
+        work = _Work(self, cutter, network, task, plan, key, deepcopy(network.state_dict()))
+        state = work.first(notes)
+        while not state.stopped:
+            state = work.iteration(state)
+        task.units.apply(network, state.masks)
+        task.record["pqi"] = {**state.curves, "stopped": state.stopped}
+        task.notes.extend((*state.notes, work.summary(state)))
+        return task.masks(state.masks)
+
+    @property
+    def trains_first(self) -> bool:
+        """Whether the whole network is trained before anything is cut."""
+        return self.variant == "paper" or (self.variant == "tune" and self.start == "scratch")
+
+    def _rule(self) -> Rule:
+        for name, accepted in (("variant", VARIANTS), ("start", STARTS)):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise UsageError(
+                    f"sap: {name} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
+                )
+        if self.iterations < 0:
+            raise UsageError(f"sap: iterations = {self.iterations} must be at least 0")
+        if not 0 <= self.tolerance <= 1:
+            raise UsageError(f"sap: tolerance = {self.tolerance:g} must be in [0, 1]")
+        return Rule(self.p, self.q, self.eta, self.gamma, self.beta, self.scope, self.ratio)
+
+    def _plan(self, task: PruneTask, needed: Callable[[], int]) -> tuple[int, ...]:
+        """Epochs of each training: the one before the first cut (0 for none), and the one after each cut."""
+        if self.variant == "oneshot":
+            cuts = self.iterations or (1 if task.free else needed())
+            return (0,) * (cuts + 1)
+        epochs, first = need_training("sap", task).table.epochs, int(self.trains_first)
+        least = max(1, self.iterations) + first
+        if epochs < least:
+            raise UsageError(
+                f"sap: {epochs} epochs are too few to train {least} times ({self.variant} from {self.start} weights)",
+                f"give --epochs {least} or more" + (", or fewer iterations" if self.iterations else ""),
+            )
+        # The last cut is the one to recover from.
+        last = -(-epochs // 3) if self.variant == "tune" and not task.free else 1
+        most = epochs - last + 1 - first
+        if task.free or self.variant == "paper":
+            most = min(most, epochs // EPOCHS_EACH - first)
+        cuts = self.iterations or max(1, most if task.free else min(needed(), most))
+        return (*((0,) if not first else ()), *_shared(epochs, cuts + first, last))
+
+    def _key(self, network: nn.Module, task: PruneTask) -> str:
+        """Changes with whatever the result depends on."""
+        training = task.training
+        learned = (training.table, training.seed, len(training.split)) if training else ()
+        settings = (self, learned, task.rules, task.counts, task.seed, dict(task.units.sizes))
+        return checkpoint.key(repr(settings), [network], {})
+
+
+@dataclass(frozen=True)
+class _State:
+    """step: trainings that are done. last: whether the last cut is made. before, dense: what may be gone back to."""
+
+    step: int
+    masks: dict[str, Tensor]
+    curves: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    last: bool = False
+    stopped: str = ""
+    before: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """plan: epochs of each training. start: the weights that a rewinding training begins with."""
+
+    options: Sap
+    cutter: Cutter
+    network: nn.Module
+    task: PruneTask
+    plan: tuple[int, ...]
+    key: str
+    start: Mapping[str, Any]
+
+    def first(self, notes: tuple[str, ...]) -> _State:
+        """Where an interrupted run was, or the beginning."""
+        training = self.task.training
+        found = snapshot.load(training.scratch / "sap.pt", self.key) if training else None
+        if found is not None:
+            self.network.load_state_dict(found.pop("network"))
+            found["notes"] = tuple(found["notes"])
+            return _State(**found)
+        names = self.task.units.sizes
+        curves = {**{c: [] for c in CURVES}, **{c: {n: [] for n in names} for c in ("layers", "kept")}}
+        return _State(0, self.task.units.all(), curves, notes)
+
+    def iteration(self, state: _State) -> _State:
+        """Train, measure, and stop or cut; then it is on disk."""
+        done = state.step
+        self._train(state)
+        norms = self.task.units.norms(self.network)
+        state = replace(self._measured(state, norms), step=state.step + 1)
+        if self.options.from_dense and not state.dense:
+            state = replace(state, dense=norms)
+        state = self._judged(state, state.dense or norms)
+        if training := self.task.training:
+            saved = {**vars(state), "notes": list(state.notes), "network": self.network.state_dict()}
+            snapshot.save(training.scratch / "sap.pt", self.key, saved)
+            if team.rank() == 0:
+                shutil.rmtree(self._folder(done), ignore_errors=True)
+        return state
+
+    def summary(self, state: _State) -> str:
+        """What happened, in a sentence."""
+        left = sum(int(keep.sum()) for keep in state.masks.values())
+        share = left / max(1, sum(keep.numel() for keep in state.masks.values()))
+        kind = "channels" if self.task.units.granularity == "channel" else "prunable weights"
+        done = f"SAP stopped after {state.step - 1} cuts with {100 * share:.3g} % of the {kind}"
+        return f"{done}, because {state.stopped}."
+
+    def _folder(self, step: int) -> Path:
+        return need_training("sap", self.task).scratch / f"iteration-{step:02d}"
+
+    def _train(self, state: _State) -> None:
+        if self.options.variant == "paper":
+            self.network.load_state_dict(self.start)
+        self.task.units.apply(self.network, state.masks)
+        epochs = sum(self.plan[state.step :]) if state.last else self.plan[state.step]
+        if not epochs:
+            return
+        training = need_training("sap", self.task)
+        seed = training.seed if self.options.variant == "paper" else (training.seed + state.step) % 2**32
+        course = train.Course(
+            training.split, replace(training.table, epochs=epochs), seed, self._folder(state.step),
+            training.teacher, training.validation,
+        )  # fmt: skip
+        stays = self.task.units.entries(state.masks, self.network)
+        train.fit(training.deployed(self.network), course, holding(self.network, stays))
+
+    def _measured(self, state: _State, norms: Mapping[str, Tensor]) -> _State:
+        """The curves with one more point: the index and what is left, of each layer and in all."""
+        curves, rule, units = deepcopy(state.curves), self.cutter.rule, self.task.units
+        left = {name: norms[name][state.masks[name]] for name in units.sizes}
+        found = {name: pqi(values, rule.p, rule.q) for name, values in left.items()}
+        for name, values in left.items():
+            curves["layers"][name].append(found[name])
+            curves["kept"][name].append(len(values))
+        weight = sum(map(len, left.values())) or 1
+        curves["iterations"].append(state.step)
+        curves["factor"].append(None)
+        curves["accuracy"].append(self._accuracy())
+        curves["mean"].append(sum(found[name] * len(values) for name, values in left.items()) / weight)
+        empty = [name for name, values in left.items() if not bool(values.any())]
+        note = f"All that is left of {', '.join(empty)} is zero; the PQ index says nothing of it."
+        return replace(state, curves=curves, notes=(*state.notes, note) if empty else state.notes)
+
+    def _accuracy(self) -> float | None:
+        training = self.task.training
+        if training is None or not len(training.validation):
+            return None
+        objective, network = of_table(training.table, None), training.deployed(self.network)
+        right, count = train.robust_accuracy(
+            network, training.validation, objective, seed=training.seed, limit=VALIDATED
+        )
+        return right / count
+
+    def _judged(self, state: _State, scores: Mapping[str, Tensor]) -> _State:
+        """Stopped, perhaps with what was there before, or cut."""
+        free = self.task.free
+        if state.last:
+            return replace(state, before={}, stopped="the budget is met")
+        collapse = self._collapse(state.curves) if free and state.before else ""
+        if collapse:
+            self.network.load_state_dict(state.before["network"])
+            return replace(
+                state, masks=state.before["masks"], before={}, stopped=collapse, step=state.step - 1
+            )
+        if state.step == len(self.plan):
+            return replace(state, before={}, stopped="all its iterations are done")
+        before: dict[str, Any] = {}
+        if free and self.options.variant == "tune":
+            before = {"masks": state.masks, "network": deepcopy(self.network.state_dict())}
+        return replace(self._cut(state, scores), before=before)
+
+    def _collapse(self, curves: Mapping[str, Any]) -> str:
+        accuracy = curves["accuracy"]
+        if accuracy[-1] is not None and (loss := max(accuracy) - accuracy[-1]) > self.options.tolerance:
+            return (
+                f"the next cut lost {100 * loss:.1f} points of validation accuracy, more than the tolerance of "
+                f"{100 * self.options.tolerance:.1f}"
+            )
+        if next_cut.turned(curves["mean"]):
+            return "after the next cut the PQ index fell again after it had risen: the network collapses"
+        return ""
+
+    def _cut(self, state: _State, scores: Mapping[str, Tensor]) -> _State:
+        task, cutter, left = self.task, self.cutter, len(self.plan) - state.step
+        paced = self.options.pace and not task.free and left > 1
+        factor = cutter.factor(scores, state.masks, left) if paced else 1.0
+        after = cutter.next(scores, state.masks, factor)
+        state.curves["factor"][-1] = factor
+        stuck = next_cut.same(after, state.masks)
+        if task.free:
+            why = "its count is 0 everywhere: the PQ index calls nothing superfluous any more"
+            return replace(state, stopped=why) if stuck else replace(state, masks=after)
+        if not stuck and left > 1 and cutter.excess(after) > 1:
+            return replace(state, masks=after)
+        notes = state.notes
+        if stuck and cutter.excess(state.masks) > 1:
+            found = f"After {state.step - 1} cuts SAP's count was 0 everywhere, short of the budget"
+            notes = (*notes, f"{found}: the last cut took the rest at once.")
+        return replace(state, masks=self._last(scores, state.masks), notes=notes, last=True)
+
+    def _last(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The cut that leaves exactly what the budget allows, of what is left."""
+        task, wishes = self.task, next_cut.alive(scores, masks)
+        if task.units.granularity == "channel":
+            wishes = {n: torch.where(w < 0, w, w**2 / _squares(w)) for n, w in wishes.items()}
+        if task.units.granularity == "weight" and task.counts is None:
+            total = sum(int(keep.sum()) for keep in masks.values()) - task.quota()
+            chosen = self.cutter.exactly(scores, masks, total)
+            wishes = {n: w.clamp(max=0) + chosen[n] for n, w in wishes.items()} if chosen else wishes
+        return {name: keep & masks[name] for name, keep in task.keep(wishes).items()}
+
+
+def _squares(wishes: Tensor) -> Tensor:
+    return torch.clamp((wishes.clamp(min=0) ** 2).sum(), min=1e-30)
+
+
+def _cutter(task: PruneTask, rule: Rule) -> Cutter:
+    """The rule for the units, floors and budget of a task."""
+    units, limits = task.units, task.rules.limits
+    if units.granularity == "2:4":
+        least = dict.fromkeys(units.sizes, 0)
+    elif units.granularity == "channel":
+        least = {name: max(1, -int(-task.rules.floor * n // 1)) for name, n in units.sizes.items()}
+    else:
+        least = dict(task.counts or task.floors())
+
+    def excess(masks: Mapping[str, Tensor]) -> float:
+        left = {name: int(keep.sum()) for name, keep in masks.items()}
+        if task.free:
+            return 0.0
+        if units.granularity != "channel":
+            return sum(left.values()) / task.quota()
+        cost = task.costs.cost(left)
+        return max(cost[metric] / limit for metric, limit in limits.items())
+
+    return Cutter(units, rule, least, excess)
+
+
+def _shared(epochs: int, trainings: int, last: int) -> tuple[int, ...]:
+    """Epochs of each training, at least one: the last gets its due, the others share the rest evenly."""
+    if trainings == 1:
+        return (epochs,)
+    last = min(max(last, -(-epochs // trainings)), epochs - (trainings - 1))
+    each, more = divmod(epochs - last, trainings - 1)
+    return (*(each + (i < more) for i in range(trainings - 1)), last)

@@ -1,0 +1,108 @@
+"""How right a network is: accuracy, accuracy under the attack it was trained against, and mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.nn.calling import logits, modes
+from edgeprune.nn.data import Split
+from edgeprune.nn.objectives import Objective
+from edgeprune.nn.placement import Placement, device_of, fastest, home
+from edgeprune.nn.progress import bar
+from edgeprune.nn.schedule import chance
+
+BATCH_UNDER_ATTACK = 250
+
+
+def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, int]:
+    """How many images of a part are classified right, and how many there are; what isn't finite is wrong.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    correct, label = 0, f"accuracy on {split.name}"
+    with _ready(module, split) as device, torch.no_grad(), bar(len(split), label) as advance:
+        for x, y in split.batches(batch):
+            correct += _right(module, x.to(device), y.to(device))
+            advance(len(y))
+    return correct, len(split)
+
+
+def robust_accuracy(
+    module: nn.Module, split: Split, objective: Objective, *, seed: int, limit: int = 0
+) -> tuple[int, int]:
+    """How many images are classified right under the objective's own attack, and how many were tried.
+
+    Args:
+        module: pixels in [0, 1] to logits; attacked and asked in evaluation mode.
+        split: where the images are from.
+        objective: its attack; one that makes none gives the clean accuracy.
+        seed: decides which images are tried, and where attacks start.
+        limit: how many images at most, chosen by chance; 0 is all.
+
+    Raises:
+        ModelError: the network fails on the images, or the attack finds no gradient.
+    """
+    with _ready(module, split) as device:
+        rows = some(len(split), limit, seed)
+        return attacked(module, split, rows, (objective, seed), Placement(device, torch.contiguous_format))
+
+
+def some(count: int, limit: int, seed: int) -> Tensor:
+    """Which of `count` images are tried: all, or `limit` chosen by chance; int64, ascending."""
+    if not 0 < limit < count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=chance(seed, "some"))[:limit].sort().values
+
+
+def attacked(
+    module: nn.Module, split: Split, rows: Tensor, attack: tuple[Objective, int], placement: Placement
+) -> tuple[int, int]:
+    """Right answers among the images `rows` (n,) under an objective's attack with a seed, and n.
+
+    The network is on the placement's device. Modes are put back.
+    """
+    objective, seed = attack
+    correct = 0
+    label = f"{'attacked' if objective.attacks else 'accuracy'} on {split.name}"
+    with modes(None, module), placement.autocast(), bar(len(rows), label) as advance:
+        for number, (x, y) in enumerate(split.batches(BATCH_UNDER_ATTACK, rows)):
+            images, labels = placement.images(x), y.to(placement.device)
+            found = objective.attack(module, images, labels, chance(seed, number, "attack"))
+            with torch.no_grad():
+                correct += _right(module, found, labels)
+            advance(len(y))
+    return correct, len(rows)
+
+
+def mean_loss(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
+    """Mean cross-entropy over images (n, C, H, W) with labels (n,), in evaluation mode; may be NaN.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    total = 0.0
+    device = device_of(module)
+    with modes(None, module), torch.no_grad():
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            answer = logits(module, x.to(device))
+            total += float(functional.cross_entropy(answer, y.to(device), reduction="sum"))
+    return total / len(images)
+
+
+@contextmanager
+def _ready(module: nn.Module, split: Split) -> Iterator[torch.device]:
+    """The network in evaluation mode on the fastest device that it takes; afterwards as and where it was."""
+    with home([module]), modes(None, module):
+        yield fastest([module], split.take(torch.arange(min(2, len(split))))).device
+
+
+def _right(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    """How many images get their label; an answer that is not finite gets none."""
+    answer = logits(module, x)
+    return int(((answer.argmax(1) == y) & answer.isfinite().all(1)).sum())

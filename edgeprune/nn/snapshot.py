@@ -1,0 +1,54 @@
+"""What a method knows between two trainings, in one file that is whole or absent."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.errors import WorkdirError
+from edgeprune.nn import team
+from edgeprune.nn.checkpoint import BROKEN
+
+
+def save(path: Path, key: str, state: Mapping[str, Any]) -> None:
+    """Write a state over the one before; a process that is killed meanwhile leaves the one before.
+
+    Args:
+        key: tells to which work it belongs. state: tensors, numbers, texts, and lists and dicts of them.
+
+    Raises:
+        WorkdirError: the file can't be written.
+    """
+    if team.rank() == 0:
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save({"key": key, "state": dict(state)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise WorkdirError(
+                f"{path} can't be written: {error}", "make room, or choose another folder"
+            ) from error
+    team.wait()
+
+
+def load(path: Path, key: str) -> dict[str, Any] | None:
+    """What `save` left for the same key; None when there is none, or it is broken. Of a team, process 0 reads."""
+    content = b""
+    if team.rank() == 0 and path.is_file():
+        content = path.read_bytes()
+    content = team.tell(content)
+    try:
+        found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        return found["state"] if found["key"] == key else None
+    except BROKEN:
+        # The work starts again then, and ends the same.
+        return None

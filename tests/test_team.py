@@ -1,0 +1,199 @@
+"""Several processes as one team: real ones, two of them, as torchrun starts them, and what one of them does alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nets
+import numpy as np
+import pytest
+import torch
+
+from edgeprune import codec
+from edgeprune.nn import team
+from edgeprune.records import Report
+from edgeprune.workdir import STAGES
+
+TESTS = Path(__file__).parent
+# Each process leaves what it came to in a file of its own number.
+LEAVE = """
+import json, os, sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from edgeprune.nn import team
+torch.set_num_threads(1)
+def leave(**found):
+    Path({folder!r}, f"{{team.launch().rank}}.json").write_text(json.dumps(found))
+"""
+
+
+def torchrun(*arguments: str, seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine; an error of one ends all, with its exit code in the text."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=seconds, check=False
+    )
+
+
+def script(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "script.py"
+    path.write_text(LEAVE.format(tests=str(TESTS), folder=str(folder)) + code, encoding="utf-8")
+    return torchrun(str(path))
+
+
+def left(folder: Path) -> list[dict[str, Any]]:
+    """What process 0 and process 1 came to."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+COLLECTIVES = """
+store = team.start()
+r = team.rank()
+strided = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last) * r
+tensors = [torch.tensor([1.0, 5.0]) * (r + 1), strided, torch.tensor(3.0, dtype=torch.float64) + r, torch.zeros(0)]
+needs = torch.nn.Parameter(torch.full((2,), float(r)))
+team.average_([*tensors, needs])
+transposed = torch.arange(6).view(2, 3).t() + 10 * r
+handed_back = team.same(transposed) is transposed
+told = team.tell({"of": r, "keys": ["a", r]})
+
+from types import SimpleNamespace
+from edgeprune import building
+from edgeprune.stages.prune import Probe
+building.probes = lambda run, dense: {"latency_p50": Probe(2.0 + r, lambda network: 7.0 * (network + r))}
+shared = building.shared_probes(SimpleNamespace(work=SimpleNamespace(leads=r == 0)), Path())["latency_p50"]
+probed = [shared.dense, shared.read(3)]
+team.wait()
+size = team.size()
+team.stop(store)
+leave(rank=r, size=size, means=[t.flatten().tolist() for t in tensors], parameter=needs.tolist(),
+      layout=strided.is_contiguous(memory_format=torch.channels_last), same=transposed.tolist(),
+      handed_back=handed_back, told=told, probed=probed, after=[team.rank(), team.size()])
+"""
+
+
+def test_means_copies_and_words_are_the_same_in_every_process(tmp_path: Path) -> None:
+    done = script(tmp_path, COLLECTIVES)
+    assert done.returncode == 0, done.stderr
+    first, second = left(tmp_path)
+    assert (first.pop("rank"), second.pop("rank")) == (0, 1)
+    assert first == second
+    assert first["size"] == 2 and first["after"] == [0, 1]
+    assert first["means"] == [[1.5, 7.5], [i / 2 for i in range(24)], [3.5], []]
+    assert first["parameter"] == [0.5, 0.5]
+    assert first["layout"], "the tensors stay where and as they lie in memory"
+    assert first["same"] == [[0, 3], [1, 4], [2, 5]] and first["handed_back"]
+    assert first["told"] == {"of": 0, "keys": ["a", 0]}
+    assert first["probed"] == [2.0, 21.0], "only process 0 measures"
+
+
+ENDINGS = """
+team.COURTESY = timedelta(seconds=2)
+who = {who!r}
+def work():
+    print("words of", team.launch().rank)
+    team.wait()
+    if str(team.rank()) in who:
+        raise ValueError(f"process {{team.rank()}} has failed")
+    team.wait()
+    return 0
+try:
+    code = team.together(work)
+except BaseException as error:
+    leave(error=f"{{type(error).__name__}}: {{error}}")
+    raise
+leave(code=code)
+"""
+
+
+def test_the_followers_of_a_first_process_that_failed_end_well_and_at_once(tmp_path: Path) -> None:
+    done = script(tmp_path, ENDINGS.format(who="0"))
+    first, second = left(tmp_path)
+    assert done.returncode != 0 and "words of 0" in done.stdout and "words of 1" not in done.stdout
+    assert first == {"error": "ValueError: process 0 has failed"} and second == {"code": 0}
+    assert "Parted" not in done.stderr
+
+
+def test_a_follower_that_fails_alone_says_so_and_takes_the_others_with_it(tmp_path: Path) -> None:
+    done = script(tmp_path, ENDINGS.format(who="1"))
+    assert done.returncode != 0 and "process 1 has failed" in done.stderr
+    assert json.loads((tmp_path / "1.json").read_text()) == {"error": "ValueError: process 1 has failed"}
+    assert "another process of the team has ended" in done.stderr or "SIGTERM" in done.stderr
+
+
+def test_without_torchrun_a_process_is_its_own_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    team.average_([tensor])
+    team.wait()
+    assert team.start() is None and (team.rank(), team.size()) == (0, 1)
+    assert team.same(tensor) is tensor and tensor.tolist() == [1, 2] and team.tell("a") == "a"
+    assert team.together(lambda: 4) == 4
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert team.launch() == team.Launch(), "a cluster that sets only these two starts no team"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert team.launch() == team.Launch(3, 4, 1, 2)
+    assert (team.rank(), team.size()) == (0, 1), "nobody has started it"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words of `compress` for a tiny network and tiny data."""
+    folder = tmp_path_factory.mktemp("team")
+    torch.save(nets.build("plain").state_dict(), folder / "plain.pt")
+    rng = np.random.default_rng(0)
+    shape = (8, 8, 3)
+    np.savez(
+        folder / "images.npz", x_train=rng.integers(0, 256, (60, *shape), np.uint8), y_train=np.arange(60) % 5,
+        x_test=rng.integers(0, 256, (30, *shape), np.uint8), y_test=np.arange(30) % 5,
+    )  # fmt: skip
+    arch = f"{TESTS / 'nets.py'}:{type(nets.build('plain')).__name__}"
+    return [
+        "-m", "edgeprune", "compress", str(folder / "plain.pt"), "--arch", arch, "--input", "3x8x8",
+        "--data", str(folder / "images.npz"), "--set", "tune.batch=16",
+        "--set", "measure.iterations=10", "--set", "measure.seconds=0.2",
+    ]  # fmt: skip
+
+
+def stamps(run: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in run.glob("[0-9]-*/*/record.json")}
+
+
+def test_compress_in_two_processes_leaves_one_run_and_a_second_start_finds_it_done(
+    model: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [*model, "-o", str(run), "--method", "taylor", "--epochs", "1", "--json"]
+    done = torchrun(*words, seconds=120)
+    assert done.returncode == 0, done.stderr
+    report = codec.read(Report, run / "report.json")
+    assert json.loads(done.stdout)["report"] == codec.to_json(report), "one object, of process 0"
+    assert [r.conditions["stage"] for r in report.ledger] == ["pruned", "bn recalibrated", "tuned"]
+    assert done.stderr.count("tune: ") == 1
+    before = stamps(run)
+    assert len(before) == 6 and not list(run.glob("[0-9]-*/tmp-*")) and not list(run.glob("scratch/*"))
+    again = torchrun(*words)
+    assert again.returncode == 0, again.stderr
+    assert stamps(run) == before and json.loads(again.stdout)["report"] == codec.to_json(report)
+
+
+def test_wrong_input_is_said_once_and_ends_with_its_exit_code(model: list[str], tmp_path: Path) -> None:
+    done = torchrun(*model, "-o", str(tmp_path / "run"), "--budget", "macs=1 %")
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
+    assert "got down to" in done.stderr and "exitcode  : 4" in done.stderr
+    done = torchrun("-m", "edgeprune", "compress", "--no-such-option")
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
+    assert "--no-such-option" in done.stderr and "exitcode  : 2" in done.stderr
+
+
+def test_other_commands_speak_once() -> None:
+    done = torchrun("-m", "edgeprune", "list", "devices")
+    assert done.returncode == 0 and done.stdout.count("local ") == 1
