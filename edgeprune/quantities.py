@@ -147,8 +147,8 @@ def eps_of(text: str, norm: str) -> float:
     Raises:
         UsageError: not a number, not more than 0, or so large that levels of 255 were meant.
     """
-    if norm not in NORMS:
-        raise UsageError(f"norm = {norm!r} is not one of {', '.join(NORMS)}", suggest(norm, NORMS))
+    if norm not in USUAL_EPS:
+        raise UsageError(f"norm = {norm!r} is not one of {', '.join(USUAL_EPS)}", suggest(norm, USUAL_EPS))
     if not text.strip():
         return USUAL_EPS[norm]
     value = number(text, "fraction")
