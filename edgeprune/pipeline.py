@@ -238,7 +238,7 @@ def _export(step: Step) -> None:
     codec.write(out / "parity.json", Ledger((*parity, *reloaded)))
     if "tensorrt" in run.target.setup:
         script = plugins.build("runtimes", "tensorrt", {}).engine_script(
-            run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch
+            run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch, sparse=pattern is not None
         )
         (out / "build_engine.sh").write_text(script, encoding="utf-8")
         (out / "build_engine.sh").chmod(0o755)
@@ -254,7 +254,9 @@ def _measure(step: Step) -> None:
     }
     images = run.data.held_out if run.data else None
     wanted = measure_run.Wanted(run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say)
-    measured = measure_run.run(wanted, files, small.plans[-1])
+    networks = {"dense": run.bundle.module, "compressed": small.module}
+    counted = stage("measure_densities").densities(networks)
+    measured = measure_run.run(wanted, files, small.plans[-1], counted=counted)
     measured = replace(measured, after=(*measured.after, *_without_labels(step, small, files)))
     codec.write(step.out / "measured.json", measured)
 

@@ -1,38 +1,30 @@
-"""DNR: the budget at every step and epoch, the dynamic term, resuming, and what is cut in the end."""
+"""DNR: the budget at every step and epoch, what is there first, resuming, and what is cut in the end."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nets import NETS, SHAPE, build, example
+from nets import NETS, build
 from torch import Tensor, nn
+from training_tasks import ROBUST, TABLE, answers, check_budget, flat, images, same, task_of
 
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, Training, dnr
+from edgeprune.methods import dnr
 from edgeprune.methods.dnr import DNR
 from edgeprune.nn import perturb, surgery, train
 from edgeprune.nn.allocate import Rules
-from edgeprune.nn.costs import cost_model, total_params
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.objectives import of_table
+from edgeprune.nn.costs import total_params
 from edgeprune.nn.rewiring import rewire
-from edgeprune.nn.schedule import optimizer_of
 from edgeprune.nn.train import Course, History, Hooks
-from edgeprune.nn.units import of_channels, of_weights
-from edgeprune.nn.wiring import Plan, Wiring
 from edgeprune.recipe import TuneTable
-from edgeprune.records import Masks
 
-TABLE = TuneTable(epochs=3, lr=0.02, batch=16, augment=False, distill=0.0, mixed="fp32")
-ROBUST = replace(TABLE, objective="pgd", attack_steps=2)
 NORMLESS = "groupnormed"
 # No layer of "transposed" has input channels in fours.
 KINDS = [
@@ -47,35 +39,6 @@ class Killed(Exception):
     """What ends a run in a test."""
 
 
-def images(count: int, seed: int) -> Split:
-    """Images whose class is the brightest of five places."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 5
-    pixels = torch.randint(0, 120, (count, *SHAPE), generator=generator)
-    for place in range(5):
-        pixels[labels == place, :, place : place + 3, 1:7] += 100
-    return in_memory("images", pixels.to(torch.uint8), labels)
-
-
-def task_of(
-    network: nn.Module, kind: str, scratch: Path, table: TuneTable = TABLE, **rules: Any
-) -> PruneTask:
-    """What the stage would hand to the method; half of the parameters or multiply-accumulates may stay."""
-    groups = find_groups(network, example()).groups if kind == "channel" else ()
-    costs = cost_model(network, groups, example())
-    limits = {
-        "weight": {"params": 0.5 * total_params(network)},
-        "2:4": {},
-        "channel": {"macs": 0.5 * costs.cost({})["macs"], "params": 0.6 * costs.cost({})["params"]},
-    }[kind]
-    teacher = copy.deepcopy(network).eval()
-    training = Training(images(48, 1), images(20, 2), table, scratch, 3, teacher, lambda bare: bare)
-    return PruneTask(
-        groups, costs, Rules(**{"limits": limits, **rules}), lambda bare, x: bare(x), training=training,
-        weights=None if kind == "channel" else of_weights(network, kind),
-    )  # fmt: skip
-
-
 def watch(monkeypatch: pytest.MonkeyPatch, change: Callable[[Hooks, nn.Module], Hooks]) -> None:
     """Train with other hooks than the method's own."""
 
@@ -83,31 +46,6 @@ def watch(monkeypatch: pytest.MonkeyPatch, change: Callable[[Hooks, nn.Module], 
         return train.fit(module, course, change(hooks, module))
 
     monkeypatch.setattr(dnr, "fit", fit)
-
-
-def flat(masks: Masks) -> dict[str, Tensor]:
-    return {name: keep.flatten() for name, keep in {**masks.channels, **masks.weights}.items()}
-
-
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def check_budget(task: PruneTask, masks: Mapping[str, Tensor]) -> None:
-    units = task.units
-    kept = {name: int(mask.sum()) for name, mask in masks.items()}
-    if units.granularity == "weight":
-        assert sum(kept.values()) == task.quota()
-    if units.granularity == "2:4":
-        assert all((masks[name][blocks].sum(1) == 2).all() for name, blocks in units.blocks.items())
-    if units.granularity == "channel":
-        cost = task.costs.cost(kept)
-        assert all(cost[m] <= limit for m, limit in task.rules.limits.items())
-        assert min(kept.values()) >= 1
-        for name, size in units.sizes.items():
-            if task.rules.multiple_of == 1 and kept[name] < size:
-                more = task.costs.cost({**kept, name: kept[name] + 1})
-                assert any(more[m] > limit for m, limit in task.rules.limits.items())
 
 
 # The budget, at every granularity and on every kind of network
@@ -224,7 +162,9 @@ def test_with_clean_images_alone_and_no_dynamic_term_it_is_sparse_momentum(
     expected, wanted = sparse_momentum(tmp_path / "a", TABLE)
     monkeypatch.setattr(perturb, "perturb", lambda *_, **__: pytest.fail("an attack was made"))
     network = build("plain")
-    masks = flat(DNR(beta=1.0, rho=0.0)(network, task_of(network, "weight", tmp_path / "b", ROBUST)))
+    masks = flat(
+        DNR(beta=1.0, rho=0.0, rate=0.5)(network, task_of(network, "weight", tmp_path / "b", ROBUST))
+    )
     assert same(masks, wanted)
     assert same(network.state_dict(), expected.state_dict())
 
@@ -234,7 +174,9 @@ def test_with_adversarial_images_alone_it_is_adversarial_training_on_a_rewired_n
 ) -> None:
     expected, wanted = sparse_momentum(tmp_path / "a", replace(ROBUST, beta=0.0))
     network = build("plain")
-    masks = flat(DNR(beta=0.0, rho=0.0)(network, task_of(network, "weight", tmp_path / "b", ROBUST)))
+    masks = flat(
+        DNR(beta=0.0, rho=0.0, rate=0.5)(network, task_of(network, "weight", tmp_path / "b", ROBUST))
+    )
     assert same(masks, wanted)
     assert same(network.state_dict(), expected.state_dict())
 
@@ -273,156 +215,6 @@ def test_the_share_of_clean_images_is_a_half_unless_the_recipe_says_so(
     assert losses(monkeypatch, tmp_path, -1.0, ROBUST) == explicit
     quarter = losses(monkeypatch, tmp_path, 0.25, ROBUST)
     assert losses(monkeypatch, tmp_path, -1.0, replace(ROBUST, beta=0.25)) == quarter != explicit
-
-
-def wired(kind: str, network: nn.Module, **plan: Any) -> tuple[Wiring, torch.optim.Optimizer]:
-    """A network after a few steps of SGD on its budget."""
-    task = task_of(network, kind, Path())
-    wiring = DNR()._wiring(network, task, task.training)  # type: ignore[arg-type]
-    wiring.plan = Plan(**{"epochs": 10, **plan})
-    optimizer = optimizer_of(network, replace(TABLE, lr=0.05))
-    split = images(32, 4)
-    network.train()
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = of_table(TABLE, None)(network, split.take(torch.arange(32)), split.labels, torch.Generator())
-        loss.backward()
-        optimizer.step()
-        wiring.after_step(optimizer, 0.05)
-    return wiring, optimizer
-
-
-def answers(network: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return network.eval()(example(6, 9))
-
-
-@pytest.mark.parametrize("kind", ["weight", "2:4", "channel"])
-def test_growing_does_not_change_the_answers_and_pruning_does(kind: str) -> None:
-    network = build("residual")
-    wiring, optimizer = wired(kind, network)
-    before = answers(network)
-    old = dict(wiring.masks)
-    pruned = copy.deepcopy(network)
-    wiring.after_epoch(0, optimizer)
-    grown = {name: mask & ~old[name] for name, mask in wiring.masks.items()}
-    assert any(bool(g.any()) for g in grown.values())
-    # Zero what stayed of the old masks alone in a copy: only pruning, no growth.
-    values = dict(network.named_parameters())
-    for name, parameter in pruned.named_parameters():
-        if name in wiring.weights:
-            parameter.data[values[name] == 0] = 0
-    assert torch.equal(answers(pruned), answers(network))
-    assert not torch.equal(before, answers(network))
-    for name, mask in wiring.units.entries({n: ~g for n, g in grown.items()}, network, ("consumer",)).items():
-        assert bool((values[name][~mask] == 0).all()), "what grows starts at zero"
-
-
-def test_what_is_traded_for_itself_starts_at_zero_unless_values_are_revived() -> None:
-    kept = {}
-    for revive in (False, True):
-        network = build("plain")
-        wiring, optimizer = wired("weight", network, revive_value=revive)
-        old = dict(wiring.masks)
-        wiring.after_epoch(0, optimizer)
-        both = {name: old[name] & mask for name, mask in wiring.masks.items()}
-        kept[revive] = sum(
-            int(torch.count_nonzero(wiring.weights[name].detach().reshape(-1)[m])) for name, m in both.items()
-        )
-    assert kept[True] > kept[False]
-
-
-@pytest.mark.parametrize("kind", ["weight", "2:4", "channel"])
-def test_the_momentum_of_what_is_not_there_lives(kind: str) -> None:
-    wiring, optimizer = wired(kind, build("residual"))
-    stays = wiring.units.entries(wiring.masks, wiring.network, ("consumer",))
-    for name, keep in stays.items():
-        gone = optimizer.state[wiring.weights[name]]["momentum_buffer"][~keep]
-        assert float(gone.abs().max()) > 0
-
-
-def test_momentum_of_what_is_pruned_is_left_as_it_is() -> None:
-    wiring, optimizer = wired("weight", build("plain"))
-    before = {n: optimizer.state[w]["momentum_buffer"].clone() for n, w in wiring.weights.items()}
-    wiring.after_epoch(0, optimizer)
-    assert all(
-        torch.equal(optimizer.state[w]["momentum_buffer"], before[n]) for n, w in wiring.weights.items()
-    )
-
-
-def test_a_channel_scores_by_the_norm_of_the_slices_that_read_it() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.ReLU(), nn.Linear(3, 2))
-    network[3].weight.data = torch.tensor([[1, 0.1, 2], [0.5, 0.2, -1]])
-    groups = find_groups(network, example()).groups
-    wiring = Wiring(network, of_channels(groups), Plan(2), {groups[0].name: torch.ones(3, dtype=torch.bool)})
-    norms = wiring.scores(wiring.weights)[groups[0].name]
-    assert norms.tolist() == pytest.approx([1.1180, 0.2236, 2.2361], abs=1e-4)
-    assert int(norms.argmin()) == 1
-
-
-def test_the_schedule_trades_nothing_after_the_last_epoch_or_beyond_its_end() -> None:
-    paper = Plan(200)
-    assert [paper.rate_after(e) for e in (0, 1, 50, 100)] == pytest.approx([0.5, 0.4975, 0.375, 0.25])
-    assert paper.rate_after(198) > 0 == paper.rate_after(199)
-    short = Plan(8, until=0.5)
-    assert [short.rate_after(e) for e in range(8)] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0, 0, 0, 0])
-    assert Plan(8, until=0.0).rate_after(0) == 0
-    assert Plan(8, rate=0.0).rate_after(0) == 0
-
-
-# The dynamic term
-
-
-def pull(wiring: Wiring) -> tuple[float, dict[str, Tensor]]:
-    wiring.network.zero_grad()
-    value = wiring.penalty()
-    value.backward()
-    return value.item(), {
-        n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in wiring.weights.items()
-    }
-
-
-@pytest.mark.parametrize("kind", ["weight", "2:4", "channel"])
-def test_the_dynamic_term_pulls_towards_the_weights_at_the_epochs_start(kind: str) -> None:
-    wiring, optimizer = wired(kind, build("plain"), rho=0.5)
-    assert wiring.penalty().item() == 0, "the first epoch has no anchor"
-    wiring.after_epoch(0, optimizer)
-    start = {name: w.detach().clone() for name, w in wiring.weights.items()}
-    value, gradient = pull(wiring)
-    assert value == 0
-    assert all(bool((g == 0).all()) for g in gradient.values())
-    for w in wiring.weights.values():
-        w.data += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
-    value, gradient = pull(wiring)
-    away = {name: w.detach() - start[name] for name, w in wiring.weights.items()}
-    assert value == pytest.approx(0.25 * sum(float((a**2).sum()) for a in away.values()), rel=1e-5)
-    for name, a in away.items():
-        assert torch.allclose(gradient[name], 0.5 * a, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["weight", "2:4", "channel"])
-def test_admm_pulls_what_the_next_rewiring_would_remove_to_zero_and_adds_it_up(kind: str) -> None:
-    wiring, optimizer = wired(kind, build("plain"), rho=0.5, regularizer="admm", rate=0.5)
-    wiring.after_epoch(0, optimizer)
-    name = next(n for n in wiring.weights if bool(wiring.duals[n].any()))
-    weak = wiring.duals[name] != 0
-    start = wiring.weights[name].detach().clone()
-    _, gradient = pull(wiring)
-    assert torch.allclose(gradient[name][weak], 0.5 * 2 * start[weak])
-    assert bool((gradient[name][~weak] == 0).all())
-    assert bool((wiring.anchors[name][weak] == 0).all())
-    assert torch.equal(wiring.anchors[name][~weak], start[~weak])
-    assert torch.equal(wiring.duals[name][weak], start[weak])
-
-
-def test_admms_duals_grow_while_a_weight_stays_weak_and_end_with_it() -> None:
-    wiring, optimizer = wired("weight", build("plain"), regularizer="admm", rate=0.2, epochs=100)
-    for epoch in range(4):
-        wiring.after_epoch(epoch, optimizer)
-        active = wiring.units.entries(wiring.masks, wiring.network)
-        for name, dual in wiring.duals.items():
-            assert name not in active or bool((dual[~active[name]] == 0).all())
-            assert not bool((wiring.anchors[name][dual != 0] != 0).any())
 
 
 # The same seed, and after a kill
@@ -473,7 +265,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 
 
 def test_another_budget_or_option_does_not_go_on_from_an_old_run(tmp_path: Path) -> None:
-    for method, share in ((DNR(), 0.5), (DNR(), 0.4), (DNR(rate=0.2), 0.4)):
+    for method, share in ((DNR(), 0.5), (DNR(), 0.4), (DNR(rate=0.4), 0.4)):
         network = build("plain")
         limits = {"params": share * total_params(network)}
         task = task_of(network, "weight", tmp_path, limits=limits)
@@ -547,6 +339,14 @@ def test_first_masks_are_exact_whatever_they_are_chosen_by() -> None:
     assert not same(first("weight", DNR(init="uniform")), first("weight", DNR(init="random")))
     assert same(first("weight", DNR(start="scratch")), first("weight", DNR(init="random")))
     assert same(first("weight", DNR()), first("weight", DNR(init="global")))
+
+
+def test_trained_weights_are_traded_more_gently_than_random_ones() -> None:
+    network = build("plain")
+    task = task_of(network, "weight", Path())
+    assert task.training is not None
+    for method, rate in ((DNR(), 0.2), (DNR(start="scratch"), 0.5), (DNR(rate=0.3), 0.3)):
+        assert method._wiring(network, task, task.training).plan.rate == rate
 
 
 @pytest.mark.parametrize("init", ["global", "uniform", "random"])

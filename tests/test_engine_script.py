@@ -148,6 +148,15 @@ def test_every_version_gets_only_flags_that_it_has(
     assert "median = 1.5 ms" in done.stdout
 
 
+def test_only_a_file_with_the_pattern_is_built_with_sparse_kernels(orin: Target) -> None:
+    for sparse, word in ((True, "enable"), (False, "disable")):
+        made = Artifact("model.onnx", "onnx", "fp16", InputSpec((3, 32, 48), 10), "", 0, opset=orin.opset)
+        text = plugins.build("runtimes", "tensorrt", {}).engine_script(
+            orin, made, dynamic_batch=False, sparse=sparse
+        )
+        assert f"--sparsity={word}" in text
+
+
 def build_flags(stem: str, code: str) -> list[str]:
     pool = "--workspace=1907" if VERSIONS[code] < 804 else "--memPoolSize=workspace:1907"
     old = VERSIONS[code] < 806

@@ -72,10 +72,13 @@ shared = building.shared_probes(SimpleNamespace(work=SimpleNamespace(leads=r == 
 probed = [shared.dense, shared.read(3)]
 team.wait()
 size = team.size()
+import torch._inductor
 team.stop(store)
+threads = [Path("/proc/self/task", task, "comm").read_text() for task in os.listdir("/proc/self/task")]
 leave(rank=r, size=size, means=[t.flatten().tolist() for t in tensors], parameter=needs.tolist(),
       layout=strided.is_contiguous(memory_format=torch.channels_last), same=transposed.tolist(),
-      handed_back=handed_back, told=told, probed=probed, after=[team.rank(), team.size()])
+      handed_back=handed_back, told=told, probed=probed, after=[team.rank(), team.size()],
+      threads=[name for name in threads if "gloo" in name])
 """
 
 
@@ -92,6 +95,7 @@ def test_means_copies_and_words_are_the_same_in_every_process(tmp_path: Path) ->
     assert first["same"] == [[0, 3], [1, 4], [2, 5]] and first["handed_back"]
     assert first["told"] == {"of": 0, "keys": ["a", 0]}
     assert first["probed"] == [2.0, 21.0], "only process 0 measures"
+    assert not first["threads"], "they would abort the interpreter when it ends"
 
 
 ENDINGS = """

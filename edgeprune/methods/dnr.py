@@ -33,6 +33,10 @@ INITS = ("auto", "global", "uniform", "random")
 # Of a layer's weights at least so many stay, per output; fewer where the budget leaves no choice.
 FLOOR_PER_OUTPUT = 1 / 8
 HYBRID = 0.5
+# Of trained weights a half is too much to lose: a ResNet-20 at a tenth of its weights, after four epochs on 1,440
+# images, was right on 59 % with 0.2, on 46 % with 0.5, and on 51 % without rewiring.
+GIVEN_RATE = 0.2
+SCRATCH_RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,16 @@ class DNR(TrainingMethod):
 
     start: from the given weights or from scratch. init: what is there first: of all layers the largest weights
     (global), of each layer the same share of its largest (uniform) or any (random); auto is global, and from scratch
-    random. rate: share of what is there that is traded after the first epoch; it falls to 0 at the share `until` of
-    the epochs. beta: share of the clean images in the loss; -1 is tune.beta, or 0.5 where that is 0. regularizer:
-    proximal (towards the weights at the epoch's start), admm (towards those that the next rewiring would leave) or
-    none; rho: its weight. revive_value: what is traded for itself keeps its value, as in the authors' code.
+    random. rate: share of what is there that is traded after the first epoch, falling to 0 at the share `until` of the
+    epochs; -1 is 0.2, and from scratch the paper's 0.5. beta: share of the clean images in the loss; -1 is tune.beta,
+    or 0.5 where that is 0. regularizer: proximal (towards the weights at the epoch's start), admm (towards what the
+    next rewiring would leave) or none; rho: its weight. revive_value: what is traded for itself keeps its value, as in
+    the authors' code.
     """
 
     start: str = "given"
     init: str = "auto"
-    rate: float = 0.5
+    rate: float = -1.0
     until: float = 1.0
     beta: float = -1.0
     regularizer: str = "proximal"
@@ -87,7 +92,15 @@ class DNR(TrainingMethod):
     def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> Wiring:
         """The network with what is there first, ready to train."""
         epochs = training.table.epochs
-        plan = Plan(epochs, self.rate, self.until, self.regularizer, self.rho, self.revive_value)
+        usual = SCRATCH_RATE if self.start == "scratch" else GIVEN_RATE
+        plan = Plan(
+            epochs,
+            usual if self.rate == -1 else self.rate,
+            self.until,
+            self.regularizer,
+            self.rho,
+            self.revive_value,
+        )
         masks = _first(self, network, task, training.seed)
         told = f"{self!r} {sorted(task.rules.limits.items())}"
         if task.units.granularity == "channel":
@@ -107,17 +120,19 @@ class DNR(TrainingMethod):
                 raise UsageError(
                     f"dnr: {name} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
                 )
-        if self.beta != -1 and not 0 <= self.beta <= 1:
-            raise UsageError(
-                f"dnr: beta = {self.beta} must be between 0 and 1, or -1 to leave it to the method"
-            )
-        for name, value, high in (
+        ranges = (
             ("rate", self.rate, 1.0),
             ("until", self.until, 1.0),
+            ("beta", self.beta, 1.0),
             ("rho", self.rho, 1e6),
-        ):
-            if not 0 <= value <= high:
-                raise UsageError(f"dnr: {name} = {value} must be between 0 and {high:g}")
+        )
+        for name, value, high in ranges:
+            chosen_here = name in ("rate", "beta") and value == -1
+            if not 0 <= value <= high and not chosen_here:
+                raise UsageError(
+                    f"dnr: {name} = {value} must be between 0 and {high:g}",
+                    "leave it out for the usual value",
+                )
 
     def _objective(self, training: Training) -> objectives.Objective:
         """The recipe's objective with this method's share of clean images."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeprune.errors import DeviceError
@@ -69,6 +70,10 @@ def start() -> Store | None:
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
+
+    # The default arguments of its functions are the group that is there when it is imported. Imported later, by others,
+    # it would keep the group's threads alive until the interpreter dies, which then aborts now and then.
+    import_module("torch.distributed.nn")
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:

@@ -42,7 +42,9 @@ class TensorRT(Runtime):
         raise _not_yet()
 
     @staticmethod
-    def engine_script(target: Target, artifact: Artifact, *, dynamic_batch: bool) -> str:
+    def engine_script(
+        target: Target, artifact: Artifact, *, dynamic_batch: bool, sparse: bool = False
+    ) -> str:
         """The text of build_engine.sh: POSIX sh, to be run on the Jetson beside the ONNX file.
 
         It finds trtexec, reads its version and gives it the flags that this version has (TensorRT 8.2 to 11),
@@ -53,6 +55,7 @@ class TensorRT(Runtime):
             target: the machine; its memory bounds the workspace, setup["tensorrt"] is the version to expect.
             artifact: the ONNX file.
             dynamic_batch: the file leaves the batch dimension open; the engine is built for one image.
+            sparse: its weights hold the 2:4 pattern, which TensorRT's sparse kernels may use where they are faster.
         """
         shape = "x".join(str(n) for n in (1, *artifact.input.shape))
         values = {
@@ -62,6 +65,7 @@ class TensorRT(Runtime):
             "ONNX": shlex.quote(Path(artifact.path).name),
             "OPSET": str(artifact.opset),
             "PRECISION": shlex.quote(artifact.precision),
+            "SPARSITY": "enable" if sparse else "disable",
             "SHAPE": f"input:{shape}" if dynamic_batch else "",
             "WORKSPACE": str(max(target.memory_bytes // _WORKSPACE_SHARE // 2**20, _LEAST_WORKSPACE_MIB)),
         }
@@ -166,7 +170,7 @@ run() {
 }
 
 set -- "--onnx=$onnx" "--saveEngine=$name.engine" "--timingCacheFile=$name.timing.cache"
-set -- "$@" --profilingVerbosity=detailed --sparsity=disable
+set -- "$@" --profilingVerbosity=detailed --sparsity=@SPARSITY@
 if [ "$version" -ge 804 ]; then
     set -- "$@" "--memPoolSize=workspace:$workspace"
 else

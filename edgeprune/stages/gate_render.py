@@ -18,6 +18,9 @@ MARKS = {"pass": "✅", "fail": "❌", "missing": "⚠️", "inconclusive": "⚠
 ADVICE = {
     "macs": "compress further",
     "params": "compress further",
+    "weight_density": "compress further",
+    "param_density": "compress further",
+    "compressed_size": "compress further",
     "size": "compress further or export at a lower precision",
     "peak_memory": "compress further or export at a lower precision",
     "clean_accuracy": "keep more, or tune for more epochs",

@@ -30,6 +30,8 @@ from edgeprune.records import METRICS, Budget, Bundle, Group, Limit, Masks
 
 RESULT_VERSION = 3
 COUNTED = ("macs", "params")
+# What zeros leave as it is.
+AS_DENSE = ("macs", "size", "latency_p50", "latency_p90", "latency_p99", "peak_memory", "energy")
 PROBES = 8
 # A timing that just fits would miss half of the time when it is repeated.
 TIMING_MARGIN = 0.97
@@ -198,7 +200,7 @@ def _search(
         m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better
     }
     unknown = sorted(set(measured) - set(probes))
-    in_vain = [m for m in budget.limits if m != "params"] if task.weights is not None else []
+    in_vain = [m for m in budget.limits if m in AS_DENSE] if task.weights is not None else []
     if in_vain:
         raise UsageError(
             f"zeroing single weights leaves {in_vain[0]} as it is: the file's kernels are dense",
