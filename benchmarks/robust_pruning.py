@@ -74,6 +74,7 @@ class Setting:
     lr: float
     attack: int
     folder: str
+    mixed: str
 
 
 def rows() -> list[Row]:
@@ -143,11 +144,13 @@ def main() -> None:
     parser.add_argument("--objective", default="fgsm", choices=("natural", "fgsm", "pgd", "trades"))
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--attack", type=int, default=1000)
+    parser.add_argument("--mixed", default="bf16", choices=("auto", "fp32", "bf16"), help="of training alone")
     parser.add_argument("--parts", default="", help="only parts with this in their names")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     setting = Setting(
-        given.data, given.size, given.images, given.epochs, given.objective, given.lr, given.attack, given.output
+        given.data, given.size, given.images, given.epochs, given.objective, given.lr, given.attack, given.output,
+        given.mixed,
     )  # fmt: skip
     Path(given.output).mkdir(parents=True, exist_ok=True)
     images(setting)
@@ -243,7 +246,9 @@ def images(setting: Setting) -> Data:
 
 def lesson(setting: Setting) -> TuneTable:
     """How everything is trained."""
-    return TuneTable(epochs=setting.epochs, objective=setting.objective, lr=setting.lr, distill=0.0)
+    return TuneTable(
+        epochs=setting.epochs, objective=setting.objective, lr=setting.lr, distill=0.0, mixed=setting.mixed
+    )
 
 
 def wanted_params(bundle: Bundle, row: Row) -> int:
