@@ -263,7 +263,9 @@ def test_tuning_goes_on_from_trained_weights(tmp_path: Path, monkeypatch: pytest
         (Sap(start="scratch", iterations=2), 3, (1, 1, 1)),
         (Sap(), 2, (0, 1, 1)),
         (Sap(), 1, (0, 1)),
-        (Sap(variant="paper"), 4, (1, 1, 1, 1)),
+        (Sap(variant="paper"), 4, (2, 2)),
+        (Sap(variant="paper"), 20, (5, 5, 5, 5)),
+        (Sap(variant="paper"), 60, (8, 8, 8, 7, 7, 7, 7, 8)),
         (Sap(variant="oneshot"), 4, (0, 0, 0, 0, 0, 0, 0, 0)),
     ],
 )
@@ -423,6 +425,21 @@ def test_few_iterations_share_the_way_to_the_budget_evenly(tmp_path: Path) -> No
     assert left[1] / left[0] == pytest.approx(even, rel=0.02)
     assert left[2] / left[1] == pytest.approx(even, rel=0.02)
     assert curves["factor"][0] > 1
+
+
+def test_a_fixed_share_is_raised_to_get_there_and_without_pace_the_last_cut_takes_the_rest(
+    tmp_path: Path,
+) -> None:
+    def left(sap: Sap, scratch: Path) -> list[int]:
+        network, task = task_for("plain", "weight", scratch, budget=0.1, epochs=4)
+        sap(network, task)
+        return [sum(n) for n in zip(*task.record["pqi"]["kept"].values(), strict=True)]
+
+    ticket = Sap(variant="paper", iterations=3, ratio=0.2, scope="global")
+    dense, *steps = left(ticket, tmp_path / "paced")
+    assert [n / dense for n in steps] == pytest.approx([0.1 ** (1 / 3), 0.1 ** (2 / 3), 0.1], rel=0.02)
+    _, *steps = left(replace(ticket, pace=False), tmp_path / "rest")
+    assert [n / dense for n in steps] == pytest.approx([0.8, 0.64, 0.1], abs=0.001)
 
 
 def test_new_weights_are_drawn_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,13 @@ import nets
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from edgeprune import codec
+from edgeprune.cli import app, main
 from edgeprune.nn import team
 from edgeprune.records import Report
-from edgeprune.workdir import STAGES
+from edgeprune.workdir import Workdir
 
 TESTS = Path(__file__).parent
 # Each process leaves what it came to in a file of its own number.
@@ -98,37 +99,23 @@ def test_means_copies_and_words_are_the_same_in_every_process(tmp_path: Path) ->
     assert not first["threads"], "they would abort the interpreter when it ends"
 
 
-ENDINGS = """
-team.COURTESY = timedelta(seconds=2)
-who = {who!r}
+ENDING = """
+team.COURTESY = timedelta(seconds=1)
 def work():
-    print("words of", team.launch().rank)
+    print("words of", team.rank())
     team.wait()
-    if str(team.rank()) in who:
-        raise ValueError(f"process {{team.rank()}} has failed")
+    if team.rank() == 1:
+        raise ValueError("process 1 has failed")
     team.wait()
     return 0
-try:
-    code = team.together(work)
-except BaseException as error:
-    leave(error=f"{{type(error).__name__}}: {{error}}")
-    raise
-leave(code=code)
+team.together(work)
 """
 
 
-def test_the_followers_of_a_first_process_that_failed_end_well_and_at_once(tmp_path: Path) -> None:
-    done = script(tmp_path, ENDINGS.format(who="0"))
-    first, second = left(tmp_path)
-    assert done.returncode != 0 and "words of 0" in done.stdout and "words of 1" not in done.stdout
-    assert first == {"error": "ValueError: process 0 has failed"} and second == {"code": 0}
-    assert "Parted" not in done.stderr
-
-
 def test_a_follower_that_fails_alone_says_so_and_takes_the_others_with_it(tmp_path: Path) -> None:
-    done = script(tmp_path, ENDINGS.format(who="1"))
-    assert done.returncode != 0 and "process 1 has failed" in done.stderr
-    assert json.loads((tmp_path / "1.json").read_text()) == {"error": "ValueError: process 1 has failed"}
+    done = script(tmp_path, ENDING)
+    assert done.returncode != 0 and "ValueError: process 1 has failed" in done.stderr
+    assert "words of 0" in done.stdout and "words of 1" not in done.stdout
     assert "another process of the team has ended" in done.stderr or "SIGTERM" in done.stderr
 
 
@@ -146,6 +133,53 @@ def test_without_torchrun_a_process_is_its_own_team(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert team.launch() == team.Launch(3, 4, 1, 2)
     assert (team.rank(), team.size()) == (0, 1), "nobody has started it"
+
+
+CHOICES = """
+import hashlib
+import nets
+from edgeprune import plugins
+from edgeprune.nn import bundle
+from edgeprune.nn.data import in_memory
+from edgeprune.recipe import PruneTable, TuneTable
+from edgeprune.records import Budget, Limit
+from edgeprune.stages import prune
+store = team.start()
+pixels = torch.randint(0, 256, (48, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+split = in_memory("train", pixels, torch.arange(48) % 5)
+network = nets.build("plain")
+found = {{}}
+for method in plugins.names("methods"):
+    if prune.trains(PruneTable(), method):
+        for granularity in ("channel", "weight"):
+            material = prune.Material(
+                split.take(torch.arange(48)), split.labels, {{}}, 1, 0, train=split,
+                table=TuneTable(epochs=2, batch=16, objective="fgsm"),
+                scratch=Path({folder!r}, f"{{team.rank()}} {{method}} {{granularity}}"),
+            )
+            limit = Limit("params", "share", 0.5, "50 %")
+            chosen = prune.run(
+                bundle.from_module(network, torch.rand(1, 3, 8, 8)), PruneTable(method, granularity),
+                Budget({{"params": limit}}), material,
+            )
+            digest = hashlib.sha256()
+            for name, tensor in sorted({{**chosen.masks.channels, **chosen.masks.weights, **chosen.edited}}.items()):
+                digest.update(name.encode() + tensor.numpy().tobytes())
+            kept = sum(int(keep.sum()) for keep in (*chosen.masks.channels.values(), *chosen.masks.weights.values()))
+            found[f"{{method}} {{granularity}}"] = [digest.hexdigest(), kept, len(chosen.edited)]
+team.stop(store)
+leave(**found)
+"""
+
+
+def test_methods_that_train_leave_the_same_masks_and_weights_in_every_process(tmp_path: Path) -> None:
+    done = script(tmp_path, CHOICES.format(folder=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    first, second = left(tmp_path)
+    assert set(first) >= {f"{m} {g}" for m in ("sap", "dnr", "deadwooding") for g in ("channel", "weight")}
+    assert first == second
+    assert all(kept and edited for _, kept, edited in first.values())
+    assert not [path for path in tmp_path.glob("1 */**/*") if path.is_file()], "only process 0 keeps anything"
 
 
 @pytest.fixture(scope="module")
@@ -171,33 +205,47 @@ def stamps(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.glob("[0-9]-*/*/record.json")}
 
 
-def test_compress_in_two_processes_leaves_one_run_and_a_second_start_finds_it_done(
+def test_compress_in_two_processes_leaves_one_run_that_any_later_start_finds_done(
     model: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = [*model, "-o", str(run), "--method", "taylor", "--epochs", "1", "--json"]
-    done = torchrun(*words, seconds=120)
+    words = [*model, "-o", str(run), "--epochs", "1", "--json"]
+    done = torchrun(*words, "--method", "dnr", "--budget", "params=50 %", seconds=120)
     assert done.returncode == 0, done.stderr
     report = codec.read(Report, run / "report.json")
     assert json.loads(done.stdout)["report"] == codec.to_json(report), "one object, of process 0"
-    assert [r.conditions["stage"] for r in report.ledger] == ["pruned", "bn recalibrated", "tuned"]
-    assert done.stderr.count("tune: ") == 1
+    assert done.stderr.count("prune: ") == 1 and len(stamps(run)) == 6
     before = stamps(run)
-    assert len(before) == 6 and not list(run.glob("[0-9]-*/tmp-*")) and not list(run.glob("scratch/*"))
-    again = torchrun(*words)
-    assert again.returncode == 0, again.stderr
-    assert stamps(run) == before and json.loads(again.stdout)["report"] == codec.to_json(report)
+    done = torchrun(*words, "--method", "taylor", seconds=120)
+    assert done.returncode == 0, done.stderr
+    assert before.items() <= stamps(run).items() and len(stamps(run)) == 11, (
+        "all but the dense model is another"
+    )
+    report = codec.read(Report, run / "report.json")
+    assert [r.conditions["stage"] for r in report.ledger] == ["pruned", "bn recalibrated", "tuned"]
+    assert not list(run.glob("[0-9]-*/tmp-*")) and not list(run.glob("scratch/*"))
+    before = stamps(run)
+    alone = CliRunner().invoke(app, [*words[2:], "--method", "taylor"])
+    assert alone.exit_code == 0, alone.output
+    assert stamps(run) == before and json.loads(alone.stdout)["report"] == codec.to_json(report)
 
 
-def test_wrong_input_is_said_once_and_ends_with_its_exit_code(model: list[str], tmp_path: Path) -> None:
-    done = torchrun(*model, "-o", str(tmp_path / "run"), "--budget", "macs=1 %")
+def test_an_error_of_the_first_process_is_said_once_and_ends_with_its_exit_code(
+    model: list[str], tmp_path: Path
+) -> None:
+    with Workdir(tmp_path / "run"):
+        done = torchrun(*model, "-o", str(tmp_path / "run"))
     assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
-    assert "got down to" in done.stderr and "exitcode  : 4" in done.stderr
-    done = torchrun("-m", "edgeprune", "compress", "--no-such-option")
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
-    assert "--no-such-option" in done.stderr and "exitcode  : 2" in done.stderr
+    assert "is in use by another edgeprune" in done.stderr and "exitcode  : 7" in done.stderr
 
 
-def test_other_commands_speak_once() -> None:
-    done = torchrun("-m", "edgeprune", "list", "devices")
-    assert done.returncode == 0 and done.stdout.count("local ") == 1
+@pytest.mark.parametrize("words", [["list", "methods"], ["compress", "--no-such-option"], ["gate"], []])
+def test_what_is_not_done_together_only_the_first_process_does(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["edgeprune", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0 and capsys.readouterr() == ("", "")

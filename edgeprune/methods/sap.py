@@ -44,11 +44,12 @@ class Sap(TrainingMethod):
 
     scope: what is counted together: the rows of a weight ("unit"), a "layer", or the whole network ("global").
     variant: "tune" goes on from the weights there are; "paper" goes back to the first ones before each training;
-    "oneshot" does not train. start: "given" weights, or "scratch": new ones by the seed. iterations: how many cuts; 0
-    is as many as the budget needs, or one for five epochs. ratio: this share goes each time, whatever the index says
-    (a lottery ticket), 0 lets it decide. pace: where the cuts there are don't get to the budget that way, all of them
-    take more, so that they get there by even steps; else the last one takes the rest. from_dense: cut by the weights of the first training, always. tolerance:
-    without a budget, the loss of validation accuracy at which "tune" stops.
+    "oneshot" does not train. start: "given" weights, or "scratch": new ones by the seed.
+    iterations: how many cuts; 0 is as many as the budget needs and the epochs allow. ratio: this share goes each time,
+    whatever the index says (a lottery ticket); 0 lets it decide. pace: where the cuts there are would not get to the
+    budget, all of them take more and get there by even steps; else the last one takes the rest.
+    from_dense: cut by the weights of the first training, always. tolerance: without a budget, the loss of validation
+    accuracy at which "tune" stops, as a fraction.
     """
 
     p: float = 0.5
@@ -273,7 +274,7 @@ class _Work:
         return ""
 
     def _cut(self, state: _State, scores: Mapping[str, Tensor]) -> _State:
-        task, cutter, left = self.task, self.cutter, len(self.plan) - state.step
+        task, cutter, left = self.task, self._bounded(scores, state.masks), len(self.plan) - state.step
         paced = self.options.pace and not task.free and left > 1
         factor = cutter.factor(scores, state.masks, left) if paced else 1.0
         after = cutter.next(scores, state.masks, factor)
@@ -285,16 +286,23 @@ class _Work:
         if not stuck and left > 1 and cutter.excess(after) > 1:
             return replace(state, masks=after)
         notes = state.notes
-        if stuck and cutter.excess(state.masks) > 1:
+        if stuck and left > 1 and cutter.excess(state.masks) > 1:
             found = f"After {state.step - 1} cuts SAP's count was 0 everywhere, short of the budget"
             notes = (*notes, f"{found}: the last cut took the rest at once.")
         return replace(state, masks=self._last(scores, state.masks), notes=notes, last=True)
+
+    def _bounded(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Cutter:
+        """A cutter that takes no more channels of a group than the budget wants: the last cut finds fast counts."""
+        if self.task.free or self.task.units.granularity != "channel":
+            return self.cutter
+        wanted = self.task.keep(_shares(scores, masks))
+        return replace(self.cutter, least={name: int(keep.sum()) for name, keep in wanted.items()})
 
     def _last(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The cut that leaves exactly what the budget allows, of what is left."""
         task, wishes = self.task, next_cut.alive(scores, masks)
         if task.units.granularity == "channel":
-            wishes = {n: torch.where(w < 0, w, w**2 / _squares(w)) for n, w in wishes.items()}
+            wishes = _shares(scores, masks)
         if task.units.granularity == "weight" and task.counts is None:
             total = sum(int(keep.sum()) for keep in masks.values()) - task.quota()
             chosen = self.cutter.exactly(scores, masks, total)
@@ -302,8 +310,13 @@ class _Work:
         return {name: keep & masks[name] for name, keep in task.keep(wishes).items()}
 
 
-def _squares(wishes: Tensor) -> Tensor:
-    return torch.clamp((wishes.clamp(min=0) ** 2).sum(), min=1e-30)
+def _shares(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Squared norms as shares of what is left of a group, comparable between groups; -1 for what is gone."""
+    out: dict[str, Tensor] = {}
+    for name, wish in next_cut.alive(scores, masks).items():
+        squares = wish.clamp(min=0) ** 2
+        out[name] = torch.where(masks[name], squares / torch.clamp(squares.sum(), min=1e-30), -1.0)
+    return out
 
 
 def _cutter(task: PruneTask, rule: Rule) -> Cutter:
