@@ -101,7 +101,7 @@ def compress(
         show_run(result, as_json)
         return result.exit_code
 
-    guard(lambda: team.together(work), as_json, debug)
+    guard(lambda: team.together(work), as_json and team.launch().rank == 0, debug)
 
 
 @app.command()

@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from edgeprune import bundled, recipe
+from edgeprune import bundled, recipe, workdir
 from edgeprune.context import Context
 from edgeprune.errors import WorkdirError
 from edgeprune.keys import dense_key
+from edgeprune.nn import team
 from edgeprune.records import Budget, Bundle, InputSpec, Source
 from edgeprune.workdir import STAGES, Workdir
 
@@ -112,6 +114,64 @@ def test_a_place_that_is_no_directory_is_an_error_of_the_directory(tmp_path: Pat
     (tmp_path / "file").write_text("x")
     with pytest.raises(WorkdirError, match="can't be used"), Workdir(tmp_path / "file"):
         pass
+
+
+@pytest.fixture
+def following(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], set[str]]:
+    """This process is number 1 of 2, and process 0 has no stage done yet; gives what lies in the run directory."""
+    monkeypatch.setattr(team, "rank", lambda: 1)
+    monkeypatch.setattr(team, "size", lambda: 2)
+    monkeypatch.setattr(team, "tell", lambda value: False)
+    run = tmp_path / "run"
+    return lambda: {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_follower_works_where_all_work_and_leaves_nothing_of_its_own(
+    tmp_path: Path, following: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "run" / f"{STAGES.index('tune')}-tune" / "k"
+    places: list[Path] = []
+
+    def works(out: Path) -> None:
+        (out / "weights").write_text("mine")
+        places.append(out)
+
+    def process_0_ends() -> None:
+        first.mkdir(parents=True)
+        (first / "record.json").write_text("{}")
+
+    monkeypatch.setattr(team, "wait", process_0_ends)
+    with Workdir(tmp_path / "run") as work:
+        assert not work.leads
+        places.append(work.scratch("k"))
+        places[0].mkdir(parents=True)
+        assert work.stage("tune", "k", works, together=True) == first
+    assert len(places) == 2 and not any(place.exists() for place in places)
+    assert following() == {"5-tune/k/record.json"}
+
+
+def test_a_follower_leaves_the_other_stages_to_the_first_process(
+    tmp_path: Path, following: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workdir, "SIGHT_S", 0.0)
+    monkeypatch.setattr(team, "wait", lambda: None)
+    with (
+        Workdir(tmp_path / "run") as work,
+        pytest.raises(WorkdirError, match="process 1 of 2 does not see") as caught,
+    ):
+        work.stage("export", "k", lambda out: pytest.fail("it was done here"))
+    assert "file system that all machines share" in caught.value.hint and not following()
+
+
+def test_a_follower_with_other_inputs_is_refused(
+    tmp_path: Path, following: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team, "tell", lambda keys: {"dense": "1", "prune": "2"})
+    with Workdir(tmp_path / "run") as work:
+        assert work.agree({"dense": "1", "prune": "2"}) == {"dense": "1", "prune": "2"}
+        with pytest.raises(WorkdirError, match="process 1 of 2 would do another prune than process 0"):
+            work.agree({"dense": "1", "prune": "3", "cut": "4"})
+    assert not following()
 
 
 def test_editing_the_architecture_or_the_calibration_recipe_makes_old_results_stale(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ VARIANTS = ("tune", "paper", "oneshot")
 STARTS = ("given", "scratch")
 # Of trainings that begin anew, and where no budget says how many cuts it needs.
 EPOCHS_EACH = 5
+LAST = (1, 3)
 VALIDATED = 1000
 CURVES = ("iterations", "accuracy", "mean", "factor")
 
@@ -121,7 +122,7 @@ class Sap(TrainingMethod):
                 f"give --epochs {least} or more" + (", or fewer iterations" if self.iterations else ""),
             )
         # The last cut is the one to recover from.
-        last = -(-epochs // 3) if self.variant == "tune" and not task.free else 1
+        last = -(-epochs * LAST[0] // LAST[1]) if self.variant == "tune" and not task.free else 1
         most = epochs - last + 1 - first
         if task.free or self.variant == "paper":
             most = min(most, epochs // EPOCHS_EACH - first)
