@@ -19,6 +19,9 @@ NORMS = ("Linf", "L2")
 KEEPS = ("last", "best")
 MIXED = ("auto", "fp32", "bf16")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
+ATTACKS = ("auto", "none", "fgsm", "pgd", "standard")
+# The radius of a norm that people mean when they name none.
+USUAL_EPS_TEXT = {"Linf": "8/255", "L2": "128/255"}
 REPAIRS = ("auto", "none", "synthetic", "data")
 # What the method "auto" stands for, with and without training images.
 AUTO = ("taylor", "data-free")
@@ -41,6 +44,8 @@ def check(recipe: Recipe) -> None:
         ("tune.keep", recipe.tune.keep, KEEPS),
         ("tune.mixed", recipe.tune.mixed, MIXED),
         ("export.precision", recipe.export.precision, PRECISIONS),
+        ("attack.name", recipe.attack.name, ATTACKS),
+        ("attack.norm", recipe.attack.norm, NORMS),
     )
     for where, value, accepted in words:
         if value not in accepted:
@@ -72,11 +77,16 @@ def check(recipe: Recipe) -> None:
         ("measure.warmup", recipe.measure.warmup, 0, 10**6),
         ("measure.iterations", recipe.measure.iterations, 10, 10**6),
         ("measure.seconds", recipe.measure.seconds, 0.1, 86400.0),
+        ("attack.limit", recipe.attack.limit, 0, 10**9),
+        ("attack.steps", recipe.attack.steps, 1, 100000),
+        ("attack.restarts", recipe.attack.restarts, 1, 1000),
+        ("attack.batch", recipe.attack.batch, 0, 65536),
     )
     for where, value, low, high in ranges:
         if not low <= value <= high:
             raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
     eps_of(recipe.tune.eps, recipe.tune.norm)
+    eps_of(recipe.attack.eps, recipe.attack.norm)
     for metric, text in recipe.budget.items():
         limit(metric, text)
 

@@ -137,24 +137,27 @@ def evaluate(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
-    attack: Annotated[str, typer.Option(metavar="none|fgsm|pgd|standard")] = "none",
-    eps: Annotated[str, typer.Option(help="radius of the attack")] = "8/255",
+    attack: Annotated[str | None, typer.Option(metavar="none|fgsm|pgd|standard")] = None,
+    eps: Annotated[str | None, typer.Option(help="radius of the attack", metavar="8/255")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="only so many images, the same share of each class", metavar="N")
+        int | None, typer.Option(help="so many images, all classes alike; 0: all", metavar="N")
     ] = None,
+    sets: Sets = None,
     seed: Seed = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The accuracy of a file or a model on held-out images."""
+    """The accuracy of a file or a model on held-out images, also under attack: the worst case for every image."""
     flags = _flags(
         _model(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
-        data={"path": data, "use": "evaluate"}, seed=seed,
+        data={"path": data, "use": "evaluate"}, attack={"name": attack, "eps": eps}, seed=seed,
     )  # fmt: skip
 
     def work() -> int:
-        readings = queries.evaluate(recipe.build({}, flags), attack=attack, eps=eps, limit=limit)
+        readings = queries.evaluate(recipe.build({}, flags, sets or []), limit=limit, say=say)
         show_readings(readings, as_json)
+        if not as_json:
+            print_lines(queries.warnings(readings))
         return 0
 
     guard(work, as_json, debug)

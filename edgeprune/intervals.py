@@ -1,4 +1,4 @@
-"""95 % intervals in plain Python: of a share (exact binomial) and of a quantile (order statistics).
+"""95 % intervals in plain Python: of a share (exact binomial), of a quantile (order statistics); and a paired test.
 
 Nothing is assumed about the distribution of the samples but that they are independent.
 """
@@ -29,6 +29,25 @@ def binomial(k: int, n: int, level: float = LEVEL) -> Tuple[float, float]:
     low = 0.0 if k == 0 else _inverse_beta(tail, k, n - k + 1)
     high = 1.0 if k == n else _inverse_beta(1.0 - tail, k + 1, n - k)
     return low, high
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """McNemar's exact test of paired answers: the two-sided probability of as uneven a split, if both are as good.
+
+    Args:
+        gained, lost: how many that only the one, and only the other, gets right; those that both do say nothing.
+
+    Returns:
+        p in (0, 1]: twice the smaller tail of a binomial with probability 1/2, at most 1; 1 when nothing differs.
+
+    Raises:
+        ValueError: a count below 0.
+    """
+    if gained < 0 or lost < 0:
+        raise ValueError(f"counts must be at least 0, got {gained} and {lost}")
+    n, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +14,10 @@ from edgeprune import recipe as recipes
 from edgeprune.context import Result, Say, stage, torch_part
 from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.pipeline import compress
-from edgeprune.quantities import number, suggest
+from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
 
-ATTACKS = ("none", "fgsm", "pgd", "standard")
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
 
 
@@ -42,33 +43,62 @@ def profile(artifact: Path, recipe: Recipe, *, say: Say) -> tuple[Reading, ...]:
     return measured.after
 
 
-def evaluate(recipe: Recipe, *, attack: str, eps: str, limit: int | None) -> tuple[Reading, ...]:
-    """The clean accuracy of a file or a model on held-out images.
+def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, ...]:
+    """The accuracy of a file or a model on held-out images, without and, where the recipe says so, under attack.
+
+    Args:
+        recipe: `[attack]` with the name "auto" is none.
+        limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
+            `attack.limit` with one.
 
     Raises:
-        UsageError: no data, an attack that is not in this version, or a wrong limit.
+        UsageError: no data, an attack that needs gradients on a file that has none, or a wrong limit.
+        ModelError, MissingDependency, DeviceError: the file or the model can't be used.
+        WorkdirError: the state of an attack can't be written.
     """
-    if attack not in ATTACKS:
-        raise UsageError(f"attack {attack!r} is not one of {', '.join(ATTACKS)}", suggest(attack, ATTACKS))
-    number(eps, "fraction")
-    if attack != "none":
-        raise UsageError(f"attack {attack!r} is not in this version", "accepted: none")
     if not recipe.data.path:
         raise UsageError("evaluate needs images", "give --data")
+    if limit is not None and limit < 0:
+        raise UsageError(f"--limit {limit} must be at least 0", "0 is all images")
+    attacks = recipe.attack.name not in ("none", "auto")
+    wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
     path = Path(recipe.model.path)
-    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        file = _onnx(path)
-        spec = stage("evaluate").input_of(file)
-        images = _held_out(recipe, spec, limit)
-        device = import_module("edgeprune.devices").device_from_url("local")
+    if path.suffix != ".onnx" and not (path / "model.onnx").is_file():
+        bundle = stage("load").run(recipe.model)
+        found, images = _images(recipe, bundle.input, wanted)
+        if not attacks:
+            return (stage("evaluate").of_network(bundle, images, path.name),)
+        victim = stage("attack").of_bundle(bundle, path.name)
+        return _attacked(recipe, victim, images, _Place(wanted, found.fingerprint, _scratch(None), say))
+    file = _onnx(path)
+    spec = stage("evaluate").input_of(file)
+    found, images = _images(recipe, spec, wanted)
+    device = import_module("edgeprune.devices").device_from_url("local")
+    if not attacks:
         answers = stage("measure_answers")
-        reading, _ = answers.accuracy(
-            stage("measure_run").artifact(file, spec), images, device, name=file.name
-        )
-        return (reading,)
-    bundle = stage("load").run(recipe.model)
-    images = _held_out(recipe, bundle.input, limit)
-    return (stage("evaluate").of_network(bundle, images, path.name),)
+        artifact = stage("measure_run").artifact(file, spec)
+        return (answers.accuracy(artifact, images, device, name=file.name)[0],)
+    place = _Place(wanted, found.fingerprint, _scratch(path if path.is_dir() else None), say)
+    attack = stage("attack")
+    if path.is_dir():
+        victim = attack.of_run(path, place.scratch, device.where())
+    else:
+        victim = attack.of_file(file.name, file, place.scratch, device.where())
+    return _attacked(recipe, victim, images, place)
+
+
+def warnings(readings: tuple[Reading, ...]) -> list[str]:
+    """What a reader of readings must know: how they were had, and signs that they are too good to be true."""
+    lines: list[str] = []
+    for reading in readings:
+        facts = reading.conditions
+        if reading.metric == "robust_accuracy":
+            broken = ", ".join(f"{name} {count}" for name, count in facts["broken"].items())
+            lines.append(f"{facts['attack']}, {facts['norm']} eps {facts['eps']}, {facts['gradients']}.")
+            lines.append(f"Of {reading.n} images broken by: {broken}; {facts['right']} survived.")
+        lines += [f"note: {note}" for note in facts.get("notes", ())]
+        lines += [f"WARNING: {flag}" for flag in facts.get("flags", ())]
+    return lines
 
 
 def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str) -> tuple[str, int]:
@@ -156,9 +186,43 @@ def demo(output: Path, *, say: Say) -> Result:
     return compress(recipe, output / "run", say=say)
 
 
-def _held_out(recipe: Recipe, spec: InputSpec, limit: int | None) -> Any:
-    images = torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out
-    return images if limit is None else stage("evaluate").balanced(images, limit, recipe.seed)
+@dataclass(frozen=True)
+class _Place:
+    """What an attack needs beside the victim and the images. data: their fingerprint. limit: how many; 0 is all."""
+
+    limit: int
+    data: str
+    scratch: Path
+    say: Say
+
+
+def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[Reading, ...]:
+    """Readings of an attack; what lets it go on after a kill is deleted when it is done."""
+    attack = stage("attack")
+    table = replace(recipes.attack(recipe), limit=place.limit)
+    job = attack.job(table, seed=recipe.seed, data=f"{place.data} {images.name} {len(images)}")
+    place.say(f"attack: {table.name}, {table.norm} eps {table.eps}, {len(images)} images of {victim.name}")
+    scratch = place.scratch / f"attack-{job.key(victim)}"
+    verdicts = attack.run(victim, images, job, scratch=scratch, say=place.say)
+    place.say("attack: look for signs that the gradients mislead")
+    found = attack.flags(victim, images, job, verdicts)
+    rows = attack.readings(victim, job, verdicts, part=images.name, flags=found)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if place.scratch.is_dir() and not any(place.scratch.iterdir()):
+        place.scratch.rmdir()
+    return rows
+
+
+def _scratch(run: Path | None) -> Path:
+    """Where an attack keeps its state: in the run directory, or beside those of runs."""
+    return (run or Path("runs")) / "scratch"
+
+
+def _images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
+    """The data set, and so many of its held-out images; 0 is all."""
+    data = torch_part("data").open_data(recipe.data, spec, recipe.seed)
+    held_out = data.held_out
+    return data, stage("evaluate").balanced(held_out, limit, recipe.seed) if limit else held_out
 
 
 def _onnx(path: Path) -> Path:

@@ -133,6 +133,25 @@ class MeasureTable:
 
 
 @dataclass(frozen=True)
+class AttackTable:
+    """[attack]: how accuracy under attack is measured.
+
+    name: "standard" (the four attacks of AutoAttack's standard version), "pgd", "fgsm", "none", or "auto": standard
+    where a robust accuracy is asked for. eps: radius ("8/255"; empty for the one that was trained against, or the
+    norm's usual one). limit: so many held-out images, the same share of each class; 0 is all. steps, restarts: of
+    pgd. batch: images at a time; 0 is sized to memory.
+    """
+
+    name: str = "auto"
+    eps: str = ""
+    norm: str = "Linf"
+    limit: int = 500
+    steps: int = 20
+    restarts: int = 1
+    batch: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run, decided completely: same recipe, same model, same data give the same result."""
 
@@ -146,6 +165,7 @@ class Recipe:
     tune: TuneTable = TuneTable()
     export: ExportTable = ExportTable()
     measure: MeasureTable = MeasureTable()
+    attack: AttackTable = AttackTable()
 
 
 _TABLES = {
@@ -156,6 +176,7 @@ _TABLES = {
     "tune": TuneTable,
     "export": ExportTable,
     "measure": MeasureTable,
+    "attack": AttackTable,
 }
 
 
@@ -197,6 +218,20 @@ def budget(recipe: Recipe) -> Budget:
     half = {"channel": {"macs": "50 %"}, "weight": {"params": "50 %"}, "2:4": {}}[recipe.prune.granularity]
     limits = dict(recipe.budget) or ({} if recipe.prune.method == "sap" else half)
     return Budget({metric: limit(metric, text) for metric, text in limits.items()})
+
+
+def attack(recipe: Recipe) -> AttackTable:
+    """The recipe's attack with "auto" decided, and with its radius written out.
+
+    "auto" is standard where the network is trained against attacks or the budget names the robust accuracy, and none
+    otherwise.
+    """
+    table, tune = recipe.attack, recipe.tune
+    adversarial = tune.objective != "natural"
+    asked = adversarial or "robust_accuracy" in recipe.budget
+    name = ("standard" if asked else "none") if table.name == "auto" else table.name
+    trained = tune.eps if adversarial and tune.norm == table.norm else ""
+    return replace(table, name=name, eps=table.eps or trained or choices.USUAL_EPS_TEXT[table.norm])
 
 
 def to_dict(recipe: Recipe) -> Dict[str, Any]:

@@ -9,6 +9,7 @@ makes the weights more even, rises when only what matters is left, and falls aga
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -36,7 +37,7 @@ STARTS = ("given", "scratch")
 EPOCHS_EACH = 5
 LAST = (1, 3)
 VALIDATED = 1000
-CURVES = ("iterations", "accuracy", "mean", "factor")
+CURVES = ("iterations", "accuracy", "mean", "counts")
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ class _Work:
             curves["kept"][name].append(len(values))
         weight = sum(map(len, left.values())) or 1
         curves["iterations"].append(state.step)
-        curves["factor"].append(None)
+        curves["counts"].append(None)
         curves["accuracy"].append(self._accuracy())
         curves["mean"].append(sum(found[name] * len(values) for name, values in left.items()) / weight)
         empty = [name for name, values in left.items() if not bool(values.any())]
@@ -277,9 +278,9 @@ class _Work:
     def _cut(self, state: _State, scores: Mapping[str, Tensor]) -> _State:
         task, cutter, left = self.task, self._bounded(scores, state.masks), len(self.plan) - state.step
         paced = self.options.pace and not task.free and left > 1
-        factor = cutter.factor(scores, state.masks, left) if paced else 1.0
-        after = cutter.next(scores, state.masks, factor)
-        state.curves["factor"][-1] = factor
+        goal = cutter.excess(state.masks) ** ((left - 1) / left) if paced else math.inf
+        after, rounds = cutter.next(scores, state.masks, goal)
+        state.curves["counts"][-1] = rounds
         stuck = next_cut.same(after, state.masks)
         if task.free:
             why = "its count is 0 everywhere: the PQ index calls nothing superfluous any more"

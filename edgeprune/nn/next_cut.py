@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import UsageError
-from edgeprune.nn.pqi import ROUNDING, check_rule, sap_count, share_out
+from edgeprune.nn.pqi import ROUNDING, check_rule, share_out, superfluous
 from edgeprune.nn.units import BLOCK, KEPT_OF_BLOCK, Units, drop_smallest, exactly
 from edgeprune.quantities import suggest
 
 SCOPES = ("unit", "layer", "global")
-# Where nothing is said to be superfluous, a budget still takes from all alike.
 TINY = 1e-9
 # A change of the index counts from this share of it on: below it, it is chance.
 TURN = 0.02
-# No budget needs more cuts; and so many share it when the index alone would never get there.
+# No budget needs more cuts; and so many share it when counts alone would never get there.
 MOST_CUTS, CUTS_WITHOUT_HELP = 100, 10
 HALVINGS = 20
 
@@ -62,20 +61,26 @@ class Rule:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vector:
     """Some units that are counted and cut together: `start` to `stop` of a name, or all of all names (name "").
 
-    left: how many are still there. share: of them the part that is superfluous, before gamma and beta.
-    room: how many can go at most.
+    left: how many are still there. room: how many can go at most. shares: float64 (left + 1,), which part of the n
+    largest is superfluous, before gamma and beta.
     """
 
     name: str
     start: int
     stop: int
     left: int
-    share: float
     room: int
+    shares: Tensor
+
+    def count(self, gone: int, rule: Rule) -> int:
+        """How many go next when so many have gone: floor(n * min(gamma * share, beta)), as far as there is room."""
+        n = self.left - gone
+        share = rule.ratio or min(rule.gamma * float(self.shares[n]), rule.beta)
+        return min(self.room - gone, math.floor(n * share + ROUNDING))
 
 
 @dataclass(frozen=True)
@@ -90,51 +95,38 @@ class Cutter:
     least: Mapping[str, int]
     excess: Callable[[Scores], float]
 
-    def next(self, scores: Scores, masks: Scores, factor: float = 1.0) -> UnitMasks:
-        """One cut by the rule's count, with gamma multiplied by a factor.
+    def next(self, scores: Scores, masks: Scores, goal: float = math.inf) -> tuple[UnitMasks, float]:
+        """One cut by the rule's count; and by the count of what that leaves, and so on, until a goal is reached.
 
         Args:
-            scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left.
+            scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left. goal: an excess.
 
         Returns:
-            True only where `masks` is.
+            Masks, True only where `masks` is; and how many counts it took, the last one perhaps in part.
         """
         found = vectors(self.units, scores, masks, self.rule, self.least)
-        return self._cut(scores, masks, found, counts(found, self.rule, factor))
+        excess, left = self.excess(masks), sum(int(keep.sum()) for keep in masks.values())
+
+        def reached(drops: Sequence[int]) -> bool:
+            if self.units.granularity == "channel":
+                return self.excess(self._cut(scores, masks, found, drops)) <= goal
+            return excess * (left - sum(drops)) / left <= goal
+
+        drops, rounds = descend(found, self.rule, reached)
+        return self._cut(scores, masks, found, drops), rounds
 
     def exactly(self, scores: Scores, masks: Scores, total: int) -> UnitMasks | None:
-        """A cut of `total` weights, in the proportions of the rule's counts; None where the floors leave no room."""
+        """A cut of `total` weights, shared out as counts one after the other do; None where floors leave no room."""
         found = vectors(self.units, scores, masks, self.rule, self.least)
-        drops = exact_counts(found, total)
-        return None if drops is None else self._cut(scores, masks, found, drops)
-
-    def factor(self, scores: Scores, masks: Scores, left: int) -> float:
-        """What gamma is multiplied with, so that `left` cuts get to the budget by even steps; 1 if gamma does."""
-        found = vectors(self.units, scores, masks, self.rule, self.least)
-        low, high = 1.0, strongest(found, self.rule)
-        goal = self.excess(masks) ** ((left - 1) / left)
-
-        def reaches(factor: float) -> bool:
-            return self.excess(self._cut(scores, masks, found, counts(found, self.rule, factor))) <= goal
-
-        if reaches(low) or high <= low:
-            return low
-        for _ in range(HALVINGS):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if reaches(middle) else (middle, high)
-        return high
+        if sum(v.room for v in found) < total:
+            return None
+        return self._cut(scores, masks, found, exact_counts(found, self.rule, total))
 
     def needed(self, scores: Scores) -> int:
-        """How many cuts get to the budget, if no training changes the scores in between."""
-        masks = self.units.all()
-        for done in range(1, MOST_CUTS):
-            after = self.next(scores, masks)
-            if self.excess(after) <= 1:
-                return done
-            if same(after, masks):
-                return max(done, CUTS_WITHOUT_HELP)
-            masks = after
-        return MOST_CUTS
+        """How many counts get to the budget, if no training changes the scores in between."""
+        after, rounds = self.next(scores, self.units.all(), 1.0)
+        short = self.excess(after) > 1
+        return min(MOST_CUTS, max(math.ceil(rounds), CUTS_WITHOUT_HELP if short else 1))
 
     def _cut(self, scores: Scores, masks: Scores, found: Sequence[Vector], drops: Sequence[int]) -> UnitMasks:
         """Take the smallest of each vector, so many as said; of the pattern, half as many of the cheapest blocks."""
@@ -156,46 +148,82 @@ class Cutter:
 def vectors(
     units: Units, scores: Scores, masks: Scores, rule: Rule, least: Mapping[str, int]
 ) -> list[Vector]:
-    """The vectors of a scope, each with the share that its index calls superfluous.
+    """The vectors of a scope.
 
     Args:
         scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left.
         least: name -> how many units stay at least.
     """
+
+    def vector(place: tuple[str, int, int], values: Tensor, floor: int) -> Vector:
+        room = max(0, values.numel() - max(1, floor))
+        return Vector(*place, values.numel(), room, superfluous(values, rule.p, rule.q, rule.eta))
+
     if rule.scope == "global":
-        values = torch.cat([scores[name][masks[name]] for name in units.sizes])
-        room = values.numel() - sum(least[name] for name in units.sizes)
-        return [Vector("", 0, sum(units.sizes.values()), values.numel(), _share(values, rule), max(0, room))]
+        everything = torch.cat([scores[name][masks[name]] for name in units.sizes])
+        return [
+            vector(("", 0, sum(units.sizes.values())), everything, sum(least[name] for name in units.sizes))
+        ]
     found: list[Vector] = []
     for name, n in units.sizes.items():
         rows = units.shapes[name][0] if rule.scope == "unit" and name in units.shapes else 1
-        width, floor = n // rows, -(-least[name] // rows)
-        for start in range(0, n, width):
-            values = scores[name][start : start + width][masks[name][start : start + width]]
-            room = max(0, values.numel() - max(1, floor))
-            found.append(Vector(name, start, start + width, values.numel(), _share(values, rule), room))
+        for start in range(0, n, n // rows):
+            part = slice(start, start + n // rows)
+            values = scores[name][part][masks[name][part]]
+            found.append(vector((name, part.start, part.stop), values, -(-least[name] // rows)))
     return found
 
 
-def counts(found: Sequence[Vector], rule: Rule, factor: float = 1.0) -> list[int]:
-    """How many units of each vector go: floor(d * min(gamma * factor * share, beta)), as far as there is room."""
-    gamma, beta = (factor, max(rule.ratio, rule.beta)) if rule.ratio else (factor * rule.gamma, rule.beta)
-    return [min(v.room, math.floor(v.left * min(gamma * v.share, beta) + ROUNDING)) for v in found]
+def descend(
+    found: Sequence[Vector], rule: Rule, reached: Callable[[Sequence[int]], bool]
+) -> tuple[list[int], float]:
+    """How many units of each vector go: a whole count, and more counts until a goal is reached, as if it were cut.
+
+    Returns:
+        The numbers, and how many counts they are; of the last one only the part that is needed.
+    """
+    drops, rounds = [0] * len(found), 0
+    while True:
+        more = [v.count(gone, rule) for v, gone in zip(found, drops, strict=True)]
+        after = [a + b for a, b in zip(drops, more, strict=True)]
+        if not any(more):
+            return drops, rounds
+        if rounds and reached(after):
+            return _partly(drops, more, rounds, reached)
+        drops, rounds = after, rounds + 1
+        if reached(drops):
+            return drops, rounds
 
 
-def exact_counts(found: Sequence[Vector], total: int) -> list[int] | None:
-    """How many units of each vector go so that it is `total` in all, in proportion; None where there is no room."""
-    if sum(v.room for v in found) < total:
-        return None
-    wanted = {i: max(v.share, TINY) * max(1, v.left) for i, v in enumerate(found)}
-    nothing, most = dict.fromkeys(wanted, 0), {i: v.room for i, v in enumerate(found)}
-    return list(share_out(wanted, total, nothing, most).values())
+def exact_counts(found: Sequence[Vector], rule: Rule, total: int) -> list[int]:
+    """How many units of each vector go so that it is `total` in all, by counts one after the other."""
+    drops = [0] * len(found)
+    while (rest := total - sum(drops)) > 0:
+        more = [v.count(gone, rule) for v, gone in zip(found, drops, strict=True)]
+        if any(more) and sum(more) <= rest:
+            drops = [a + b for a, b in zip(drops, more, strict=True)]
+            continue
+        most = {i: v.room - gone for i, (v, gone) in enumerate(zip(found, drops, strict=True))}
+        # Where nothing is superfluous, a budget still takes from all alike.
+        wanted = {i: m or TINY * most[i] for i, m in enumerate(more)}
+        last = share_out(wanted, rest, dict.fromkeys(most, 0), most)
+        return [gone + last[i] for i, gone in enumerate(drops)]
+    return drops
 
 
-def strongest(found: Sequence[Vector], rule: Rule) -> float:
-    """The factor with which every vector that has something superfluous loses as much as the rule ever takes."""
-    shares = [v.share for v in found if v.share > 0]
-    return rule.beta / (min(shares) * (1.0 if rule.ratio else rule.gamma)) if shares else 1.0
+def _partly(
+    drops: Sequence[int], more: Sequence[int], rounds: int, reached: Callable[[Sequence[int]], bool]
+) -> tuple[list[int], float]:
+    """The smallest part of one more count with which the goal is reached."""
+
+    def part(share: float) -> list[int]:
+        return [a + math.floor(share * b) for a, b in zip(drops, more, strict=True)]
+
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(part(middle)) else (middle, high)
+    return part(high), rounds + high
 
 
 def alive(scores: Scores, masks: Scores) -> UnitMasks:
@@ -215,13 +243,6 @@ def turned(curve: Sequence[float]) -> bool:
         lowest = min(lowest, value)
         peak = max(peak, value) if value > lowest * (1 + TURN) or peak else 0.0
     return bool(curve) and peak > 0 and curve[-1] < peak * (1 - TURN)
-
-
-def _share(values: Tensor, rule: Rule) -> float:
-    if rule.ratio:
-        return rule.ratio
-    count = sap_count(values, rule.p, rule.q, eta=rule.eta)
-    return max(0.0, 1 - count.bound / max(1, values.numel()))
 
 
 def _global(scores: Scores, masks: Scores, count: int, least: Mapping[str, int]) -> UnitMasks:

@@ -86,6 +86,27 @@ def sap_count(
     return Count(index, d * share, min(math.floor(d * pruned + ROUNDING), d - 1))
 
 
+def superfluous(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> Tensor:
+    """The share 1 - r / n that Theorem 2 leaves out of the n largest magnitudes, for every n at once.
+
+    Args:
+        w: d numbers.
+
+    Returns:
+        float64 (d + 1,), in [0, 1); 0 for n = 0 and where all is zero.
+
+    Raises:
+        UsageError: not 0 < p < q, or eta below 0. ModelError: an entry is not a finite number.
+    """
+    check_rule(p, q, eta, gamma=1.0, beta=0.5)
+    flat = _scaled(w).sort(descending=True).values
+    n = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
+    logs = [(flat.pow(order).cumsum(0) / n).log() / order for order in (p, q)]
+    exponent = (q * p * (logs[0] - logs[1]).clamp(max=0) - q * math.log1p(eta)) / (q - p)
+    shares = torch.where(flat[:1] > 0, -torch.expm1(exponent), 0.0)
+    return torch.cat([shares.new_zeros(1), shares])
+
+
 def keep_shares(scores: Mapping[str, Tensor], p: float = 0.5, q: float = 1.0) -> dict[str, float]:
     """The share of each layer that its own scores say it needs: 1 - c / d of `sap_count`.
 
@@ -195,6 +216,16 @@ def check_rule(p: float, q: float, eta: float, gamma: float, beta: float) -> Non
 def _log_ratio(w: Tensor, p: float, q: float) -> float:
     """log(1 - I), the log of the ratio of the power means: 1 - I itself rounds to 0 for very sparse vectors."""
     check_orders(p, q)
+    flat = _scaled(w)
+    if not bool(flat.any()):
+        return 0.0
+    means = [math.log(float(flat.pow(order).mean())) / order for order in (p, q)]
+    # Power means grow with their order, so only rounding can make the ratio more than 1.
+    return min(0.0, means[0] - means[1])
+
+
+def _scaled(w: Tensor) -> Tensor:
+    """Magnitudes over the largest one, float64 (d,); zeros stay."""
     flat = w.detach().flatten().double().abs()
     if not bool(torch.isfinite(flat).all()):
         bad = int((~torch.isfinite(flat)).sum())
@@ -203,12 +234,7 @@ def _log_ratio(w: Tensor, p: float, q: float) -> float:
             "has the training diverged? lower the learning rate",
         )
     largest = float(flat.max()) if flat.numel() else 0.0
-    if largest == 0:
-        return 0.0
-    flat = flat / largest
-    means = [math.log(float(flat.pow(order).mean())) / order for order in (p, q)]
-    # Power means grow with their order, so only rounding can make the ratio more than 1.
-    return min(0.0, means[0] - means[1])
+    return flat / largest if largest else flat
 
 
 def _rounded(

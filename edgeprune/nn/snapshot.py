@@ -15,16 +15,17 @@ from edgeprune.nn import team
 from edgeprune.nn.checkpoint import BROKEN
 
 
-def save(path: Path, key: str, state: Mapping[str, Any]) -> None:
+def save(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = False) -> None:
     """Write a state over the one before; a process that is killed meanwhile leaves the one before.
 
     Args:
         key: tells to which work it belongs. state: tensors, numbers, texts, and lists and dicts of them.
+        alone: of a team only this process is at work, the others don't call this.
 
     Raises:
         WorkdirError: the file can't be written.
     """
-    if team.rank() == 0:
+    if alone or team.rank() == 0:
         temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,15 +38,16 @@ def save(path: Path, key: str, state: Mapping[str, Any]) -> None:
             raise WorkdirError(
                 f"{path} can't be written: {error}", "make room, or choose another folder"
             ) from error
-    team.wait()
+    if not alone:
+        team.wait()
 
 
-def load(path: Path, key: str) -> dict[str, Any] | None:
+def load(path: Path, key: str, *, alone: bool = False) -> dict[str, Any] | None:
     """What `save` left for the same key; None when there is none, or it is broken. Of a team, process 0 reads."""
     content = b""
-    if team.rank() == 0 and path.is_file():
+    if (alone or team.rank() == 0) and path.is_file():
         content = path.read_bytes()
-    content = team.tell(content)
+    content = content if alone else team.tell(content)
     try:
         found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         return found["state"] if found["key"] == key else None

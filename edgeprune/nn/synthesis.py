@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgeprune.errors import ModelError
-from edgeprune.nn import checkpoint
+from edgeprune.nn import checkpoint, snapshot
 from edgeprune.nn.calling import logits
 from edgeprune.nn.costs import total_macs
 from edgeprune.nn.progress import bar
@@ -123,13 +123,17 @@ class _Task:
         """The images, and the mean distance of the statistics at the first and at the last step."""
         generator = torch.Generator().manual_seed(self.seed)
         free = nn.Parameter(_noise((count, *self.spec.shape), generator))
-        variables = nn.ParameterDict({"free": free})
         classes = torch.arange(count) % self.spec.classes
         top = min(FASTEST, PATH / self.steps)
         optimizer = torch.optim.Adam([free], lr=top, betas=(0.9, 0.99))
         settings = f"{self.steps} {count} {self.seed} {self.spec}"
-        state = checkpoint.Checkpoint(file, checkpoint.key(settings, [self.network])) if file else None
-        distances = state.restore(variables, optimizer) if state else []
+        key = checkpoint.key(settings, [self.network], {})
+        distances: list[float] = []
+        before = snapshot.load(file, key, alone=True) if file else None
+        if before is not None:
+            optimizer.load_state_dict(before["optimizer"])
+            free.data.copy_(before["free"])
+            distances = before["distances"]
         advance(len(distances))
         while len(distances) < self.steps:
             optimizer.param_groups[0]["lr"] = top * (1 + math.cos(math.pi * len(distances) / self.steps)) / 2
@@ -141,8 +145,9 @@ class _Task:
             optimizer.step()
             distances.append(distance)
             advance()
-            if state and len(distances) % max(1, self.steps // SAVES) == 0:
-                state.save(variables, optimizer, distances)
+            if file and len(distances) % max(1, self.steps // SAVES) == 0:
+                state = {"free": free.detach(), "optimizer": optimizer.state_dict(), "distances": distances}
+                snapshot.save(file, key, state, alone=True)
         return self._pixels(free.detach()), distances[0], distances[-1]
 
     def _pixels(self, free: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""APGD-CE: steps with momentum on the cross-entropy whose size adapts to each image; parameter-free.
+
+F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks, ICML 2020. The defaults are those of AutoAttack's standard evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks import Attack
+from edgeprune.errors import UsageError
+from edgeprune.nn.apgd import Task, climb, cross_entropies
+from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn
+from edgeprune.nn.perturb import Ball
+
+
+@dataclass(frozen=True)
+class ApgdCe(Attack):
+    """Options of APGD-CE.
+
+    steps: of each run. restarts: runs from different random points. rho: of the steps between two checkpoints this
+    share must raise the loss, or the step is halved.
+    """
+
+    gradients: ClassVar[bool] = True
+
+    steps: int = 100
+    restarts: int = 1
+    rho: float = 0.75
+
+    def __post_init__(self) -> None:
+        """Refuse what is no run."""
+        if self.steps < 1 or self.restarts < 1 or not 0 <= self.rho <= 1:
+            raise UsageError(
+                f"apgd-ce can't run with steps = {self.steps}, restarts = {self.restarts}, rho = {self.rho}",
+                "steps and restarts must be at least 1, rho between 0 and 1",
+            )
+
+    def perturb(
+        self,
+        model: nn.Module | Logits,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        generator: torch.Generator,
+        advance: Advance,
+    ) -> tuple[Tensor, Tensor]:
+        """Run; the images that still stand run again."""
+        ask, task = asking(model), Task(x, y, y)
+
+        def run(rows: Tensor) -> Tried:
+            return climb(
+                ask,
+                task.only(rows),
+                ball,
+                loss=cross_entropies,
+                steps=self.steps,
+                rho=self.rho,
+                generator=generator,
+            )
+
+        return in_turn(x, [run] * self.restarts, advance)

@@ -1,0 +1,73 @@
+"""APGD-T: APGD on the targeted difference of logits ratio, towards one likely class after another.
+
+F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks, ICML 2020. The loss does not vanish where the network is sure of itself, unlike the cross-entropy. With two
+or three classes, where it is undefined, the bare margin between the logits takes its place. The defaults are those
+of AutoAttack's standard evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks import Attack
+from edgeprune.errors import UsageError
+from edgeprune.nn.apgd import Task, climb, targeted_dlr, targets
+from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn
+from edgeprune.nn.perturb import Ball
+
+
+@dataclass(frozen=True)
+class ApgdT(Attack):
+    """Options of APGD-T.
+
+    classes: how many target classes, likeliest first; of K classes at most K - 1. steps: for each of them. rho: of
+    the steps between two checkpoints this share must raise the loss, or the step is halved.
+    """
+
+    gradients: ClassVar[bool] = True
+
+    classes: int = 9
+    steps: int = 100
+    rho: float = 0.75
+
+    def __post_init__(self) -> None:
+        """Refuse what is no run."""
+        if self.steps < 1 or self.classes < 1 or not 0 <= self.rho <= 1:
+            raise UsageError(
+                f"apgd-t can't run with classes = {self.classes}, steps = {self.steps}, rho = {self.rho}",
+                "classes and steps must be at least 1, rho between 0 and 1",
+            )
+
+    def perturb(
+        self,
+        model: nn.Module | Logits,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        generator: torch.Generator,
+        advance: Advance,
+    ) -> tuple[Tensor, Tensor]:
+        """Run towards the second likeliest class; the images that still stand, towards the third; and so on."""
+        ask = asking(model)
+        with torch.no_grad():
+            ranked = targets(ask(x), y, self.classes)
+
+        def run(target: Tensor, rows: Tensor) -> Tried:
+            return climb(
+                ask,
+                Task(x, y, target).only(rows),
+                ball,
+                loss=targeted_dlr,
+                steps=self.steps,
+                rho=self.rho,
+                generator=generator,
+            )
+
+        images, queries = in_turn(x, [partial(run, target) for target in ranked.unbind(1)], advance)
+        return images, queries + 1

@@ -1,0 +1,65 @@
+"""FAB-T: the nearest image that is classified otherwise, behind one likely class's boundary after another.
+
+F. Croce and M. Hein, Minimally distorted adversarial examples with a fast adaptive boundary attack, ICML 2020, in
+the targeted version of AutoAttack, whose parameters are the defaults. It does not climb a loss and does not care how
+the logits are scaled. It draws no chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks import Attack
+from edgeprune.errors import UsageError
+from edgeprune.nn.apgd import Task, targets
+from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn
+from edgeprune.nn.fab import nearest
+from edgeprune.nn.perturb import Ball
+
+
+@dataclass(frozen=True)
+class FabT(Attack):
+    """Options of FAB-T.
+
+    classes: how many target classes, likeliest first; of K classes at most K - 1. steps: for each of them.
+    """
+
+    gradients: ClassVar[bool] = True
+
+    classes: int = 9
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuse what is no search."""
+        if self.steps < 1 or self.classes < 1:
+            raise UsageError(
+                f"fab-t can't search with classes = {self.classes}, steps = {self.steps}",
+                "both must be at least 1",
+            )
+
+    def perturb(
+        self,
+        model: nn.Module | Logits,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        generator: torch.Generator,
+        advance: Advance,
+    ) -> tuple[Tensor, Tensor]:
+        """Search at each target's boundary until an image in the ball is found."""
+        ask = asking(model)
+        with torch.no_grad():
+            ranked = targets(ask(x), y, self.classes)
+
+        def run(target: Tensor, rows: Tensor) -> Tried:
+            task = Task(x, y, target).only(rows)
+            found = nearest(ask, task, ball.norm, steps=self.steps, enough=ball.eps)
+            return Tried(found.images, found.distance <= ball.eps, found.queries)
+
+        images, queries = in_turn(x, [partial(run, target) for target in ranked.unbind(1)], advance)
+        return images, queries + 1

@@ -1,0 +1,38 @@
+"""FGSM: one step of eps along the sign (L2: the direction) of the gradient of the cross-entropy.
+
+I. Goodfellow, J. Shlens and C. Szegedy, Explaining and harnessing adversarial examples, ICLR 2015. The cheapest
+attack: what it leaves standing says little, what it breaks is broken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.attacks import Attack
+from edgeprune.nn.asking import Advance, Logits, asking, slope
+from edgeprune.nn.perturb import Ball
+
+
+@dataclass(frozen=True)
+class Fgsm(Attack):
+    """No options."""
+
+    gradients: ClassVar[bool] = True
+
+    def perturb(
+        self,
+        model: nn.Module | Logits,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        generator: torch.Generator,
+        advance: Advance,
+    ) -> tuple[Tensor, Tensor]:
+        """x + eps sign(gradient), clipped to [0, 1]; draws no chance."""
+        _, _, gradient = slope(asking(model), x, lambda a: functional.cross_entropy(a, y, reduction="none"))
+        return ball.project(ball.step(x, gradient, ball.eps), x), torch.ones_like(y)

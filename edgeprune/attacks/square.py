@@ -1,0 +1,66 @@
+"""Square: random search with square patches; it asks for logits alone, so it runs on any file or device.
+
+M. Andriushchenko, F. Croce, N. Flammarion and M. Hein, Square Attack: a query-efficient black-box adversarial attack
+via random search, ECCV 2020. The defaults are those of AutoAttack's standard evaluation. A square may lie anywhere,
+as in the paper; the reference's never touches the last row and column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks import Attack
+from edgeprune.errors import UsageError
+from edgeprune.nn.asking import Advance, Logits, asking
+from edgeprune.nn.perturb import Ball
+from edgeprune.nn.square import search
+
+
+@dataclass(frozen=True)
+class Square(Attack):
+    """Options of Square.
+
+    queries: of each image, at most. first: share of the image in the first squares. rescale: whether the squares
+    shrink as fast for few queries as the paper's do for 10,000; the standard evaluation does not.
+    """
+
+    gradients: ClassVar[bool] = False
+
+    queries: int = 5000
+    first: float = 0.8
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is no search."""
+        if self.queries < 1 or not 0 < self.first <= 1:
+            raise UsageError(
+                f"square can't search with queries = {self.queries}, first = {self.first}",
+                "queries must be at least 1, first more than 0 and at most 1",
+            )
+
+    def perturb(
+        self,
+        model: nn.Module | Logits,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        generator: torch.Generator,
+        advance: Advance,
+    ) -> tuple[Tensor, Tensor]:
+        """Search until an image is broken or the queries are spent."""
+        tried = search(
+            asking(model),
+            x,
+            y,
+            ball,
+            queries=self.queries,
+            first=self.first,
+            rescale=self.rescale,
+            generator=generator,
+            advance=advance,
+        )
+        return tried.images, tried.queries

@@ -1,0 +1,121 @@
+"""Asking a classifier about images: its logits, whether they are wrong, and how a loss rises with the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import ModelError
+from edgeprune.nn import calling
+from edgeprune.nn.perturb import full
+
+__all__ = ["Advance", "Logits", "Tried", "asking", "by_image", "in_turn", "lengths", "slope", "wrong"]
+
+Logits = Callable[[Tensor], Tensor]
+Advance = Callable[[int], None]
+# Attempts get the rows of the images that still stand.
+Attempt = Callable[[Tensor], "Tried"]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What an attempt came to.
+
+    images: float (N, C, H, W), the best it found. broken: bool (N,). queries: int64 (N,), images asked about.
+    """
+
+    images: Tensor
+    broken: Tensor
+    queries: Tensor
+
+
+def asking(model: nn.Module | Logits) -> Logits:
+    """The classifier as a function whose answer is (N, K) and at least float32; gradients pass where they did.
+
+    Raises (when called):
+        ModelError: a network fails on the batch, or the answer is not one row of logits for each image.
+    """
+
+    def ask(x: Tensor) -> Tensor:
+        if isinstance(model, nn.Module):
+            return full(calling.logits(model, x))
+        answer = model(x)
+        if answer.ndim != 2 or len(answer) != len(x):
+            raise ModelError(
+                f"the model answers a batch {tuple(x.shape)} with {tuple(answer.shape)}, not with logits (N, K)"
+            )
+        return full(answer)
+
+    return ask
+
+
+def wrong(answer: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit is another class's: bool (N,). An answer with NaN in it is wrong.
+
+    Of equal logits the first counts, as in every accuracy.
+    """
+    return (answer.argmax(1) != y) | answer.isnan().any(1)
+
+
+def slope(answers: Logits, at: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The answer, the losses and their gradients by the images.
+
+    A network that is cut off from its input has the gradient 0: an evaluation goes on and says so, where training
+    against such an attack has to stop.
+
+    Args:
+        answers: pixels (N, C, H, W) to logits (N, K).
+        at: float (N, C, H, W).
+        loss: logits (N, K) to (N,); of each image by itself.
+
+    Returns:
+        Logits (N, K), losses (N,) and gradients like `at`, detached.
+    """
+    with torch.enable_grad():
+        point = at.detach().requires_grad_()
+        answer = answers(point)
+        losses = loss(answer)
+    found = None
+    if losses.requires_grad:
+        found = torch.autograd.grad(losses.sum(), point, allow_unused=True)[0]
+    return answer.detach(), losses.detach(), torch.zeros_like(at) if found is None else found
+
+
+def in_turn(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tuple[Tensor, Tensor]:
+    """One attempt after another, each on the images that still stand.
+
+    Args:
+        x: (N, C, H, W), the images.
+        attempts: each gets int64 (n,), the rows that stand, and answers for these rows alone.
+        advance: is told of how many images more nothing is left to do.
+
+    Returns:
+        Images like `x`, what the last attempt on each came to; and int64 (N,), how often each was asked about.
+    """
+    images = x.clone()
+    queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    standing = torch.arange(len(x), device=x.device)
+    for attempt in attempts:
+        if not len(standing):
+            break
+        tried = attempt(standing)
+        images[standing] = tried.images
+        queries[standing] += tried.queries
+        advance(int(tried.broken.sum()))
+        standing = standing[~tried.broken]
+    advance(len(standing))
+    return images, queries
+
+
+def by_image(numbers: Tensor, like: Tensor) -> Tensor:
+    """(N,) as (N, 1, ..., 1), to be multiplied with `like`."""
+    return numbers.view(-1, *[1] * (like.ndim - 1))
+
+
+def lengths(change: Tensor, norm: str) -> Tensor:
+    """How long each image's change is in "Linf" or "L2": (N,)."""
+    dims = tuple(range(1, change.ndim))
+    return change.abs().amax(dims) if norm == "Linf" else torch.linalg.vector_norm(change, dim=dims)

@@ -1,0 +1,184 @@
+"""attack: the worst case for every image over several attacks, judged on the artifact itself; goes on after a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgeprune import codec
+from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.nn.data import Split
+from edgeprune.nn.placement import Placement
+from edgeprune.nn.progress import bar
+from edgeprune.nn.schedule import chance
+from edgeprune.stages.attack_flags import flags
+from edgeprune.stages.attack_job import CLEAN, RESULT_VERSION, Job, Verdicts, Victim, ask, job, wrong
+from edgeprune.stages.attack_memory import batch_size
+from edgeprune.stages.attack_readings import compare, ledger, readings
+from edgeprune.stages.attack_steps import TO_THE_END, Step, how_words, placed, reaches, steps_of
+from edgeprune.stages.attack_victims import of_bundle, of_file, of_network, of_run
+
+__all__ = [
+    "CLEAN", "RESULT_VERSION", "TO_THE_END", "Job", "Verdicts", "Victim", "compare", "flags", "job", "ledger",
+    "of_bundle", "of_file", "of_network", "of_run", "readings", "run",
+]  # fmt: skip
+
+STATE = "attack.json"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _State:
+    """How far an evaluation has come. step: number of the one at work; todo: its images; done: how many of them."""
+
+    key: str
+    verdicts: Verdicts
+    step: int
+    todo: tuple[int, ...]
+    done: int
+
+
+def run(victim: Victim, split: Split, job: Job, *, scratch: Path, say: Say) -> Verdicts:
+    """Attack every image until something breaks it on the artifact; the cheapest attacks first.
+
+    Gradients come from `victim.twin`, and what they find counts when `victim.answers` errs on it. Attacks without
+    gradients ask the artifact itself. An image that is broken is not attacked again. After every batch the state is
+    written to `scratch`: the same job started again goes on there and ends as an undisturbed one does.
+
+    Args:
+        split: the held-out images, labelled.
+        scratch: a folder; the state of another job in it is not used.
+
+    Raises:
+        UsageError: no images, pixels outside [0, 1], labels that are no classes of the victim, or an attack that
+            needs gradients where there are none.
+        ModelError: the network or the file fails on the images.
+        WorkdirError: `scratch` can't be written.
+    """
+    if not len(split):
+        raise UsageError(
+            f"the part {split.name!r} of the data has no images", "give held-out images with --data"
+        )
+    with placed(victim, split) as placement:
+        one = placement.images(split.take(torch.arange(1)))
+        white = reaches(victim.twin, one)
+        steps = steps_of(victim, job, placement, white)
+        state = _resumed(scratch, job.key(victim), len(split))
+        if state is None:
+            _check_labels(victim, split, placement)
+            batch = job.table.batch or batch_size(victim.twin, one)
+            none = Verdicts(("",) * len(split), {}, {}, {}, how_words(victim, white), batch)
+            state = _State(job.key(victim), none, 0, tuple(range(len(split))), 0)
+        else:
+            say(
+                f"attack: goes on at {steps[state.step].name}"
+                if state.step < len(steps)
+                else "attack: all done"
+            )
+        while state.step < len(steps):
+            step = steps[state.step]
+            state = _attacked(state, step, (victim, split, job), scratch)
+            say(_said(state.verdicts, step.name))
+            state = _next(state)
+    return state.verdicts
+
+
+def _attacked(state: _State, step: Step, what: tuple[Victim, Split, Job], scratch: Path) -> _State:
+    """The state after an attack on all images that are left; written after each batch."""
+    victim, split, job = what
+    label = f"{step.name} on {victim.name}"
+    with bar(len(state.todo), label) as advance:
+        advance(state.done)
+        while state.done < len(state.todo):
+            rows = torch.tensor(state.todo[state.done : state.done + state.verdicts.batch])
+            start = time.monotonic()
+            generator = chance(job.seed, "attack", step.name, int(rows[0]))
+            x, y = step.images(_pixels(split, rows)), split.labels[rows]
+            images, queries = step.craft(x, y, generator, advance)
+            broken = wrong(victim.answers, job.ball.project(images, x.to(images)), y)
+            spent = time.monotonic() - start
+            verdicts = _counted(state.verdicts, step.name, (rows[broken], len(rows)), (queries, spent))
+            state = replace(state, verdicts=verdicts, done=state.done + len(rows))
+            _write(scratch, state)
+    return state
+
+
+def _counted(verdicts: Verdicts, name: str, images: tuple[Tensor, int], cost: tuple[int, float]) -> Verdicts:
+    """With one batch more. images: which were broken, and how many were tried. cost: forward passes and seconds."""
+    by = list(verdicts.by)
+    for row in images[0].tolist():
+        by[row] = name
+    return replace(
+        verdicts,
+        by=tuple(by),
+        tried={**verdicts.tried, name: verdicts.tried.get(name, 0) + images[1]},
+        queries={**verdicts.queries, name: verdicts.queries.get(name, 0) + cost[0]},
+        seconds={**verdicts.seconds, name: verdicts.seconds.get(name, 0.0) + cost[1]},
+    )
+
+
+def _next(state: _State) -> _State:
+    """At the next attack, with what is left."""
+    left = tuple(row for row, by in enumerate(state.verdicts.by) if not by)
+    return replace(state, step=state.step + 1, todo=left, done=0)
+
+
+def _pixels(split: Split, rows: Tensor) -> Tensor:
+    x = split.take(rows)
+    low, high = float(x.min()), float(x.max())
+    if not (0 <= low <= high <= 1):
+        raise UsageError(
+            f"the images of {split.name!r} go from {low:g} to {high:g}; attacks need pixels in [0, 1]",
+            "give images that are not normalized, and the normalization to the model (--mean, --std)",
+        )
+    return x
+
+
+def _check_labels(victim: Victim, split: Split, placement: Placement) -> None:
+    """Refuse labels that are no classes."""
+    x = _pixels(split, torch.arange(1))
+    classes = ask(victim.answers, placement.images(x) if victim.is_network else x).shape[1]
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= classes:
+        raise UsageError(
+            f"the labels of {split.name!r} go from {low} to {high}, {victim.name} answers {classes} classes",
+            "give the data set that the model was trained for, with its classes in the same order",
+        )
+
+
+def _said(verdicts: Verdicts, name: str) -> str:
+    left = verdicts.by.count("")
+    if name == CLEAN:
+        return f"attack: {left} of {len(verdicts.by)} images are right without an attack"
+    broken, tried = verdicts.broken.get(name, 0), verdicts.tried.get(name, 0)
+    return (
+        f"attack: {name} broke {broken} of {tried}; {left} left after {verdicts.seconds.get(name, 0.0):.0f} s"
+    )
+
+
+def _resumed(scratch: Path, key: str, count: int) -> _State | None:
+    """The state of this very job, or None."""
+    if not (scratch / STATE).is_file():
+        return None
+    try:
+        state = codec.read(_State, scratch / STATE, WorkdirError)
+    except WorkdirError:
+        # It starts again then, and ends the same.
+        return None
+    return state if state.key == key and len(state.verdicts.by) == count else None
+
+
+def _write(scratch: Path, state: _State) -> None:
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        codec.write(scratch / STATE, state)
+    except OSError as error:
+        raise WorkdirError(
+            f"the state of the attack can't be written to {scratch}: {error}", "make room there"
+        ) from error

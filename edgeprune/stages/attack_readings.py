@@ -1,0 +1,109 @@
+"""What became of the images, as readings with all that is needed to believe them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from edgeprune import intervals
+from edgeprune.records import METRICS, Reading
+from edgeprune.stages.attack_job import CLEAN, Job, Verdicts, Victim
+
+
+def readings(
+    victim: Victim, job: Job, verdicts: Verdicts, *, part: str, flags: Sequence[str] = ()
+) -> tuple[Reading, ...]:
+    """The accuracy without and under attack, and what each attack broke of what was left when its turn came.
+
+    Args:
+        part: the name of the images' part. flags: of `flags`, kept in the reading of the accuracy under attack.
+
+    Returns:
+        clean_accuracy, robust_accuracy, and "broken_by_NAME" for each attack, a share of the images that it was given.
+    """
+    clean, robust = sum(verdicts.clean_right), sum(verdicts.survived)
+    used = _conditions(victim, job, verdicts, part)
+    first = _reading("clean_accuracy", clean, len(verdicts.by), victim, {"part": part, "right": clean})
+    second = _reading(
+        "robust_accuracy", robust, len(verdicts.by), victim,
+        {**used, "right": robust, "broken": {CLEAN: len(verdicts.by) - clean, **verdicts.broken},
+         "flags": list(flags), "notes": list(victim.notes)},
+    )  # fmt: skip
+    return (first, second, *(_broken(name, victim, job, verdicts) for name in verdicts.broken))
+
+
+def ledger(stage: str, victim: Victim, job: Job, verdicts: Verdicts, *, part: str) -> tuple[Reading, Reading]:
+    """The accuracies without and under attack as lines of a run's ledger.
+
+    Args:
+        stage: after which they hold: "dense", "pruned", "repaired", "tuned", "exported".
+    """
+    clean, robust, *_ = readings(victim, job, verdicts, part=part)
+    extra = {"stage": stage, "images": len(verdicts.by)}
+    return tuple(replace(r, conditions={**extra, **r.conditions}) for r in (clean, robust))  # type: ignore[return-value]
+
+
+def compare(dense: Verdicts, compressed: Verdicts) -> dict[str, dict[str, Any]]:
+    """How accuracies differ on the same images, tested in pairs (McNemar's exact test).
+
+    Returns:
+        "clean_accuracy" and "robust_accuracy" -> gained and lost (images that only the compressed or only the dense
+        one gets right), change (a fraction, compressed minus dense), p (two-sided), words.
+
+    Raises:
+        ValueError: they are of different images.
+    """
+    if len(dense.by) != len(compressed.by):
+        raise ValueError(f"verdicts on {len(dense.by)} and on {len(compressed.by)} images can't be paired")
+    pairs = {
+        "clean_accuracy": (dense.clean_right, compressed.clean_right),
+        "robust_accuracy": (dense.survived, compressed.survived),
+    }
+    return {metric: _paired(before, after) for metric, (before, after) in pairs.items()}
+
+
+def _paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    gained = sum(new and not old for old, new in zip(before, after, strict=True))
+    lost = sum(old and not new for old, new in zip(before, after, strict=True))
+    p = intervals.mcnemar(gained, lost)
+    change = (gained - lost) / len(before)
+    said = "differs" if p < 1 - intervals.LEVEL else "does not differ measurably"
+    words = f"{100 * change:+.1f} pp: {lost} images lost, {gained} gained, p = {p:.2g}; it {said}"
+    return {"gained": gained, "lost": lost, "change": change, "p": p, "words": words}
+
+
+def _conditions(victim: Victim, job: Job, verdicts: Verdicts, part: str) -> dict[str, Any]:
+    table = job.table
+    return {
+        "part": part,
+        "attack": table.name,
+        "eps": table.eps,
+        "eps_value": job.ball.eps,
+        "norm": job.ball.norm,
+        "seed": job.seed,
+        "limit": table.limit,
+        "gradients": verdicts.how,
+        "also from": sorted(victim.others),
+        "parameters": job.parameters,
+        "batch": verdicts.batch,
+        "seconds": sum(verdicts.seconds.values()),
+    }
+
+
+def _reading(metric: str, count: int, n: int, victim: Victim, conditions: Mapping[str, Any]) -> Reading:
+    spread = intervals.binomial(count, n)
+    return Reading(
+        metric, count / n, METRICS[metric].unit, n, spread, victim.where, victim.name, dict(conditions)
+    )
+
+
+def _broken(name: str, victim: Victim, job: Job, verdicts: Verdicts) -> Reading:
+    broken, tried = verdicts.broken[name], verdicts.tried[name]
+    conditions = {
+        "attack": name, "broken": broken, "tried": tried, "queries": verdicts.queries[name],
+        "seconds": verdicts.seconds[name], "norm": job.ball.norm, "eps_value": job.ball.eps,
+    }  # fmt: skip
+    spread = intervals.binomial(broken, tried)
+    metric = f"broken_by_{name}"
+    return Reading(metric, broken / tried, "fraction", tried, spread, victim.where, victim.name, conditions)

@@ -1,0 +1,107 @@
+"""Who is attacked: a network in torch, a bare ONNX file, or the file of a run with the gradients of its network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgeprune import bundled
+from edgeprune import recipe as recipes
+from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.nn.bundle import deployed, load_bundle, sha256_file
+from edgeprune.recipe import ModelTable
+from edgeprune.records import Bundle
+from edgeprune.stages.attack_file import open_file
+from edgeprune.stages.attack_job import Victim
+
+FILE = "model.onnx"
+BLACK_BOX = (
+    "An ONNX file has no gradients: it was only asked, which overstates robustness. Give the run directory or the "
+    "torch model for attacks with gradients."
+)
+
+
+def of_network(
+    name: str, module: nn.Module, sha256: str, *, others: Mapping[str, nn.Module] | None = None
+) -> Victim:
+    """A network in torch.
+
+    Args:
+        module: pixels in [0, 1] to logits (`nn.bundle.deployed`). sha256: of its weights or its file.
+        others: networks whose adversarial images are tried too.
+    """
+    return Victim(name, sha256, module, module, dict(others or {}), where=f"local torch {torch.__version__}")
+
+
+def of_bundle(bundle: Bundle, name: str) -> Victim:
+    """A model that was loaded."""
+    return of_network(name, deployed(bundle), bundle.source.sha256)
+
+
+def of_file(
+    name: str,
+    path: Path,
+    scratch: Path,
+    where: str,
+    *,
+    twin: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+) -> Victim:
+    """An ONNX file that answers through ONNX Runtime on this machine.
+
+    Args:
+        scratch: for temporary files. where: the place, as in readings.
+        twin: the network in torch that it was made from. others: networks whose adversarial images are tried too.
+
+    Raises:
+        UsageError: no such file. MissingDependency, ModelError: ONNX Runtime is not there or refuses the file.
+    """
+    answers, fast = open_file(path, scratch, torch.get_num_threads())
+    notes = () if twin is not None else (BLACK_BOX,)
+    return Victim(name, sha256_file(path), answers, twin, dict(others or {}), fast, where, notes)
+
+
+def of_run(run: Path, scratch: Path, where: str) -> Victim:
+    """The file of a run: gradients of its network in torch, and images made against the dense one where it is had.
+
+    Args:
+        run: a finished run directory. scratch, where: as for `of_file`.
+
+    Raises:
+        UsageError: not a finished run. MissingDependency, ModelError: its file or its network can't be used.
+    """
+    bundle = load_bundle(ModelTable(path=str(run)))
+    dense, why = _dense(run)
+    others = {} if dense is None else {"dense": deployed(dense)}
+    victim = of_file(FILE, run / FILE, scratch, where, twin=deployed(bundle), others=others)
+    return victim if dense is not None else _with_note(victim, why)
+
+
+def _dense(run: Path) -> tuple[Bundle | None, str]:
+    """The model that a run started from, or why it can't be had."""
+    try:
+        recipe = recipes.build(bundled.read_toml(run / "recipe.toml"), {})
+        sha256 = str(json.loads((run / "edgeprune.lock").read_text(encoding="utf-8"))["model"]["sha256"])
+    except (EdgepruneError, OSError, ValueError, LookupError, TypeError) as error:
+        return None, f"its recipe or its lock file can't be read ({error})"
+    path = Path(recipe.model.path)
+    if not recipe.model.path:
+        return None, "it was in memory"
+    try:
+        if path.is_dir() or sha256_file(path) != sha256:
+            return None, f"{path} is not the file any more that was compressed"
+        return load_bundle(recipe.model), ""
+    except UsageError as error:
+        return None, error.message
+    except EdgepruneError as error:
+        return None, f"{path} can't be loaded: {error.message}"
+
+
+def _with_note(victim: Victim, why: str) -> Victim:
+    note = f"Images made against the dense model were not tried: {why}."
+    return replace(victim, notes=(*victim.notes, note))
