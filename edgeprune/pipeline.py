@@ -35,7 +35,7 @@ from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.keys import multiple_of, stage_keys
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
-from edgeprune.records import Budget, Bundle, Reading
+from edgeprune.records import Bundle, Reading
 from edgeprune.reporting import build_report, lock_facts
 from edgeprune.workdir import STAGES, Workdir
 
@@ -148,7 +148,7 @@ def _synthesize(step: Step) -> None:
 def _prune(step: Step) -> None:
     run, prune = step.run, stage("prune")
     words = f"{run.recipe.tune.epochs} epochs of training, " if run.trains else ""
-    run.say(f"prune: {run.method}, {words}{_budget_words(run.budget)}")
+    run.say(f"prune: {run.method}, {words}{_budget_words(run)}")
     images = labels = None
     if run.trainable:
         data = torch_part("data")
@@ -175,7 +175,8 @@ def _synthetic(step: Step) -> Any:
 
 def _cut(step: Step) -> None:
     run = step.run
-    run.say("cut: remove the channels and prove it")
+    channels = run.recipe.prune.granularity == "channel"
+    run.say("cut: remove the channels and prove it" if channels else "cut: count what the zeros leave")
     chosen = stage("prune").read(step.folders["prune"])
     example = torch_part("costs").normalized_example(run.bundle.input, run.recipe.seed + 1)
     plan, small = stage("cut").run(
@@ -289,5 +290,6 @@ def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
     return Result(run.work.root, report, verdict, small)
 
 
-def _budget_words(budget: Budget) -> str:
-    return ", ".join(f"{m} {limit.text}" for m, limit in budget.limits.items()) or "no limit"
+def _budget_words(run: Context) -> str:
+    pattern = "two of every four weights" if run.recipe.prune.granularity == "2:4" else "no limit"
+    return ", ".join(f"{m} {limit.text}" for m, limit in run.budget.limits.items()) or pattern

@@ -208,8 +208,9 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     found = attack.flags(victim, images, job, verdicts)
     rows = attack.readings(victim, job, verdicts, part=images.name, flags=found)
     shutil.rmtree(scratch, ignore_errors=True)
-    if place.scratch.is_dir() and not any(place.scratch.iterdir()):
-        place.scratch.rmdir()
+    for folder in (place.scratch, place.scratch.parent):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return rows
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
-from edgeprune.nn.pqi import keep_counts, keep_shares, pqi, sap_count, theorem_bound
+from edgeprune.nn.pqi import keep_counts, keep_shares, pqi, sap_count, superfluous, theorem_bound
 
 ORDERS = [(0.5, 1.0), (1.0, 2.0)]
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40)
@@ -216,6 +216,19 @@ def test_a_rule_out_of_range_is_refused(name: str, value: float) -> None:
 def test_weights_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ModelError, match="3 numbers of which 2 are not finite"):
         pqi(vector(1, math.nan, math.inf))
+
+
+@given(VALUES, PAIRS, st.floats(0, 2))
+def test_the_superfluous_share_of_all_largest_parts_is_that_of_each(
+    values: list[float], orders: tuple[float, float], eta: float
+) -> None:
+    w = vector(*values)
+    shares = superfluous(w, *orders, eta)
+    assert len(shares) == len(values) + 1 and shares[0] == 0
+    largest = w.abs().sort(descending=True).values
+    for n in range(1, len(values) + 1):
+        count = sap_count(largest[:n], *orders, eta=eta)
+        assert float(shares[n]) == pytest.approx(1 - count.bound / n, abs=1e-9)
 
 
 def test_a_layer_keeps_the_share_that_its_index_says() -> None:

@@ -115,7 +115,7 @@ class PruneTask:
         """
         sizes, shapes = self.units.sizes, self.units.shapes
         floors = {name: max(1, math.ceil(LEAST_DENSITY * n)) for name, n in sizes.items()}
-        classifier = next((name for name in reversed(shapes) if len(shapes[name]) == CLASSIFIER_DIMS), None)
+        classifier = next((name for name in reversed(tuple(shapes)) if len(shapes[name]) == CLASSIFIER_DIMS), None)
         if classifier is not None:
             floors[classifier] = min(sizes[classifier], max(floors[classifier], shapes[classifier][0]))
         return floors

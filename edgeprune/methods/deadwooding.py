@@ -47,6 +47,7 @@ class Deadwooding(TrainingMethod):
     rho_s: its dual step. tau: slack, as a share of sigma. per_weight: a multiplier for every weight, not for every
     layer. fixed_penalty: if more than 0, this multiplier for all layers instead of dual steps.
     score: "raw" sizes compete; "layer" compares them with their layer; "auto" is raw for weights, layer for channels.
+    loss_b: of stage B, besides the constraints: the "objective"'s, or "ce" of clean images.
     rho_kd, init_kd, eps_kd and rho_adv, init_adv, eps_adv: dual step, first multiplier and slack of the constraints of
     stage B; step and multiplier 0 leave a constraint out; a negative slack is the teacher's own value on validation
     images. distance: of the answer to x' from the teacher's to x ("teacher_clean": T^2 KL, "tv", "w1"), or from the
@@ -60,11 +61,12 @@ class Deadwooding(TrainingMethod):
     per_weight: bool = False
     fixed_penalty: float = 0.0
     score: str = "auto"
+    loss_b: str = "objective"
     rho_kd: float = 0.1
     init_kd: float = 1.0
     eps_kd: float = -1.0
-    rho_adv: float = 0.5
-    init_adv: float = 1.0
+    rho_adv: float = 2.0
+    init_adv: float = 5.0
     eps_adv: float = -1.0
     distance: str = "teacher_clean"
     temperature: float = 4.0
@@ -76,7 +78,12 @@ class Deadwooding(TrainingMethod):
         Raises:
             UsageError: says which.
         """
-        words = (("score", SCORES), ("distance", constrained.DISTANCES), ("loss_a", LOSSES))
+        words = (
+            ("score", SCORES),
+            ("distance", constrained.DISTANCES),
+            ("loss_a", LOSSES),
+            ("loss_b", LOSSES),
+        )
         for name, accepted in words:
             value = getattr(self, name)
             if value not in accepted:
@@ -192,7 +199,7 @@ class Deadwooding(TrainingMethod):
             {name: torch.tensor(starts[name], dtype=torch.float64) for name in slack}, self.cap
         )
         steps = {"kd": self.rho_kd, "adv": self.rho_adv}
-        return constrained.Distillation(objective, teacher, metric, slack, steps, bank)
+        return constrained.Distillation(objective, self.loss_b, teacher, metric, slack, steps, bank)
 
     def stages(self, total: int) -> tuple[int, int]:
         """Epochs of stage A and of stage B: the share, but at least one for each where there are two."""

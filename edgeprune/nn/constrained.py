@@ -1,7 +1,7 @@
 """Distillation as constraints: close to a teacher on clean images, and right or close to it on adversarial ones.
 
-A batch costs CE(f(x), y) + sum of lambda_c max(0, g_c), over 1 + sum of lambda_c, so that the gradient does not grow
-with the multipliers. g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x')) - eps_adv,
+A batch costs L + sum of lambda_c max(0, g_c), over 1 + sum of lambda_c, so that the gradient does not grow with the
+multipliers; L is the loss of the recipe's objective, on x' where that is adversarial, or CE(f(x), y). g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x')) - eps_adv,
 with x' from the attack of the recipe's objective. After each epoch a multiplier rises by its step times its mean
 violation.
 """
@@ -56,13 +56,14 @@ class Metric:
 class Distillation:
     """The loss of one training; `loss`, `after_epoch`, `state` and `restore` are hooks of `nn.train.fit`.
 
-    objective: whose attack makes x'. metric: D. slack: eps of each constraint that counts, "kd" and "adv"; without
-    any the loss is the cross-entropy of clean images. steps: name -> dual step. bank: name -> multiplier.
+    objective: whose attack makes x'. task: L, the "objective"'s or the cross-entropy of clean images, "ce". metric:
+    D. slack: eps of each constraint that counts, "kd" and "adv"; without any the loss is L alone. steps: name -> dual step. bank: name -> multiplier.
     sums: what the batches of this epoch add up to. curves: name -> a number for each epoch: the multiplier while it
     ran, the mean distance and the mean violation.
     """
 
     objective: Objective
+    task: str
     teacher: nn.Module
     metric: Metric
     slack: Mapping[str, float]
@@ -73,22 +74,23 @@ class Distillation:
 
     def loss(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The cost of a batch; clean and adversarial images go through the network together."""
+        adversarial = self.task == "objective" and self.objective.attacks
         if not self.slack:
-            return on_labels(module, x, y, generator)
+            return (self.objective if adversarial else on_labels)(module, x, y, generator)
         with torch.no_grad():
             wanted = full(logits(self.teacher, x))
-        robust = "adv" in self.slack
+        robust = "adv" in self.slack or adversarial
         seen = torch.cat([x, self.objective.attack(module, x, y, generator)]) if robust else x
         answer = full(logits(module, seen))
         clean, moved = answer[: len(x)], answer[len(x) :]
         found: dict[str, Tensor] = {}
         if "kd" in self.slack:
             found["kd"] = divergence(wanted, clean, self.metric.temperature)
-        if robust:
+        if "adv" in self.slack:
             found["adv"] = self.metric(moved, wanted, y)
         over = {name: (value - self.slack[name]).clamp(min=0) for name, value in found.items()}
         self._count(found, over)
-        loss, weight = functional.cross_entropy(clean, y), 1.0
+        loss, weight = self._task(clean, moved, y) if adversarial else functional.cross_entropy(clean, y), 1.0
         for name, violation in over.items():
             multiplier = float(self.bank.values[name])
             loss, weight = loss + multiplier * violation, weight + multiplier
@@ -120,6 +122,14 @@ class Distillation:
         self.sums.update(state["sums"])
         longer = {n: c for n, c in state["curves"].items() if len(c) > len(self.curves.get(n, []))}
         self.curves.update({name: [*curve] for name, curve in longer.items()})
+
+    def _task(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """The objective's loss of a batch whose answers are there."""
+        on_clean = functional.cross_entropy(clean, y)
+        if self.objective.kind == "trades":
+            return on_clean + self.objective.trades * divergence(clean, moved, 1.0)
+        beta = self.objective.beta
+        return beta * on_clean + (1 - beta) * functional.cross_entropy(moved, y)
 
     def _count(self, found: Mapping[str, Tensor], over: Mapping[str, Tensor]) -> None:
         """Add a batch to the sums, of all processes, so that a checkpoint of one is that of all."""

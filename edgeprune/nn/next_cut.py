@@ -24,6 +24,8 @@ TINY = 1e-9
 TURN = 0.02
 # No budget needs more cuts; and so many share it when counts alone would never get there.
 MOST_CUTS, CUTS_WITHOUT_HELP = 100, 10
+# Counts of one cut, and how many units one of them must take, or it is the last.
+MOST_COUNTS, LEAST_COUNT = 1000, 0.01
 HALVINGS = 20
 
 Scores = Mapping[str, Tensor]
@@ -76,11 +78,11 @@ class Vector:
     room: int
     shares: Tensor
 
-    def count(self, gone: int, rule: Rule) -> int:
-        """How many go next when so many have gone: floor(n * min(gamma * share, beta)), as far as there is room."""
+    def count(self, gone: float, rule: Rule) -> float:
+        """How many go next when so many have gone: n * min(gamma * share, beta), as far as there is room."""
         n = self.left - gone
-        share = rule.ratio or min(rule.gamma * float(self.shares[n]), rule.beta)
-        return min(self.room - gone, math.floor(n * share + ROUNDING))
+        share = rule.ratio or min(rule.gamma * float(self.shares[int(n)]), rule.beta)
+        return min(self.room - gone, n * share)
 
 
 @dataclass(frozen=True)
@@ -179,56 +181,70 @@ def descend(
 ) -> tuple[list[int], float]:
     """How many units of each vector go: a whole count, and more counts until a goal is reached, as if it were cut.
 
+    Other than with one count times a factor, a layer of which little is superfluous by then loses little; and a small
+    one, whose count is less than a unit, nothing more.
+
     Returns:
         The numbers, and how many counts they are; of the last one only the part that is needed.
     """
-    drops, rounds = [0] * len(found), 0
-    while True:
-        more = [v.count(gone, rule) for v, gone in zip(found, drops, strict=True)]
-        after = [a + b for a, b in zip(drops, more, strict=True)]
-        if not any(more):
-            return drops, rounds
-        if rounds and reached(after):
-            return _partly(drops, more, rounds, reached)
-        drops, rounds = after, rounds + 1
-        if reached(drops):
-            return drops, rounds
+    first = [math.floor(v.count(0, rule) + ROUNDING) for v in found]
+    if reached(first):
+        return first, 1.0
+    gone: list[float] = [*first]
+    for rounds in range(1, MOST_COUNTS):
+        more = _more(found, gone, rule)
+        if sum(more) < LEAST_COUNT:
+            return _partly(gone, more, 0.0), float(rounds)
+        if reached(_partly(gone, more, 1.0)):
+            low, high = 0.0, 1.0
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                low, high = (low, middle) if reached(_partly(gone, more, middle)) else (middle, high)
+            return _partly(gone, more, high), rounds + high
+        gone = [a + b for a, b in zip(gone, more, strict=True)]
+    return _partly(gone, gone, 0.0), float(MOST_COUNTS)
 
 
 def exact_counts(found: Sequence[Vector], rule: Rule, total: int) -> list[int]:
     """How many units of each vector go so that it is `total` in all, by counts one after the other."""
-    drops = [0] * len(found)
-    while (rest := total - sum(drops)) > 0:
-        more = [v.count(gone, rule) for v, gone in zip(found, drops, strict=True)]
-        if any(more) and sum(more) <= rest:
-            drops = [a + b for a, b in zip(drops, more, strict=True)]
-            continue
-        most = {i: v.room - gone for i, (v, gone) in enumerate(zip(found, drops, strict=True))}
-        # Where nothing is superfluous, a budget still takes from all alike.
-        wanted = {i: m or TINY * most[i] for i, m in enumerate(more)}
-        last = share_out(wanted, rest, dict.fromkeys(most, 0), most)
-        return [gone + last[i] for i, gone in enumerate(drops)]
-    return drops
+    gone = [0.0] * len(found)
+    while (rest := total - sum(gone)) > 0:
+        more = _more(found, gone, rule)
+        if sum(more) < LEAST_COUNT:
+            # Where nothing is superfluous, a budget still takes from all alike.
+            more = [v.room - g for v, g in zip(found, gone, strict=True)]
+        part = min(1.0, rest / sum(more))
+        gone = [a + part * b for a, b in zip(gone, more, strict=True)]
+        if part < 1 or rest <= sum(more):
+            break
+    wanted = {i: max(g, TINY) for i, g in enumerate(gone)}
+    nothing, most = dict.fromkeys(wanted, 0), {i: v.room for i, v in enumerate(found)}
+    return list(share_out(wanted, total, nothing, most).values())
 
 
-def _partly(
-    drops: Sequence[int], more: Sequence[int], rounds: int, reached: Callable[[Sequence[int]], bool]
-) -> tuple[list[int], float]:
-    """The smallest part of one more count with which the goal is reached."""
+def _more(found: Sequence[Vector], gone: Sequence[float], rule: Rule) -> list[float]:
+    """The next count; only where it is less than a unit everywhere, these parts of units."""
+    exact = [v.count(g, rule) for v, g in zip(found, gone, strict=True)]
+    whole = [math.floor(count + ROUNDING) for count in exact]
+    return [*whole] if any(whole) else exact
 
-    def part(share: float) -> list[int]:
-        return [a + math.floor(share * b) for a, b in zip(drops, more, strict=True)]
 
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(part(middle)) else (middle, high)
-    return part(high), rounds + high
+def _partly(gone: Sequence[float], more: Sequence[float], share: float) -> list[int]:
+    return [math.floor(a + share * b + ROUNDING) for a, b in zip(gone, more, strict=True)]
 
 
 def alive(scores: Scores, masks: Scores) -> UnitMasks:
     """The scores, and -1 for what is gone: it is chosen last."""
     return {name: s.masked_fill(~masks[name], -1.0) for name, s in scores.items()}
+
+
+def energy(scores: Scores, masks: Scores) -> UnitMasks:
+    """Squared scores as shares of what is left of a group, comparable between groups; -1 for what is gone."""
+    out: dict[str, Tensor] = {}
+    for name, wish in alive(scores, masks).items():
+        squares = wish.clamp(min=0) ** 2
+        out[name] = torch.where(masks[name], squares / torch.clamp(squares.sum(), min=1e-30), -1.0)
+    return out
 
 
 def same(a: Scores, b: Scores) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,21 +16,32 @@ from edgeprune.nn.data import Split
 from edgeprune.nn.placement import Placement
 from edgeprune.nn.progress import bar
 from edgeprune.nn.schedule import chance
+from edgeprune.records import Reading
 from edgeprune.stages.attack_flags import flags
 from edgeprune.stages.attack_job import CLEAN, RESULT_VERSION, Job, Verdicts, Victim, ask, job, wrong
 from edgeprune.stages.attack_memory import batch_size
-from edgeprune.stages.attack_readings import compare, ledger, readings
+from edgeprune.stages.attack_readings import compare, ledger, merged, readings
 from edgeprune.stages.attack_steps import TO_THE_END, Step, how_words, placed, reaches, steps_of
 from edgeprune.stages.attack_victims import of_bundle, of_file, of_network, of_run
 
 __all__ = [
-    "CLEAN", "RESULT_VERSION", "TO_THE_END", "Job", "Verdicts", "Victim", "compare", "flags", "job", "ledger",
-    "of_bundle", "of_file", "of_network", "of_run", "readings", "run",
+    "CLEAN", "RESULT_VERSION", "TO_THE_END", "Attacked", "Job", "Verdicts", "Victim", "compare", "flags", "job",
+    "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run", "readings", "run", "run_stages",
 ]  # fmt: skip
 
 STATE = "attack.json"
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What a run says of attacks: robust_accuracy of the first and of the last victim, lines of the ledger, notes."""
+
+    before: tuple[Reading, ...]
+    after: tuple[Reading, ...]
+    ledger: tuple[Reading, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,37 @@ def run(victim: Victim, split: Split, job: Job, *, scratch: Path, say: Say) -> V
             say(_said(state.verdicts, step.name))
             state = _next(state)
     return state.verdicts
+
+
+def run_stages(victims: Mapping[str, Victim], split: Split, job: Job, *, scratch: Path, say: Say) -> Attacked:
+    """Attack a network after every stage of a run on the same images, to see where robustness was lost.
+
+    Args:
+        victims: stage -> victim, from "dense" to "exported".
+        scratch: a folder; stages that are done are not attacked again after a kill.
+
+    Raises:
+        As `run`.
+    """
+    found: dict[str, Verdicts] = {}
+    lines: list[Reading] = []
+    for stage, victim in victims.items():
+        say(f"attack: {stage}")
+        found[stage] = run(victim, split, job, scratch=scratch / stage, say=say)
+        lines += ledger(stage, victim, job, found[stage], part=split.name)
+    first, last = next(iter(victims)), list(victims)[-1]
+    rows = {}
+    for stage, name in ((first, "dense"), (last, "compressed")):
+        signs = flags(victims[stage], split, job, found[stage])
+        robust = readings(victims[stage], job, found[stage], part=split.name, flags=signs)[1]
+        rows[stage] = replace(robust, artifact=name)
+    pair = compare(found[first], found[last])
+    after = replace(rows[last], conditions={**rows[last].conditions, "paired": pair["robust_accuracy"]})
+    notes = [f"Accuracy under attack, dense to {last}: {pair['robust_accuracy']['words']}."]
+    for stage in dict.fromkeys((first, last)):
+        told = (*rows[stage].conditions["flags"], *rows[stage].conditions["notes"])
+        notes += [f"{rows[stage].artifact}: {line}" for line in told]
+    return Attacked((rows[first],), (after,), tuple(lines), tuple(notes))
 
 
 def _attacked(state: _State, step: Step, what: tuple[Victim, Split, Job], scratch: Path) -> _State:

@@ -10,6 +10,9 @@ from edgeprune import intervals
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.attack_job import CLEAN, Job, Verdicts, Victim
 
+# The stage that comes before all that measure themselves.
+FIRST = "dense"
+
 
 def readings(
     victim: Victim, job: Job, verdicts: Verdicts, *, part: str, flags: Sequence[str] = ()
@@ -42,6 +45,20 @@ def ledger(stage: str, victim: Victim, job: Job, verdicts: Verdicts, *, part: st
     clean, robust, *_ = readings(victim, job, verdicts, part=part)
     extra = {"stage": stage, "images": len(verdicts.by)}
     return tuple(replace(r, conditions={**extra, **r.conditions}) for r in (clean, robust))  # type: ignore[return-value]
+
+
+def merged(clean: Sequence[Reading], attacked: Sequence[Reading]) -> tuple[Reading, ...]:
+    """One ledger of what stages measured themselves and of what was measured under attack.
+
+    Of a stage that measured its accuracy on all images, the one on the attacked images is left out.
+
+    Args:
+        clean: lines of `ledger.reading`. attacked: lines of `ledger` of each stage, in their order.
+    """
+    known = {reading.conditions["stage"] for reading in clean}
+    more = [r for r in attacked if r.metric != "clean_accuracy" or r.conditions["stage"] not in known]
+    first = [r for r in more if r.conditions["stage"] == FIRST]
+    return (*first, *clean, *(r for r in more if r.conditions["stage"] != FIRST))
 
 
 def compare(dense: Verdicts, compressed: Verdicts) -> dict[str, dict[str, Any]]:

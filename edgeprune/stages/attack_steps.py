@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from edgeprune.attacks import Attack, Logits
 from edgeprune.errors import UsageError
+from edgeprune.nn.apgd import Task, climb, cross_entropies
 from edgeprune.nn.calling import logits, modes
 from edgeprune.nn.data import Split
-from edgeprune.nn.perturb import crafting, pgd
+from edgeprune.nn.perturb import crafting, full
 from edgeprune.nn.placement import CPU, Placement, fastest, home
 from edgeprune.stages.attack_job import CLEAN, Job, Victim
 
-# Attacks stop at the first image that the network in torch gets wrong, which a file that rounds otherwise may still
-# get right. So what is left is also tried with one that goes on to the end.
-TO_THE_END = "pgd to the end"
-END_STEPS = 50
+# Attacks stop at the first image that the network in torch gets wrong, which a file that rounds otherwise, or another
+# network, may still get right. What is to be replayed there comes from an APGD-CE that goes on to the end.
+TO_THE_END = "apgd-ce-to-the-end"
+FROM = "apgd-ce-from-"
+END_STEPS, END_RHO = 100, 0.75
 NO_GRADIENT = (
     "No gradient reaches the network's input (detach, argmax or rounding in its forward): attacks without gradients "
     "alone were used, and they overstate robustness."
@@ -81,8 +83,8 @@ def steps_of(victim: Victim, job: Job, placement: Placement, white: bool) -> tup
     """The attacks in the order in which they run, after a look at the images as they are.
 
     An attack with gradients is left out where there are none; where the network is cut off from its input, it is left
-    out if another one only asks, and goes where chance leads otherwise. In the standard evaluation the first one is also made
-    against every other network, and a file gets what PGD finds when it goes on to the end.
+    out if another one only asks, and goes where chance leads otherwise. In the standard evaluation a file also
+    gets what APGD-CE finds on its network when it goes on to the end, and every victim what it finds on the others.
 
     Raises:
         UsageError: nothing is left to attack with.
@@ -100,7 +102,7 @@ def steps_of(victim: Victim, job: Job, placement: Placement, white: bool) -> tup
                 steps.append(Step(TO_THE_END, _to_the_end(victim.twin, job), placement.images))
         if first and standard and attack.gradients:
             steps += [
-                Step(f"{name} from {other}", _crafting(attack, network, job), placement.images)
+                Step(f"{FROM}{other}", _to_the_end(network, job), placement.images)
                 for other, network in victim.others.items()
             ]
     if len(steps) == 1:
@@ -125,10 +127,25 @@ def _crafting(attack: Attack, network: nn.Module, job: Job) -> Craft:
 
 
 def _to_the_end(network: nn.Module, job: Job) -> Craft:
+    """APGD-CE that takes no image for broken: to the logits comes a class that is always the likeliest, and right."""
+
+    def answers(at: Tensor) -> Tensor:
+        found = full(logits(network, at))
+        return torch.cat([found, found.detach().amax(1, keepdim=True) + 1], 1)
+
+    def loss(answer: Tensor, _always: Tensor, label: Tensor) -> Tensor:
+        return cross_entropies(answer[:, :-1], label, label)
+
     def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
-        found = pgd(network, x, y.to(x.device), job.ball, steps=END_STEPS, generator=generator)
+        label = y.to(x.device)
+        with crafting(network):
+            always = torch.full_like(label, logits(network, x[:1]).shape[1])
+            found = climb(
+                answers, Task(x, always, label), job.ball, loss=loss, steps=END_STEPS, rho=END_RHO,
+                generator=generator,
+            )  # fmt: skip
         advance(len(x))
-        return found, END_STEPS * len(x)
+        return found.images, int(found.queries.sum())
 
     return craft
 

@@ -16,6 +16,8 @@ from edgeprune.errors import UsageError
 from edgeprune.quantities import limit as read_limit
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Budget, Check, Limit, Reading, Report, Verdict
+from edgeprune.stages import gate_pairs
+from edgeprune.stages.gate_pairs import find, value_of
 from edgeprune.stages.gate_render import FORMATS, render
 
 __all__ = ["FORMATS", "budget_from", "render", "run"]
@@ -29,8 +31,6 @@ or write them into pyproject.toml:
   latency_p50 = "5 ms"
   macs = "50 %"
   clean_accuracy = "-1 pp\""""
-# Two-sided 95 % of the normal distribution.
-Z = 1.959964
 # A share of a count is rounded in the last bits; that must not decide whether a limit is met exactly.
 ROUNDING = 1e-12
 
@@ -127,8 +127,8 @@ def _table(path: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
-    after = _find(report.after, limit.metric)
-    value = _value(after)
+    after = find(report.after, limit.metric)
+    value = value_of(after)
     reference = _reference(limit, report, baseline)
     threshold = _threshold(limit, reference)
     remarks = [reference.remark] if reference and reference.remark else []
@@ -150,9 +150,9 @@ def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
 
 def _missing(metric: str, after: Reading | None, reference: _Reference | None) -> list[str]:
     why = []
-    if _value(after) is None:
+    if value_of(after) is None:
         why.append(f"the compressed model has no {metric}{_why(after)}")
-    if reference is not None and _value(reference.reading) is None:
+    if reference is not None and value_of(reference.reading) is None:
         why.append(f"no {metric} of the {reference.name} model to compare with{_why(reference.reading)}")
     return why
 
@@ -171,11 +171,11 @@ def _noise(
 def _reference(limit: Limit, report: Report, baseline: Report | None) -> _Reference | None:
     if limit.kind == "absolute":
         return None
-    dense = _find(report.before, limit.metric)
+    dense = find(report.before, limit.metric)
     if baseline is None:
         return _Reference("dense", dense)
-    base = _find(baseline.after, limit.metric)
-    if _value(base) is not None:
+    base = find(baseline.after, limit.metric)
+    if value_of(base) is not None:
         return _Reference("baseline", base)
     return _Reference("dense", dense, f"the baseline has no {limit.metric}: held against the dense model")
 
@@ -183,7 +183,7 @@ def _reference(limit: Limit, report: Report, baseline: Report | None) -> _Refere
 def _threshold(limit: Limit, reference: _Reference | None) -> float | None:
     if reference is None:
         return limit.value
-    value = _value(reference.reading)
+    value = value_of(reference.reading)
     if value is None:
         return None
     return value * limit.value if limit.kind == "share" else value + limit.value
@@ -193,11 +193,13 @@ def _interval(
     limit: Limit, after: Reading, reference: _Reference | None, report: Report
 ) -> tuple[float, float]:
     """The 95 % interval to hold against the threshold, the noise of the reference included; around the value."""
-    value = _value(after) or 0.0
+    value = value_of(after) or 0.0
     below, above = _widths(after)
     if reference is None or reference.reading is None:
         return value - below, value + above
-    paired = _paired_times(after, reference) or _paired_accuracies(limit.metric, after, reference, report)
+    paired = None
+    if reference.name == "dense":
+        paired = gate_pairs.interval(limit.metric, after, reference.reading, find(report.after, "agreement"))
     if paired:
         return min(paired[0], value), max(paired[1], value)
     if METRICS[limit.metric].unit == "fraction" and reference.reading.n == after.n:
@@ -209,40 +211,9 @@ def _interval(
     return value - math.hypot(below, factor * other_above), value + math.hypot(above, factor * other_below)
 
 
-def _paired_times(after: Reading, reference: _Reference) -> tuple[float, float] | None:
-    """The interval of the time, the dense one taken as exact, when the two were timed in turn."""
-    dense, speedup = _value(reference.reading), after.conditions.get("speedup")
-    if reference.name != "dense" or dense is None or not isinstance(speedup, Mapping):
-        return None
-    low, high = speedup.get("low"), speedup.get("high")
-    if not isinstance(low, float) or not isinstance(high, float) or not 0 < low <= high < math.inf:
-        return None
-    return dense / high, dense / low
-
-
-def _paired_accuracies(
-    metric: str, after: Reading, reference: _Reference, report: Report
-) -> tuple[float, float] | None:
-    """The interval of a clean accuracy, the dense one on the same images taken as exact.
-
-    Images that both networks classify alike can't differ in being right, so at most 1 - agreement of them do:
-    the variance of the change d is at most (1 - agreement - d^2) / n.
-    """
-    agreement = _find(report.after, "agreement")
-    values = (_value(agreement), _value(reference.reading), _value(after))
-    if metric != "clean_accuracy" or reference.name != "dense" or agreement is None or agreement.n != after.n:
-        return None
-    shares = [share for share in values if share is not None and 0 <= share <= 1]
-    if len(shares) < 3 or after.n < 1:
-        return None
-    same, old, new = shares
-    half = Z * math.sqrt(max(1 - same - (new - old) ** 2, 0.0) / after.n)
-    return new - half, new + half
-
-
 def _widths(reading: Reading) -> tuple[float, float]:
     """How far the 95 % interval reaches below and above the value."""
-    value = _value(reading)
+    value = value_of(reading)
     if value is None:
         return 0.0, 0.0
     low, high = reading.spread or (value, value)
@@ -258,7 +229,11 @@ def _unlike(
     metric: str, after: Reading, reference: _Reference | None, report: Report, baseline: Report | None
 ) -> str:
     """Why a reading and its reference can't be compared at all; empty when they can."""
-    if reference is None or reference.reading is None or metric not in OF_THE_MACHINE:
+    if reference is None or reference.reading is None:
+        return ""
+    if metric == "robust_accuracy":
+        return gate_pairs.unlike_attacks(after, reference.reading, reference.name)
+    if metric not in OF_THE_MACHINE:
         return ""
     if reference.reading.where != after.where:
         return f"not comparable: the {reference.name} one is {reference.reading.where!r}, this one {after.where!r}"
@@ -308,23 +283,14 @@ def _baseline_notes(report: Report, budget: Budget, baseline: Report | None, mis
 
 
 def _target_notes(report: Report, budget: Budget) -> list[str]:
-    found = [(metric, _find(report.after, metric)) for metric in budget.limits]
-    local = [(m, r) for m, r in found if r is not None and _value(r) is not None and _elsewhere(m, r, report)]
+    found = [(metric, find(report.after, metric)) for metric in budget.limits]
+    local = [
+        (m, r) for m, r in found if r is not None and value_of(r) is not None and _elsewhere(m, r, report)
+    ]
     if not local:
         return []
     names, target = ", ".join(metric for metric, _ in local), report.recipe.get("target")
     return [f"Not measured on {target}: {names} (taken on {local[0][1].where}; the target may differ)."]
-
-
-def _find(readings: Sequence[Reading], metric: str) -> Reading | None:
-    found = [reading for reading in readings if reading.metric == metric]
-    return next((r for r in found if _value(r) is not None), found[0] if found else None)
-
-
-def _value(reading: Reading | None) -> float | None:
-    if reading is None or reading.value is None or not math.isfinite(reading.value):
-        return None
-    return reading.value
 
 
 def _why(reading: Reading | None) -> str:

@@ -211,8 +211,9 @@ def _search(
             f"the budget's {unknown[0]} can't be read while pruning here",
             "prune for macs, params, size or latency, and hold the rest with `edgeprune gate`",
         )
-    surveys = isinstance(method, SurveyMethod) and task.weights is None
-    survey = method.survey(network, task) if surveys else None
+    survey = None
+    if isinstance(method, SurveyMethod) and task.weights is None:
+        survey = method.survey(network, task)
 
     def choose(limits: Mapping[str, float]) -> Masks:
         """The choice within limits; of a surveying method only its counts, which are all that a probe tells."""

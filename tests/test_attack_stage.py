@@ -1,0 +1,423 @@
+"""Accuracy under attack: the worst case of every image, on the artifact itself, resumable, and honest about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks import Attack, Logits
+from edgeprune.errors import UsageError
+from edgeprune.nn.data import Split, in_memory
+from edgeprune.nn.perturb import Ball
+from edgeprune.plugins import build
+from edgeprune.recipe import AttackTable
+from edgeprune.stages import attack
+from edgeprune.stages.attack_memory import batch_size
+
+CLASSES, PIXELS = 4, 3 * 8 * 8
+EPS = 2 / 255
+
+
+class Linear(nn.Module):
+    """Logits W (x - 1/2): how far each image is from another class is known in closed form."""
+
+    def __init__(self, scale: float = 1.0, seed: int = 1) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(CLASSES, PIXELS, generator=generator))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * ((x - 0.5).flatten(1) @ self.weight.T)
+
+
+class Wrapped(nn.Module):
+    """A linear network behind something that disturbs attacks."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.change = Linear(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.linear(x))
+
+
+def images(count: int = 60) -> Split:
+    """Images far from 0 and 1, with the linear network's classes; the first three are labelled wrong."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(77, 178, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        labels = Linear()(pixels / 255).argmax(1)
+    labels[:3] = (labels[:3] + 1) % CLASSES
+    return in_memory("test", pixels, labels)
+
+
+def robust(split: Split, eps: float) -> list[bool]:
+    """Which images no change of eps makes wrong: w_y x - w_j x > eps |w_y - w_j|_1 for all other classes j."""
+    network = Linear()
+    with torch.no_grad():
+        logits, w = network(split.take(torch.arange(len(split)))), network.weight
+        rows = split.labels.tolist()
+        margin = [(logits[i, y] - logits[i]) - eps * (w[y] - w).abs().sum(1) for i, y in enumerate(rows)]
+        return [bool((torch.cat([m[:y], m[y + 1 :]]) > 0).all()) for m, y in zip(margin, rows, strict=True)]
+
+
+def quick(table: AttackTable | None = None, seed: int = 0, queries: int = 60) -> attack.Job:
+    """The standard evaluation with fewer steps."""
+    job = attack.job(table or AttackTable(name="standard", eps="2/255"), seed=seed, data="some")
+    few = {
+        "apgd-ce": build("attacks", "apgd-ce", {"steps": 12}),
+        "apgd-t": build("attacks", "apgd-t", {"steps": 12, "classes": 3}),
+        "fab-t": build("attacks", "fab-t", {"steps": 5, "classes": 3}),
+        "square": build("attacks", "square", {"queries": queries}),
+    }
+    return replace(job, attacks={name: few.get(name, member) for name, member in job.attacks.items()})
+
+
+def run(victim: attack.Victim, job: attack.Job, scratch: Path, split: Split | None = None) -> attack.Verdicts:
+    return attack.run(victim, images() if split is None else split, job, scratch=scratch, say=lambda _: None)
+
+
+def test_the_verdicts_on_a_linear_network_are_those_of_the_closed_form(tmp_path: Path) -> None:
+    verdicts = run(attack.of_network("net", Linear(), "w"), quick(), tmp_path)
+    assert list(verdicts.survived) == robust(images(), EPS)
+    assert [i for i, by in enumerate(verdicts.by) if by == attack.CLEAN] == [0, 1, 2]
+    assert 0 < sum(verdicts.survived) < 57
+    assert verdicts.how == "white box"
+
+
+def test_an_image_that_is_broken_is_not_attacked_again(tmp_path: Path) -> None:
+    verdicts = run(attack.of_network("net", Linear(), "w"), quick(), tmp_path)
+    left = 60
+    for name, tried in verdicts.tried.items():
+        assert tried == left
+        left -= verdicts.by.count(name)
+    assert left == sum(verdicts.survived)
+    assert verdicts.queries["square"] == 60 * verdicts.tried["square"]
+
+
+def batched() -> attack.Job:
+    """Eight batches without an attack, then PGD and Square on what is left."""
+    job = attack.job(AttackTable(name="standard", eps="1/255", batch=8), seed=3, data="some")
+    members = {
+        "pgd": build("attacks", "pgd", {"steps": 3}),
+        "square": build("attacks", "square", {"queries": 9}),
+    }
+    return replace(job, attacks=members)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8, 9, 12, 17])
+def test_an_evaluation_that_was_killed_goes_on_at_its_last_batch_with_the_same_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    victim, write, count = attack.of_network("net", Linear(), "w"), attack._write, 0
+
+    def writing(limit: int) -> Callable[..., None]:
+        def counted(*arguments: object) -> None:
+            nonlocal count
+            count += 1
+            if count == limit:
+                raise KeyboardInterrupt
+            write(*arguments)  # type: ignore[arg-type]
+
+        return counted
+
+    monkeypatch.setattr(attack, "_write", writing(0))
+    undisturbed, batches, count = run(victim, batched(), tmp_path / "a"), count, 0
+    assert batches >= 17
+    monkeypatch.setattr(attack, "_write", writing(stop))
+    with pytest.raises(KeyboardInterrupt):
+        run(victim, batched(), tmp_path / "b")
+    count = 0
+    monkeypatch.setattr(attack, "_write", writing(0))
+    resumed = run(victim, batched(), tmp_path / "b")
+    assert (resumed.by, resumed.tried, resumed.queries) == (
+        undisturbed.by, undisturbed.tried, undisturbed.queries,
+    )  # fmt: skip
+    assert count == batches - (stop - 1), "only the batch that was interrupted was done twice"
+
+
+def test_another_job_or_a_broken_state_is_not_gone_on_with(tmp_path: Path) -> None:
+    victim = attack.of_network("net", Linear(), "w")
+    first = run(victim, batched(), tmp_path)
+    assert run(victim, batched(), tmp_path) == first, "a finished one is read"
+    for other in (
+        replace(batched(), seed=4),
+        replace(batched(), data="others"),
+        replace(batched(), attacks={"fgsm": build("attacks", "fgsm", {})}),
+    ):
+        assert other.key(victim) != batched().key(victim)
+        assert run(victim, other, tmp_path) != first
+    assert batched().key(attack.of_network("net", Linear(), "v")) != batched().key(victim)
+    (tmp_path / attack.STATE).write_text("{")
+    assert run(victim, batched(), tmp_path).by == first.by
+
+
+@dataclass(frozen=True)
+class Corner(Attack):
+    """Goes as far as it can, out of the ball and out of [0, 1]."""
+
+    gradients: ClassVar[bool] = False
+
+    def perturb(
+        self,
+        model: nn.Module | Logits,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        generator: torch.Generator,
+        advance: Callable[[int], None],
+    ) -> tuple[Tensor, Tensor]:
+        return x + 1000 * (torch.rand(x.shape, generator=generator) - 0.5), torch.ones_like(y)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("Linf", 0.5), ("L2", 0.3), ("L2", 9.0)])
+def test_whatever_an_attack_does_the_artifact_is_only_asked_about_images_in_the_ball(
+    tmp_path: Path, norm: str, eps: float
+) -> None:
+    split, asked = images(20), list[Tensor]()
+
+    def answers(x: Tensor) -> Tensor:
+        asked.append(x)
+        with torch.no_grad():
+            return Linear()(x)
+
+    job = replace(quick(), ball=Ball(norm, eps), attacks={"corner": Corner()})
+    run(attack.Victim("file", "s", answers), job, tmp_path, split)
+    centres = split.take(torch.arange(20))
+    for x in asked:
+        assert float(x.min()) >= 0 and float(x.max()) <= 1
+        change = (x[:, None] - centres[None]).flatten(2)
+        far = change.abs().amax(2) if norm == "Linf" else change.norm(dim=2)
+        assert float(far.amin(1).max()) <= eps + 1e-5
+
+
+def test_what_gradients_of_the_twin_find_counts_only_where_the_artifact_errs(tmp_path: Path) -> None:
+    """The artifact is another network: examples for the twin are replayed on it."""
+    artifact = Linear(seed=2)
+    with torch.no_grad():
+        labels = artifact(images().take(torch.arange(60))).argmax(1)
+    split = replace(images(), labels=labels)
+    job = replace(quick(), attacks={"pgd": build("attacks", "pgd", {})})
+    twin = Linear()
+    victim = attack.Victim("file", "s", lambda x: artifact(x).detach(), twin)
+    verdicts = run(victim, job, tmp_path / "a", split)
+    itself = run(attack.of_network("net", artifact, "s"), job, tmp_path / "b", split)
+    assert verdicts.how == "white box on the torch network, replayed on the file"
+    assert verdicts.broken["pgd"] < itself.broken["pgd"]
+    assert list(verdicts.tried) == ["clean", "pgd", attack.TO_THE_END]
+
+
+def test_images_made_against_the_dense_network_are_tried_too(tmp_path: Path) -> None:
+    job = replace(quick(), attacks={n: m for n, m in quick().attacks.items() if n != "square"})
+    hidden = Wrapped(lambda logits: logits.detach())
+    alone = attack.of_network("net", hidden, "s")
+    with pytest.raises(UsageError, match="needs gradients") as caught:
+        run(attack.Victim("x.onnx", "s", alone.answers), job, tmp_path / "a")
+    assert "standard" in caught.value.hint
+    helped = attack.of_network("net", hidden, "s", others={"dense": Linear()})
+    verdicts = run(helped, quick(), tmp_path / "b")
+    assert list(verdicts.tried) == ["clean", "apgd-ce-from-dense", "square"]
+    assert verdicts.broken["apgd-ce-from-dense"] > 20
+    assert "no gradient reaches" in verdicts.how
+
+
+def test_modes_places_and_gradients_of_the_networks_are_as_they_were(tmp_path: Path) -> None:
+    network = Wrapped(nn.Dropout(0.5)).train()
+    run(attack.of_network("net", network, "s"), quick(queries=5), tmp_path)
+    assert network.training and all(layer.training for layer in network.modules())
+    assert network.linear.weight.requires_grad and network.linear.weight.grad is None
+
+
+MASKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda logits: 1e4 * logits,
+    "rounded": lambda logits: 4 * (logits / 4).round(),
+    "argmax": lambda logits: nn.functional.one_hot(logits.argmax(1), CLASSES).float(),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_of_a_masked_network_pgd_says_that_it_is_robust_and_is_flagged_and_standard_breaks_it(
+    tmp_path: Path, name: str
+) -> None:
+    split, network = images(), Wrapped(MASKED[name])
+    with torch.no_grad():
+        split.labels[3:] = network(split.take(torch.arange(60))).argmax(1)[3:]
+    victim = attack.of_network("net", network, "s")
+    job = quick(AttackTable(name="pgd", eps="2/255"))
+    verdicts = run(victim, job, tmp_path / "pgd", split)
+    assert sum(verdicts.survived) >= 50, "of 57; the true number is 15"
+    flags = " ".join(attack.flags(victim, split, job, verdicts))
+    assert "Take --attack standard" in flags or "No gradient reaches" in flags
+    assert name == "argmax" or "is zero or not finite on" in flags
+    job = quick(queries=200)
+    worst = run(victim, job, tmp_path / "standard", split)
+    flags = " ".join(attack.flags(victim, split, job, worst))
+    assert "gradient" in flags and sum(worst.survived) < sum(verdicts.survived)
+    if name == "scaled":
+        assert worst.survived[3:] == tuple(robust(images(), EPS))[3:]
+        return
+    assert "square, which only asks, broke" in flags or "No gradient reaches" in flags
+    # On steps and plateaus a search without gradients is lost, too; the dense network's own images are not.
+    helped = attack.of_network("net", network, "s", others={"dense": Linear()})
+    assert sum(run(helped, job, tmp_path / "helped", split).survived) <= 25
+
+
+def test_an_honest_network_is_not_flagged(tmp_path: Path) -> None:
+    victim = attack.of_network("net", Linear(0.1), "s")
+    for name in ("pgd", "standard"):
+        job = quick(AttackTable(name=name, eps="2/255"))
+        verdicts = run(victim, job, tmp_path / name)
+        assert attack.flags(victim, images(), job, verdicts) == ()
+
+
+class Noisy(nn.Module):
+    """Draws chance at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (Noisy(), "differently each time"),
+        (nn.Softmax(1), "are probabilities"),
+        (lambda logits: logits.roll(1, 1), "no better than guessing"),
+    ],
+)
+def test_what_makes_an_accuracy_doubtful_is_said(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], says: str
+) -> None:
+    victim = attack.of_network("net", Wrapped(change), "s")
+    job = quick(AttackTable(name="fgsm", eps="1/255"))
+    flags = attack.flags(victim, images(), job, run(victim, job, tmp_path))
+    assert any(says in flag for flag in flags)
+
+
+def test_more_steps_and_a_larger_eps_that_help_the_model_are_said(tmp_path: Path) -> None:
+    """A network whose answer far from its images is the right one again: PGD that goes far leaves it right."""
+    split = images()
+    centres = split.take(torch.arange(60))
+
+    class Shelter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = Linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            far = (x[:, None] - centres[None]).abs().flatten(2).amax(2).amin(1) > 1.5 * EPS
+            return self.linear(x) + 1e3 * far[:, None] * nn.functional.one_hot(
+                split.labels[: len(x)], CLASSES
+            )
+
+    victim = attack.of_network("net", Shelter(), "s")
+    split = replace(split, labels=split.labels.clone())
+    job = quick(AttackTable(name="fgsm", eps="2/255"))
+    verdicts = attack.Verdicts(("",) * 60, {"clean": 60, "fgsm": 60}, {}, {}, "white box", 64)
+    flags = " ".join(attack.flags(victim, split, job, verdicts))
+    assert "twice the eps" in flags and "into any other image" in flags
+
+
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [
+        (
+            replace(images(), labels=torch.full((60,), 4)),
+            "labels of 'test' go from 4 to 4, net answers 4 classes",
+        ),
+        (replace(images(), labels=torch.full((60,), -1)), "go from -1"),
+        (images(0), "has no images"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(tmp_path: Path, split: Split, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        run(attack.of_network("net", Linear(), "s"), quick(), tmp_path, split)
+
+
+def test_pixels_outside_0_and_1_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Split.take
+    monkeypatch.setattr(Split, "take", lambda self, rows: 4 * take(self, rows) - 2)
+    with pytest.raises(UsageError, match=r"go from -.* to .*need pixels in \[0, 1\]"):
+        run(attack.of_network("net", Linear(), "s"), quick(), tmp_path, images())
+
+
+def test_readings_say_what_broke_what_and_how_it_was_had(tmp_path: Path) -> None:
+    victim, job = attack.of_network("net", Linear(), "w"), quick()
+    verdicts = run(victim, job, tmp_path)
+    clean, worst, *each = attack.readings(victim, job, verdicts, part="test", flags=("careful",))
+    assert (clean.metric, clean.value, clean.n) == ("clean_accuracy", 57 / 60, 60)
+    assert (worst.metric, worst.value) == ("robust_accuracy", sum(robust(images(), EPS)) / 60)
+    assert worst.spread is not None and worst.spread[0] < worst.value < worst.spread[1]
+    said = worst.conditions
+    assert said["flags"] == ["careful"] and said["eps"] == "2/255" and said["norm"] == "Linf"
+    assert sum(said["broken"].values()) + said["right"] == 60 and said["broken"]["clean"] == 3
+    assert said["parameters"]["square"]["queries"] == 60
+    assert [r.metric for r in each] == [f"broken_by_{name}" for name in job.attacks]
+    assert each[0].n == 57 and each[0].value == said["broken"]["apgd-ce"] / 57
+
+
+def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(tmp_path: Path) -> None:
+    victims = {
+        "dense": attack.of_network("dense", Linear(), "a"),
+        "pruned": attack.of_network("compressed", Linear(seed=2), "b"),
+        "exported": attack.of_network("model.onnx", Linear(0.5), "c"),
+    }
+    job = replace(quick(), attacks={"pgd": build("attacks", "pgd", {"steps": 5})})
+    said: list[str] = []
+    found = attack.run_stages(victims, images(), job, scratch=tmp_path, say=said.append)
+    stages = [(r.conditions["stage"], r.metric) for r in found.ledger]
+    metrics = ("clean_accuracy", "robust_accuracy")
+    assert stages == [(stage, metric) for stage in victims for metric in metrics]
+    assert [r.artifact for r in (*found.before, *found.after)] == ["dense", "compressed"]
+    pair = found.after[0].conditions["paired"]
+    assert pair["gained"] == pair["lost"] == 0 and pair["p"] == 1
+    assert found.before[0].value == found.after[0].value
+    known = (replace(found.ledger[0], conditions={"stage": "pruned"}),)
+    merged = attack.merged(known, found.ledger)
+    assert [(r.conditions["stage"], r.metric) for r in merged] == [
+        ("dense", metrics[0]), ("dense", metrics[1]), ("pruned", metrics[0]), ("pruned", metrics[1]),
+        ("exported", metrics[0]), ("exported", metrics[1]),
+    ]  # fmt: skip
+
+
+def test_verdicts_are_compared_image_by_image() -> None:
+    old = attack.Verdicts(("", "", "", "clean", "pgd", ""), {}, {}, {}, "", 1)
+    new = attack.Verdicts(("", "pgd", "clean", "", "", "pgd"), {}, {}, {}, "", 1)
+    found = attack.compare(old, new)
+    assert (found["clean_accuracy"]["gained"], found["clean_accuracy"]["lost"]) == (1, 1)
+    assert (found["robust_accuracy"]["gained"], found["robust_accuracy"]["lost"]) == (2, 3)
+    assert found["robust_accuracy"]["change"] == pytest.approx(-1 / 6)
+    with pytest.raises(ValueError, match="6 and on 1"):
+        attack.compare(old, replace(new, by=("",)))
+
+
+def test_batches_are_powers_of_two_that_fit() -> None:
+    one = torch.zeros(1, 3, 8, 8)
+    assert batch_size(None, one) == batch_size(Linear(), one) == 256
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.pool = nn.Upsample(scale_factor=800), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.up(x)).flatten(1)
+
+    found = batch_size(Wide(), one)
+    assert found < 16 and found & (found - 1) == 0
+
+
+def test_no_attack_is_no_job() -> None:
+    for name in ("none", "auto"):
+        with pytest.raises(UsageError, match="is no attack"):
+            attack.job(AttackTable(name=name), seed=0, data="")
+    with pytest.raises(UsageError, match="too large") as caught:
+        attack.job(AttackTable(name="pgd", eps="8"), seed=0, data="")
+    assert "8/255" in caught.value.hint
