@@ -176,7 +176,8 @@ def test_modes_gradients_and_statistics_are_as_they_were_and_the_images_too(name
 @pytest.mark.parametrize("classes", [2, 3])
 def test_networks_of_two_and_three_classes_are_attacked(classes: int, name: str, norm: str) -> None:
     x, y = right(20, classes, 5)
-    found = quick(name)(trained(classes), x, y, BALLS[norm], seeded())
+    ball = Ball("Linf", 0.25) if norm == "Linf" else Ball("L2", 1.5)
+    found = quick(name)(trained(classes), x, y, ball, seeded())
     assert found.broken.any()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import edgeprune
 from edgeprune import plugins
+from edgeprune.attacks import STANDARD
 from edgeprune.errors import MissingDependency
 
 MEMBERS = [(family, name) for family in plugins.FAMILIES for name in plugins.names(family)]
@@ -36,7 +37,7 @@ def base(family: str) -> type:
     return getattr(import_module(f"edgeprune.{family}"), family.title().removesuffix("s"))
 
 
-@pytest.mark.parametrize("family", ["methods", "runtimes", "devices"])
+@pytest.mark.parametrize("family", plugins.FAMILIES)
 def test_a_family_has_members_and_one_abstract_base(family: str) -> None:
     assert plugins.names(family)
     assert inspect.isabstract(base(family))
@@ -44,6 +45,7 @@ def test_a_family_has_members_and_one_abstract_base(family: str) -> None:
 
 def test_the_members_that_this_version_promises_are_there() -> None:
     assert set(plugins.names("methods")) >= {"magnitude", "taylor", "uniform-random"}
+    assert set(plugins.names("attacks")) == {"fgsm", "pgd", *STANDARD}
     assert "onnxruntime" in plugins.names("runtimes")
     assert set(plugins.names("devices")) >= {"local", "fake"}
 

@@ -56,10 +56,10 @@ class Metric:
 class Distillation:
     """The loss of one training; `loss`, `after_epoch`, `state` and `restore` are hooks of `nn.train.fit`.
 
-    objective: whose attack makes x'. task: L, the "objective"'s or the cross-entropy of clean images, "ce". metric:
-    D. slack: eps of each constraint that counts, "kd" and "adv"; without any the loss is L alone. steps: name -> dual step. bank: name -> multiplier.
-    sums: what the batches of this epoch add up to. curves: name -> a number for each epoch: the multiplier while it
-    ran, the mean distance and the mean violation.
+    objective: whose attack makes x'. task: L, the "objective"'s or the cross-entropy of clean images, "ce".
+    metric: D. slack: eps of each constraint that counts, "kd" and "adv"; without any the loss is L alone.
+    steps: name -> dual step. bank: name -> multiplier. sums: what the batches of this epoch add up to.
+    curves: name -> a number for each epoch: the multiplier while it ran, the mean distance and the mean violation.
     """
 
     objective: Objective

@@ -95,7 +95,8 @@ def run(victim: Victim, split: Split, job: Job, *, scratch: Path, say: Say) -> V
         while state.step < len(steps):
             step = steps[state.step]
             state = _attacked(state, step, (victim, split, job), scratch)
-            say(_said(state.verdicts, step.name))
+            if state.todo:
+                say(_said(state.verdicts, step.name))
             state = _next(state)
     return state.verdicts
 

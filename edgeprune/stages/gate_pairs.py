@@ -60,7 +60,7 @@ def _times(after: Reading, dense: Reading) -> tuple[float, float] | None:
 
 
 def _counts(metric: str, after: Reading, dense: Reading) -> tuple[float, float] | None:
-    """Where images gained (b) and lost (c) were counted: the variance of the change is (b + c - (b - c)^2 / n) / n^2."""
+    """Where images gained (b) and lost (c) were counted: the change's variance is (b + c - (b - c)^2 / n) / n^2."""
     value, pair, n = value_of(after), after.conditions.get("paired"), after.n
     if not metric.endswith("accuracy") or value is None or not isinstance(pair, Mapping):
         return None

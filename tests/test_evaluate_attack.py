@@ -1,0 +1,259 @@
+"""`edgeprune evaluate --attack`: of a file, a run and a model; tests in pairs, the gate, the recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import nets
+import numpy as np
+import pytest
+import torch
+from reports import check, plain_report, reading
+from typer.testing import CliRunner
+
+from edgeprune import choices, intervals, queries, recipe
+from edgeprune.cli import app
+from edgeprune.errors import UsageError
+from edgeprune.nn.bundle import deployed, load_bundle
+from edgeprune.recipe import ExportTable, ModelTable
+from edgeprune.stages import export
+from edgeprune.stages.attack_file import open_file
+
+runner = CliRunner()
+ARCH = f"{Path(__file__).parent / 'nets.py'}:Plain"
+FLAGS = ["--arch", ARCH, "--input", "3x8x8"]
+QUICK = ["--eps", "1/255", "--limit", "10"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, images with the classes that it gives them, and a directory like that of a finished run."""
+    folder = tmp_path_factory.mktemp("made")
+    network, rng = nets.build("plain"), np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (80, 8, 8, 3), np.uint8)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        network.fc.bias -= network(x).mean(0)
+        labels = network(x).argmax(1).numpy()
+    torch.save(network.state_dict(), folder / "plain.pt")
+    np.savez(folder / "data.npz", x=pixels, y=labels)
+    run = folder / "run"
+    run.mkdir()
+    bundle = load_bundle(ModelTable(path=str(folder / "plain.pt"), arch=ARCH, input="3x8x8"))
+    table = ExportTable()
+    export.run(deployed(bundle), bundle.input, run / "model.onnx", opset=18, table=table, meta={}, real=None)
+    export.save_modules(bundle, run)
+    model = {"path": str(folder / "plain.pt"), "arch": ARCH, "input": "3x8x8"}
+    (run / "recipe.toml").write_text(recipe.to_toml(recipe.build({"model": model}, {})))
+    (run / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": bundle.source.sha256}}))
+    return folder
+
+
+def evaluated(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.chdir(folder)
+    done = runner.invoke(app, ["evaluate", *arguments, "--data", str(folder / "data.npz"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert not (folder / "runs").exists() and not (folder / "run" / "scratch").exists()
+    return json.loads(done.stdout)["readings"]
+
+
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks of few steps under the names of the standard evaluation."""
+    from edgeprune import plugins
+
+    options = {
+        "apgd-ce": {"steps": 5},
+        "apgd-t": {"steps": 5, "classes": 2},
+        "fab-t": {"steps": 3, "classes": 2},
+        "square": {"queries": 30},
+    }
+    build = plugins.build
+    monkeypatch.setattr(
+        plugins, "build", lambda family, name, given: build(family, name, options.get(name, given))
+    )
+
+
+def test_a_model_a_run_and_a_file_are_attacked_each_in_its_way(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch)
+    model = evaluated(
+        "plain.pt", *FLAGS, "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch
+    )
+    run = evaluated("run", "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch)
+    file = evaluated("run/model.onnx", "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch)
+    found = [{r["metric"]: r for r in rows} for rows in (model, run, file)]
+    how = [rows["robust_accuracy"]["conditions"]["gradients"] for rows in found]
+    assert how[0] == "white box"
+    assert how[1] == "white box on the torch network, replayed on the file"
+    assert how[2].startswith("black box on the file")
+    assert "overstates robustness" in found[2]["robust_accuracy"]["conditions"]["notes"][0]
+    assert [list(rows["robust_accuracy"]["conditions"]["broken"]) for rows in found] == [
+        ["clean", "apgd-ce", "apgd-t", "fab-t", "square"],
+        ["clean", "apgd-ce", "apgd-ce-to-the-end", "apgd-ce-from-dense", "apgd-t", "fab-t", "square"],
+        ["clean", "square"],
+    ]
+    for rows in found:
+        robust = rows["robust_accuracy"]
+        assert rows["clean_accuracy"]["value"] == 1.0 and robust["n"] == 10
+        assert robust["spread"] == list(intervals.binomial(robust["conditions"]["right"], 10))
+    worst = [rows["robust_accuracy"]["value"] for rows in found]
+    assert worst[1] <= worst[0] <= worst[2] and worst[0] < 1
+
+
+def test_a_run_whose_model_is_gone_says_that_transfer_was_not_tried(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch)
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "data.npz", tmp_path)
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    for change, says in (
+        (
+            lambda: (tmp_path / "run" / "recipe.toml").write_text(text.replace("plain.pt", "gone.pt")),
+            "no such file",
+        ),
+        (lambda: (tmp_path / "run" / "edgeprune.lock").write_text('{"model": {"sha256": "0"}}'), "gone.pt"),
+        ((tmp_path / "run" / "edgeprune.lock").unlink, "can't be read"),
+    ):
+        change()
+        rows = evaluated("run", "--attack", "standard", *QUICK, folder=tmp_path, monkeypatch=monkeypatch)
+        robust = next(r for r in rows if r["metric"] == "robust_accuracy")
+        assert "dense model were not tried" in robust["conditions"]["notes"][0]
+        assert says in robust["conditions"]["notes"][0]
+        assert "apgd-ce-from-dense" not in robust["conditions"]["broken"]
+
+
+def test_in_a_terminal_the_attacks_and_the_warnings_are_said_in_words(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    arguments = ["evaluate", "plain.pt", *FLAGS, "--data", "data.npz", "--attack", "fgsm", *QUICK]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "fgsm, Linf eps 1/255, white box." in done.stdout and "survived" in done.stdout
+    assert "10 of 10 images are right without an attack" in done.stderr
+    facts = {"flags": ["odd"], "notes": ["so"]}
+    told = queries.warnings((reading("clean_accuracy", 1.0, conditions=facts),))
+    assert told == ["note: so", "WARNING: odd"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run/model.onnx", "--attack", "pgd"], "model.onnx has none"),
+        (["run/model.onnx", "--attack", "standard", "--eps", "8"], "did you mean 8/255?"),
+        (["run/model.onnx", "--attack", "standard", "--eps", "8 px"], "'8 px' is not a quantity"),
+        (["run/model.onnx", "--attack", "pdg"], "did you mean 'pgd'?"),
+        (["run/model.onnx", "--attack", "standard", "--limit", "-1"], "--limit -1"),
+        (["run/model.onnx", "--attack", "standard", "--set", "attack.norm=L1"], "Linf, L2"),
+        (["run", "--attack", "pgd", "--set", "attack.step=3"], "did you mean 'steps'?"),
+    ],
+)
+def test_what_can_not_be_attacked_is_answered_with_what_to_do(
+    made: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(made)
+    done = runner.invoke(app, ["evaluate", *arguments, "--data", "data.npz"])
+    assert done.exit_code == 2, done.output
+    assert says in done.stderr and "Traceback" not in done.output
+
+
+def test_labels_that_are_no_classes_of_the_file_are_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    pixels = np.zeros((12, 8, 8, 3), np.uint8)
+    for labels, says in (({"y": np.arange(12)}, "the model has 5 outputs"), ({}, "y")):
+        np.savez(tmp_path / "odd.npz", x=pixels, **labels)
+        arguments = ["evaluate", "run", "--data", str(tmp_path / "odd.npz"), "--attack", "fgsm"]
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 2 and says in done.stderr, done.output
+
+
+def test_a_file_with_a_fixed_batch_is_asked_many_images_at_a_time_and_answers_the_same(
+    made: Path, tmp_path: Path
+) -> None:
+    answers, fast = open_file(made / "run" / "model.onnx", tmp_path, 1)
+    assert fast is not None and not list(tmp_path.iterdir())
+    x = nets.example(5)
+    torch.testing.assert_close(answers(x), fast(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="no file"):
+        open_file(tmp_path / "none.onnx", tmp_path, 1)
+
+
+def test_the_same_seed_gives_the_same_verdicts_and_the_same_images(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pgd = ["plain.pt", *FLAGS, "--attack", "pgd", "--eps", "1/255", "--limit", "20"]
+    first, again = (evaluated(*pgd, folder=made, monkeypatch=monkeypatch) for _ in range(2))
+    for rows in (first, again):
+        for row in rows:
+            row["conditions"].pop("seconds", None)
+    assert first == again
+    everything = evaluated(*pgd[:-1], "0", folder=made, monkeypatch=monkeypatch)
+    assert everything[0]["n"] == 80 and everything[1]["conditions"]["limit"] == 0
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (0, 6), (3, 3), (2, 9), (40, 61)])
+def test_the_paired_test_is_the_two_sided_binomial_one(gained: int, lost: int) -> None:
+    n = gained + lost
+    odds = [comb(n, k) / 2**n for k in range(n + 1)]
+    exact = sum(p for p in odds if p <= odds[gained] * (1 + 1e-9))
+    assert intervals.mcnemar(gained, lost) == pytest.approx(exact, rel=1e-9)
+    assert intervals.mcnemar(lost, gained) == intervals.mcnemar(gained, lost)
+
+
+def test_the_paired_test_on_known_and_on_impossible_counts() -> None:
+    assert intervals.mcnemar(0, 5) == 0.0625 and intervals.mcnemar(0, 6) == 0.03125
+    assert 0 < intervals.mcnemar(0, 1000) < 1e-300
+    with pytest.raises(ValueError, match="at least 0"):
+        intervals.mcnemar(-1, 2)
+
+
+def test_the_gate_reads_an_accuracy_under_attack_with_its_interval() -> None:
+    """Undecided while the limit lies inside the interval; in pairs 10 lost and 10 gained of 1000 are +-0.88 pp."""
+    worst = reading("robust_accuracy", 0.45, n=500, spread=intervals.binomial(225, 500))
+    for text, status in (
+        ("40 %", "pass"),
+        ("44 %", "inconclusive"),
+        ("46 %", "inconclusive"),
+        ("50 %", "fail"),
+    ):
+        assert check(plain_report([], [worst]), "robust_accuracy", text).status == status
+    spread = intervals.binomial(450, 1000)
+    dense = reading("robust_accuracy", 0.45, spread=spread)
+    after = reading("robust_accuracy", 0.45, spread=spread, conditions={"paired": {"gained": 10, "lost": 10}})
+    assert check(plain_report([dense], [after]), "robust_accuracy", "-0.9 pp").status == "pass"
+    assert check(plain_report([dense], [after]), "robust_accuracy", "-0.85 pp").status == "inconclusive"
+    stronger = reading("robust_accuracy", 0.45, spread=spread, conditions={"attack": "standard"})
+    weaker = reading("robust_accuracy", 0.45, spread=spread, artifact="dense", conditions={"attack": "fgsm"})
+    found = check(plain_report([weaker], [stronger]), "robust_accuracy", "-9 pp")
+    assert found.status == "inconclusive" and "not comparable" in found.detail
+
+
+def test_auto_is_standard_where_a_robust_accuracy_is_asked_for() -> None:
+    def decided(**tables: Any) -> tuple[str, str]:
+        table = recipe.attack(recipe.build({}, tables))
+        return table.name, table.eps
+
+    assert decided() == ("none", "8/255")
+    assert decided(tune={"objective": "pgd"}) == ("standard", "8/255")
+    assert decided(tune={"objective": "trades", "eps": "4/255"}) == ("standard", "4/255")
+    assert decided(tune={"objective": "pgd", "eps": "4/255"}, attack={"norm": "L2"}) == (
+        "standard",
+        "128/255",
+    )
+    assert decided(budget={"robust_accuracy": "40 %"}) == ("standard", "8/255")
+    assert decided(tune={"objective": "pgd"}, attack={"name": "none"}) == ("none", "8/255")
+    assert decided(attack={"name": "fgsm", "eps": "1/255"}) == ("fgsm", "1/255")
+
+
+def test_the_radius_that_people_mean_is_the_one_that_is_used() -> None:
+    from edgeprune.quantities import USUAL_EPS, eps_of
+
+    assert {norm: eps_of(text, norm) for norm, text in choices.USUAL_EPS_TEXT.items()} == USUAL_EPS
