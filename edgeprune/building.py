@@ -12,6 +12,7 @@ from typing import Any
 from edgeprune.context import Context, stage, torch_part
 from edgeprune.nn import team
 from edgeprune.records import Bundle, Reading
+from edgeprune.workdir import digest
 
 PARITY_IMAGES = 8
 # The stages that leave weights of the smaller network; the last one that took place has the newest.
@@ -24,6 +25,34 @@ def smaller(run: Context, folders: Mapping[str, Path]) -> Bundle:
     newest = next(folders[name] for name in WEIGHTS if name in folders)
     plan = store.load_plan(folders["cut"] / "plan.json")
     return store.restore(run.bundle, (plan,), newest / "weights.safetensors")
+
+
+def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[str, Any]:
+    """What is attacked, in the order of the stages: the dense network, what each stage left, and the file.
+
+    Adversarial images of the dense network are tried on all of them.
+
+    Args:
+        scratch: for temporary files.
+    """
+    attack, store, deployed = stage("attack"), torch_part("store"), torch_part("bundle").deployed
+    dense = deployed(run.bundle)
+    where = run.device.where()
+    # A file like the other one: what differs then is the network.
+    found = {
+        "dense": attack.of_file("dense.onnx", folders["dense"] / "dense.onnx", scratch, where, twin=dense)
+    }
+    plan = store.load_plan(folders["cut"] / "plan.json")
+    for name, label in (("cut", "pruned"), ("repair", "repaired"), ("tune", "tuned")):
+        if name in folders and (name != "tune" or run.lesson.epochs or run.lesson.recalibrate):
+            weights = folders[name] / "weights.safetensors"
+            module = deployed(store.restore(run.bundle, (plan,), weights))
+            found[label] = attack.of_network(label, module, digest(weights), others={"dense": dense})
+    twin = deployed(smaller(run, folders))
+    found["exported"] = attack.of_file(
+        "model.onnx", folders["export"] / "model.onnx", scratch, where, twin=twin, others={"dense": dense}
+    )  # fmt: skip
+    return found
 
 
 def export_onnx(

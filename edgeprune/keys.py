@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage
 from edgeprune.workdir import STAGES
 
@@ -31,6 +32,9 @@ def stage_keys(run: Context) -> dict[str, str]:
     keys["export"] = _key(run, "export", keys["tune"], table.export, run.target)
     where = run.device.where()
     keys["measure"] = _key(run, "measure", keys["export"], table.measure, run.data_key, where)
+    attack = recipes.attack(table)
+    if run.data and attack.name != "none":
+        keys["attack"] = _key(run, "attack", keys["export"], keys["tune"], attack, run.data_key, table.seed)
     return {name: keys[name] for name in STAGES if name in keys}
 
 

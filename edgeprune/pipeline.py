@@ -1,6 +1,6 @@
 """The order of the stages, and the one place that imports a stage, when it runs.
 
-load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> measure -> report -> the budget
+load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> measure -> attack -> report -> the budget
 
 Every stage between load and report leaves a folder in the run directory (`workdir`), and the next one reads it from
 there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
@@ -19,7 +19,7 @@ from typing import Any
 
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
-from edgeprune.building import export_onnx, probes, shared_probes, smaller
+from edgeprune.building import export_onnx, probes, shared_probes, smaller, victims
 from edgeprune.context import (
     Context,
     Ledger,
@@ -111,6 +111,7 @@ def _run(run: Context, keys: Mapping[str, str]) -> Result:
     order = (
         ("dense", _dense), ("synthesize", _synthesize), ("prune", _prune), ("cut", _cut),
         ("repair", _repair), ("tune", _tune), ("export", _export), ("measure", _measure),
+        ("attack", _attack),
     )  # fmt: skip
     folders: dict[str, Path] = {}
     for name, work in order:
@@ -260,6 +261,20 @@ def _measure(step: Step) -> None:
     measured = measure_run.run(wanted, files, small.plans[-1], counted=counted)
     measured = replace(measured, after=(*measured.after, *_without_labels(step, small, files)))
     codec.write(step.out / "measured.json", measured)
+
+
+def _attack(step: Step) -> None:
+    run, attack, table = step.run, stage("attack"), recipes.attack(step.run.recipe)
+    images = run.data.held_out
+    if table.limit:
+        images = stage("evaluate").balanced(images, table.limit, run.recipe.seed)
+    run.say(f"attack: {table.name} on {len(images)} held-out images, after every stage")
+    data = f"{run.data.fingerprint} {images.name} {len(images)}"
+    job = attack.job(table, seed=run.recipe.seed, data=data)
+    found = victims(run, step.folders, step.scratch)
+    codec.write(
+        step.out / "attacked.json", attack.run_stages(found, images, job, scratch=step.scratch, say=run.say)
+    )
 
 
 def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tuple[Reading, ...]:

@@ -223,13 +223,13 @@ def budget(recipe: Recipe) -> Budget:
 def attack(recipe: Recipe) -> AttackTable:
     """The recipe's attack with "auto" decided, and with its radius written out.
 
-    "auto" is standard where the network is trained against attacks or the budget names the robust accuracy, and none
-    otherwise.
+    "auto" is the standard evaluation where the budget names the robust accuracy, PGD (minutes, not hours) where the
+    network is trained against attacks, and none otherwise.
     """
     table, tune = recipe.attack, recipe.tune
     adversarial = tune.objective != "natural"
-    asked = adversarial or "robust_accuracy" in recipe.budget
-    name = ("standard" if asked else "none") if table.name == "auto" else table.name
+    asked = "standard" if "robust_accuracy" in recipe.budget else "pgd" if adversarial else "none"
+    name = asked if table.name == "auto" else table.name
     trained = tune.eps if adversarial and tune.norm == table.norm else ""
     return replace(table, name=name, eps=table.eps or trained or choices.USUAL_EPS_TEXT[table.norm])
 

@@ -26,13 +26,17 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
     build, costs, plan = stage("report_build"), torch_part("costs"), small.plans[-1]
     measured = codec.read(stage("measure_run").Measured, folders["measure"] / "measured.json", WorkdirError)
     ledgers = [_ledger(folders[name]) for name in ("repair", "tune") if name in folders]
+    attacked = stage("attack").Attacked((), (), (), ())
+    if "attack" in folders:
+        attacked = codec.read(type(attacked), folders["attack"] / "attacked.json", WorkdirError)
     example = costs.normalized_example(run.bundle.input, run.recipe.seed)
     rows = (costs.layer_costs(run.bundle.module, example), costs.layer_costs(small.module, example))
     chosen = stage("prune").read(folders["prune"])
     parts = {
         "recipe": recipes.to_dict(run.recipe),
         "environment": build.environment(run.device.facts(), run.target.title),
-        "before": measured.before, "after": measured.after, "samples": measured.samples,
+        "before": (*measured.before, *attacked.before), "after": (*measured.after, *attacked.after),
+        "samples": measured.samples,
         "layers": build.layers(*rows, measured.times, plan.left_out, nonzero=_nonzero(run, small)),
         "history": chosen.record,
     }  # fmt: skip
@@ -40,6 +44,7 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
     notes = (
         *build.sparse_notes(run.recipe.prune.granularity, measured.after),
         *measured.notes,
+        *attacked.notes,
         *_parity_notes(parity.readings),
         *(stage("synthesize").read(folders["synthesize"]).notes if "synthesize" in folders else ()),
         *chosen.notes,
@@ -47,7 +52,8 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
         *_notes(run, plan),
     )
     readings = [reading for ledger in ledgers for reading in ledger.readings]
-    return build.build(parts, ledger=readings, notes=notes, plan=plan)
+    lines = stage("attack").merged(readings, attacked.ledger)
+    return build.build(parts, ledger=lines, notes=notes, plan=plan)
 
 
 def lock_facts(run: Context) -> dict[str, Any]:

@@ -177,7 +177,6 @@ def test_a_missing_baseline_is_no_failure_and_is_said(
         (["compress", "x.pt2", "--set", "prune.repair=always"], 2, "auto, none, synthetic, data"),
         (["compress", "x.pt2", "--set", "synthesize.image=8"], 2, "did you mean 'images'?"),
         (["compress", "x.pt2", "--epochs", "3"], 2, "needs images"),
-        (["compress", "x.pt2", "--granularity", "2:4"], 2, "not in this version"),
         (["compress", "x.pt2", "--precision", "int8"], 2, "not in this version"),
         (["evaluate", "x.onnx"], 2, "--data"),
         (["evaluate", "x.onnx", "--attack", "fgms"], 2, "fgsm"),

@@ -50,7 +50,9 @@ def test_exactly_so_many_are_kept_whatever_ties() -> None:
     assert keep_largest(scores, 3).tolist() == [True, True, False, False, True, False]
 
 
-TRAINING = {n for n in plugins.names("methods") if "(TrainingMethod)" in plugins.path_of("methods", n).read_text()}
+TRAINING = {
+    n for n in plugins.names("methods") if "(TrainingMethod)" in plugins.path_of("methods", n).read_text()
+}
 
 
 @pytest.mark.parametrize("name", nets.NETS)

@@ -115,7 +115,9 @@ class PruneTask:
         """
         sizes, shapes = self.units.sizes, self.units.shapes
         floors = {name: max(1, math.ceil(LEAST_DENSITY * n)) for name, n in sizes.items()}
-        classifier = next((name for name in reversed(tuple(shapes)) if len(shapes[name]) == CLASSIFIER_DIMS), None)
+        classifier = next(
+            (name for name in reversed(tuple(shapes)) if len(shapes[name]) == CLASSIFIER_DIMS), None
+        )
         if classifier is not None:
             floors[classifier] = min(sizes[classifier], max(floors[classifier], shapes[classifier][0]))
         return floors
@@ -274,8 +276,8 @@ def need_training(name: str, task: PruneTask) -> Training:
     """
     if task.training is None:
         raise UsageError(
-            f"method {name} trains the network, and there are no images to train on",
-            "give --data with a training part (without --data-use evaluate), or choose --method data-free",
+            f"method {name} trains the network, and there is nothing to train on, or for no epoch",
+            "give --data with a training part (without --data-use evaluate) and --epochs, or choose --method data-free",
         )
     return task.training
 

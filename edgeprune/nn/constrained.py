@@ -1,9 +1,9 @@
 """Distillation as constraints: close to a teacher on clean images, and right or close to it on adversarial ones.
 
 A batch costs L + sum of lambda_c max(0, g_c), over 1 + sum of lambda_c, so that the gradient does not grow with the
-multipliers; L is the loss of the recipe's objective, on x' where that is adversarial, or CE(f(x), y). g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x')) - eps_adv,
-with x' from the attack of the recipe's objective. After each epoch a multiplier rises by its step times its mean
-violation.
+multipliers; L is the loss of the recipe's objective, on x' where that is adversarial, or CE(f(x), y).
+g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x')) - eps_adv, with x' from the attack
+of the recipe's objective. After each epoch a multiplier rises by its step times its mean violation.
 """
 
 from __future__ import annotations

@@ -34,10 +34,7 @@ CURVES = {
     ("pqi", "kept"): ("Kept", "The units that each layer had in an iteration."),
     ("pqi", "accuracy"): ("Validation accuracy", ""),
     ("pqi", "mean"): ("Mean PQ index", "Over the layers, each by what it has left."),
-    ("pqi", "factor"): (
-        "Pace",
-        "What the number of units to cut was multiplied by, to meet the budget in time.",
-    ),
+    ("pqi", "counts"): ("Counts in each cut", "How often SAP's count was taken, to meet the budget in time."),
     ("dnr", "density"): (
         "Density",
         "What each layer holds of the budget, which is the same after every epoch.",
@@ -53,10 +50,10 @@ CURVES = {
     ("deadwooding", "lambda_kd"): ("Multiplier of distillation", ""),
     ("deadwooding", "lambda_adv"): ("Multiplier of robustness", ""),
     ("deadwooding", "kd"): (
-        "Violation of distillation",
+        "Distance in distillation",
         "How far from the dense model's answers, mean of an epoch.",
     ),
-    ("deadwooding", "adv"): ("Violation of robustness", "The same under attack."),
+    ("deadwooding", "adv"): ("Distance under attack", "The same under attack."),
     ("deadwooding", "violation"): ("Violation of the constraints", "Mean of an epoch."),
     ("deadwooding", "validation"): ("Validation accuracy", "In the second stage."),
     ("training", "losses"): ("Training loss", ""),
