@@ -122,7 +122,7 @@ SAME = {"beta": 0.0}
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without stage A": {"stage_a": 0.0},
     "without stage B's constraints": {"rho_kd": 0.0, "init_kd": 0.0, "rho_adv": 0.0, "init_adv": 0.0},
-    "without distillation": {"rho_kd": 0.0, "init_kd": 0.0},
+    "without distillation": {"rho_kd": 0.0},
     "without the robust constraint": {"rho_adv": 0.0, "init_adv": 0.0},
 }
 BASELINES: dict[str, dict[str, Any]] = {

@@ -63,10 +63,10 @@ class Deadwooding(TrainingMethod):
     score: str = "auto"
     loss_b: str = "objective"
     rho_kd: float = 0.1
-    init_kd: float = 1.0
+    init_kd: float = 0.0
     eps_kd: float = -1.0
-    rho_adv: float = 2.0
-    init_adv: float = 5.0
+    rho_adv: float = 0.5
+    init_adv: float = 1.0
     eps_adv: float = -1.0
     distance: str = "teacher_clean"
     temperature: float = 4.0
