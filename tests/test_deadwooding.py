@@ -224,7 +224,7 @@ def test_without_constraints_stage_b_is_plain_masked_training_bit_for_bit(
 
 def test_the_multipliers_of_stage_b_rise_by_the_mean_violation_up_to_the_cap(tmp_path: Path) -> None:
     method = Deadwooding(
-        stage_a=0.0, rho_kd=0.5, rho_adv=100.0, init_adv=1.0, eps_kd=0.0, eps_adv=0.0, cap=3.0
+        stage_a=0.0, rho_kd=0.5, init_kd=1.0, rho_adv=100.0, init_adv=1.0, eps_kd=0.0, eps_adv=0.0, cap=3.0
     )
     _, _, task = run("plain", "weight", tmp_path, method, table=replace(TABLE, epochs=3))
     record = task.record["deadwooding"]
@@ -236,7 +236,7 @@ def test_the_multipliers_of_stage_b_rise_by_the_mean_violation_up_to_the_cap(tmp
 
 
 def test_a_constraint_that_holds_costs_nothing_and_its_multiplier_stands_still(tmp_path: Path) -> None:
-    method = Deadwooding(stage_a=0.0, init_adv=1.0, eps_kd=1e6, eps_adv=1e6)
+    method = Deadwooding(stage_a=0.0, init_kd=1.0, init_adv=1.0, eps_kd=1e6, eps_adv=1e6)
     _, _, task = run("plain", "weight", tmp_path, method)
     record = task.record["deadwooding"]
     assert record["slack"] == {"kd": 1e6, "adv": 1e6}
