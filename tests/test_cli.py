@@ -97,9 +97,12 @@ def test_the_budget_holds_and_every_metric_of_a_file_was_read(run: tuple[Path, d
     assert 0 <= after["agreement"] <= 1
 
 
+COUNTED = ("params", "macs", "size", "compressed_size", "weight_density", "param_density")
+
+
 def test_measured_and_counted_readings_say_which_they_are(run: tuple[Path, dict[str, object]]) -> None:
     for reading in run[1]["report"]["after"]:  # type: ignore[index]
-        counted = reading["metric"] in ("params", "macs", "size")
+        counted = reading["metric"] in COUNTED
         assert (reading["where"] == "counted") == counted, reading
         if not counted:
             assert reading["where"].startswith("local")
