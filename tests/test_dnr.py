@@ -462,7 +462,7 @@ def test_without_a_budget_images_or_epochs_it_says_what_to_give(tmp_path: Path) 
         with pytest.raises(UsageError, match="budget") as error:
             DNR()(network, task_of(network, kind, tmp_path, limits={}))
         assert "--budget" in error.value.hint
-    with pytest.raises(UsageError, match="no images"):
+    with pytest.raises(UsageError, match="nothing to train on"):
         DNR()(network, replace(task_of(network, "weight", tmp_path), training=None))
     with pytest.raises(UsageError, match=r"tune\.epochs is 0"):
         DNR()(network, task_of(network, "weight", tmp_path, replace(TABLE, epochs=0)))

@@ -236,16 +236,16 @@ def test_the_gate_reads_an_accuracy_under_attack_with_its_interval() -> None:
     assert found.status == "inconclusive" and "not comparable" in found.detail
 
 
-def test_auto_is_standard_where_a_robust_accuracy_is_asked_for() -> None:
+def test_auto_is_pgd_after_robust_training_and_standard_where_a_robust_accuracy_is_asked_for() -> None:
     def decided(**tables: Any) -> tuple[str, str]:
         table = recipe.attack(recipe.build({}, tables))
         return table.name, table.eps
 
     assert decided() == ("none", "8/255")
-    assert decided(tune={"objective": "pgd"}) == ("standard", "8/255")
-    assert decided(tune={"objective": "trades", "eps": "4/255"}) == ("standard", "4/255")
+    assert decided(tune={"objective": "pgd"}) == ("pgd", "8/255")
+    assert decided(tune={"objective": "trades", "eps": "4/255"}) == ("pgd", "4/255")
     assert decided(tune={"objective": "pgd", "eps": "4/255"}, attack={"norm": "L2"}) == (
-        "standard",
+        "pgd",
         "128/255",
     )
     assert decided(budget={"robust_accuracy": "40 %"}) == ("standard", "8/255")

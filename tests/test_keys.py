@@ -18,6 +18,7 @@ from edgeprune.workdir import STAGES, Workdir
 MODEL = Bundle(None, Source("pt2", "net.pt2", "1"), InputSpec((3, 8, 8), 5))  # type: ignore[arg-type]
 LEARN = SimpleNamespace(fingerprint="f", train=object())
 WATCH = SimpleNamespace(fingerprint="f", train=None)
+UNATTACKED = STAGES[:-1]
 WITHOUT = ["dense", "prune", "cut", "tune", "export", "measure"]
 
 
@@ -38,8 +39,8 @@ def changed(folder: Path, one: dict[str, Any], two: dict[str, Any]) -> list[str]
 
 
 def test_without_data_every_stage_is_needed(tmp_path: Path) -> None:
-    assert list(keys(tmp_path)) == list(STAGES)
-    assert list(keys(tmp_path, data=WATCH)) == list(STAGES)
+    assert list(keys(tmp_path)) == list(UNATTACKED)
+    assert list(keys(tmp_path, data=WATCH)) == list(UNATTACKED)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_repair_on_real_images_synthesizes_none(tmp_path: Path) -> None:
         keys(tmp_path, data=WATCH, prune={"repair": "data"})
 
 
-LATER = list(STAGES[2:])
+LATER = list(UNATTACKED[2:])
 
 
 @pytest.mark.parametrize(
@@ -112,4 +113,15 @@ def test_synthetic_and_real_images_give_different_repairs(tmp_path: Path) -> Non
 
 def test_another_network_is_another_key_everywhere(tmp_path: Path) -> None:
     other = Bundle(None, Source("pt2", "net.pt2", "2"), MODEL.input)  # type: ignore[arg-type]
-    assert changed(tmp_path, {}, {"model": other}) == list(STAGES)
+    assert changed(tmp_path, {}, {"model": other}) == list(UNATTACKED)
+
+
+def test_what_trains_robustly_is_attacked_where_there_are_images(tmp_path: Path) -> None:
+    robust = {"tune": {"objective": "pgd"}}
+    assert list(keys(tmp_path, data=LEARN, **robust)) == [*WITHOUT, "attack"]
+    assert "attack" not in keys(tmp_path, **robust)
+    assert "attack" not in keys(tmp_path, data=LEARN, attack={"name": "none"}, **robust)
+    assert "attack" in keys(tmp_path, data=WATCH, attack={"name": "fgsm"})
+    assert changed(
+        tmp_path, {"data": LEARN, **robust}, {"data": LEARN, **robust, "attack": {"limit": 9}}
+    ) == ["attack"]
