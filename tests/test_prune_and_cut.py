@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nets
 import pytest
 import torch
+import training_tasks
 from torch import nn
 
 from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError, WorkdirError
-from edgeprune.nn import costs, graph, progressive
+from edgeprune.nn import costs, graph, progressive, train
 from edgeprune.nn.bundle import from_module
 from edgeprune.quantities import limit
 from edgeprune.recipe import PruneTable
@@ -131,6 +133,25 @@ def test_searching_on_the_device_tries_counts_and_merges_but_once(monkeypatch: p
     chosen = prune.run(dense, PruneTable(), budget(latency_p50="5 ms"), probes)
     assert len(runs) == 1 and macs_after(dense, chosen) <= 0.5
     assert runs[0] == {g: int(keep.sum()) for g, keep in chosen.masks.channels.items()}
+
+
+def test_searching_on_the_device_trains_but_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dense, runs = bundle("plain"), []
+    fit = train.fit
+
+    def counted(*given: Any) -> Any:
+        runs.append(given)
+        return fit(*given)
+
+    monkeypatch.setattr(train, "fit", counted)
+    table = training_tasks.TABLE
+    images = training_tasks.images(60, 1)
+    probes = replace(
+        material(latency_p50=slow_as_macs(dense)), train=images, images=images.take(torch.arange(60)),
+        labels=images.labels, table=table, scratch=tmp_path,
+    )  # fmt: skip
+    chosen = prune.run(dense, PruneTable(method="dnr"), budget(latency_p50="5 ms"), probes)
+    assert len(runs) == 1 and macs_after(dense, chosen) <= 0.5
 
 
 def test_skipped_layers_keep_their_channels() -> None:

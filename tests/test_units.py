@@ -90,6 +90,9 @@ def test_layers_that_hold_no_block_stay_dense_and_say_why() -> None:
 def test_a_layer_that_is_skipped_is_no_unit() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     assert set(of_weights(network, "weight", ["0"]).sizes) == {"1.weight"}
+    assert set(of_weights(nets.build("residual"), "weight", ["o*", "tw?"]).sizes) == {
+        "stem.0.weight", "down.0.weight", "fc.weight",
+    }  # fmt: skip
 
 
 def test_a_network_without_weights_is_refused() -> None:

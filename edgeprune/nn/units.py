@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def of_weights(network: nn.Module, granularity: str, skip: Sequence[str] = ()) -
     sparse kernels want it; layers whose input channels (of one group) are not a multiple of four stay dense.
 
     Args:
-        granularity: "weight" or "2:4". skip: layers that are left alone.
+        granularity: "weight" or "2:4". skip: layers that are left alone, as patterns ("layer1.*").
 
     Raises:
         UnsupportedModel: there is no such layer.
@@ -154,7 +155,7 @@ def of_weights(network: nn.Module, granularity: str, skip: Sequence[str] = ()) -
         ):
             continue
         seen.add(id(weight))
-        if path in skip:
+        if any(fnmatch(path, pattern) for pattern in skip):
             left_out[path] = "asked for with prune.skip"
         elif granularity == "2:4" and weight.shape[1] % BLOCK:
             left_out[path] = f"{weight.shape[1]} input channels of a group are not a multiple of {BLOCK}"

@@ -218,6 +218,9 @@ def _search(
     def choose(limits: Mapping[str, float]) -> Masks:
         """The choice within limits; of a surveying method only its counts, which are all that a probe tells."""
         tighter = replace(task, rules=replace(task.rules, limits=dict(limits)))
+        if isinstance(method, TrainingMethod):
+            # One training is enough: what fits is tried out with the largest channels, the method is told the limits.
+            return tighter.masks(tighter.keep(_shares_of_norms(tighter, network)))
         if survey is None:
             return method(deepcopy(network), tighter)
         kept = counts(survey, tighter)
@@ -234,6 +237,12 @@ def _search(
         masks = method.choose(network, final, survey, counts(survey, final))
         verify(type(method).__name__, masks, final)
     return masks, (*notes, *dict.fromkeys(task.notes))
+
+
+def _shares_of_norms(task: PruneTask, network: nn.Module) -> dict[str, Tensor]:
+    """Of each channel its share of the squared norms of its group."""
+    squares = {g: norms**2 for g, norms in task.units.norms(network).items()}
+    return {g: s / torch.clamp(s.sum(), min=1e-30) for g, s in squares.items()}
 
 
 def _bisect(
