@@ -3,6 +3,8 @@
 # Another Python:                make demo PYTHON=/path/to/python3.11
 # torch without CUDA, smaller:   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+# Processes that run the tests; each uses one core and up to a gigabyte.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -20,7 +22,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/edgeprune demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@ import training_tasks
 from torch import nn
 
 from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError, WorkdirError
-from edgeprune.nn import costs, graph, progressive, train
+from edgeprune.methods import dnr
+from edgeprune.nn import costs, graph, progressive
 from edgeprune.nn.bundle import from_module
 from edgeprune.quantities import limit
 from edgeprune.recipe import PruneTable
@@ -137,13 +138,13 @@ def test_searching_on_the_device_tries_counts_and_merges_but_once(monkeypatch: p
 
 def test_searching_on_the_device_trains_but_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dense, runs = bundle("plain"), []
-    fit = train.fit
+    fit = dnr.fit
 
     def counted(*given: Any) -> Any:
         runs.append(given)
         return fit(*given)
 
-    monkeypatch.setattr(train, "fit", counted)
+    monkeypatch.setattr(dnr, "fit", counted)
     table = training_tasks.TABLE
     images = training_tasks.images(60, 1)
     probes = replace(
