@@ -7,8 +7,8 @@ from scratch with the objective; every row starts from it and gets the same epoc
 say "scratch" start from random weights and get the epochs of both). It prints the tables of BENCHMARKS.md, mean and
 standard deviation over the seeds: accuracy on the test images, and on --attack of them under FGSM and PGD-20 (8/255 in
 the maximum norm, step 2/255, random start). Finished rows are found again in DIR; two run at a time, a thread each
-(--jobs). At size small, which two cores can train, all parts take under two hours; resnet18 and vgg16 with --images 0
---epochs 100 --objective pgd are the papers' setting and want a GPU.
+(--jobs). --print shows what is there already, --phases how the PQ index goes. Size small is for two cores and two
+hours; resnet18 and vgg16 with --images 0 --epochs 100 --objective pgd are the papers' setting and want a GPU.
 """
 
 from __future__ import annotations
@@ -150,15 +150,25 @@ def main() -> None:
     parser.add_argument("--mixed", default="bf16", choices=("auto", "fp32", "bf16"), help="of training alone")
     parser.add_argument("--parts", default="", help="only parts with this in their names")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--print", action="store_true", help="only the tables of what is finished in DIR")
+    parser.add_argument(
+        "--phases", action="store_true", help="only the PQ index of one SAP run without a budget"
+    )
     given = parser.parse_args()
     setting = Setting(
         given.data, given.size, given.images, given.epochs, given.objective, given.lr, given.attack, given.output,
         given.mixed,
     )  # fmt: skip
     Path(given.output).mkdir(parents=True, exist_ok=True)
-    images(setting)
+    if given.phases:
+        phases(setting)
+        return
     wanted = [row for row in rows() if given.parts in row.part]
     seeds = range(given.seeds)
+    if given.print:
+        tables(setting, wanted, seeds)
+        return
+    images(setting)
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         finish([pool.submit(dense, setting, seed, on) for seed in seeds for on in (False, True)])
         finish([pool.submit(one, setting, row, seed) for seed in seeds for row in wanted])
@@ -191,7 +201,7 @@ def dense(setting: Setting, seed: int, trained_on: bool) -> str:
 def one(setting: Setting, row: Row, seed: int) -> str:
     """One row for one seed, from its file when it is finished."""
     torch.set_num_threads(1)
-    file = Path(setting.folder, f"{row.part}-{row.name}-{seed}.json".replace(" ", "_").replace("/", "_"))
+    file = Path(setting.folder, f"{named(row)}-{seed}.json")
     if file.exists():
         return file.stem
     bundle, data = start(setting, seed), images(setting)
@@ -288,27 +298,52 @@ def measured(setting: Setting, bundle: Bundle, data: Data) -> dict[str, Any]:
     return {"clean": correct / count, **{name: n / len(chosen) for name, n in survived.items()}}
 
 
+def phases(setting: Setting) -> None:
+    """Print the PQ index (orders 1 and 2) while SAP goes on: nine trainings of three epochs, rewinding, global."""
+    torch.set_num_threads(1)
+    bundle, data = start(setting, 0), images(setting)
+    table = replace(lesson(setting), epochs=27, objective="natural")
+    assert data.train is not None
+    print("| gamma | weights left | PQ index | validation accuracy |\n|---|---|---|---|")
+    for gamma in (1.0, 2.0):
+        options = {"variant": "paper", "start": "scratch", "p": 1.0, "q": 2.0, "scope": "global", "iterations": 8,
+                   "gamma": gamma}  # fmt: skip
+        choice = PruneTable(method="sap", granularity="weight", multiple_of=1, options=options)
+        seen = data.train.take(torch.arange(2))
+        material = prune.Material(
+            seen, data.train.labels[:2], {}, 1, 0, train=data.train, table=table,
+            scratch=Path(setting.folder, f"phases-{gamma:g}"),
+        )  # fmt: skip
+        record = prune.run(bundle, choice, Budget({}), material).record["pqi"]
+        left = [sum(counts) for counts in zip(*record["kept"].values(), strict=True)]
+        for kept, index, accuracy in zip(left, record["mean"], record["accuracy"], strict=True):
+            print(f"| {gamma:g} | {kept / left[0]:.1%} | {index:.3f} | {accuracy:.1%} |")
+        print(f"stopped: {record['stopped']}", file=sys.stderr)
+
+
 def tables(setting: Setting, wanted: Sequence[Row], seeds: Sequence[int]) -> None:
-    """Print a table for each part."""
+    """Print a line for each row of which a seed is finished, under its part."""
     print(f"{asdict(setting)}\n")
-    print("| rows | density | clean | FGSM | PGD-20 |\n|---|---|---|---|---|")
-    for name in ("dense", "dense-on"):
-        line(
-            "dense, the start" if name == "dense" else "dense, trained as long",
-            [read(setting, f"{name}-{s}") for s in seeds],
-        )
+    print("| rows | left | clean | FGSM | PGD-20 | seeds |\n|---|---|---|---|---|---|")
+    line(f"dense, {setting.epochs} epochs: the start of the rows below", read(setting, "dense", seeds))
+    line(f"dense, {2 * setting.epochs} epochs", read(setting, "dense-on", seeds))
     part = ""
     for row in wanted:
         if row.part != part:
             part = row.part
-            print(f"| **{part}** | | | | |")
-        files = [f"{row.part}-{row.name}-{s}".replace(" ", "_").replace("/", "_") for s in seeds]
-        line(row.name, [read(setting, file) for file in files])
+            print(f"| **{part}** | | | | | |")
+        line(row.name, read(setting, named(row), seeds))
 
 
-def read(setting: Setting, name: str) -> dict[str, Any]:
-    """A finished result."""
-    return json.loads(Path(setting.folder, f"{name}.json").read_text())
+def named(row: Row) -> str:
+    """The row as part of a file's name."""
+    return f"{row.part}-{row.name}".replace(" ", "_").replace("/", "_")
+
+
+def read(setting: Setting, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What is finished of a row."""
+    files = [Path(setting.folder, f"{name}-{seed}.json") for seed in seeds]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def line(name: str, runs: Sequence[dict[str, Any]]) -> None:
@@ -318,7 +353,7 @@ def line(name: str, runs: Sequence[dict[str, Any]]) -> None:
         values = [100 * run[key] for run in runs if key in run]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 and key != "density" else ""
         cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-    print(f"| {' | '.join(cells)} |")
+    print(f"| {' | '.join(cells)} | {len(runs)} |")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def fastest(networks: Sequence[nn.Module], example: Tensor, mixed: str = "fp32")
         networks: each takes pixels in [0, 1] to logits.
         example: images (n, C, H, W) to try it on.
         mixed: "fp32", "bf16", or "auto": bfloat16 on a GPU, where the network takes it, and float32 on a CPU.
-            CPUs with AVX-512 BF16 train plain convolutions in half the time with "bf16", depthwise ones in more
-            than twice; CPUs without it only emulate it.
+            CPUs with AVX-512 BF16 train convolutions in half the time with "bf16" (benchmarks/mixed.py); CPUs
+            without it only emulate it, and results would depend on which one it is.
 
     Raises:
         UsageError: another word for `mixed`.
