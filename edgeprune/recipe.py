@@ -300,6 +300,13 @@ def _typed(where: str, value: Any, default: Any) -> Any:
         if where in ("model.mean", "model.std"):
             return _numbers(where, value, values)
         return tuple(str(v) for v in values)
+    if (
+        where in ("tune.eps", "attack.eps")
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+    ):
+        # A radius is text because of "8/255"; 0.03 in TOML is a number.
+        return str(value)
     kind = type(default)
     if isinstance(value, bool) != (kind is bool) or not isinstance(
         value, (kind, int) if kind is float else kind

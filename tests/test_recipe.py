@@ -263,3 +263,13 @@ def test_with_defaults_changes_only_what_it_names() -> None:
     after = recipe.with_defaults(before, prune={"method": "taylor"})
     assert after.prune == dataclasses.replace(before.prune, method="taylor")
     assert dataclasses.replace(after, prune=before.prune) == before
+
+
+def test_a_radius_may_be_a_number_and_is_held_to_the_same_rules() -> None:
+    assert recipe.build({}, {}, ["tune.eps=0.03"]).tune.eps == "0.03"
+    assert recipe.build({"attack": {"eps": 0.03}}, {}).attack.eps == "0.03"
+    with pytest.raises(UsageError) as error:
+        recipe.build({}, {}, ["tune.eps=8"])
+    assert "8/255" in error.value.hint
+    with pytest.raises(UsageError, match=r"tune\.eps"):
+        recipe.build({}, {}, ["tune.eps=true"])
