@@ -7,166 +7,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
 from edgeprune import choices, plugins
 from edgeprune.errors import UsageError
 from edgeprune.quantities import limit, suggest
 from edgeprune.records import Budget
-
-
-@dataclass(frozen=True)
-class ModelTable:
-    """[model]: the network and how to load it. `input` is "CxHxW" or empty when the file says it."""
-
-    path: str = ""
-    arch: str = ""
-    input: str = ""
-    mean: Tuple[float, ...] = ()
-    std: Tuple[float, ...] = ()
-    allow_class: Tuple[str, ...] = ()
-    trust_pickle: bool = False
-
-
-@dataclass(frozen=True)
-class DataTable:
-    """[data]: where the images are. `use` is "all" or "evaluate" (then nothing is trained or calibrated on them).
-
-    val_share: held-out share of a set that came without a split. calibration: which images methods, batch-norm
-    recalibration and quantization look at, a name or path of `calibration/*.toml`.
-    """
-
-    path: str = ""
-    use: str = "all"
-    val_share: float = 0.2
-    calibration: str = "default"
-
-
-@dataclass(frozen=True)
-class PruneTable:
-    """[prune]: the method and how channels are shared out.
-
-    granularity: what goes whole: "channel", "weight", or half of each block of four weights, "2:4".
-    allocation: "global", "uniform", or "pqi" (layers share by their PQ index). floor: the least share of a layer's
-    channels that stays.
-    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. repair: the images on which the
-    layers after a cut are solved anew: "synthetic" (made from the network itself), "data" (calibration images),
-    "none", or "auto". `options` are the method's own (its dataclass fields).
-    """
-
-    method: str = "auto"
-    granularity: str = "channel"
-    allocation: str = "global"
-    floor: float = 0.1
-    multiple_of: int = 0
-    skip: Tuple[str, ...] = ()
-    repair: str = "auto"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SynthesizeTable:
-    """[synthesize]: images made from the network itself: how many, and in how many steps.
-
-    0 is as many as the cost of the network allows.
-    """
-
-    images: int = 0
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class TuneTable:
-    """[tune]: training with data, after a cut or, for a method that trains, while it chooses. Warm-up, then a cosine.
-
-    epochs: all of them; of a method that trains they are its own. optimizer: sgd (Nesterov momentum) or adamw.
-    distill: the weight of the dense model's answers. eps: radius of the attack ("8/255"; empty for the norm's usual
-    one), attack_step 0 for a step that fits attack_steps of them. beta: share of the clean images' loss in fgsm and
-    pgd. trades: weight of the divergence. keep: "last" epoch, or the "best" on val_share of the training images.
-    mixed: "auto", "fp32" or "bf16".
-    """
-
-    epochs: int = 0
-    objective: str = "natural"
-    lr: float = 0.03
-    batch: int = 128
-    weight_decay: float = 5e-4
-    optimizer: str = "sgd"
-    distill: float = 0.9
-    temperature: float = 4.0
-    augment: bool = True
-    recalibrate: bool = True
-    eps: str = ""
-    norm: str = "Linf"
-    attack_steps: int = 7
-    attack_step: float = 0.0
-    beta: float = 0.0
-    trades: float = 6.0
-    keep: str = "last"
-    val_share: float = 0.1
-    mixed: str = "auto"
-
-
-@dataclass(frozen=True)
-class ExportTable:
-    """[export]: the file that ships. opset 0 takes the target's."""
-
-    precision: str = "auto"
-    opset: int = 0
-    dynamic_batch: bool = False
-    tolerance: float = 1e-4
-
-
-@dataclass(frozen=True)
-class MeasureTable:
-    """[measure]: how the file is timed. threads 0 takes the target's.
-
-    seconds bounds the time for each of the two files.
-    """
-
-    device: str = "local"
-    threads: int = 1
-    warmup: int = 10
-    iterations: int = 400
-    seconds: float = 20.0
-
-
-@dataclass(frozen=True)
-class AttackTable:
-    """[attack]: how accuracy under attack is measured.
-
-    name: "standard" (the four attacks of AutoAttack's standard version), "pgd", "fgsm", "none", or "auto": standard
-    where a robust accuracy is asked for. eps: radius ("8/255"; empty for the one that was trained against, or the
-    norm's usual one). limit: so many held-out images, the same share of each class; 0 is all. steps, restarts: of
-    pgd. batch: images at a time; 0 is sized to memory.
-    """
-
-    name: str = "auto"
-    eps: str = ""
-    norm: str = "Linf"
-    limit: int = 500
-    steps: int = 20
-    restarts: int = 1
-    batch: int = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run, decided completely: same recipe, same model, same data give the same result."""
-
-    target: str = "local"
-    seed: int = 0
-    model: ModelTable = ModelTable()
-    data: DataTable = DataTable()
-    synthesize: SynthesizeTable = SynthesizeTable()
-    prune: PruneTable = PruneTable()
-    budget: Mapping[str, str] = field(default_factory=dict)
-    tune: TuneTable = TuneTable()
-    export: ExportTable = ExportTable()
-    measure: MeasureTable = MeasureTable()
-    attack: AttackTable = AttackTable()
-
+from edgeprune.schema import (
+    AttackTable,
+    DataTable,
+    ExportTable,
+    MeasureTable,
+    ModelTable,
+    PruneTable,
+    Recipe,
+    SynthesizeTable,
+    TuneTable,
+)
 
 _TABLES = {
     "model": ModelTable,
