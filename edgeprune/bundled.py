@@ -11,6 +11,7 @@ from edgeprune.quantities import number, suggest
 from edgeprune.records import Target
 
 PRECISIONS = ("fp32", "fp16", "int8")
+SCHEMES = ("u8", "s8")
 LOWEST_OPSET = 7  # the oldest that ONNX Runtime still reads
 _KINDS: Mapping[str, type] = {
     "title": str,
@@ -22,6 +23,7 @@ _KINDS: Mapping[str, type] = {
     "bandwidth": str,
     "peak": dict,
     "opset": int,
+    "int8": str,
     "setup": dict,
 }
 
@@ -103,6 +105,7 @@ def target(name: str) -> Target:
         bandwidth=_bytes(path, table, "bandwidth"),
         peak=_peaks(path, table["peak"]),
         opset=_opset(path, table["opset"]),
+        int8=_scheme(path, table["int8"]),
         setup=dict(table.get("setup", {})),
     )
 
@@ -163,6 +166,12 @@ def _bytes(path: Path, table: Mapping[str, Any], key: str) -> float:
         raise UsageError(f"{path}: {key} = {error.message}", error.hint) from error
     if value < 0:
         raise UsageError(f"{path}: {key} = {table[key]!r} must not be negative")
+    return value
+
+
+def _scheme(path: Path, value: str) -> str:
+    if value not in SCHEMES:
+        raise UsageError(f"{path}: int8 = {value!r} is not one of {', '.join(SCHEMES)}")
     return value
 
 

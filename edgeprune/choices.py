@@ -19,6 +19,9 @@ NORMS = ("Linf", "L2")
 KEEPS = ("last", "best")
 MIXED = ("auto", "fp32", "bf16")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
+CALIBRATORS = ("auto", "minmax", "percentile", "entropy", "mse")
+SCHEMES = ("auto", "u8", "s8")
+SWITCHES = ("auto", "on", "off")
 ATTACKS = ("auto", "none", "fgsm", "pgd", "standard")
 # The radius of a norm that people mean when they name none.
 USUAL_EPS_TEXT = {"Linf": "8/255", "L2": "128/255"}
@@ -44,6 +47,10 @@ def check(recipe: Recipe) -> None:
         ("tune.keep", recipe.tune.keep, KEEPS),
         ("tune.mixed", recipe.tune.mixed, MIXED),
         ("export.precision", recipe.export.precision, PRECISIONS),
+        ("quantize.calibrator", recipe.quantize.calibrator, CALIBRATORS),
+        ("quantize.scheme", recipe.quantize.scheme, SCHEMES),
+        ("quantize.equalize", recipe.quantize.equalize, SWITCHES),
+        ("quantize.bias_correction", recipe.quantize.bias_correction, SWITCHES),
         ("attack.name", recipe.attack.name, ATTACKS),
         ("attack.norm", recipe.attack.norm, NORMS),
     )
@@ -73,6 +80,7 @@ def check(recipe: Recipe) -> None:
         ("synthesize.steps", recipe.synthesize.steps, 0, 10**6),
         ("export.opset", recipe.export.opset, 0, 100),
         ("export.tolerance", recipe.export.tolerance, 0.0, 1.0),
+        ("quantize.tolerance", recipe.quantize.tolerance, 0.0, 1.0),
         ("measure.threads", recipe.measure.threads, 0, 1024),
         ("measure.warmup", recipe.measure.warmup, 0, 10**6),
         ("measure.iterations", recipe.measure.iterations, 10, 10**6),

@@ -21,6 +21,7 @@ from edgeprune.schema import (
     MeasureTable,
     ModelTable,
     PruneTable,
+    QuantizeTable,
     Recipe,
     SynthesizeTable,
     TuneTable,
@@ -33,6 +34,7 @@ _TABLES = {
     "prune": PruneTable,
     "tune": TuneTable,
     "export": ExportTable,
+    "quantize": QuantizeTable,
     "measure": MeasureTable,
     "attack": AttackTable,
 }

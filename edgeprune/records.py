@@ -133,6 +133,7 @@ class Target:
     """The facts of a machine, from `targets/NAME.toml`.
 
     multiple_of, peak: per precision ("fp32", "fp16", "int8"); peak in operations per second.
+    int8: the scheme that its runtime is fast with: "u8", unsigned asymmetric activations, or "s8", signed symmetric.
     setup: facts that only one runtime needs (TensorRT version, JetPack, threads).
     """
 
@@ -146,6 +147,7 @@ class Target:
     bandwidth: float
     peak: Mapping[str, float]
     opset: int
+    int8: str = "u8"
     setup: Mapping[str, Any] = field(default_factory=dict)
 
 

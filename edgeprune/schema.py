@@ -109,6 +109,24 @@ class ExportTable:
 
 
 @dataclass(frozen=True)
+class QuantizeTable:
+    """[quantize]: how the file gets the precision that `export.precision` names.
+
+    calibrator: how the range of an activation is chosen; "auto" tries all. scheme: "u8" (unsigned asymmetric
+    activations), "s8" (signed symmetric), or "auto", the target's. equalize, bias_correction: "on", "off", or "auto",
+    which tries both. tolerance: the loss of accuracy (without labels: of agreement with the float file) above which
+    layers go back to float, one after the other. skip: layers that stay float.
+    """
+
+    calibrator: str = "auto"
+    scheme: str = "auto"
+    equalize: str = "auto"
+    bias_correction: str = "auto"
+    tolerance: float = 0.01
+    skip: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MeasureTable:
     """[measure]: how the file is timed. threads 0 takes the target's.
 
@@ -154,5 +172,6 @@ class Recipe:
     budget: Mapping[str, str] = field(default_factory=dict)
     tune: TuneTable = TuneTable()
     export: ExportTable = ExportTable()
+    quantize: QuantizeTable = QuantizeTable()
     measure: MeasureTable = MeasureTable()
     attack: AttackTable = AttackTable()
