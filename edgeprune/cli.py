@@ -11,17 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune import __version__, pipeline, queries, recipe
+from edgeprune import __version__, pipeline, profiling, queries, recipe
 from edgeprune.cli_options import (
     Allow,
     Arch,
+    Attacked,
     Budgets,
     Data,
     DataUse,
     Debug,
     DeviceUrl,
+    DeviceUrls,
+    Eps,
     Input,
     Json,
+    Limit,
     Mean,
     Method,
     Model,
@@ -31,6 +35,8 @@ from edgeprune.cli_options import (
     TargetName,
     TrainingData,
     Trust,
+    model_table,
+    only_given,
 )
 from edgeprune.cli_output import (
     INTERRUPTED,
@@ -42,6 +48,7 @@ from edgeprune.cli_output import (
     say,
     show_readings,
     show_run,
+    show_table,
     tables,
 )
 from edgeprune.codec import to_json
@@ -87,8 +94,8 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Load, prune, cut, repair, tune, export, measure and report; resumes where it was stopped. Data is optional."""
-    flags = _flags(
-        _model(model, arch, input_shape, mean, std, allow_class, trust_pickle),
+    flags = only_given(
+        model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},
         tune={"objective": objective, "epochs": epochs}, export={"precision": precision},
         measure={"device": device}, target=target, seed=seed,
@@ -106,19 +113,40 @@ def compress(
 
 @app.command()
 def profile(
-    artifact: Annotated[Path, typer.Argument(help="an .onnx file, or a run directory")],
+    artifact: Annotated[str, typer.Argument(help="an .onnx file, or a run directory")],
     target: TargetName = None,
-    device: DeviceUrl = None,
+    device: DeviceUrls = None,
     data: Data = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="time the layers of MODEL or RUN over their channel counts")
+    ] = False,
+    arch: Arch = None,
+    input_shape: Input = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_class: Allow = None,
+    trust_pickle: Trust = False,
+    attack: Attacked = None,
+    eps: Eps = None,
+    limit: Limit = None,
     sets: Sets = None,
+    seed: Seed = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time a file, and read its memory, size and, with data, its accuracy."""
-    flags = _flags({}, data={"path": data, "use": "evaluate"}, measure={"device": device}, target=target)
+    """Time a file, and read its memory, size and, with data, its accuracy, also under attack."""
+    flags = only_given(
+        model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
+        data={"path": data, "use": "evaluate"}, measure={"device": (device or [None])[0]},
+        attack={"name": attack, "eps": eps}, target=target, seed=seed,
+    )  # fmt: skip
 
     def work() -> int:
-        readings = queries.profile(artifact, recipe.build({}, flags, sets or []), say=say)
+        built = recipe.build({}, flags, sets or [])
+        if table:
+            show_table(profiling.table(built, say=say), as_json)
+            return 0
+        readings = profiling.profile(built, device or [], limit=limit, say=say)
         show_readings(readings, as_json)
         return 0
 
@@ -137,19 +165,17 @@ def evaluate(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
-    attack: Annotated[str | None, typer.Option(metavar="none|fgsm|pgd|standard")] = None,
-    eps: Annotated[str | None, typer.Option(help="radius of the attack", metavar="8/255")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="so many images, all classes alike; 0: all", metavar="N")
-    ] = None,
+    attack: Attacked = None,
+    eps: Eps = None,
+    limit: Limit = None,
     sets: Sets = None,
     seed: Seed = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The accuracy of a file or a model on held-out images, also under attack: the worst case for every image."""
-    flags = _flags(
-        _model(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
+    flags = only_given(
+        model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": "evaluate"}, attack={"name": attack, "eps": eps}, seed=seed,
     )  # fmt: skip
 
@@ -200,8 +226,8 @@ def why(
     debug: Debug = False,
 ) -> None:
     """What every layer costs, and why a layer can't be pruned."""
-    flags = _flags(
-        _model(model, arch, input_shape, mean, std, allow_class, trust_pickle), target=target,
+    flags = only_given(
+        model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle), target=target,
     )  # fmt: skip
 
     def work() -> int:
@@ -313,38 +339,3 @@ def _root(
     logger = logging.getLogger("edgeprune")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
-
-
-def _model(
-    path: str,
-    arch: str | None,
-    input_shape: str | None,
-    mean: str | None,
-    std: str | None,
-    allow_class: list[str] | None,
-    trust_pickle: bool,
-) -> dict[str, Any]:
-    """The recipe's table [model] from the options."""
-    return {
-        "path": path,
-        "arch": arch,
-        "input": input_shape,
-        "mean": mean,
-        "std": std,
-        "allow_class": allow_class,
-        "trust_pickle": trust_pickle or None,
-    }
-
-
-def _flags(model: dict[str, Any], **tables: Any) -> dict[str, Any]:
-    """Only what was given on the command line."""
-    given = {"model": model, **tables}
-    out: dict[str, Any] = {}
-    for key, value in given.items():
-        if isinstance(value, dict):
-            kept = {k: v for k, v in value.items() if v is not None}
-            if kept:
-                out[key] = kept
-        elif value is not None:
-            out[key] = value
-    return out

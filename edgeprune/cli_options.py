@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,13 @@ Method = Annotated[
     ),
 ]
 DeviceUrl = Annotated[str | None, typer.Option("--device", help="where to measure", metavar="URL")]
+DeviceUrls = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="where to measure; several are measured side by side", metavar="URL"),
+]
+Attacked = Annotated[str | None, typer.Option("--attack", metavar="none|fgsm|pgd|standard")]
+Eps = Annotated[str | None, typer.Option(help="radius of the attack", metavar="8/255")]
+Limit = Annotated[int | None, typer.Option(help="so many images, all classes alike; 0: all", metavar="N")]
 Seed = Annotated[int | None, typer.Option(help="every random choice follows from it")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else")]
 Sets = Annotated[
@@ -54,3 +61,38 @@ Budgets = Annotated[
     list[str] | None, typer.Option("--budget", help='as in "macs=50 %" or "latency_p50=5 ms"')
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def model_table(
+    path: str,
+    arch: str | None,
+    input_shape: str | None,
+    mean: str | None,
+    std: str | None,
+    allow_class: list[str] | None,
+    trust_pickle: bool,
+) -> dict[str, Any]:
+    """The recipe's table [model] from the options."""
+    return {
+        "path": path,
+        "arch": arch,
+        "input": input_shape,
+        "mean": mean,
+        "std": std,
+        "allow_class": allow_class,
+        "trust_pickle": trust_pickle or None,
+    }
+
+
+def only_given(model: dict[str, Any], **tables: Any) -> dict[str, Any]:
+    """Only what was given on the command line."""
+    given = {"model": model, **tables}
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if v is not None}
+            if kept:
+                out[key] = kept
+        elif value is not None:
+            out[key] = value
+    return out

@@ -92,3 +92,12 @@ def show_readings(readings: Any, as_json: bool) -> None:
         typer.echo(json.dumps({"readings": to_json(readings)}))
         return
     print_table(tables().readings_table(readings))
+
+
+def show_table(found: Any, as_json: bool) -> None:
+    """A latency table."""
+    if as_json:
+        typer.echo(json.dumps(to_json(found)))
+        return
+    print_table(tables().latency_table(found))
+    print_lines(list(found.notes))

@@ -20,6 +20,7 @@ from typing import Any
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
 from edgeprune.building import export_onnx, probes, shared_probes, smaller, victims
+from edgeprune.choices import ALLOW_ESTIMATES
 from edgeprune.context import (
     Context,
     Ledger,
@@ -62,6 +63,8 @@ def budget_pairs(lines: Sequence[str]) -> dict[str, str]:
     out = {}
     for line in lines:
         metric, equals, text = line.partition("=")
+        if line.strip() == ALLOW_ESTIMATES:
+            equals, text = "=", "true"
         if not equals or not text.strip():
             raise UsageError(f"--budget {line!r} must be METRIC=LIMIT", 'as in --budget "macs=50 %"')
         out[metric.strip()] = text.strip()

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: profile, evaluate, gate, why, doctor, list; and the demo."""
+"""The commands that look and change nothing: evaluate, gate, why, doctor, list; and the demo."""
 
 from __future__ import annotations
 
@@ -19,28 +19,6 @@ from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
 
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
-
-
-def profile(artifact: Path, recipe: Recipe, *, say: Say) -> tuple[Reading, ...]:
-    """Time an ONNX file, and read its memory, size and, with data, its accuracy.
-
-    Raises:
-        UsageError: no such file, or not an ONNX file. DeviceError: the device failed.
-    """
-    path = _onnx(artifact)
-    spec = stage("evaluate").input_of(path)
-    measure_run = stage("measure_run")
-    target = bundled.target(recipe.target)
-    device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
-    images = (
-        torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out if recipe.data.path else None
-    )
-    say(f"profile: {path} on {device.where()}")
-    wanted = measure_run.Wanted(spec, device, recipe.measure, target, images, say)
-    measured = measure_run.run(wanted, {path.stem: path}, None)
-    for note in measured.notes:
-        say(note)
-    return measured.after
 
 
 def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, ...]:
@@ -70,7 +48,7 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
             return (stage("evaluate").of_network(bundle, images, path.name),)
         victim = stage("attack").of_bundle(bundle, path.name)
         return _attacked(recipe, victim, images, _Place(wanted, found.fingerprint, _scratch(None), say))
-    file = _onnx(path)
+    file = onnx_of(path)
     spec = stage("evaluate").input_of(file)
     found, images = _images(recipe, spec, wanted)
     device = import_module("edgeprune.devices").device_from_url("local")
@@ -226,7 +204,12 @@ def _images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
     return data, stage("evaluate").balanced(held_out, limit, recipe.seed) if limit else held_out
 
 
-def _onnx(path: Path) -> Path:
+def onnx_of(path: Path) -> Path:
+    """The ONNX file that a path names: itself, or the one of a run directory.
+
+    Raises:
+        UsageError: there is none.
+    """
     found = path / "model.onnx" if path.is_dir() else path
     if not found.is_file():
         raise UsageError(f"no ONNX file at {found}", "give an .onnx file or a finished run directory")

@@ -76,8 +76,10 @@ def budget(recipe: Recipe) -> Budget:
     the method sap stops by itself.
     """
     half = {"channel": {"macs": "50 %"}, "weight": {"params": "50 %"}, "2:4": {}}[recipe.prune.granularity]
-    limits = dict(recipe.budget) or ({} if recipe.prune.method == "sap" else half)
-    return Budget({metric: limit(metric, text) for metric, text in limits.items()})
+    limits = {metric: text for metric, text in recipe.budget.items() if metric != choices.ALLOW_ESTIMATES}
+    limits = limits or ({} if recipe.prune.method == "sap" else half)
+    allowed = recipe.budget.get(choices.ALLOW_ESTIMATES, "").lower() == "true"
+    return Budget({metric: limit(metric, text) for metric, text in limits.items()}, allowed)
 
 
 def attack(recipe: Recipe) -> AttackTable:

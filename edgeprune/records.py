@@ -210,9 +210,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the product needs: metric -> limit."""
+    """What the product needs: metric -> limit. allow_estimates: whether an estimate may stand for a measurement."""
 
     limits: Mapping[str, Limit] = field(default_factory=dict)
+    allow_estimates: bool = False
 
 
 @dataclass(frozen=True)

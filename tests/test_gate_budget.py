@@ -31,6 +31,20 @@ def test_limits_come_from_flags_and_files_and_later_ones_win(tmp_path: Path) -> 
     assert texts(gate.budget_from(["size=1 MB", str(tmp_path / "budget.toml")], Path("/")))["size"] == "2 MB"
 
 
+def test_estimates_are_allowed_by_a_flag_or_by_a_key_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "budget.toml").write_text('allow-estimates = true\nlatency_p50 = "5 ms"\n')
+    (tmp_path / "not.toml").write_text('[budget]\nallow-estimates = false\nlatency_p50 = "5 ms"\n')
+    assert gate.budget_from(["budget.toml"], tmp_path).allow_estimates
+    assert not gate.budget_from(["not.toml"], tmp_path).allow_estimates
+    assert gate.budget_from(["not.toml", "allow-estimates"], tmp_path).allow_estimates
+    assert texts(gate.budget_from(["budget.toml"], tmp_path)) == {"latency_p50": "5 ms"}
+    (tmp_path / "pyproject.toml").write_text('[tool.edgeprune.budget]\nsize = "2 MB"\n')
+    assert texts(gate.budget_from(["allow-estimates"], tmp_path)) == {"size": "2 MB"}
+    (tmp_path / "wrong.toml").write_text('allow-estimates = "yes"\nsize = "2 MB"\n')
+    with pytest.raises(UsageError, match="allow-estimates"):
+        gate.budget_from(["wrong.toml"], tmp_path)
+
+
 def test_a_recipe_is_a_budget_file(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('target = "local"\n[budget]\nmacs = "50 %"\n[tune]\nepochs = 2\n')
     assert texts(gate.budget_from(["recipe.toml"], tmp_path)) == {"macs": "50 %"}

@@ -241,13 +241,29 @@ def test_what_was_not_measured_on_the_target_is_checked_and_said(metric: str) ->
 
 def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> None:
     guess = reading("latency_p50", 0.5, where="estimated: roofline")
-    assert (
-        check(plain_report([], [guess], "jetson"), "latency_p50", "1 s").detail
-        == "not measured, estimated: roofline"
-    )
-    found = check(plain_report([reading("latency_p50", 2.0)], [guess]), "latency_p50", "50 %")
-    assert found.status == "inconclusive"
-    assert "'estimated: roofline'" in found.detail
+    refused = check(plain_report([], [guess], "jetson"), "latency_p50", "1 s")
+    assert refused.status == "missing"
+    assert "only estimated: roofline" in refused.detail
+    assert "--device" in refused.detail
+    allowed = replace(budget(latency_p50="1 s"), allow_estimates=True)
+    found = gate.run(plain_report([], [guess], "jetson"), allowed, None, baseline_missing=False)
+    assert found.exit_code == 0
+    assert found.checks[0].detail == "not measured, estimated: roofline"
+    allowed = replace(budget(latency_p50="50 %"), allow_estimates=True)
+    measured = plain_report([reading("latency_p50", 2.0)], [guess])
+    one = gate.run(measured, allowed, None, baseline_missing=False).checks[0]
+    assert one.status == "inconclusive"
+    assert "'estimated: roofline'" in one.detail
+
+
+@pytest.mark.parametrize("metric", ["latency_p50", "peak_memory", "energy"])
+def test_a_reading_of_an_emulated_processor_is_no_measurement_whatever_is_allowed(metric: str) -> None:
+    text = {"latency_p50": "1 s", "peak_memory": "1 MB", "energy": "1 J"}[metric]
+    far = reading(metric, 0.5, where="ssh aarch64 (emulated)", conditions={"emulated": True})
+    allowed = replace(budget(**{metric: text}), allow_estimates=True)
+    verdict = gate.run(plain_report([], [far]), allowed, None, baseline_missing=False)
+    assert verdict.exit_code == 8
+    assert "emulated" in verdict.checks[0].detail
 
 
 def test_of_several_readings_of_a_metric_the_first_with_a_value_counts() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import bundled
+from edgeprune.choices import ALLOW_ESTIMATES
 from edgeprune.errors import UsageError
 from edgeprune.quantities import limit as read_limit
 from edgeprune.quantities import show
@@ -48,19 +49,19 @@ def budget_from(sources: Sequence[str], cwd: Path) -> Budget:
     """Read the limits of a budget; later sources win over earlier ones.
 
     Each source is "METRIC=LIMIT" or a TOML file with a table [budget], with [tool.edgeprune.budget], or with the
-    limits at the top. Without sources the table [tool.edgeprune.budget] of cwd/pyproject.toml is taken.
+    limits at the top. Without sources the table [tool.edgeprune.budget] of cwd/pyproject.toml is taken. The source
+    "allow-estimates", or that key with the value true in a file, lets an estimate stand for a measurement.
 
     Raises:
         UsageError: no limits at all (prints an example), no such file, an unknown metric, an impossible limit.
     """
-    limits: dict[str, Limit] = {}
-    for source in sources:
-        limits.update(_source(source, cwd))
-    if not sources and _is_file(cwd / "pyproject.toml"):
-        limits = _file(cwd / "pyproject.toml")
+    found = [_source(source, cwd) for source in sources]
+    if not set(sources) - {ALLOW_ESTIMATES} and _is_file(cwd / "pyproject.toml"):
+        found.append(_file(cwd / "pyproject.toml"))
+    limits = {metric: limit for budget in found for metric, limit in budget.limits.items()}
     if not limits:
         raise UsageError("no budget was given, so there is nothing to check", NO_BUDGET)
-    return Budget(limits)
+    return Budget(limits, any(budget.allow_estimates for budget in found))
 
 
 def run(report: Report, budget: Budget, baseline: Report | None, *, baseline_missing: bool) -> Verdict:
@@ -69,21 +70,26 @@ def run(report: Report, budget: Budget, baseline: Report | None, *, baseline_mis
     Relative limits are relative to the baseline's compressed model when there is a baseline, else to the dense
     model of this report. baseline_missing: a baseline was named, and its file is not there yet.
     """
-    checks = tuple(_check(limit, report, baseline) for limit in budget.limits.values())
+    checks = tuple(
+        _not_measured(limit, report, budget) or _check(limit, report, baseline)
+        for limit in budget.limits.values()
+    )
     statuses = {check.status for check in checks}
     exit_code = 1 if "fail" in statuses else 8 if statuses - {"pass"} else 0
     notes = [*_baseline_notes(report, budget, baseline, baseline_missing), *_target_notes(report, budget)]
     return Verdict(checks, exit_code == 0, exit_code, tuple(notes))
 
 
-def _source(source: str, cwd: Path) -> dict[str, Limit]:
+def _source(source: str, cwd: Path) -> Budget:
+    if source == ALLOW_ESTIMATES:
+        return Budget(allow_estimates=True)
     if _is_file(cwd / source):
         return _file(cwd / source)
     metric, equals, text = source.partition("=")
     if source.endswith(".toml") or not equals:
         hint = 'give a TOML file with a table [budget], or a limit such as "latency_p50=5 ms"'
         raise UsageError(f"--budget {source!r} is neither a file nor METRIC=LIMIT", hint)
-    return {metric.strip(): read_limit(metric.strip(), text)}
+    return Budget({metric.strip(): read_limit(metric.strip(), text)})
 
 
 def _is_file(path: Path) -> bool:
@@ -94,10 +100,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _file(path: Path) -> dict[str, Limit]:
+def _file(path: Path) -> Budget:
     table, place = _table(path)
     limits: dict[str, Limit] = {}
     for metric, value in table.items():
+        if metric == ALLOW_ESTIMATES and isinstance(value, bool):
+            continue
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise UsageError(
                 f"{place}: {metric} = {value!r} must be a text with a unit", f'write {metric} = "50 %"'
@@ -108,7 +116,7 @@ def _file(path: Path) -> dict[str, Limit]:
             raise UsageError(f"{place}: {error.message}", error.hint) from error
     if not limits and path.name != "pyproject.toml":
         raise UsageError(f"{place} holds no limits", 'write one a line, such as latency_p50 = "5 ms"')
-    return limits
+    return Budget(limits, table.get(ALLOW_ESTIMATES) is True)
 
 
 def _table(path: Path) -> tuple[Mapping[str, Any], str]:
@@ -124,6 +132,20 @@ def _table(path: Path) -> tuple[Mapping[str, Any], str]:
         if not isinstance(data, Mapping):
             raise UsageError(f"{place}: [{'.'.join(names)}] must be a table, found {data!r:.60}")
     return data, f"{place} [{'.'.join(names)}]"
+
+
+def _not_measured(limit: Limit, report: Report, budget: Budget) -> Check | None:
+    """What becomes of a limit on the machine whose reading was not taken on a machine."""
+    after = find(report.after, limit.metric)
+    if limit.metric not in OF_THE_MACHINE or after is None:
+        return None
+    if after.conditions.get("emulated") is True:
+        why = f"{after.where}: an emulated processor says nothing about the time of a real one"
+    elif after.where.startswith("estimated") and not budget.allow_estimates:
+        why = f"only {after.where}: measure it with --device, or accept estimates with --budget {ALLOW_ESTIMATES}"
+    else:
+        return None
+    return Check(limit.metric, limit.text, "missing", value_of(after), None, None, why)
 
 
 def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
