@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage, torch_part
 from edgeprune.nn import team
 from edgeprune.records import Bundle, Reading
@@ -25,6 +26,65 @@ def smaller(run: Context, folders: Mapping[str, Path]) -> Bundle:
     newest = next(folders[name] for name in WEIGHTS if name in folders)
     plan = store.load_plan(folders["cut"] / "plan.json")
     return store.restore(run.bundle, (plan,), newest / "weights.safetensors")
+
+
+def shipped(folders: Mapping[str, Path]) -> Path:
+    """The file that ships: as it was quantized, or else as it was exported."""
+    exported = folders["export"] / "model.onnx"
+    return stage("quantize").shipped(exported, folders["quantize"]) if "quantize" in folders else exported
+
+
+def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> Any:
+    """What the quantize stage is given: images, a way to time files where the target is at hand, and limits."""
+    quantize = stage("quantize")
+    return quantize.Job(
+        table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
+        scheme=run.target.int8, material=_material(run, folders), scratch=scratch, say=run.say,
+        timer=_timer(run) if run.on_target else None, limits=run.budget.limits,
+        dense=folders["dense"] / "dense.onnx",
+    )  # fmt: skip
+
+
+def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]]:
+    def times(files: Mapping[str, Path]) -> dict[str, Reading]:
+        found = stage("measure").latency(files, run.device, run.recipe.measure)
+        return {
+            name: next(r for r in rows if r.metric == "latency_p50") for name, rows in found.readings.items()
+        }
+
+    return times
+
+
+def _material(run: Context, folders: Mapping[str, Path]) -> Any:
+    """The images that ranges are taken from; where accuracy under attack matters, attacked ones too."""
+    material = stage("quantize").Material
+    if not run.trainable:
+        if "synthesize" not in folders:
+            return None
+        return material(stage("synthesize").read(folders["synthesize"]).images, None, "synthesized")
+    data = torch_part("data")
+    images = data.calibration_images(run.data, run.recipe.data.calibration)
+    labels = run.data.train.labels
+    labels = labels[data.calibration_indices(labels, run.recipe.data.calibration)]
+    adversarial = _crafted(run, folders, images, labels) if run.minds_attacks else None
+    return material(images, labels, "calibration", adversarial)
+
+
+def _crafted(run: Context, folders: Mapping[str, Path], images: Any, labels: Any) -> Any:
+    """Images attacked by PGD on the float network, as many as candidates are judged on."""
+    table = replace(recipes.attack(run.recipe), name="pgd")
+    count = stage("quantize").judged(len(images))
+    run.say(f"quantize: attack {count} calibration images, to judge by")
+    job = stage("attack").job(table, seed=run.recipe.seed, data="")
+    network = torch_part("bundle").deployed(smaller(run, folders))
+    chance = torch_part("schedule").chance(run.recipe.seed, "quantize")
+    pgd = job.attacks["pgd"]
+    with torch_part("progress").bar(count, "attack calibration images") as advance:
+        parts = [
+            pgd(network, x, y, job.ball, chance, advance).images
+            for x, y in zip(images[:count].split(128), labels[:count].split(128), strict=True)
+        ]
+    return torch_part("data").joined(parts)
 
 
 def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[str, Any]:
@@ -49,9 +109,12 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
             module = deployed(store.restore(run.bundle, (plan,), weights))
             found[label] = attack.of_network(label, module, digest(weights), others={"dense": dense})
     twin = deployed(smaller(run, folders))
-    found["exported"] = attack.of_file(
-        "model.onnx", folders["export"] / "model.onnx", scratch, where, twin=twin, others={"dense": dense}
-    )  # fmt: skip
+    exported = folders["export"] / "model.onnx"
+    for name, path in (("exported", exported), ("quantized", shipped(folders))):
+        if name == "exported" or path != exported:
+            found[name] = attack.of_file(
+                "model.onnx", path, scratch, where, twin=twin, others={"dense": dense}
+            )
     return found
 
 
@@ -116,9 +179,10 @@ def shared_probes(run: Context, dense: Path) -> dict[str, Any]:
 
 def _built_size(run: Context, network: Any) -> int:
     with TemporaryDirectory(prefix="edgeprune-") as folder:
-        artifact, _ = export_onnx(
-            run, replace(run.bundle, module=network), Path(folder, "probe.onnx"), parent=""
-        )
+        path = Path(folder, "probe.onnx")
+        artifact, _ = export_onnx(run, replace(run.bundle, module=network), path, parent="")
+        if run.recipe.export.precision in ("int8", "fp16"):
+            return stage("quantize_size").size_of(path, run.recipe.export.precision, run.target.int8)
         return artifact.size_bytes
 
 

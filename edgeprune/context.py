@@ -99,8 +99,34 @@ class Context:
     @property
     def synthesizes(self) -> bool:
         """Whether images are made from the network itself: to repair it on, or for data-free to look at."""
+        if self.repair == "synthetic":
+            return True
         finer = self.recipe.prune.granularity != "channel"
-        return self.repair == "synthetic" or (finer and self.method == "data-free" and not self.trainable)
+        chooses = finer and self.method == "data-free"
+        return not self.trainable and (chooses or self.recipe.export.precision in ("int8", "fp16"))
+
+    @property
+    def on_target(self) -> bool:
+        """Whether what is timed here is timed on the target."""
+        far = not self.recipe.measure.device.startswith("local")
+        return far or self.target.device == "local"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether another precision than fp32 is tried: it is asked for, or there is a choice and a way to choose."""
+        precision, table = self.recipe.export.precision, self.target.precisions
+        if precision != "auto":
+            return precision != "fp32"
+        pictures = self.trainable or self.synthesizes
+        limits = tuple(self.budget.limits)
+        return pictures and stage("quantize").wants_images(
+            precision, table, timed=self.on_target, limits=limits
+        )
+
+    @property
+    def minds_attacks(self) -> bool:
+        """Whether accuracy under attack matters to who runs this."""
+        return self.recipe.tune.objective != "natural" or "robust_accuracy" in self.budget.limits
 
     @property
     def looks_at_data(self) -> bool:
@@ -156,16 +182,14 @@ def with_epochs(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def refuse_later_versions(recipe: Recipe, target: Target) -> None:
-    """Words of the command line that this version accepts but can't do yet.
+def check_together(recipe: Recipe, target: Target) -> None:
+    """Refuse what each by itself is accepted but not together.
 
     Raises:
-        UsageError: names the option and what is accepted now.
+        UsageError: names the option and what is accepted.
     """
     if recipe.export.precision not in ("auto", "fp32"):
-        raise UsageError(
-            f"precision {recipe.export.precision!r} is not in this version", "accepted: auto, fp32"
-        )
+        stage("quantize").check_asked(recipe.export.precision, target.precisions, target.name)
     if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
         raise UsageError(
             f"--epochs {recipe.tune.epochs} needs images to train on",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage
+from edgeprune.recipe import ExportTable
 from edgeprune.workdir import STAGES
 
 
@@ -29,24 +30,44 @@ def stage_keys(run: Context) -> dict[str, str]:
         keys["repair"] = _key(run, "repair", keys["cut"], repair, images, run.data_key, table.seed)
     pruned = keys.get("repair", keys["cut"])
     keys["tune"] = _key(run, "tune", pruned, run.lesson, run.data_key, table.seed)
-    keys["export"] = _key(run, "export", keys["tune"], table.export, run.target)
-    where = run.device.where()
-    keys["measure"] = _key(run, "measure", keys["export"], table.measure, run.data_key, where)
-    attack = recipes.attack(table)
+    keys["export"] = _key(run, "export", keys["tune"], _float(run), run.target)
+    where, attack = run.device.where(), recipes.attack(table)
+    if run.quantizes:
+        keys["quantize"] = _quantize_key(run, keys, where)
+    shipped = keys.get("quantize", keys["export"])
+    keys["measure"] = _key(run, "measure", shipped, table.measure, run.data_key, where)
     if run.data and attack.name != "none":
-        keys["attack"] = _key(run, "attack", keys["export"], keys["tune"], attack, run.data_key, table.seed)
+        keys["attack"] = _key(run, "attack", shipped, keys["tune"], attack, run.data_key, table.seed)
     return {name: keys[name] for name in STAGES if name in keys}
 
 
 def dense_key(run: Context) -> str:
     """What dense.onnx depends on: the network, the user's code that it is made by, and how it is exported."""
-    inputs = (run.identity, run.code_key, run.recipe.export, run.target.opset)
+    inputs = (run.identity, run.code_key, _float(run), run.target.opset)
     return run.work.key("dense", stage("export").RESULT_VERSION, *inputs)
 
 
 def multiple_of(run: Context) -> int:
     """What kept channels should be multiples of: the recipe's wish, or the target's fact for what is built."""
-    return run.recipe.prune.multiple_of or run.target.multiple_of["fp32"]
+    precision = run.recipe.export.precision
+    return (
+        run.recipe.prune.multiple_of or run.target.multiple_of["fp32" if precision == "auto" else precision]
+    )
+
+
+def _float(run: Context) -> ExportTable:
+    """How networks are exported, whatever precision the file gets in the end."""
+    return replace(run.recipe.export, precision="fp32")
+
+
+def _quantize_key(run: Context, keys: dict[str, str], where: str) -> str:
+    table = run.recipe
+    images = run.data_key if run.trainable else keys.get("synthesize")
+    clock = [table.measure, where] if run.on_target and table.export.precision == "auto" else None
+    ball = replace(recipes.attack(table), name="pgd", limit=0, batch=0)
+    crafted = [ball, table.seed] if run.trainable and run.minds_attacks else None
+    wanted = (table.quantize, table.export.precision, run.target.precisions, run.target.int8, run.budget)
+    return _key(run, "quantize", keys["export"], *wanted, images, clock, crafted)
 
 
 def _prune_key(run: Context, keys: dict[str, str]) -> str:
@@ -57,7 +78,8 @@ def _prune_key(run: Context, keys: dict[str, str]) -> str:
     table = replace(run.recipe.prune, repair=run.repair)
     images = keys.get("synthesize")
     lesson = run.recipe.tune if run.trains else None
-    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson)
+    built = run.recipe.export.precision if "size" in run.budget.limits else ""
+    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson, built)
     return _key(run, "prune", keys["dense"], *chosen_by)
 
 

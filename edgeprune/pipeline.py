@@ -1,6 +1,7 @@
 """The order of the stages, and the one place that imports a stage, when it runs.
 
-load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> measure -> attack -> report -> the budget
+load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> quantize -> measure -> attack -> report ->
+the budget
 
 Every stage between load and report leaves a folder in the run directory (`workdir`), and the next one reads it from
 there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
@@ -19,7 +20,15 @@ from typing import Any
 
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
-from edgeprune.building import export_onnx, probes, shared_probes, smaller, victims
+from edgeprune.building import (
+    export_onnx,
+    probes,
+    quantize_job,
+    shared_probes,
+    shipped,
+    smaller,
+    victims,
+)
 from edgeprune.choices import ALLOW_ESTIMATES
 from edgeprune.context import (
     Context,
@@ -27,7 +36,7 @@ from edgeprune.context import (
     Result,
     Say,
     Step,
-    refuse_later_versions,
+    check_together,
     stage,
     torch_part,
     with_epochs,
@@ -87,7 +96,7 @@ def compress(
         raise UsageError(f"--force {force!r} is not a stage", suggest(force, FORCEABLE))
     recipe = with_epochs(recipe)
     target, budget = bundled.target(recipe.target), recipes.budget(recipe)
-    refuse_later_versions(recipe, target)
+    check_together(recipe, target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
     folder = (
         output
@@ -113,7 +122,7 @@ def compress(
 def _run(run: Context, keys: Mapping[str, str]) -> Result:
     order = (
         ("dense", _dense), ("synthesize", _synthesize), ("prune", _prune), ("cut", _cut),
-        ("repair", _repair), ("tune", _tune), ("export", _export), ("measure", _measure),
+        ("repair", _repair), ("tune", _tune), ("export", _export), ("quantize", _quantize), ("measure", _measure),
         ("attack", _attack),
     )  # fmt: skip
     folders: dict[str, Path] = {}
@@ -241,12 +250,30 @@ def _export(step: Step) -> None:
     export.save_modules(small, out)
     reloaded = export.check_reload(out, small.input, torch_part("bundle").deployed(small))
     codec.write(out / "parity.json", Ledger((*parity, *reloaded)))
-    if "tensorrt" in run.target.setup:
-        script = plugins.build("runtimes", "tensorrt", {}).engine_script(
-            run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch, sparse=pattern is not None
-        )
-        (out / "build_engine.sh").write_text(script, encoding="utf-8")
-        (out / "build_engine.sh").chmod(0o755)
+    _engine_script(run, artifact, out)
+
+
+def _quantize(step: Step) -> None:
+    run, quantize = step.run, stage("quantize")
+    run.say(f"quantize: {run.recipe.export.precision}")
+    job = quantize_job(run, step.folders, step.scratch)
+    made = quantize.run(step.folders["export"] / "model.onnx", step.out, job)
+    if made.file:
+        precise = stage("measure_run").artifact(step.out / made.file, run.bundle.input)
+        opset = run.recipe.export.opset or run.target.opset
+        _engine_script(run, replace(precise, precision=made.precision, opset=opset), step.out)
+
+
+def _engine_script(run: Context, artifact: Any, out: Path) -> None:
+    """build_engine.sh, for targets that run TensorRT."""
+    if "tensorrt" not in run.target.setup:
+        return
+    script = plugins.build("runtimes", "tensorrt", {}).engine_script(
+        run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch,
+        sparse=run.recipe.prune.granularity == "2:4",
+    )  # fmt: skip
+    (out / "build_engine.sh").write_text(script, encoding="utf-8")
+    (out / "build_engine.sh").chmod(0o755)
 
 
 def _measure(step: Step) -> None:
@@ -255,7 +282,7 @@ def _measure(step: Step) -> None:
     measure_run = stage("measure_run")
     files = {
         "dense": step.folders["dense"] / "dense.onnx",
-        "compressed": step.folders["export"] / "model.onnx",
+        "compressed": shipped(step.folders),
     }
     images = run.data.held_out if run.data else None
     wanted = measure_run.Wanted(run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say)
@@ -300,8 +327,10 @@ def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
     report = build_report(run, folders, small)
     if run.work.leads:
         for name in TAKE_AWAY:
-            if (folders["export"] / name).exists():
-                run.work.publish(folders["export"] / name, name)
+            for folder in (folders.get("quantize"), folders["export"]):
+                if folder is not None and (folder / name).exists():
+                    run.work.publish(folder / name, name)
+                    break
         run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
         stage("report").run(report, run.work.root)
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False)

@@ -129,6 +129,8 @@ def show(value: Optional[float], unit: str) -> str:
         return "-"
     if unit == "fraction":
         return f"{100 * value:.2f} %"
+    if unit == "dB":
+        return f"{value:.1f} dB"
     steps = {
         "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
         "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),

@@ -180,6 +180,7 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     table = replace(recipes.attack(recipe), limit=place.limit)
     job = attack.job(table, seed=recipe.seed, data=f"{place.data} {images.name} {len(images)}")
     place.say(f"attack: {table.name}, {table.norm} eps {table.eps}, {len(images)} images of {victim.name}")
+    victim = attack.proven(victim, images, say=place.say)
     scratch = place.scratch / f"attack-{job.key(victim)}"
     verdicts = attack.run(victim, images, job, scratch=scratch, say=place.say)
     place.say("attack: look for signs that the gradients mislead")

@@ -275,6 +275,29 @@ METRICS: Dict[str, Metric] = {
         Metric("energy", "J", True, "energy of one image"),
         Metric("clean_accuracy", "fraction", False, "share of held-out images classified right"),
         Metric("robust_accuracy", "fraction", False, "share of held-out images right under attack"),
+        Metric(
+            "certified_accuracy",
+            "fraction",
+            False,
+            "share that no image within a small radius changes: a lower bound",
+        ),
         Metric("agreement", "fraction", False, "share of images classified as the dense model does"),
+        Metric(
+            "agreement_with_float", "fraction", False, "share of images classified as the float file does"
+        ),
+        Metric(
+            "quantization_loss",
+            "fraction",
+            True,
+            "accuracy lost against the float file on calibration images",
+        ),
+        Metric(
+            "sqnr", "dB", False, "signal-to-quantization-noise ratio of the logits, against the float file"
+        ),
+        Metric("int8_macs", "fraction", False, "multiply-accumulates that are done in int8"),
+        Metric("int8_weights", "fraction", False, "weights that are int8"),
+        Metric("runtime_int8_macs", "fraction", False, "multiply-accumulates that ONNX Runtime does in int8"),
+        Metric("fp16_macs", "fraction", False, "multiply-accumulates that are done in fp16"),
+        Metric("fp16_weights", "fraction", False, "weights that are fp16"),
     )
 }

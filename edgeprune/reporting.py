@@ -40,10 +40,15 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
         "layers": build.layers(*rows, measured.times, plan.left_out, nonzero=_nonzero(run, small)),
         "history": chosen.record,
     }  # fmt: skip
+    made = stage("quantize").read(folders["quantize"]) if "quantize" in folders else None
+    if made is not None:
+        parts["after"] = (*parts["after"], *made.readings)
+        parts["history"] = {**chosen.record, "precision": [dict(row) for row in made.candidates]}
     parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
     notes = (
         *build.sparse_notes(run.recipe.prune.granularity, measured.after),
         *measured.notes,
+        *(made.notes if made is not None else ()),
         *attacked.notes,
         *_parity_notes(parity.readings),
         *(stage("synthesize").read(folders["synthesize"]).notes if "synthesize" in folders else ()),
@@ -59,9 +64,13 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
 def lock_facts(run: Context) -> dict[str, Any]:
     """The rest of edgeprune.lock: what one needs to make the same files again."""
     calibration = bundled.resolve("calibration", run.recipe.data.calibration)
+    chosen = None
+    if run.trainable:
+        chosen = torch_part("data").calibration_digest(run.data.train.labels, run.recipe.data.calibration)
     return {
         "recipe": recipes.to_dict(run.recipe), "versions": stage("report_build").versions(),
         "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
+        "calibration_images": chosen,
     }  # fmt: skip
 
 
@@ -90,14 +99,30 @@ def _parity_notes(readings: Sequence[Reading]) -> list[str]:
     return [*proofs, f"Largest difference to the network in torch, relative to the largest logit: {said}."]
 
 
+def _why_float(run: Context) -> str:
+    """Why no other precision was tried where the choice was left open."""
+    others = [p for p in run.target.precisions if p != "fp32"]
+    if not others:
+        return f"The file is fp32, the only precision that {run.target.title} takes."
+    if not run.on_target:
+        return (
+            f"The file is fp32: whether {' or '.join(others)} is faster on {run.target.title} shows only there. "
+            f"Give --device, or name it with --precision {others[-1]}."
+        )
+    return (
+        "The file is fp32: there are no images to choose a precision by. Give --data, or name one with "
+        f"--precision {others[-1]}, which makes images from the network itself."
+    )
+
+
 def _notes(run: Context, plan: Plan) -> list[str]:
     """What the reader of a report must know of how it came to be."""
     notes = list(run.data.notes) if run.data else []
     if run.recipe.prune.method == "auto":
         why = "there are training images" if run.trainable else "there is no training data"
         notes.append(f"The method is {run.method}, because {why}.")
-    if run.recipe.export.precision == "auto":
-        notes.append("The file is fp32: other precisions are not in this version.")
+    if run.recipe.export.precision == "auto" and not run.quantizes:
+        notes.append(_why_float(run))
     if plan.left_out:
         named = ", ".join(list(plan.left_out)[:3])
         more = f" and {len(plan.left_out) - 3} more" if len(plan.left_out) > 3 else ""

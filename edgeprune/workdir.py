@@ -24,7 +24,7 @@ from edgeprune.codec import to_json, write
 from edgeprune.errors import WorkdirError
 from edgeprune.nn import team
 
-STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "measure", "attack")
+STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "quantize", "measure", "attack")
 LOCKFILE = "edgeprune.lock"
 # A shared file system may show a new folder to other machines this much later.
 SIGHT_S = 60.0

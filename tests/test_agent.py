@@ -14,7 +14,7 @@ import pytest
 from onnx_files import write_one_conv
 
 import edgeprune
-from edgeprune import agent
+from edgeprune import agent, agent_memory, agent_time
 from edgeprune.devices.local import Local
 from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.runtimes import NodeTime, Runtime, Session
@@ -87,6 +87,12 @@ class Recorded(Session):
         self.log.append(self.name)
         return np.zeros((len(x), 10), np.float32)
 
+    def ready(self, x: Any) -> Any:
+        def run() -> None:
+            self.infer(x)
+
+        return run
+
 
 class RecordedRuntime(Runtime):
     """A runtime whose sessions write down that they ran."""
@@ -112,7 +118,7 @@ class RecordedRuntime(Runtime):
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedRuntime:
     runtime = RecordedRuntime()
-    monkeypatch.setattr(agent, "_runtime", lambda name: runtime)
+    monkeypatch.setattr(agent, "_runtime", lambda name, options: runtime)
     return runtime
 
 
@@ -191,22 +197,25 @@ def test_memory_grows_by_at_least_the_weights(tmp_path: Path) -> None:
     assert added[56_000] - added[16] > 0.9 * more
 
 
-def test_memory_is_absent_with_a_reason_where_the_system_does_not_tell(
-    monkeypatch: pytest.MonkeyPatch, net: Path
-) -> None:
-    monkeypatch.setattr(agent, "_status", lambda key: None)
-    answer = agent.handle({"op": "memory", "model": str(net), "threads": 1, **ORT})
+def test_memory_is_absent_with_a_reason_where_the_system_does_not_tell(tmp_path: Path, net: Path) -> None:
+    request = {"model": str(net), "threads": 1}
+    answer = agent_memory.answer(request, OnnxRuntime(), tmp_path)
     assert answer["peak"] is None
     assert "/proc" in answer["why"]
 
 
-def test_memory_is_absent_when_an_earlier_peak_hides_the_model(
-    monkeypatch: pytest.MonkeyPatch, net: Path
-) -> None:
-    monkeypatch.setattr(agent, "_status", {"VmRSS": 100, "VmHWM": 500}.get)
-    answer = agent.handle({"op": "memory", "model": str(net), "threads": 1, **ORT})
+def test_memory_is_absent_when_an_earlier_peak_hides_the_model(tmp_path: Path, net: Path) -> None:
+    (tmp_path / "status").write_text("VmHWM:\t500 kB\nVmRSS:\t100 kB\n")
+    answer = agent_memory.answer({"model": str(net), "threads": 1}, OnnxRuntime(), tmp_path)
     assert answer["peak"] is None
     assert "clear_refs" in answer["why"]
+
+
+def test_memory_tells_what_of_it_is_private(net: Path) -> None:
+    if not Path("/proc/self/smaps_rollup").is_file():
+        pytest.skip("the kernel has no smaps_rollup")
+    answer = Local().ask({"op": "memory", "model": str(net), "threads": 1, **ORT}, timeout_s=60)
+    assert 0 < answer["private_dirty_added"] <= answer["pss_added"]
 
 
 @pytest.mark.parametrize("batch", [1, 3, "batch"])
@@ -292,9 +301,9 @@ def test_timing_goes_before_other_work_only_where_that_leaves_it_a_core(
     recorded: RecordedRuntime, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, expected: str
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(agent, "_cores", lambda: cores)
+    monkeypatch.setattr(agent_time, "cores", lambda: cores)
     monkeypatch.setattr(
-        agent.os, "sched_setscheduler", lambda pid, policy, param: asked.append(policy), raising=False
+        agent_time.os, "sched_setscheduler", lambda pid, policy, param: asked.append(policy), raising=False
     )
     answer = agent.handle(timing(threads=threads))
     assert answer["priority"] == expected
@@ -308,8 +317,8 @@ def test_where_real_time_is_not_allowed_timing_goes_on(
     def refuse(*args: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(agent, "_cores", lambda: 4)
-    monkeypatch.setattr(agent.os, "sched_setscheduler", refuse, raising=False)
+    monkeypatch.setattr(agent_time, "cores", lambda: 4)
+    monkeypatch.setattr(agent_time.os, "sched_setscheduler", refuse, raising=False)
     answer = agent.handle(timing())
     assert answer["priority"] == "normal"
     assert len(answer["models"]["a"]["wall_ns"]) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from image_sets import (
 )
 
 from edgeprune.errors import UsageError
-from edgeprune.nn.data import calibration_images, calibration_indices
+from edgeprune.nn.data import calibration_digest, calibration_images, calibration_indices
 
 
 @pytest.fixture
@@ -81,3 +82,10 @@ def test_a_wrong_calibration_recipe_is_refused(
         calibration_indices(labelled([3]), recipe(tmp_path, **values))
     with pytest.raises(UsageError, match="no calibration is named 'smal'"):
         calibration_indices(labelled([3]), "smal")
+
+
+def test_the_digest_of_the_chosen_images_is_that_of_their_numbers(tmp_path: Path) -> None:
+    labels = labelled([3, 2])
+    first = calibration_digest(labels, recipe(tmp_path, selection="first", count=2))
+    assert first == hashlib.sha256(bytes([0] * 8 + [1] + [0] * 7)).hexdigest()
+    assert first != calibration_digest(labels, recipe(tmp_path, selection="first", count=3))

@@ -70,17 +70,19 @@ def test_a_module_in_the_current_folder_is_not_imported(
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("ssh://jetson", "'ssh://jetson' is not in this version; accepted: local, fake"),
-        ("adb://1234", "accepted: local, fake"),
-        ("", "accepted: local, fake"),
+        ("ftp://jetson", "device 'ftp://jetson': accepted are local, ssh://[user@]host[:port], adb://[serial], fake"),
+        ("", "accepted are local"),
+        ("shh://user:secret@host", "'shh://user:***@host'"),
         ("local:8", "takes no address"),
+        ("ssh://", "names no machine"),
     ],
 )
-def test_a_device_that_is_not_there_yet_is_a_usage_error(url: str, said: str) -> None:
+def test_a_url_that_names_no_device_is_a_usage_error(url: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         device_from_url(url)
     assert said in caught.value.message
     assert caught.value.hint
+    assert "secret" not in caught.value.message + caught.value.hint
 
 
 def test_this_machine_says_what_it_is() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from edgeprune import bundled, plugins
-from edgeprune.errors import EdgepruneError, MissingDependency, UnsupportedModel
 from edgeprune.records import Artifact, InputSpec, Target
 
 SH = shutil.which("sh")
@@ -287,28 +286,3 @@ def test_the_workspace_is_a_quarter_of_the_boards_memory(orin: Target) -> None:
     assert "workspace=1907 " in script(orin)
     assert "workspace=3814 " in script(replace(orin, memory_bytes=16 * 10**9))
     assert "workspace=64 " in script(replace(orin, memory_bytes=10**6))
-
-
-def test_engines_from_python_are_refused_with_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = plugins.build("runtimes", "tensorrt", {})
-    onnx = tmp_path / "model.onnx"
-    onnx.write_bytes(b"")
-    tries = (
-        lambda: runtime.build(onnx, tmp_path / "model.engine", "fp32"),
-        lambda: runtime.open(onnx, 1),
-        lambda: runtime.profile(onnx, 1, 10, None),
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    for attempt in (*tries, runtime.version):
-        with pytest.raises(MissingDependency) as missing:
-            attempt()
-        assert "python3-libnvinfer" in missing.value.hint
-    monkeypatch.setitem(sys.modules, "tensorrt", type("tensorrt", (), {"__version__": "10.3.0"}))
-    assert runtime.version() == "tensorrt 10.3.0"
-    for attempt in tries:
-        with pytest.raises(UnsupportedModel) as refused:
-            attempt()
-        assert "build_engine.sh" in refused.value.hint
-        assert isinstance(refused.value, EdgepruneError) and refused.value.exit_code == 4

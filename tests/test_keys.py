@@ -19,7 +19,9 @@ MODEL = Bundle(None, Source("pt2", "net.pt2", "1"), InputSpec((3, 8, 8), 5))  # 
 LEARN = SimpleNamespace(fingerprint="f", train=object())
 WATCH = SimpleNamespace(fingerprint="f", train=None)
 UNATTACKED = STAGES[:-1]
-WITHOUT = ["dense", "prune", "cut", "tune", "export", "measure"]
+# A precision is chosen where there are images to choose by.
+CHOOSING = ["dense", "prune", "cut", "tune", "export", "quantize", "measure"]
+WITHOUT = [name for name in CHOOSING if name != "quantize"]
 
 
 def keys(folder: Path, *, data: Any = None, model: Bundle = MODEL, **tables: Any) -> dict[str, str]:
@@ -53,14 +55,15 @@ def test_without_data_every_stage_is_needed(tmp_path: Path) -> None:
     ],
 )
 def test_what_nothing_uses_is_not_made(data: Any, prune: dict[str, str], tmp_path: Path) -> None:
-    assert list(keys(tmp_path, data=data, prune=prune)) == WITHOUT
+    assert list(keys(tmp_path, data=data, prune=prune)) == (CHOOSING if data is LEARN else WITHOUT)
+    assert list(keys(tmp_path, data=data, prune=prune, export={"precision": "fp32"})) == WITHOUT
 
 
 def test_a_repair_on_real_images_synthesizes_none(tmp_path: Path) -> None:
     assert list(keys(tmp_path, data=LEARN, prune={"repair": "data"})) == [
-        *WITHOUT[:3],
+        *CHOOSING[:3],
         "repair",
-        *WITHOUT[3:],
+        *CHOOSING[3:],
     ]
     with pytest.raises(UsageError, match="needs images to learn from"):
         keys(tmp_path, data=WATCH, prune={"repair": "data"})
@@ -77,8 +80,14 @@ LATER = list(UNATTACKED[2:])
         ({}, {"synthesize": {"images": 64}}, ["synthesize", *LATER]),
         ({}, {"synthesize": {"steps": 64}}, ["synthesize", *LATER]),
         ({}, {"seed": 1}, ["synthesize", *LATER]),
-        ({}, {"tune": {"batch": 64}}, ["tune", "export", "measure"]),
-        ({}, {"measure": {"iterations": 50}}, ["measure"]),
+        ({}, {"tune": {"batch": 64}}, ["tune", "export", "quantize", "measure"]),
+        ({}, {"measure": {"iterations": 50}}, ["quantize", "measure"]),
+        (
+            {"export": {"precision": "int8"}},
+            {"export": {"precision": "int8"}, "measure": {"iterations": 50}},
+            ["measure"],
+        ),
+        ({}, {"quantize": {"calibrator": "mse"}}, ["quantize", "measure"]),
         ({}, {"export": {"opset": 18}}, ["dense", *LATER]),
         (
             {"prune": {"method": "magnitude"}},
@@ -94,7 +103,7 @@ def test_a_stage_is_redone_when_what_it_depends_on_changes_and_only_then(
 
 
 def test_held_out_images_change_what_is_measured_and_not_what_is_pruned(tmp_path: Path) -> None:
-    assert changed(tmp_path, {}, {"data": WATCH}) == ["repair", "tune", "export", "measure"]
+    assert changed(tmp_path, {}, {"data": WATCH}) == ["repair", "tune", "export", "quantize", "measure"]
 
 
 def test_a_choice_that_may_look_at_the_images_of_the_repair_depends_on_which_they_are(tmp_path: Path) -> None:
@@ -118,10 +127,32 @@ def test_another_network_is_another_key_everywhere(tmp_path: Path) -> None:
 
 def test_what_trains_robustly_is_attacked_where_there_are_images(tmp_path: Path) -> None:
     robust = {"tune": {"objective": "pgd"}}
-    assert list(keys(tmp_path, data=LEARN, **robust)) == [*WITHOUT, "attack"]
+    assert list(keys(tmp_path, data=LEARN, **robust)) == [*CHOOSING, "attack"]
     assert "attack" not in keys(tmp_path, **robust)
     assert "attack" not in keys(tmp_path, data=LEARN, attack={"name": "none"}, **robust)
     assert "attack" in keys(tmp_path, data=WATCH, attack={"name": "fgsm"})
     assert changed(
         tmp_path, {"data": LEARN, **robust}, {"data": LEARN, **robust, "attack": {"limit": 9}}
     ) == ["attack"]
+
+
+def test_another_precision_is_built_from_the_same_network(tmp_path: Path) -> None:
+    auto, named = keys(tmp_path), keys(tmp_path, export={"precision": "fp32"})
+    assert [name for name in named if auto[name] != named[name]] == ["measure"]
+    int8 = keys(tmp_path, export={"precision": "int8"}, prune={"multiple_of": 8})
+    same = keys(tmp_path, prune={"multiple_of": 8})
+    assert [name for name in int8 if int8[name] != same[name]] == ["quantize", "measure"]
+
+
+def test_int8_without_any_images_makes_some_from_the_network(tmp_path: Path) -> None:
+    wish = {"prune": {"method": "magnitude"}, "export": {"precision": "int8"}}
+    assert list(keys(tmp_path, **wish)) == ["dense", "synthesize", *CHOOSING[1:]]
+    assert list(keys(tmp_path, data=LEARN, **wish)) == CHOOSING
+
+
+def test_images_that_precisions_are_judged_by_are_attacked_where_that_matters(tmp_path: Path) -> None:
+    plain = keys(tmp_path, data=LEARN, attack={"name": "none"})
+    robust = keys(
+        tmp_path, data=LEARN, attack={"name": "none"}, budget={"robust_accuracy": "-2 pp", "macs": "50 %"}
+    )
+    assert plain["quantize"] != robust["quantize"]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
 from edgeprune.nn.asking import Advance, Logits, asking, wrong
+from edgeprune.nn.folding import folded
+from edgeprune.nn.lanes import in_lanes
 from edgeprune.nn.perturb import Ball, crafting
 
 __all__ = ["STANDARD", "Attack", "Found", "Logits"]
@@ -21,6 +23,8 @@ __all__ = ["STANDARD", "Attack", "Found", "Logits"]
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # Of a pixel in [0, 1] that was computed in float32.
 ROUNDING = 1e-6
+# Images on which a faster network must answer as the model does.
+EXAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,22 @@ class Attack(ABC):
             )
         _check(x, y)
         images, queries = x.clone(), torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        told = _Told(advance)
+        told = _Told(advance, len(x))
         if not len(x):
             return Found(images, torch.zeros_like(queries, dtype=torch.bool), queries)
         ask = asking(model)
-        with _still(model):
+        with _still(model, x) as quick:
             broken = self._first_look(ask, x, y)
             rows = (~broken).nonzero().squeeze(1)
             told(len(x) - len(rows))
-            if len(rows):
-                found, queries[rows] = self.perturb(model, x[rows], y[rows], ball, generator, told)
-                found = self._lawful(found, x[rows], ball)
-                with torch.no_grad():
-                    out = wrong(ask(found), y[rows])
+            for asked in (quick, model) if quick is not model else (model,):
+                if not len(rows):
+                    break
+                found, more = self.perturb(asked, x[rows], y[rows], ball, generator, told)
+                found, queries[rows] = self._lawful(found, x[rows], ball), queries[rows] + more
+                out, early = self._last_look(ask, asked, found, y[rows])
                 broken[rows[out]], images[rows[out]] = True, found[out]
+                rows = rows[early]
         told(len(x) - told.sum)
         return Found(images, broken, queries)
 
@@ -129,6 +135,15 @@ class Attack(ABC):
             )
         return wrong(answer, y)
 
+    def _last_look(
+        self, ask: Logits, asked: nn.Module | Logits, found: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which images the model has wrong; and which only what stood for it has, by rounding: bool (n,) each."""
+        with torch.no_grad():
+            out = wrong(ask(found), y)
+            stood_in = isinstance(asked, nn.Module) and not out.all()
+            return out, ~out & wrong(asking(asked)(found), y) if stood_in else torch.zeros_like(out)
+
     def _lawful(self, found: Tensor, x: Tensor, ball: Ball) -> Tensor:
         if found.shape != x.shape:
             raise EdgepruneError(
@@ -138,24 +153,29 @@ class Attack(ABC):
 
 
 class _Told:
-    """Passes on how many images are done, and remembers it."""
+    """Passes on how many images are done, at most as many as there are, and remembers it."""
 
-    def __init__(self, advance: Advance | None) -> None:
-        self.advance, self.sum = advance, 0
+    def __init__(self, advance: Advance | None, most: int) -> None:
+        self.advance, self.most, self.sum = advance, most, 0
 
     def __call__(self, images: int) -> None:
+        images = min(images, self.most - self.sum)
         self.sum += images
         if self.advance is not None and images:
             self.advance(images)
 
 
 @contextmanager
-def _still(model: nn.Module | Logits) -> Iterator[None]:
-    if isinstance(model, nn.Module):
-        with crafting(model):
-            yield
+def _still(model: nn.Module | Logits, x: Tensor) -> Iterator[nn.Module | Logits]:
+    """What is to be asked: of a network one that answers alike and faster, on all threads; anything else as it is.
+
+    The network is in evaluation mode in the block, and its parameters get no gradients.
+    """
+    if not isinstance(model, nn.Module):
+        yield model
         return
-    yield
+    with crafting(model), in_lanes(folded(model, x[:EXAMPLES]), x) as quick:
+        yield quick
 
 
 def _check(x: Tensor, y: Tensor) -> None:

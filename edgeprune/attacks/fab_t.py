@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgeprune.attacks import Attack
 from edgeprune.errors import UsageError
 from edgeprune.nn.apgd import Task, targets
-from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn
+from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn, side_by_side
 from edgeprune.nn.fab import nearest
 from edgeprune.nn.perturb import Ball
 
@@ -56,10 +56,13 @@ class FabT(Attack):
         with torch.no_grad():
             ranked = targets(ask(x), y, self.classes)
 
-        def run(target: Tensor, rows: Tensor) -> Tried:
+        def search(target: Tensor, one: nn.Module | Logits, rows: Tensor) -> Tried:
             task = Task(x, y, target).only(rows)
-            found = nearest(ask, task, ball.norm, steps=self.steps, enough=ball.eps)
+            found = nearest(asking(one), task, ball.norm, steps=self.steps, enough=ball.eps)
             return Tried(found.images, found.distance <= ball.eps, found.queries)
+
+        def run(target: Tensor, rows: Tensor) -> Tried:
+            return side_by_side(model, rows, partial(search, target))
 
         images, queries = in_turn(x, [partial(run, target) for target in ranked.unbind(1)], advance)
         return images, queries + 1

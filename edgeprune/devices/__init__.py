@@ -11,54 +11,42 @@ import shlex
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type
 
-from edgeprune import plugins
+from edgeprune import facts as machine_facts
+from edgeprune import packing, plugins
+from edgeprune.channels import Answer, Line
 from edgeprune.errors import (
     DeviceError,
     EdgepruneError,
     MissingDependency,
     ModelError,
+    ParityError,
     UnsupportedModel,
     UsageError,
 )
+from edgeprune.facts import FACTS
 from edgeprune.quantities import suggest
 
-# One shell script, so that a far machine is asked once; a line that can't be had is left out or empty.
-FACTS = r"""
-say() { printf '%s=%s\n' "$1" "$2"; }
-first() { for f in "$@"; do [ -r "$f" ] && head -n 1 "$f" 2>/dev/null | tr -d '\000' && return; done; }
-freq=/sys/devices/system/cpu/cpu0/cpufreq
-say machine "$(uname -m)"
-say system "$(uname -s)"
-say release "$(uname -r)"
-say cores "$(getconf _NPROCESSORS_ONLN 2>/dev/null)"
-say board "$(first /proc/device-tree/model)"
-say cpu "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
-say flags "$(sed -n -e 's/^flags[^:]*: *//p' -e 's/^Features[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
-say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo 2>/dev/null)"
-say governor "$(first $freq/scaling_governor)"
-say clock_khz "$(first $freq/scaling_cur_freq $freq/cpuinfo_cur_freq)"
-say clock_max_khz "$(first $freq/cpuinfo_max_freq)"
-say clock_mhz "$(sed -n 's/^cpu MHz[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
-say load "$(first /proc/loadavg)"
-for zone in /sys/class/thermal/thermal_zone*/temp; do say temperature "$(first $zone)"; done
-say power_mode "$(nvpmodel -q 2>/dev/null | sed -n 's/^NV Power Mode: *//p')"
-say brand "$(sysctl -n machdep.cpu.brand_string 2>/dev/null)"
-true
-"""
-_FACTS_TIMEOUT_S = 30.0
-_ERRORS: Dict[str, Type[EdgepruneError]] = {
-    e.__name__: e for e in (MissingDependency, ModelError, UnsupportedModel, UsageError)
+__all__ = ["FACTS", "Answer", "Attached", "Device", "device_from_url", "redacted"]
+
+_FACTS_TIMEOUT_S = 60.0
+# How the devices of this package are written; others stand behind them by their names.
+_WRITTEN = {
+    "local": "local",
+    "ssh": "ssh://[user@]host[:port]",
+    "adb": "adb://[serial]",
+    "fake": "fake[:readings.json]",
 }
-
-
-class Answer(NamedTuple):
-    """What a command left: exit status (negative: killed by that signal), and its two outputs."""
-
-    status: int
-    stdout: str
-    stderr: str
+# What a shell says of a program that is not there, or that it may not start.
+_NO_PROGRAM = (126, 127)
+_PYTHON = (
+    "install it there (sudo apt install python3), or name another: --device 'ssh://HOST?python=/path/to/python3'; for "
+    "a phone, name its onnxruntime_perf_test as benchmark in the target's [setup]"
+)
+_ERRORS: Dict[str, Type[EdgepruneError]] = {
+    e.__name__: e for e in (MissingDependency, ModelError, ParityError, UnsupportedModel, UsageError)
+}
 
 
 class Device(ABC):
@@ -102,7 +90,9 @@ class Device(ABC):
 
         machine, system, release, board, cpu, power_mode, governor: text. cores: count. memory_bytes.
         clock_hz, clock_max_hz: of the first core. temperature_c: of the hottest zone. load: of the last
-        minute. flags: the CPU's features, sorted.
+        minute. flags: the CPU's features, sorted. memory_free_bytes, disk_free_bytes: of the working folder's disk.
+        l4t: NVIDIA's release of a Jetson. emulated: True where a program plays the processor, so that times are
+        not those of such a machine.
 
         Raises:
             DeviceError: the machine does not answer.
@@ -110,11 +100,15 @@ class Device(ABC):
         answer = self.run(["sh", "-c", FACTS], "", _FACTS_TIMEOUT_S)
         if answer.status != 0:
             raise _failed(self.name, ["sh", "-c", "(facts)"], answer)
-        return _parse_facts(answer.stdout)
+        return machine_facts.parse(answer.stdout)
 
     def where(self) -> str:
-        """The device and its kind of processor, as readings name the place: "local x86_64"."""
-        return f"{self.name} {self.facts().get('machine', '')}".strip()
+        """The device and its kind of processor, as readings name the place: "local x86_64".
+
+        A processor that is played by a program says so: "ssh://board aarch64 (emulated)".
+        """
+        said = self.facts()
+        return f"{self.name} {said.get('machine', '')} {'(emulated)' if said.get('emulated') else ''}".strip()
 
     def check(self, argv: Sequence[str], timeout_s: float = 60.0) -> str:
         """Run a command that must succeed, and give what it printed.
@@ -129,12 +123,40 @@ class Device(ABC):
 
     @contextmanager
     def folder(self) -> Iterator[str]:
-        """A new empty folder on the device, gone with all that is in it afterwards."""
+        """A new empty folder on the device, gone with all that is in it afterwards.
+
+        On a machine with a shell it goes even if this process is killed or the connection is lost.
+
+        Raises:
+            DeviceError: it can't be made.
+        """
+        if isinstance(self, Attached):
+            with self.line.keep() as kept:
+                yield kept
+            return
         path = self.check(["mktemp", "-d", "-t", "edgeprune-XXXXXX"]).strip()
         try:
             yield path
         finally:
             self.run(["rm", "-rf", path], "", 60.0)
+
+    @contextmanager
+    def exclusively(
+        self, *, wait_s: float = 0.0, say: Callable[[str], None] = lambda message: None
+    ) -> Iterator[None]:
+        """Be the only one who measures on the device; whoever is killed gives it free. Not to be nested.
+
+        Args:
+            wait_s: how long to wait for somebody else who does. say: told once that it waits.
+
+        Raises:
+            DeviceError: somebody else does, and still did after `wait_s`; says who, since when.
+        """
+        if isinstance(self, Attached):
+            with self.line.alone(wait_s, say):
+                yield
+            return
+        yield
 
     @contextmanager
     def holding(self, files: Mapping[str, Path]) -> Iterator[Dict[str, str]]:
@@ -149,7 +171,7 @@ class Device(ABC):
             for number, (name, here) in enumerate(files.items()):
                 if not here.is_file():
                     raise UsageError(f"no file {str(here)!r}")
-                there[name] = f"{folder}/{number}-{here.name}"
+                there[name] = f"{folder}/{number}-{_plain(here.name)}"
                 self.put(here, there[name])
             yield there
 
@@ -158,27 +180,46 @@ class Device(ABC):
     ) -> Dict[str, Any]:
         """Send one request to the agent on the device, in a fresh process, and give its answer.
 
+        Where this package is not installed, the agent travels with the request (`packing.START`).
+
         Raises:
             DeviceError: it crashed, took too long or answered with something else than a JSON object.
             MissingDependency, ModelError, UsageError: what the agent itself said.
         """
         prefix = ["env", *(f"{k}={v}" for k, v in env.items())] if env else []
         argv = [*prefix, *self.agent()]
-        answer = self.run(argv, json.dumps(dict(request)), timeout_s)
+        with_agent = packing.line() if argv[-1] == packing.START else ""
+        answer = self.run(argv, with_agent + json.dumps(dict(request)), timeout_s)
+        if with_agent and answer.status in _NO_PROGRAM and not answer.stdout.strip():
+            raise MissingDependency(f"{self.name} has no {argv[-3]}: {_last(answer.stderr)}", _PYTHON)
         try:
             data = json.loads(answer.stdout)
         except (ValueError, RecursionError):
             data = None
         if isinstance(data, dict) and isinstance(data.get("error"), str):
-            kind = _ERRORS.get(str(data.get("kind")), DeviceError)
-            raise kind(f"{data['error']} (on {self.name})", str(data.get("hint", "")))
+            kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
+            if with_agent and hint.startswith("pip install "):
+                hint = f"on {self.name}: {argv[-3]} -m {hint}"
+            raise kind(f"{data['error']} (on {self.name})", hint)
         if answer.status != 0 or not isinstance(data, dict):
             raise _failed(self.name, argv, answer)
         return data
 
 
-def device_from_url(url: str) -> Device:
-    """The device that a URL names: "local", "fake", "fake:readings.json".
+class Attached(Device):
+    """A machine with a shell: it keeps a folder as long as we live, and lets only one of us measure."""
+
+    @property
+    @abstractmethod
+    def line(self) -> Line:
+        """The way to its shell."""
+
+
+def device_from_url(url: str, setup: Optional[Mapping[str, Any]] = None) -> Device:
+    """The device that a URL names: "local", "ssh://user@host:port", "adb://serial", "fake:readings.json".
+
+    Args:
+        setup: a target's [setup]; what is called like an option of the device (`benchmark` of adb) is handed on.
 
     Raises:
         UsageError: no such device in this version; says which there are.
@@ -186,14 +227,41 @@ def device_from_url(url: str) -> Device:
     scheme, _, address = url.partition(":")
     known = plugins.names("devices")
     if scheme not in known:
-        accepted = ", ".join(sorted(known, reverse=True))
-        raise UsageError(f"device {url!r} is not in this version; accepted: {accepted}", _hint(scheme, known))
+        accepted = ", ".join(_WRITTEN.get(name, name) for name in sorted(known, key=_order))
+        raise UsageError(f"device {redacted(url)!r}: accepted are {accepted}", _hint(scheme, known))
     address = address[2:] if address.startswith("//") else address
-    if address and "address" not in plugins.options("devices", scheme):
-        raise UsageError(f"device {url!r}: {scheme} takes no address", f"write --device {scheme}")
-    device = plugins.build("devices", scheme, {"address": address} if address else {})
+    options = plugins.options("devices", scheme)
+    default = options.get("address")
+    if address and default is None:
+        raise UsageError(f"device {redacted(url)!r}: {scheme} takes no address", f"write --device {scheme}")
+    if not address and default not in (None, '""', "''"):
+        raise UsageError(f"device {url!r} names no machine", f"write --device {_WRITTEN[scheme]}")
+    given = {key: str(value) for key, value in (setup or {}).items() if key in options and key != "address"}
+    device = plugins.build("devices", scheme, {**given, **({"address": address} if address else {})})
     assert isinstance(device, Device)
     return device
+
+
+def redacted(url: str) -> str:
+    """A URL for a message: what may be a password in it is left out."""
+    scheme, colon, rest = url.partition(":")
+    slashes = "//" if rest.startswith("//") else ""
+    user, at, host = rest[len(slashes) :].rpartition("@")
+    user = user.partition(":")[0] + ":***" if ":" in user else user
+    return f"{scheme}{colon}{slashes}{user}{at}{host}"
+
+
+def _plain(name: str) -> str:
+    """A file's name as every system takes it; it only helps who looks into the folder."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)[-80:]
+
+
+def _order(name: str) -> int:
+    return list(_WRITTEN).index(name) if name in _WRITTEN else len(_WRITTEN)
+
+
+def _last(stderr: str) -> str:
+    return " | ".join(line.strip() for line in stderr.strip().splitlines()[-5:])
 
 
 def _hint(scheme: str, known: Sequence[str]) -> str:
@@ -209,44 +277,8 @@ def _failed(name: str, argv: Sequence[str], answer: Answer) -> DeviceError:
     )
     if answer.status == 0:
         how = f"answered with something else than a JSON object: {answer.stdout.strip()[:200]!r}"
-    last = " | ".join(line.strip() for line in answer.stderr.strip().splitlines()[-5:])
-    command = " ".join(shlex.quote(a) for a in argv)
+    command = " ".join("(agent)" if a == packing.START else shlex.quote(a) for a in argv)
     return DeviceError(
-        f"a command on {name} {how}: {command}; its last words: {last or 'none'}",
+        f"a command on {name} {how}: {command}; its last words: {_last(answer.stderr) or 'none'}",
         "edgeprune doctor says what is missing",
     )
-
-
-def _parse_facts(text: str) -> Dict[str, Any]:
-    pairs = [line.partition("=")[::2] for line in text.splitlines() if "=" in line]
-    said: Dict[str, str] = {key: value.strip() for key, value in pairs if value.strip()}
-    facts: Dict[str, Any] = {}
-    for key in ("machine", "system", "release", "board", "cpu", "governor", "power_mode"):
-        if key in said:
-            facts[key] = said[key]
-    if "cpu" not in facts and "brand" in said:
-        facts["cpu"] = said["brand"]
-    numbers: Tuple[Tuple[str, str, float], ...] = (
-        ("cores", "cores", 1),
-        ("memory_bytes", "memory_kb", 1024),
-        ("clock_hz", "clock_mhz", 1e6),
-        ("clock_hz", "clock_khz", 1e3),
-        ("clock_max_hz", "clock_max_khz", 1e3),
-        ("load", "load", 1),
-    )
-    for key, source, scale in numbers:
-        value = _leading_number(said.get(source, ""))
-        if value is not None:
-            facts[key] = int(value * scale) if key in ("cores", "memory_bytes") else value * scale
-    zones = [_leading_number(value) for key, value in pairs if key == "temperature"]
-    heat = [z / 1000.0 for z in zones if z is not None and z > 0]
-    if heat:
-        facts["temperature_c"] = max(heat)
-    if "flags" in said:
-        facts["flags"] = sorted(said["flags"].split())
-    return facts
-
-
-def _leading_number(text: str) -> Optional[float]:
-    match = re.match(r"\s*-?\d+(?:\.\d+)?", text)
-    return float(match.group()) if match else None

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import edgeprune
-from edgeprune.devices import Answer, Device
+from edgeprune import channel_process
+from edgeprune.channels import Line
+from edgeprune.devices import Answer, Attached
 from edgeprune.errors import DeviceError
 
 # Not `python -m`: that puts the current folder first on the path, where somebody's numpy.py would shadow numpy.
@@ -22,7 +24,7 @@ _START = (
 
 
 @dataclass(frozen=True)
-class Local(Device):
+class Local(Attached):
     """The machine that edgeprune runs on."""
 
     @property
@@ -30,24 +32,33 @@ class Local(Device):
         """As Device.name."""
         return "local"
 
+    @property
+    def line(self) -> Line:
+        """As Attached.line."""
+        return Line(self.name, list, _explain)
+
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run."""
         command = " ".join(shlex.quote(a) for a in argv)
         try:
-            done = subprocess.run(
-                list(argv), input=stdin.encode(), capture_output=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise DeviceError(
-                f"a command on local took longer than {timeout_s:g} s and was stopped: {command}; "
-                f"its last words: {(error.stderr or b'').decode(errors='replace').strip()[-500:] or 'none'}",
-                "time fewer iterations, as with --set measure.iterations=20",
-            ) from error
+            process = subprocess.Popen(
+                list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             raise DeviceError(f"a command on local can't be started: {command}: {error}") from error
-        return Answer(
-            done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
-        )
+        with process:
+            try:
+                out, errors = process.communicate(stdin.encode(), timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise DeviceError(
+                    f"a command on local took longer than {timeout_s:g} s and was stopped: {command}; "
+                    f"its last words: {(error.stderr or b'').decode(errors='replace').strip()[-500:] or 'none'}",
+                    "time fewer iterations, as with --set measure.iterations=20",
+                ) from error
+            finally:
+                channel_process.stop(process)  # and what it started, after Ctrl-C too
+        return Answer(process.returncode, out.decode(errors="replace"), errors.decode(errors="replace"))
 
     def put(self, here: Path, there: str) -> None:
         """As Device.put."""
@@ -60,6 +71,10 @@ class Local(Device):
     def agent(self) -> List[str]:
         """As Device.agent."""
         return [sys.executable, "-c", _START, str(Path(edgeprune.__file__).resolve().parent.parent)]
+
+
+def _explain(said: str) -> Tuple[str, str]:
+    return said.strip() or "it said nothing", ""
 
 
 def _copy(source: Path, destination: Path) -> None:

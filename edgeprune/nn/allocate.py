@@ -8,18 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from edgeprune.errors import InfeasibleBudget
-from edgeprune.nn.costs import CostModel
 from edgeprune.quantities import show
 
 # Levels below this share of a layer's channels are only used when the budget can't be met without them: one layer cut
 # to a few channels chokes all that passes through it. (A ResNet-20 at half of its multiply-accumulates, tuned for two
 # epochs: the same accuracy within noise as with the hard floor alone, 85.3 % and 85.2 %, and faster, 1.53x and 1.46x.)
 BOTTLENECK = 0.3
+
+
+class Costs(Protocol):
+    """What counts cost: `nn.costs.CostModel`, or that with predicted seconds."""
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Group -> channels."""
+        ...
+
+    def cost(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Metric -> what it is when each group keeps so many channels."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
     return (channels, *down)
 
 
-def allocate(losses: Mapping[str, Tensor], costs: CostModel, rules: Rules) -> Allocation:
+def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Allocation:
     """Choose how many channels each group keeps.
 
     Args:
@@ -69,21 +82,24 @@ def allocate(losses: Mapping[str, Tensor], costs: CostModel, rules: Rules) -> Al
     Raises:
         InfeasibleBudget: even the floor of every group costs more than a limit; says how far it got.
     """
-    multiple, steps = _levels(losses, costs, rules)
+    multiple, steps = fitting_levels(losses, costs, rules)
     kept = (
         _descend(losses, steps, costs, rules.limits)
         if rules.cuts is None
-        else _by_shares(steps, costs, rules.limits, rules.cuts)
+        else by_shares(steps, costs, rules.limits, rules.cuts)
     )
     if rules.cuts is None and multiple > 1:
         kept = _fill(kept, losses, multiple // 2, (costs, rules))
     return Allocation(kept, costs.cost(kept), multiple)
 
 
-def _levels(
-    groups: Mapping[str, object], costs: CostModel, rules: Rules
+def fitting_levels(
+    groups: Mapping[str, object], costs: Costs, rules: Rules
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """The coarsest levels that can meet the limits: rather finer ones than a bottleneck, rather that than none.
+
+    Returns:
+        What they are multiples of; group -> levels, descending from all channels.
 
     Raises:
         InfeasibleBudget: no levels can.
@@ -178,7 +194,7 @@ def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _descend(
     given: Mapping[str, Tensor],
     steps: dict[str, tuple[int, ...]],
-    costs: CostModel,
+    costs: Costs,
     limits: Mapping[str, float],
 ) -> dict[str, int]:
     """Greedy: always the step with the least importance lost per (relative) cost saved, then what can be given back."""
@@ -210,7 +226,7 @@ def _give_back(
     at: dict[str, int],
     steps: dict[str, tuple[int, ...]],
     losses: dict[str, list[float]],
-    fit: tuple[CostModel, Mapping[str, float]],
+    fit: tuple[Costs, Mapping[str, float]],
 ) -> dict[str, int]:
     """The last step often saves more than was needed: undo what still fits, dearest importance first."""
     costs, limits = fit
@@ -227,7 +243,7 @@ def _give_back(
 
 
 def _fill(
-    kept: dict[str, int], losses: Mapping[str, Tensor], multiple_of: int, fit: tuple[CostModel, Rules]
+    kept: dict[str, int], losses: Mapping[str, Tensor], multiple_of: int, fit: tuple[Costs, Rules]
 ) -> dict[str, int]:
     """Spend what a budget has left over, less than a coarse step, in half steps."""
     costs, rules = fit
@@ -238,9 +254,9 @@ def _fill(
     return _give_back(kept, at, steps, lost, (costs, rules.limits))
 
 
-def _by_shares(
+def by_shares(
     steps: dict[str, tuple[int, ...]],
-    costs: CostModel,
+    costs: Costs,
     limits: Mapping[str, float],
     cuts: Mapping[str, float],
 ) -> dict[str, int]:
@@ -263,7 +279,7 @@ def _by_shares(
     return {g: s[-1] for g, s in steps.items()}
 
 
-def _infeasible(costs: CostModel, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:
+def _infeasible(costs: Costs, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:
     dense, least = costs.cost({}), costs.cost(kept)
     rows = [
         f"{m}: asked for at most {show(limit, '')}, got down to {show(least[m], '')} "

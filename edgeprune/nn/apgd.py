@@ -47,12 +47,14 @@ class Task:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Where the images are that stand; all are (n, ...)."""
+    """Where the images are that stand; all are (n, ...). low, high: the box around the ball and in [0, 1], in Linf."""
 
     row: Tensor
     x: Tensor
     y: Tensor
     target: Tensor
+    low: Tensor
+    high: Tensor
     at: Tensor
     before: Tensor
     gradient: Tensor
@@ -163,8 +165,13 @@ def _start(task: Task, ball: Ball, generator: torch.Generator) -> _Walk:
     yes = torch.ones(count, dtype=torch.bool, device=x.device)
     row = torch.arange(count, device=x.device)
     size = torch.full((count,), FIRST_STEP * ball.eps, device=x.device)
-    # No gradient yet: (n,) stands for it until the first look.
-    return _Walk(row, x, task.y, task.target, at, at, none, none, at, none, none, size, none, none, yes)
+    low, high = none, none
+    if ball.norm == "Linf":
+        low, high = (x - ball.eps).clamp_(0, 1), (x + ball.eps).clamp_(0, 1)
+    # No gradient yet: (n,) stands for it until the first look. `best` is written into.
+    return _Walk(
+        row, x, task.y, task.target, low, high, at, at, none, none, at.clone(), none, none, size, none, none, yes
+    )  # fmt: skip
 
 
 def _surface(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
@@ -179,10 +186,16 @@ def _surface(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
 
 def _moved(walk: _Walk, ball: Ball, share: float) -> _Walk:
     """Lines 7 and 8: a step of the gradient, mixed with the last move."""
-    uphill = ball.step(walk.gradient.new_zeros(()), walk.gradient, 1.0)
-    at = ball.project(walk.at + by_image(walk.step, walk.at) * uphill, walk.x)
+    size = by_image(walk.step, walk.at)
+    if ball.norm == "Linf":
+        uphill = walk.gradient.sign().nan_to_num_(nan=0.0)
+        at = torch.addcmul(walk.at, size, uphill).clamp_(walk.low, walk.high)
+    else:
+        uphill = ball.step(walk.gradient.new_zeros(()), walk.gradient, 1.0)
+        at = ball.project(walk.at + size * uphill, walk.x)
     if share < 1:
-        at = ball.project(walk.at + share * (at - walk.at) + (1 - share) * (walk.at - walk.before), walk.x)
+        at = torch.lerp(walk.at, at, share).add_(walk.at - walk.before, alpha=1 - share)
+        at = at.clamp_(walk.low, walk.high) if ball.norm == "Linf" else ball.project(at, walk.x)
     return replace(walk, at=at, before=walk.at)
 
 
@@ -191,7 +204,7 @@ def _noted_first(walk: _Walk, losses: Tensor, gradient: Tensor) -> _Walk:
         walk,
         gradient=gradient,
         loss=losses,
-        best_gradient=gradient,
+        best_gradient=gradient.clone(),
         best_loss=losses,
         best_at_check=losses,
     )
@@ -200,14 +213,14 @@ def _noted_first(walk: _Walk, losses: Tensor, gradient: Tensor) -> _Walk:
 def _noted(walk: _Walk, losses: Tensor, gradient: Tensor) -> _Walk:
     """Lines 9 to 11: whether the loss rose, and whether it is the best so far."""
     better = losses > walk.best_loss
-    pixels = by_image(better, walk.at)
+    row = better.nonzero().squeeze(1)
+    # Written into: whole images are copied faster than pixels are chosen one by one.
+    walk.best[row], walk.best_gradient[row] = walk.at[row], gradient[row]
     return replace(
         walk,
         gradient=gradient,
         rises=walk.rises + (losses > walk.loss),
         loss=losses,
-        best=torch.where(pixels, walk.at, walk.best),
-        best_gradient=torch.where(pixels, gradient, walk.best_gradient),
         best_loss=torch.where(better, losses, walk.best_loss),
     )
 

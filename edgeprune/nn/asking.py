@@ -10,9 +10,21 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
 from edgeprune.nn import calling
+from edgeprune.nn.lanes import Lanes
 from edgeprune.nn.perturb import full
 
-__all__ = ["Advance", "Logits", "Tried", "asking", "by_image", "in_turn", "lengths", "slope", "wrong"]
+__all__ = [
+    "Advance",
+    "Logits",
+    "Tried",
+    "asking",
+    "by_image",
+    "in_turn",
+    "lengths",
+    "side_by_side",
+    "slope",
+    "wrong",
+]
 
 Logits = Callable[[Tensor], Tensor]
 Advance = Callable[[int], None]
@@ -74,13 +86,14 @@ def slope(answers: Logits, at: Tensor, loss: Callable[[Tensor], Tensor]) -> tupl
     Returns:
         Logits (N, K), losses (N,) and gradients like `at`, detached.
     """
-    with torch.enable_grad():
-        point = at.detach().requires_grad_()
+    # An evaluation may run where gradients are switched off; a clone of what was made in inference mode can have them.
+    with torch.inference_mode(False), torch.enable_grad():
+        point = (at.clone() if at.is_inference() else at.detach()).requires_grad_()
         answer = answers(point)
         losses = loss(answer)
-    found = None
-    if losses.requires_grad:
-        found = torch.autograd.grad(losses.sum(), point, allow_unused=True)[0]
+        found = None
+        if losses.requires_grad:
+            found = torch.autograd.grad(losses.sum(), point, allow_unused=True)[0]
     return answer.detach(), losses.detach(), torch.zeros_like(at) if found is None else found
 
 
@@ -108,6 +121,29 @@ def in_turn(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tuple[T
         standing = standing[~tried.broken]
     advance(len(standing))
     return images, queries
+
+
+def side_by_side(
+    model: nn.Module | Logits, rows: Tensor, attempt: Callable[[nn.Module | Logits, Tensor], Tried]
+) -> Tried:
+    """An attempt in which no image depends on another one and no chance is drawn, on every lane of a network.
+
+    Args:
+        model: `Lanes`, or what has one lane.
+        rows: int64 (n,). attempt: answers for the rows that it gets.
+    """
+    if not isinstance(model, Lanes) or model.count(len(rows)) < 2:
+        return attempt(model, rows)
+    count = model.count(len(rows))
+    # Neighbours are often of one class and alike hard: they are dealt out.
+    places = [torch.arange(lane, len(rows), count, device=rows.device) for lane in range(count)]
+    found = model.each([rows[place] for place in places], attempt)
+    back = torch.cat(places).argsort()
+    images, broken, queries = (
+        torch.cat(parts)[back]
+        for parts in zip(*((t.images, t.broken, t.queries) for t in found), strict=True)
+    )
+    return Tried(images, broken, queries)
 
 
 def by_image(numbers: Tensor, like: Tensor) -> Tensor:

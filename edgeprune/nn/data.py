@@ -148,6 +148,16 @@ def calibration_indices(labels: Tensor, name_or_path: str) -> Tensor:
     return order[torch.argsort(turn, stable=True)[:count]]
 
 
+def calibration_digest(labels: Tensor, name_or_path: str) -> str:
+    """The SHA-256 of the chosen images' numbers (int64, little-endian, in their order), in hex.
+
+    Raises:
+        UsageError: as `calibration_indices`.
+    """
+    indices = calibration_indices(labels, name_or_path).numpy().astype("<i8")
+    return hashlib.sha256(indices.tobytes()).hexdigest()
+
+
 def calibration_images(
     data: Data, name_or_path: str, progress: Callable[[int], None] | None = None
 ) -> Tensor:

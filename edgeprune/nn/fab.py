@@ -24,6 +24,8 @@ ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 NEWTON_STEPS = 64
 NEWTON_TOLERANCE = 1e-6
 HUGE = 1e30
+# So many images at a time are projected: their numbers stay in the processor's cache.
+ROWS = 8
 SHORTEST = 1e-8
 
 
@@ -78,23 +80,19 @@ def _stepped(answers: Logits, task: Task, at: Tensor, norm: str) -> Tensor:
     """Eq. 9 and 10: from the last point and from the image onto the boundary, beyond it, and between the two."""
     row = torch.arange(len(at), device=at.device)
     _, ahead, normal = slope(answers, at, lambda a: a[row, task.target] - a[row, task.y])
-    normal = torch.nan_to_num(normal)
-    home = ahead + (normal * (task.x - at)).flatten(1).sum(1)
-    points = torch.cat([at, task.x])
-    change = onto_plane(points, torch.cat([normal, normal]), torch.cat([ahead, home]), norm)
-    reach = lengths(change, norm).clamp_min(SHORTEST)
+    normal = _flat(torch.nan_to_num(normal), at)
+    points = torch.stack([_flat(at, at), _flat(task.x, at)])
+    home = ahead + _dot(normal, points[1] - points[0])
+    change = _shortest(points, normal, torch.stack([ahead, home]), norm)
+    reach = lengths(change.flatten(0, 1), norm).clamp_min(SHORTEST)
     near, far = reach.split(len(at))
-    alpha = by_image((near / (near + far)).clamp(0, ALPHA_MAX), at)
-    onward, back = (points + ETA * change).split(len(at))
-    return torch.lerp(onward, back, alpha).clamp(0, 1)
+    alpha = (near / (near + far)).clamp(0, ALPHA_MAX).unsqueeze(1)
+    onward, back = points.add_(change, alpha=ETA)
+    return _as_images(torch.lerp(onward, back, alpha).clamp_(0, 1), at)
 
 
 def onto_plane(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
     """The shortest change that brings each point onto a hyperplane and leaves it in [0, 1] (eq. 4 of the paper).
-
-    With m_i the size of the change of pixel i, room_i how far it may go and w its normal, m_i = min(t q_i, room_i)
-    with q_i = 1 in Linf and |w_i| in L2, and t such that sum |w_i| m_i = |value|. That sum is concave and piecewise
-    linear in t: Newton's method from 0 comes nearer from below and ends exactly.
 
     Args:
         points: float (N, ...) in [0, 1].
@@ -106,23 +104,61 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tens
         Like `points`. Where the cube does not reach the plane, the corner that is nearest to it; where the normal
         is 0, no change.
     """
-    largest = normal.abs().flatten(1).amax(1)
+    flat = points.flatten(1).unsqueeze(0)
+    return _shortest(flat, normal.flatten(1), value.unsqueeze(0), norm).view(points.shape)
+
+
+def _shortest(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
+    """`onto_plane` for R points (R, N, F) with the same normals (N, F) and values (R, N); some rows at a time."""
+    found = torch.empty_like(points)
+    for first in range(0, len(normal), ROWS):
+        rows = slice(first, first + ROWS)
+        found[:, rows] = _solved(points[:, rows], normal[rows], value[:, rows], norm)
+    return found
+
+
+def _solved(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
+    """With m_i the size of the change of pixel i, room_i how far it may go and w its normal, m_i = min(t q_i, room_i).
+
+    q_i = 1 in Linf and |w_i| in L2, and t is such that sum |w_i| m_i = |value|. That sum is concave and piecewise
+    linear in t: Newton's method from 0, where no pixel has met a wall, comes nearer from below and ends exactly.
+    """
+    largest = normal.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    weight = normal / by_image(scale, normal)
-    missing = torch.nan_to_num(value.abs() / scale, nan=0.0).clamp_max(HUGE)
-    down = (weight > 0) == by_image(value >= 0, weight)
-    room = torch.where(down, points, 1 - points)
-    weight = weight.abs()
-    rate = (weight > 0).to(weight) if norm == "Linf" else weight
-    time = torch.zeros_like(missing)
-    sizes = torch.zeros_like(points)
+    weight = normal / scale
+    missing = torch.nan_to_num(value.abs() / scale.squeeze(1), nan=0.0).clamp_max(HUGE)
+    # 1 where a pixel goes down, -1 where it goes up, 0 where it has no weight and stays.
+    way = weight.sign() * torch.where(value >= 0, 1.0, -1.0).unsqueeze(2)
+    room = (points - 0.5).mul_(way).add_(0.5)
+    weight.abs_()
+    gain = weight if norm == "Linf" else weight.square()
+    time = (missing / gain.sum(1).clamp_min(1 / HUGE)).clamp_max(HUGE)
+    sizes = room
     for _ in range(NEWTON_STEPS):
-        free = weight * rate * (by_image(time, rate) * rate < room)
-        speed = free.flatten(1).sum(1)
-        rest = missing - (weight * sizes).flatten(1).sum(1)
+        reach = time.unsqueeze(2) if norm == "Linf" else time.unsqueeze(2) * weight
+        sizes = torch.minimum(reach, room)
+        rest = missing - (weight * sizes).sum(2)
+        speed = (gain * (reach < room)).sum(2)
         going = (rest > NEWTON_TOLERANCE * missing) & (speed > 0)
         if not going.any():
             break
         time = torch.where(going, time + rest / speed.clamp_min(1 / HUGE), time).clamp_max(HUGE)
-        sizes = torch.minimum(by_image(time, rate) * rate, room)
-    return torch.where(down, -sizes, sizes)
+    return sizes.mul_(way).neg_()
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Of the rows of two (M, F): (M,)."""
+    return torch.bmm(one.unsqueeze(1), other.unsqueeze(2)).flatten()
+
+
+def _flat(images: Tensor, like: Tensor) -> Tensor:
+    """Pixels (N, F) in the order in which `like` lies in memory: nothing is copied where `images` lie so too."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return (images.permute(0, 2, 3, 1) if last else images).flatten(1)
+
+
+def _as_images(flat: Tensor, like: Tensor) -> Tensor:
+    """What `_flat` made flat, as images again, in the same order in memory."""
+    count, channels, height, width = like.shape
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return flat.view(count, height, width, channels).permute(0, 3, 1, 2) if last else flat.view(like.shape)

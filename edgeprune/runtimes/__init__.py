@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, ClassVar, List, Optional, Tuple
 
 from edgeprune.errors import UnsupportedModel, UsageError
 
@@ -47,7 +47,15 @@ class Session(ABC):
 
     @abstractmethod
     def infer(self, x: np.ndarray) -> np.ndarray:
-        """One run on a batch of exactly the model's size, without checks: this is what gets timed."""
+        """One run on a batch of exactly the model's size, from the host's memory and back into it, without checks."""
+
+    @abstractmethod
+    def ready(self, x: np.ndarray) -> Callable[[], Optional[int]]:
+        """What gets timed: one run on such a batch, with all that is done only once done before.
+
+        Returns:
+            A function that gives its own time in ns by the runtime's clock, or None to be timed from outside.
+        """
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Answer any number of images; a fixed batch is filled up with zero images where needed.
@@ -106,9 +114,15 @@ class Session(ABC):
 
 
 class Runtime(ABC):
-    """Builds an ONNX file for a machine and opens it there. A member is a frozen dataclass of options."""
+    """Builds an ONNX file for a machine and opens it there. A member is a frozen dataclass of options.
+
+    accepts: the precisions of files. on_gpu: it runs on a GPU, whose clock and memory are then looked at.
+    clock: what times a run: "wall" or a clock of the runtime's own.
+    """
 
     accepts: ClassVar[Tuple[str, ...]]
+    on_gpu: ClassVar[bool] = False
+    clock: ClassVar[str] = "wall"
 
     @abstractmethod
     def version(self) -> str:
@@ -128,7 +142,7 @@ class Runtime(ABC):
 
         Raises:
             MissingDependency: the runtime is not installed.
-            ModelError: it refuses the file; says why.
+            ModelError: it refuses the file, or what was built is of another machine or file; says why.
         """
 
     @abstractmethod
@@ -144,6 +158,7 @@ class Runtime(ABC):
             UsageError: no such file, or a precision that this runtime does not know.
             MissingDependency: the runtime is not installed.
             ModelError: it refuses the file; says why.
+            ParityError: what it built does not run in that precision.
         """
         if precision not in self.accepts:
             raise UsageError(f"precision {precision!r} is not one of {', '.join(self.accepts)}")

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
@@ -85,6 +85,12 @@ class _OrtSession(Session):
             return self.inner.run([self.output_name], {self.input_name: x})[0]
         except _errors() as error:
             raise ModelError(f"ONNX Runtime failed on {x.dtype} {x.shape}: {error}") from error
+
+    def ready(self, x: np.ndarray) -> Callable[[], Optional[int]]:
+        def run() -> None:
+            self.infer(x)
+
+        return run
 
 
 def _library() -> Any:

@@ -1,82 +1,331 @@
-"""TensorRT on a Jetson: for now a script that builds the engine there and times it with trtexec."""
+"""TensorRT on an NVIDIA GPU: an engine is built from the ONNX file, on the machine that runs it.
+
+One code path for TensorRT 10.3 to 11: strongly typed networks, so that every precision is the file's. Nothing is
+imported but TensorRT's own package; CUDA is called by ctypes.
+"""
 
 from __future__ import annotations
 
 import importlib
-import shlex
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
-from edgeprune.errors import MissingDependency, UnsupportedModel
-from edgeprune.records import Artifact, Target
+from edgeprune import agent_cuda, agent_engines
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
-# The memory of a Jetson is the CPU's too; a quarter leaves room for the system and for the engine itself.
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgeprune.records import Artifact, Target
+
 _WORKSPACE_SHARE = 4
-_LEAST_WORKSPACE_MIB = 64
+_LEAST_WORKSPACE = 64 * 2**20
+# What trtexec builds with when it is not told.
+_LEVEL = 3
+_LOG_LINES = 8
+# Of all engines in a folder: what was timed for one helps the next.
+CACHE = "timing.cache"
 
 
 @dataclass(frozen=True)
 class TensorRT(Runtime):
-    """NVIDIA TensorRT. An engine fits the machine and the version that built it, so it is built there."""
+    """NVIDIA TensorRT. An engine fits the machine and the version that built it, so it is built there.
 
+    workspace_mib: memory that building may take; 0 is a quarter of the GPU's. sparse: kernels for 2:4 weights may be
+    used.
+    """
+
+    workspace_mib: int = 0
+    sparse: bool = False
     accepts: ClassVar[Tuple[str, ...]] = ("fp32", "fp16", "int8")
+    on_gpu: ClassVar[bool] = True
+    clock: ClassVar[str] = "cuda events"
 
     def version(self) -> str:
         """As Runtime.version."""
         return f"tensorrt {_library().__version__}"
 
     def make(self, onnx: Path, out: Path, precision: str) -> None:
-        """As Runtime.make; not in this version."""
-        raise _not_yet()
+        """As Runtime.make: the engine, what is known of it beside it, and the timing cache.
+
+        `precision` "" is whatever the file has.
+        """
+        trt, cuda, start = _library(), agent_cuda.load(), time.perf_counter()
+        log: List[str] = []
+        logger = _logger(trt, log)
+        builder = _started(lambda: trt.Builder(logger), log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        _parse(trt, network, logger, onnx)
+        config = builder.create_builder_config()
+        workspace = self.workspace_mib * 2**20 or max(cuda.memory() // _WORKSPACE_SHARE, _LEAST_WORKSPACE)
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.builder_optimization_level = _LEVEL
+        if self.sparse:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        _one_image(builder, network, config, onnx)
+        cache = out.with_name(CACHE)
+        known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+        # False: what another GPU or version timed is not taken.
+        config.set_timing_cache(known, False)
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise ModelError(f"TensorRT {trt.__version__} can't build an engine of {onnx.name}: {_last(log)}")
+        data = bytes(serialized)
+        runtime = _started(lambda: trt.Runtime(logger), log)
+        found = agent_engines.layers(_information(trt, _deserialized(trt, runtime, data, log)))
+        agent_engines.judge(found, precision, onnx.name)
+        facts = {
+            **_machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name, "precision": precision,
+            "layers": agent_engines.counted(found), "workspace_bytes": workspace, "sparse": self.sparse,
+            "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
+        }  # fmt: skip
+        agent_engines.write(out, data, facts)
+        learned = config.get_timing_cache()
+        cache.write_bytes(bytes(learned.serialize()))
 
     def open(self, built: Path, threads: int) -> Session:
-        """As Runtime.open; not in this version."""
-        raise _not_yet()
+        """As Runtime.open; an ONNX file is first built into an engine beside it, unless a fresh one is there."""
+        engine, _ = self._open(built)
+        return engine
 
     def profile(
         self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]
     ) -> List[NodeTime]:
-        """As Runtime.profile; not in this version."""
-        raise _not_yet()
+        """As Runtime.profile: TensorRT's own profiler, which times each layer of the engine on the GPU."""
+        session, found = self._open(built)
+        times: Dict[str, List[float]] = {}
+        profiler = _profiler(_library(), times)
+        context = session.context
+        context.profiler = profiler
+        x, warmup = session.image(shape), max(1, runs // 10)
+        for _ in range(warmup + runs):
+            session.infer(x)
+        known = {layer.name: layer for layer in found}
+        return [
+            NodeTime(
+                name, known[name].kind if name in known else "",
+                statistics.median(took[warmup:] or took) * 1e-3, known[name].macs if name in known else 0,
+            )
+            for name, took in times.items()
+        ]  # fmt: skip
 
     @staticmethod
     def engine_script(
         target: Target, artifact: Artifact, *, dynamic_batch: bool, sparse: bool = False
     ) -> str:
-        """The text of build_engine.sh: POSIX sh, to be run on the Jetson beside the ONNX file.
+        """As engine_script.engine_script."""
+        text: str = importlib.import_module("edgeprune.engine_script").engine_script(
+            target, artifact, dynamic_batch=dynamic_batch, sparse=sparse
+        )
+        return text
 
-        It finds trtexec, reads its version and gives it the flags that this version has (TensorRT 8.2 to 11),
-        so that all of them build the same network and time the same thing: one image at a time on the GPU
-        alone, with a CUDA graph, spinning, no transfers. No precision is chosen: it is in the file.
+    def _open(self, built: Path) -> Tuple[_EngineSession, List[agent_engines.Layer]]:
+        trt, cuda = _library(), agent_cuda.load()
+        log: List[str] = []
+        logger = _logger(trt, log)
+        if built.suffix == ".onnx":
+            onnx, built = built, built.with_name(built.name + ".engine")
+            try:
+                agent_engines.fresh(built, _machine(trt, cuda), onnx)
+            except ModelError:
+                self.make(onnx, built, "")
+        agent_engines.fresh(built, _machine(trt, cuda))
+        runtime = _started(lambda: trt.Runtime(logger), log)
+        engine = _deserialized(trt, runtime, built.read_bytes(), log)
+        found = agent_engines.layers(_information(trt, engine))
+        # The engine calls the logger as long as it lives.
+        return _session(trt, cuda, engine, built, (logger, runtime)), found
 
-        Args:
-            target: the machine; its memory bounds the workspace, setup["tensorrt"] is the version to expect.
-            artifact: the ONNX file.
-            dynamic_batch: the file leaves the batch dimension open; the engine is built for one image.
-            sparse: its weights hold the 2:4 pattern, which TensorRT's sparse kernels may use where they are faster.
+
+@dataclass(frozen=True)
+class _Buffer:
+    """One input or output: its name, its memory on the GPU, and the numpy type and shape of what goes there."""
+
+    name: str
+    address: int
+    dtype: str
+    shape: Tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _EngineSession(Session):
+    engine: Any
+    context: Any
+    cuda: agent_cuda.Cuda
+    stream: int
+    source: _Buffer
+    answer: _Buffer
+    input_shape: Tuple[Optional[int], ...]
+    kept: Tuple[Any, ...]
+
+    def infer(self, x: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        here = np.ascontiguousarray(x, dtype=self.source.dtype)
+        there = np.empty(self.answer.shape, self.answer.dtype)
+        self.cuda.to_device(self.source.address, here.ctypes.data, here.nbytes, self.stream)
+        self._enqueue()
+        self.cuda.to_host(there.ctypes.data, self.answer.address, there.nbytes, self.stream)
+        self.cuda.call("cudaStreamSynchronize", self.stream)
+        return there
+
+    def ready(self, x: np.ndarray) -> Callable[[], Optional[int]]:
+        """What `trtexec --noDataTransfers --useCudaGraph --useSpinWait` times: the GPU's work between two events.
+
+        The batch lies on the GPU before; a network that CUDA can't capture as a graph is enqueued each time.
         """
-        shape = "x".join(str(n) for n in (1, *artifact.input.shape))
-        values = {
-            "TITLE": _comment(target.title),
-            "EXPECTED": shlex.quote(str(target.setup.get("tensorrt", ""))),
-            "JETPACK": shlex.quote(str(target.setup.get("jetpack", ""))),
-            "ONNX": shlex.quote(Path(artifact.path).name),
-            "OPSET": str(artifact.opset),
-            "PRECISION": shlex.quote(artifact.precision),
-            "SPARSITY": "enable" if sparse else "disable",
-            "SHAPE": f"input:{shape}" if dynamic_batch else "",
-            "WORKSPACE": str(max(target.memory_bytes // _WORKSPACE_SHARE // 2**20, _LEAST_WORKSPACE_MIB)),
-        }
-        script = _SCRIPT
-        for name, value in values.items():
-            script = script.replace(f"@{name}@", value)
-        return script
+        cuda, stream = self.cuda, self.stream
+        self.infer(x)  # also makes TensorRT do what it only does at the first run, before the capture
+        graph = cuda.captured(self._enqueue, stream)
+        # Made without cudaEventBlockingSync: waiting for it spins.
+        start, end = cuda.made("cudaEventCreate"), cuda.made("cudaEventCreate")
+
+        def run() -> int:
+            cuda.call("cudaEventRecord", start, stream)
+            if graph:
+                cuda.call("cudaGraphLaunch", graph, stream)
+            else:
+                self._enqueue()
+            cuda.call("cudaEventRecord", end, stream)
+            cuda.call("cudaEventSynchronize", end)
+            return cuda.elapsed_ns(start, end)
+
+        return run
+
+    def _enqueue(self) -> None:
+        context = self.context
+        if not context.execute_async_v3(self.stream):
+            raise ModelError("TensorRT failed to run the engine", "its log, on stderr, says why")
 
 
-def _comment(text: str) -> str:
-    return " ".join(text.split())
+def _session(
+    trt: Any, cuda: agent_cuda.Cuda, engine: Any, path: Path, kept: Tuple[Any, ...]
+) -> _EngineSession:
+    context = engine.create_execution_context()
+    if context is None:
+        raise ModelError(f"TensorRT can't make a context for {path.name}", "is there memory left on the GPU?")
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+    outputs = [n for n in names if n not in inputs]
+    if len(inputs) != 1 or len(outputs) != 1 or len(engine.get_tensor_shape(inputs[0])) != 4:
+        found = ", ".join(f"{n} {tuple(engine.get_tensor_shape(n))}" for n in names)
+        raise UnsupportedModel(
+            f"{path.name} has {found}; accepted: one input (N, C, H, W) and one output (N, K)"
+        )
+    # An open batch was built for one image; the profile of the engine says so.
+    shape = tuple(int(n) if n > 0 else 1 for n in engine.get_tensor_shape(inputs[0]))
+    context.set_input_shape(inputs[0], shape)
+    source = _buffer(trt, cuda, engine, inputs[0], shape)
+    answer = _buffer(
+        trt, cuda, engine, outputs[0], tuple(int(n) for n in context.get_tensor_shape(outputs[0]))
+    )
+    for buffer in (source, answer):
+        context.set_tensor_address(buffer.name, buffer.address)
+    return _EngineSession(engine, context, cuda, cuda.made("cudaStreamCreate"), source, answer, shape, kept)
+
+
+def _buffer(trt: Any, cuda: agent_cuda.Cuda, engine: Any, name: str, shape: Tuple[int, ...]) -> _Buffer:
+    kinds = {trt.DataType.FLOAT: ("float32", 4), trt.DataType.HALF: ("float16", 2)}
+    kind = engine.get_tensor_dtype(name)
+    if kind not in kinds:
+        raise UnsupportedModel(f"the tensor {name!r} of the engine is {kind}; accepted: FLOAT, HALF")
+    dtype, size = kinds[kind]
+    for n in shape:
+        size *= n
+    return _Buffer(name, cuda.made("cudaMalloc", max(size, 1)), dtype, shape)
+
+
+def _parse(trt: Any, network: Any, logger: Any, onnx: Path) -> None:
+    parser = trt.OnnxParser(network, logger)
+    if parser.parse_from_file(str(onnx)):
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    said = [f"{error.node_operator()} {error.node_name()!r}: {error.desc()}" for error in errors]
+    message = (
+        f"TensorRT {trt.__version__} can't read {onnx.name}: {'; '.join(said[:3]) or 'no reason was given'}"
+    )
+    raise UnsupportedModel(message, "export it with the opset of the target, or leave that operator out")
+
+
+def _one_image(builder: Any, network: Any, config: Any, onnx: Path) -> None:
+    """Build an open batch for one image, as build_engine.sh does."""
+    open_ones = []
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        shape = tuple(int(n) for n in tensor.shape)
+        if -1 in shape[1:]:
+            raise UnsupportedModel(
+                f"the input {tensor.name!r} of {onnx.name} is {shape}; only the batch may be open"
+            )
+        if shape[0] == -1:
+            open_ones.append((tensor.name, (1, *shape[1:])))
+    if open_ones:
+        profile = builder.create_optimization_profile()
+        for name, shape in open_ones:
+            profile.set_shape(name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+
+
+def _deserialized(trt: Any, runtime: Any, data: bytes, log: List[str]) -> Any:
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise ModelError(f"TensorRT {trt.__version__} can't load the engine: {_last(log)}", "build it again")
+    return engine
+
+
+def _information(trt: Any, engine: Any) -> str:
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _machine(trt: Any, cuda: agent_cuda.Cuda) -> Dict[str, str]:
+    return {"tensorrt": trt.__version__, "gpu": cuda.name(), "compute_capability": cuda.capability()}
+
+
+def _logger(trt: Any, lines: List[str]) -> Any:
+    """A logger that keeps TensorRT's errors and warnings, the last few of them."""
+    loud = {trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING}
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in loud:
+                lines.append(msg)
+                del lines[:-_LOG_LINES]
+
+    return Log()
+
+
+def _profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
+
+
+def _last(log: List[str]) -> str:
+    return " | ".join(line.strip() for line in log[-3:]) or "it gave no reason"
+
+
+def _started(make: Callable[[], Any], log: List[str]) -> Any:
+    """A builder or a runtime; the bindings raise TypeError when the library makes none, as without a GPU."""
+    try:
+        return make()
+    except TypeError as error:
+        raise DeviceError(
+            f"TensorRT can't start: {_last(log)} ({error})", "nvidia-smi says whether there is a GPU"
+        ) from error
 
 
 def _library() -> Any:
@@ -87,135 +336,3 @@ def _library() -> Any:
             f"TensorRT's Python package can't be imported: {error}",
             "on a Jetson it comes with the system's Python: sudo apt install python3-libnvinfer",
         ) from error
-
-
-def _not_yet() -> UnsupportedModel:
-    _library()
-    return UnsupportedModel(
-        "building and opening TensorRT engines from Python is not in this version",
-        "run build_engine.sh, which the run wrote beside model.onnx, on the Jetson",
-    )
-
-
-_SCRIPT = r"""#!/bin/sh
-# Build a TensorRT engine of an ONNX file on this machine, and time it with trtexec.
-#
-#   sh build_engine.sh              for @ONNX@ beside this script
-#   sh build_engine.sh dense.onnx   for another file, to compare
-#
-# Written for @TITLE@. It leaves, beside the ONNX file and under its name:
-# .engine, .timing.cache (makes the next build faster), .build.log, .time.log,
-# .times.json (every run), .profile.json and .layers.json (every layer).
-# Exit status: 0 done, 2 wrong use, 3 trtexec is missing or too old, 6 trtexec failed.
-# The flags are those of trtexec's source from 8.2 to 11.1; nothing has run on this board yet.
-
-set -eu
-
-expected=@EXPECTED@     # TensorRT version of this board's JetPack
-jetpack=@JETPACK@
-default=@ONNX@
-precision=@PRECISION@   # of the ONNX file
-shape='@SHAPE@'         # of one input, when the file leaves the batch dimension open
-workspace=@WORKSPACE@   # MiB for building, a quarter of this board's memory
-
-fail() {
-    status=$1
-    shift
-    echo "error: $*" >&2
-    exit "$status"
-}
-
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-[ $# -le 1 ] || fail 2 "one ONNX file at a time, got $#"
-onnx=${1:-$here/$default}
-case $onnx in
-*.onnx) ;;
-*) fail 2 "'$onnx' is not an .onnx file" ;;
-esac
-[ -f "$onnx" ] || fail 2 "no file '$onnx'"
-name=${onnx%.onnx}
-
-trtexec=$(command -v trtexec || true)
-[ -n "$trtexec" ] || trtexec=/usr/src/tensorrt/bin/trtexec
-[ -x "$trtexec" ] || fail 3 "no trtexec in PATH or /usr/src/tensorrt/bin; sudo apt install libnvinfer-bin"
-
-# trtexec says [TensorRT v8201] for 8.2.1 and [TensorRT v100300] for 10.3.0; version becomes 802 and 1003.
-code=$("$trtexec" --help 2>&1 | sed -n 's/.*\[TensorRT v\([0-9][0-9]*\)].*/\1/p' | sed -n 1p)
-[ -n "$code" ] || fail 3 "'$trtexec --help' does not tell its version"
-if [ "$code" -ge 10000 ]; then
-    version=$((code / 100))
-else
-    version=$((code / 1000 * 100 + code % 1000 / 100))
-fi
-found=$((version / 100)).$((version % 100))
-[ "$version" -ge 802 ] || fail 3 "TensorRT $found is too old, 8.2 is needed: install JetPack 4.6.1 or newer"
-echo "TensorRT $found, $trtexec"
-case $expected in
-'' | "$found" | "$found".*) ;;
-*) echo "note: TensorRT $expected was expected (JetPack $jetpack); the file has ONNX opset @OPSET@" ;;
-esac
-if command -v nvpmodel >/dev/null 2>&1; then
-    nvpmodel -q 2>/dev/null || true
-    echo "note: clocks follow the load until 'sudo jetson_clocks' holds them"
-fi
-
-run() {
-    log=$1
-    shift
-    echo "trtexec $*"
-    if ! "$trtexec" "$@" >"$log" 2>&1; then
-        tail -n 20 -- "$log" >&2
-        fail 6 "trtexec failed, all it said is in '$log'"
-    fi
-}
-
-set -- "--onnx=$onnx" "--saveEngine=$name.engine" "--timingCacheFile=$name.timing.cache"
-set -- "$@" --profilingVerbosity=detailed --sparsity=@SPARSITY@
-if [ "$version" -ge 804 ]; then
-    set -- "$@" "--memPoolSize=workspace:$workspace"
-else
-    set -- "$@" "--workspace=$workspace"
-fi
-if [ "$version" -ge 806 ]; then
-    set -- "$@" --builderOptimizationLevel=3 --skipInference
-else
-    set -- "$@" --buildOnly
-fi
-# The precision is the file's: TensorRT 11 takes it from there, 10 does when told, 8 needs leave to use it.
-if [ "$version" -ge 1000 ] && [ "$version" -lt 1100 ]; then
-    set -- "$@" --stronglyTyped
-elif [ "$version" -lt 1000 ] && [ "$precision" != fp32 ]; then
-    set -- "$@" "--$precision"
-fi
-if [ -n "$shape" ]; then
-    set -- "$@" "--minShapes=$shape" "--optShapes=$shape" "--maxShapes=$shape"
-fi
-run "$name.build.log" "$@"
-
-# TensorRT 11 changed what trtexec does when not told: no transfers, a CUDA graph, spinning. So it is told.
-set -- "--loadEngine=$name.engine" --noDataTransfers --useCudaGraph --useSpinWait
-set -- "$@" --warmUp=1000 --duration=10 --iterations=200 --avgRuns=100 --sleepTime=0 --idleTime=0
-if [ "$version" -ge 806 ]; then
-    set -- "$@" --infStreams=1
-else
-    set -- "$@" --streams=1
-fi
-if [ "$version" -ge 805 ]; then
-    set -- "$@" --percentile=50,90,99
-else
-    set -- "$@" --percentile=99
-fi
-# Layers are timed in a run of their own; TensorRT 11 always does so and will drop the flag.
-if [ "$version" -lt 1100 ]; then
-    set -- "$@" --separateProfileRun
-fi
-if [ -n "$shape" ]; then
-    set -- "$@" "--shapes=$shape"
-fi
-set -- "$@" --profilingVerbosity=detailed "--exportTimes=$name.times.json"
-set -- "$@" "--exportProfile=$name.profile.json" "--exportLayerInfo=$name.layers.json"
-run "$name.time.log" "$@"
-
-grep -E 'Throughput:|Latency:|GPU Compute Time:' -- "$name.time.log" || true
-echo "engine: $name.engine"
-"""

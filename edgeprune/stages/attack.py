@@ -20,13 +20,24 @@ from edgeprune.records import Reading
 from edgeprune.stages.attack_flags import flags
 from edgeprune.stages.attack_job import CLEAN, RESULT_VERSION, Job, Verdicts, Victim, ask, job, wrong
 from edgeprune.stages.attack_memory import batch_size
+from edgeprune.stages.attack_proof import proven
 from edgeprune.stages.attack_readings import compare, ledger, merged, readings
-from edgeprune.stages.attack_steps import TO_THE_END, Step, how_words, placed, reaches, steps_of
+from edgeprune.stages.attack_steps import (
+    STRAIGHT,
+    TO_THE_END,
+    Reach,
+    Step,
+    how_words,
+    placed,
+    reaches,
+    steps_of,
+)
 from edgeprune.stages.attack_victims import of_bundle, of_file, of_network, of_run
 
 __all__ = [
-    "CLEAN", "RESULT_VERSION", "TO_THE_END", "Attacked", "Job", "Verdicts", "Victim", "compare", "flags", "job",
-    "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run", "readings", "run", "run_stages",
+    "CLEAN", "RESULT_VERSION", "STRAIGHT", "TO_THE_END", "Attacked", "Job", "Verdicts", "Victim", "compare", "flags",
+    "job", "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run", "proven", "readings", "run",
+    "run_stages",
 ]  # fmt: skip
 
 STATE = "attack.json"
@@ -58,9 +69,10 @@ class _State:
 def run(victim: Victim, split: Split, job: Job, *, scratch: Path, say: Say) -> Verdicts:
     """Attack every image until something breaks it on the artifact; the cheapest attacks first.
 
-    Gradients come from `victim.twin`, and what they find counts when `victim.answers` errs on it. Attacks without
-    gradients ask the artifact itself. An image that is broken is not attacked again. After every batch the state is
-    written to `scratch`: the same job started again goes on there and ends as an undisturbed one does.
+    Gradients come from `victim.twin` and, for a quantized file, then from `victim.straight`, and what they find
+    counts when `victim.answers` errs on it. Attacks without gradients ask the artifact itself. An image that is
+    broken is not attacked again. After every batch the state is written to `scratch`: the same job started again goes
+    on there and ends as an undisturbed one does.
 
     Args:
         split: the held-out images, labelled.
@@ -78,13 +90,14 @@ def run(victim: Victim, split: Split, job: Job, *, scratch: Path, say: Say) -> V
         )
     with placed(victim, split) as placement:
         one = placement.images(split.take(torch.arange(1)))
-        white = reaches(victim.twin, one)
-        steps = steps_of(victim, job, placement, white)
-        state = _resumed(scratch, job.key(victim), len(split))
+        reach = Reach(reaches(victim.twin, one), reaches(victim.straight, one))
+        steps = steps_of(victim, job, placement, reach)
+        names = tuple(step.name for step in steps[1:])
+        state = _resumed(scratch, job.key(victim), len(split), names)
         if state is None:
             _check_labels(victim, split, placement)
-            batch = job.table.batch or batch_size(victim.twin, one)
-            none = Verdicts(("",) * len(split), {}, {}, {}, how_words(victim, white), batch)
+            batch = job.table.batch or min(batch_size(n, one) for n in (victim.twin, victim.straight))
+            none = Verdicts(("",) * len(split), {}, {}, {}, how_words(victim, reach), batch, names)
             state = _State(job.key(victim), none, 0, tuple(range(len(split))), 0)
         else:
             say(
@@ -113,6 +126,7 @@ def run_stages(victims: Mapping[str, Victim], split: Split, job: Job, *, scratch
     """
     found: dict[str, Verdicts] = {}
     lines: list[Reading] = []
+    victims = {stage: proven(victim, split, say=say) for stage, victim in victims.items()}
     for stage, victim in victims.items():
         say(f"attack: {stage}")
         found[stage] = run(victim, split, job, scratch=scratch / stage, say=say)
@@ -205,7 +219,7 @@ def _said(verdicts: Verdicts, name: str) -> str:
     )
 
 
-def _resumed(scratch: Path, key: str, count: int) -> _State | None:
+def _resumed(scratch: Path, key: str, count: int, steps: tuple[str, ...]) -> _State | None:
     """The state of this very job, or None."""
     if not (scratch / STATE).is_file():
         return None
@@ -214,7 +228,8 @@ def _resumed(scratch: Path, key: str, count: int) -> _State | None:
     except WorkdirError:
         # It starts again then, and ends the same.
         return None
-    return state if state.key == key and len(state.verdicts.by) == count else None
+    same = state.key == key and len(state.verdicts.by) == count and state.verdicts.steps == steps
+    return state if same else None
 
 
 def _write(scratch: Path, state: _State) -> None:

@@ -19,7 +19,7 @@ from edgeprune.nn.perturb import Ball
 from edgeprune.quantities import eps_of
 from edgeprune.recipe import AttackTable
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 # What an image is called that is wrong without any attack.
 CLEAN = "clean"
 
@@ -35,6 +35,8 @@ class Victim:
     others: name -> network whose adversarial images are tried too.
     fast: answers as `answers` does, many images at a time; what breaks it is tried again on `answers`. Or None.
     notes: what a reader must know of how all this was had.
+    straight: of a quantized file, its own graph in torch with gradients that pass the rounding (`nn.onnx_twin`), or
+    None. own: `twin` was read from the file, too. What was read from the file is believed when `proven` says so.
     """
 
     name: str
@@ -45,11 +47,18 @@ class Victim:
     fast: Logits | None = None
     where: str = "local"
     notes: tuple[str, ...] = ()
+    straight: nn.Module | None = None
+    own: bool = False
 
     @property
     def is_network(self) -> bool:
         """Whether the network that gives gradients is also the one that is judged."""
         return self.answers is self.twin
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All networks whose gradients are used."""
+        return tuple(n for n in (self.twin, self.straight, *self.others.values()) if n is not None)
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,8 @@ class Job:
         """A hash of all that the verdicts depend on."""
         members = {name: [type(a).__qualname__, _fields(a)] for name, a in self.attacks.items()}
         parts = (
-            RESULT_VERSION, __version__, victim.sha256, victim.is_network, victim.twin is not None,
-            sorted(victim.others), asdict(self.table), members, self.seed, self.data,
+            RESULT_VERSION, __version__, victim.sha256, victim.is_network, victim.twin is not None, victim.own,
+            victim.straight is not None, sorted(victim.others), asdict(self.table), members, self.seed, self.data,
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
@@ -83,7 +92,8 @@ class Verdicts:
 
     by: "" for one that survived everything, "clean" for one that is wrong without an attack, or else the name of the
     attack that broke it. tried, queries, seconds: of each attack: images that it was given, forward passes for one
-    image summed over them, and its time. how: how gradients were had. batch: images at a time.
+    image summed over them, and its time. how: how gradients were had. batch: images at a time. steps: the attacks
+    that there were, in their order, whether or not an image was left for them.
     """
 
     by: tuple[str, ...]
@@ -92,6 +102,7 @@ class Verdicts:
     seconds: Mapping[str, float]
     how: str
     batch: int
+    steps: tuple[str, ...] = ()
 
     @property
     def clean_right(self) -> tuple[bool, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from edgeprune import intervals
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.attack_job import CLEAN, Job, Verdicts, Victim
+from edgeprune.stages.attack_steps import STRAIGHT
 
 # The stage that comes before all that measure themselves.
 FIRST = "dense"
@@ -24,6 +25,8 @@ def readings(
 
     Returns:
         clean_accuracy, robust_accuracy, and "broken_by_NAME" for each attack, a share of the images that it was given.
+        Of a quantized file robust_accuracy's conditions have "transfer_only", what was left before the attacks that
+        see the quantization.
     """
     clean, robust = sum(verdicts.clean_right), sum(verdicts.survived)
     used = _conditions(victim, job, verdicts, part)
@@ -31,7 +34,7 @@ def readings(
     second = _reading(
         "robust_accuracy", robust, len(verdicts.by), victim,
         {**used, "right": robust, "broken": {CLEAN: len(verdicts.by) - clean, **verdicts.broken},
-         "flags": list(flags), "notes": list(victim.notes)},
+         "flags": list(flags), "notes": [*victim.notes, *_quantization_words(used)]},
     )  # fmt: skip
     return (first, second, *(_broken(name, victim, job, verdicts) for name in verdicts.broken))
 
@@ -90,6 +93,34 @@ def _paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
     return {"gained": gained, "lost": lost, "change": change, "p": p, "words": words}
 
 
+def _transfer_only(job: Job, verdicts: Verdicts) -> dict[str, Any]:
+    """What was left when the attacks that see the quantization had their turn, where there are such attacks.
+
+    Returns:
+        "transfer_only" -> right, value and spread of it; lowered: the share that the attacks broke that see it.
+    """
+    if not any(name.endswith(STRAIGHT) for name in verdicts.steps):
+        return {}
+    after = [name for name, attack in job.attacks.items() if not attack.gradients]
+    seeing = sum(count for name, count in verdicts.broken.items() if name.endswith(STRAIGHT))
+    right = sum(verdicts.survived) + seeing + sum(verdicts.broken.get(name, 0) for name in after)
+    n = len(verdicts.by)
+    spread = list(intervals.binomial(right, n))
+    return {"transfer_only": {"right": right, "value": right / n, "spread": spread, "lowered": seeing / n}}
+
+
+def _quantization_words(conditions: Mapping[str, Any]) -> tuple[str, ...]:
+    if "transfer_only" not in conditions:
+        return ()
+    found = conditions["transfer_only"]
+    low, high = found["spread"]
+    return (
+        f"Images made against the network before it was quantized leave {100 * found['value']:.1f} % standing "
+        f"({100 * low:.1f} to {100 * high:.1f}). Attacks that see the quantization lower it by "
+        f"{100 * found['lowered']:.1f} points.",
+    )
+
+
 def _conditions(victim: Victim, job: Job, verdicts: Verdicts, part: str) -> dict[str, Any]:
     table = job.table
     return {
@@ -105,6 +136,7 @@ def _conditions(victim: Victim, job: Job, verdicts: Verdicts, part: str) -> dict
         "parameters": job.parameters,
         "batch": verdicts.batch,
         "seconds": sum(verdicts.seconds.values()),
+        **_transfer_only(job, verdicts),
     }
 
 

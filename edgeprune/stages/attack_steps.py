@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from edgeprune.attacks import Attack, Logits
 from edgeprune.errors import UsageError
-from edgeprune.nn.apgd import Task, climb, cross_entropies
 from edgeprune.nn.calling import logits, modes
 from edgeprune.nn.data import Split
-from edgeprune.nn.perturb import crafting, full
+from edgeprune.nn.perturb import crafting
 from edgeprune.nn.placement import CPU, Placement, fastest, home
 from edgeprune.stages.attack_job import CLEAN, Job, Victim
+from edgeprune.stages.attack_to_the_end import Advance, Craft, apgd_ce, pgd
 
 # Attacks stop at the first image that the network in torch gets wrong, which a file that rounds otherwise, or another
-# network, may still get right. What is to be replayed there comes from an APGD-CE that goes on to the end.
+# network, may still get right. What is to be replayed there comes from attacks that go on to the end.
 TO_THE_END = "apgd-ce-to-the-end"
+GO_ON = {"standard": (TO_THE_END, apgd_ce), "pgd": ("pgd-to-the-end", pgd)}
 FROM = "apgd-ce-from-"
-END_STEPS, END_RHO = 100, 0.75
+# What attacks are called that have their gradients from the straight-through twin of a quantized file.
+STRAIGHT = "-straight-through"
 NO_GRADIENT = (
     "No gradient reaches the network's input (detach, argmax or rounding in its forward): attacks without gradients "
     "alone were used, and they overstate robustness."
 )
 
-Advance = Callable[[int], None]
-# (x, y, generator, advance) -> images to try (N, C, H, W), forward passes for one image summed over them.
-Craft = Callable[[Tensor, Tensor, torch.Generator, Advance], tuple[Tensor, int]]
+
+@dataclass(frozen=True)
+class Reach:
+    """Whether gradients reach the images: of the network `twin`, and of the straight-through twin of the file."""
+
+    twin: bool
+    straight: bool
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Step:
 @contextmanager
 def placed(victim: Victim, split: Split) -> Iterator[Placement]:
     """All networks in evaluation mode on the fastest device that they take; afterwards as and where they were."""
-    networks = [*([] if victim.twin is None else [victim.twin]), *victim.others.values()]
+    networks = victim.networks
     with ExitStack() as stack:
         stack.enter_context(home(networks))
         for network in networks:
@@ -70,47 +76,71 @@ def reaches(network: nn.Module | None, x: Tensor) -> bool:
         return torch.autograd.grad(answer.sum(), point, allow_unused=True)[0] is not None
 
 
-def how_words(victim: Victim, white: bool) -> str:
+def how_words(victim: Victim, reach: Reach) -> str:
     """How gradients are had, in words."""
+    more = " and on its straight-through twin" if reach.straight else ""
     if victim.twin is None:
         return "black box on the file: no gradients, which overstates robustness"
-    if not white:
+    if not (reach.twin or reach.straight):
         return "black box: no gradient reaches the input, which overstates robustness"
-    return "white box" if victim.is_network else "white box on the torch network, replayed on the file"
+    if victim.is_network:
+        return "white box"
+    whose = "file's own graph in torch" if victim.own else "torch network"
+    return f"white box on the {whose}{more}, replayed on the file"
 
 
-def steps_of(victim: Victim, job: Job, placement: Placement, white: bool) -> tuple[Step, ...]:
+def steps_of(victim: Victim, job: Job, placement: Placement, reach: Reach) -> tuple[Step, ...]:
     """The attacks in the order in which they run, after a look at the images as they are.
 
+    First those with gradients of the network in torch, then, for a quantized file, those with gradients of its
+    straight-through twin, then those that only ask. A file also gets what PGD, or in the standard evaluation APGD-CE,
+    finds when it goes on to the end; in the standard evaluation every victim gets what that finds on the others.
+
     An attack with gradients is left out where there are none; where the network is cut off from its input, it is left
-    out if another one only asks, and goes where chance leads otherwise. In the standard evaluation a file also
-    gets what APGD-CE finds on its network when it goes on to the end, and every victim what it finds on the others.
+    out if another one only asks, and goes where chance leads otherwise.
 
     Raises:
         UsageError: nothing is left to attack with.
     """
-    steps = [Step(CLEAN, _as_they_are, placement.images)]
-    standard = job.table.name == "standard"
-    climbs = white or all(attack.gradients for attack in job.attacks.values())
-    for name, attack in job.attacks.items():
-        first = len(steps) == 1
-        if not attack.gradients:
-            steps.append(_asking(name, attack, job, victim, placement))
-        elif victim.twin is not None and climbs:
-            steps.append(Step(name, _crafting(attack, victim.twin, job), placement.images))
-            if first and standard and white and not victim.is_network:
-                steps.append(Step(TO_THE_END, _to_the_end(victim.twin, job), placement.images))
-        if first and standard and attack.gradients:
-            steps += [
-                Step(f"{FROM}{other}", _to_the_end(network, job), placement.images)
-                for other, network in victim.others.items()
-            ]
-    if len(steps) == 1:
+    standard, white = job.table.name == "standard", _with_gradients(job)
+    found: list[Step] = []
+    if standard and white:
+        found = [
+            Step(f"{FROM}{name}", apgd_ce(network, job), placement.images)
+            for name, network in victim.others.items()
+        ]
+    if victim.twin is not None and (reach.twin or len(white) == len(job.attacks)):
+        goes_on = reach.twin and not victim.is_network
+        found = _climbing(victim.twin, job, placement, goes_on=goes_on, then=found)
+    if victim.straight is not None and reach.straight:
+        for step in _climbing(victim.straight, job, placement, goes_on=True):
+            found.append(replace(step, name=f"{step.name}{STRAIGHT}"))
+    found += [_asking(n, a, job, victim, placement) for n, a in job.attacks.items() if n not in white]
+    if not found:
         raise UsageError(
             f"--attack {job.table.name} needs gradients, and {victim.name} has none",
             "take --attack standard, which asks without gradients too; or give the run directory or the torch model",
         )
-    return tuple(steps)
+    return (Step(CLEAN, _as_they_are, placement.images), *found)
+
+
+def _with_gradients(job: Job) -> dict[str, Attack]:
+    return {name: attack for name, attack in job.attacks.items() if attack.gradients}
+
+
+def _climbing(
+    network: nn.Module, job: Job, placement: Placement, *, goes_on: bool, then: Sequence[Step] = ()
+) -> list[Step]:
+    """The attacks with the gradients of a network; after the first one that which goes on to the end, and `then`."""
+    found = [
+        Step(name, _crafting(attack, network, job), placement.images)
+        for name, attack in _with_gradients(job).items()
+    ]
+    more: list[Step] = []
+    if goes_on and job.table.name in GO_ON:
+        name, craft = GO_ON[job.table.name]
+        more = [Step(name, craft(network, job), placement.images)]
+    return [*found[:1], *more, *then, *found[1:]]
 
 
 def _as_they_are(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
@@ -121,30 +151,6 @@ def _as_they_are(x: Tensor, y: Tensor, generator: torch.Generator, advance: Adva
 def _crafting(attack: Attack, network: nn.Module, job: Job) -> Craft:
     def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
         found = attack(network, x, y.to(x.device), job.ball, generator, advance)
-        return found.images, int(found.queries.sum())
-
-    return craft
-
-
-def _to_the_end(network: nn.Module, job: Job) -> Craft:
-    """APGD-CE that takes no image for broken: to the logits comes a class that is always the likeliest, and right."""
-
-    def answers(at: Tensor) -> Tensor:
-        found = full(logits(network, at))
-        return torch.cat([found, found.detach().amax(1, keepdim=True) + 1], 1)
-
-    def loss(answer: Tensor, _always: Tensor, label: Tensor) -> Tensor:
-        return cross_entropies(answer[:, :-1], label, label)
-
-    def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
-        label = y.to(x.device)
-        with crafting(network):
-            always = torch.full_like(label, logits(network, x[:1]).shape[1])
-            found = climb(
-                answers, Task(x, always, label), job.ball, loss=loss, steps=END_STEPS, rho=END_RHO,
-                generator=generator,
-            )  # fmt: skip
-        advance(len(x))
         return found.images, int(found.queries.sum())
 
     return craft

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import torch
+from google.protobuf.message import DecodeError
 from torch import nn
 
 from edgeprune import bundled
 from edgeprune import recipe as recipes
-from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.errors import EdgepruneError, UnsupportedModel, UsageError
+from edgeprune.nn import onnx_twin
 from edgeprune.nn.bundle import deployed, load_bundle, sha256_file
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Bundle
@@ -20,10 +23,7 @@ from edgeprune.stages.attack_file import open_file
 from edgeprune.stages.attack_job import Victim
 
 FILE = "model.onnx"
-BLACK_BOX = (
-    "An ONNX file has no gradients: it was only asked, which overstates robustness. Give the run directory or the "
-    "torch model for attacks with gradients."
-)
+HINT = "Give the run directory or the torch model for attacks with gradients."
 
 
 def of_network(
@@ -54,6 +54,9 @@ def of_file(
 ) -> Victim:
     """An ONNX file that answers through ONNX Runtime on this machine.
 
+    Where `twin` is not given it is read from the file, of a quantized one without the rounding. A quantized file also
+    gets a straight-through twin. Both are believed only when `proven` says so.
+
     Args:
         scratch: for temporary files. where: the place, as in readings.
         twin: the network in torch that it was made from. others: networks whose adversarial images are tried too.
@@ -62,8 +65,33 @@ def of_file(
         UsageError: no such file. MissingDependency, ModelError: ONNX Runtime is not there or refuses the file.
     """
     answers, fast = open_file(path, scratch, torch.get_num_threads())
-    notes = () if twin is not None else (BLACK_BOX,)
-    return Victim(name, sha256_file(path), answers, twin, dict(others or {}), fast, where, notes)
+    victim = Victim(name, sha256_file(path), answers, twin, dict(others or {}), fast, where)
+    try:
+        model = onnx.load(str(path))
+    except (OSError, DecodeError, ValueError) as error:
+        # ONNX Runtime opened it: what is missing are weights beside the file, or it is not in ONNX's own format.
+        return _without(victim, f"the file can't be read by the onnx package ({error})")
+    quantized = onnx_twin.is_quantized(model)
+    if twin is not None and not quantized:
+        return victim
+    try:
+        straight = onnx_twin.twin(model) if quantized else None
+        own = twin or onnx_twin.twin(model, rounding=False)
+    except UnsupportedModel as error:
+        return _without(victim, error.message)
+    return replace(victim, twin=own, straight=straight, own=twin is None)
+
+
+def _without(victim: Victim, why: str) -> Victim:
+    """A file whose graph gave no gradients."""
+    if victim.twin is None:
+        note = f"No gradients were had from the file: {why}. It was only asked, which overstates robustness. {HINT}"
+    else:
+        note = (
+            f"Attacks that see the quantization were not tried: {why}. Images made against the float network alone "
+            "overstate robustness."
+        )
+    return replace(victim, notes=(*victim.notes, note))
 
 
 def of_run(run: Path, scratch: Path, where: str) -> Victim:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import edgeprune
-from edgeprune.devices import Device, device_from_url
-from edgeprune.errors import DeviceError, EdgepruneError, UsageError
-from edgeprune.quantities import show
+from edgeprune.devices import device_from_url
+from edgeprune.errors import DeviceError
 from edgeprune.records import Target
+from edgeprune.stages.doctor_device import Finding, look
+
+__all__ = ["Finding", "run"]
 
 PYTHON = (3, 11)
 # Package, the module that it is imported by, and what for; an empty module is not tried.
@@ -41,11 +41,8 @@ OPTIONAL = (
     ("tensorrt", "", "engines for NVIDIA GPUs; on a Jetson it comes with JetPack"),
 )
 TRTEXEC = Path("/usr/src/tensorrt/bin/trtexec")
-# Above this many waiting programs for each core, timings are noisy.
-BUSY = 0.5
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
 _IMPORT_S = 180.0
-_DEVICE_S = 60.0
 # Their Python part refuses to load when torchvision was built for another torch; nn/zoo.py helps it over that.
 _ON_TORCHVISION = ("torchvision", "timm")
 _HELP = "from edgeprune.nn.zoo import prepare_torchvision; prepare_torchvision()"
@@ -65,29 +62,15 @@ for name in sys.argv[1:]:
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    status: "ok", "warning" (works, but mind this), "missing" (needed), "optional" (missing, needed for some things
-    only). found: what is there. fix: what to do, a line to run where there is one; "" when nothing is to be done.
-    """
-
-    name: str
-    status: str
-    found: str
-    fix: str = ""
-
-
 def run(target: Target | None, device_url: str) -> tuple[Finding, ...]:
     """Look at this installation, at the device and, when one is named, at what the target needs.
 
     Raises:
         UsageError: the device's URL is wrong.
     """
-    device = device_from_url(device_url)
-    found = _device(device)  # first, because trying the packages is work that the load would show
-    return (*_python(), *_packages(), _trtexec(target), *found, *_target(target, device))
+    device = device_from_url(device_url, target.setup if target else None)
+    found = look(device, target)  # first, because trying the packages is work that the load would show
+    return (*_python(), *_packages(), _trtexec(target), *found)
 
 
 def _python() -> tuple[Finding, ...]:
@@ -211,86 +194,3 @@ def _trtexec(target: Target | None) -> Finding:
             "sudo apt install libnvinfer-bin  # on the Jetson",
         )  # fmt: skip
     return Finding("trtexec", "optional", "not here; only needed to build TensorRT engines")
-
-
-def _device(device: Device) -> list[Finding]:
-    try:
-        facts = device.facts()
-    except EdgepruneError as error:
-        return [Finding(f"device {device.name}", "missing", error.message, error.hint)]
-    return [_agent(device), *_machine(device.name, facts)]
-
-
-def _agent(device: Device) -> Finding:
-    name = f"device {device.name}"
-    try:
-        about = device.ask({"op": "about", "runtime": "onnxruntime"}, timeout_s=_DEVICE_S)
-    except EdgepruneError as error:
-        return Finding(name, "missing", error.message, error.hint)
-    return Finding(
-        name, "ok", f"Python {about.get('python')}, {about.get('runtime')}, {about.get('cores')} cores to use"
-    )
-
-
-def _machine(name: str, facts: Mapping[str, Any]) -> list[Finding]:
-    """What the device says about itself; what it does not say has no line."""
-    cores = int(facts.get("cores", 1))
-    board = ", ".join(
-        str(facts[key]) for key in ("board", "cpu", "machine", "system", "power_mode") if key in facts
-    )
-    rows = [Finding(f"{name} cpu", "ok", f"{board}, {cores} cores")]
-    if facts.get("flags"):
-        rows.append(
-            Finding(f"{name} vectors", "ok", ", ".join(_vectors(facts["flags"])) or "none that speed this up")
-        )
-    if "memory_bytes" in facts:
-        rows.append(Finding(f"{name} memory", "ok", show(facts["memory_bytes"], "B")))
-    if "governor" in facts:
-        steady = facts["governor"] == "performance"
-        fix = "" if steady else "sudo cpupower frequency-set -g performance  # for steady timings"
-        rows.append(Finding(f"{name} governor", "ok" if steady else "warning", str(facts["governor"]), fix))
-    if "load" in facts:
-        busy = facts["load"] > BUSY * cores
-        fix = (
-            "stop other work before you measure; one thread's CPU time is reported beside wall time"
-            if busy
-            else ""
-        )
-        rows.append(
-            Finding(f"{name} load", "warning" if busy else "ok", f"{facts['load']:.2f} on {cores} cores", fix)
-        )
-    if "temperature_c" in facts:
-        rows.append(Finding(f"{name} temperature", "ok", f"{facts['temperature_c']:.0f} °C"))
-    return rows
-
-
-def _vectors(flags: Sequence[str]) -> list[str]:
-    known = (
-        "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimdhp", "asimddp", "i8mm", "sve", "bf16",
-    )  # fmt: skip
-    return [name for name in known if name in flags]
-
-
-def _target(target: Target | None, device: Device) -> list[Finding]:
-    if target is None:
-        return []
-    rows = [
-        Finding(
-            f"target {target.name}", "ok", f"{target.title}, {target.runtime}: {', '.join(target.precisions)}"
-        )
-    ]
-    if target.name != "local":
-        rows[0] = Finding(
-            rows[0].name, "warning", rows[0].found,
-            f"it can't be reached from here in this version: times are taken on {device.name}, and say so",
-        )  # fmt: skip
-        return rows
-    try:
-        flags = device.facts().get("flags", [])
-    except (DeviceError, UsageError):
-        return rows
-    fast = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(flags)
-    if "int8" in target.precisions and flags and not fast:
-        fix = "keep fp32: without dot-product instructions int8 makes files smaller, seldom faster"
-        rows.append(Finding("int8", "warning", "this CPU has no VNNI or dot-product instructions", fix))
-    return rows

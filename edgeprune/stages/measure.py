@@ -18,13 +18,16 @@ from edgeprune.errors import DeviceError
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.measure_answers import accuracy, agreement, predict
+from edgeprune.stages.measure_files import held
 from edgeprune.stages.measure_layers import node_times, per_layer
+from edgeprune.stages.measure_memory import energy, peak_memory
+from edgeprune.stages.measure_place import EMULATED, Place, place
 from edgeprune.stages.measure_size import compressed_size, size
-from edgeprune.stages.measure_speed import Clues, Ratio, clues, words
+from edgeprune.stages.measure_speed import WIDE, Clues, Ratio, clues, words
 
 __all__ = [
-    "Clues", "Latency", "Ratio", "accuracy", "agreement", "clues", "compressed_size", "latency", "node_times",
-    "peak_memory", "per_layer", "predict", "size", "speed_words", "speedup", "where",
+    "Clues", "Latency", "Ratio", "accuracy", "agreement", "clues", "compressed_size", "energy", "latency",
+    "node_times", "peak_memory", "per_layer", "predict", "size", "speed_words", "speedup", "where",
 ]  # fmt: skip
 
 RESULT_VERSION = 1
@@ -36,9 +39,12 @@ CONTENDED = 1.05
 WAITED = 0.1
 # Fewer blocks than this give no useful interval of their median, so single runs are paired instead.
 LEAST_BLOCKS = 12
-MEMORY_RUNS = 3
-# glibc's own threshold moves while it runs, which alone makes peaks differ by 10 %; a fixed one repeats within 1 %.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+# Timing ends when both ends of the 95 % interval of each median are within this share of the median, or at a cap.
+PRECISION = 0.02
+# But not before there are enough runs for an interval of the 99th percentile, unless they are slow.
+ENOUGH = 368
+# Above this coefficient of variation the runs of one file differ more than they should (trtexec warns from 1 % on).
+UNSTEADY = 0.025
 _START_S = 120.0
 
 
@@ -49,6 +55,8 @@ class Latency:
     readings: model -> latency_p50, latency_p90, latency_p99. samples: model -> wall time of one image in s, in order.
     ratios: "wall", and with one thread "cpu": dense over compressed, empty unless both were timed.
     contended: other work ran on the machine, so the wall times are too long and the CPU times are to be believed.
+    inconclusive: why the two can't be told apart, or "". emulated: no ratio, because the times say nothing.
+    powered: the device can measure its power. notes: what a reader must know of how it was had.
     """
 
     where: str
@@ -57,6 +65,10 @@ class Latency:
     samples: Mapping[str, tuple[float, ...]]
     ratios: Mapping[str, Ratio] = field(default_factory=dict)
     contended: bool = False
+    inconclusive: str = ""
+    emulated: bool = False
+    powered: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,114 +92,118 @@ class _Timed:
         return (self.contention or 1.0) > CONTENDED or (self.waited or 0.0) > WAITED
 
 
-def latency(models: Mapping[str, Path], device: Device, table: MeasureTable) -> Latency:
+def latency(
+    models: Mapping[str, Path], device: Device, table: MeasureTable, *, runtime: str = RUNTIME
+) -> Latency:
     """Time models on one image, alternately, so that noise hits all of them.
 
+    It ends when the medians are known within `PRECISION`, or at `table.iterations` runs or `table.seconds` of each.
+
     Args:
-        models: name -> ONNX file; "dense" and "compressed" are compared with each other.
+        models: name -> ONNX file, or engine with what is known of it beside it; "dense" and "compressed" are
+            compared with each other.
 
     Raises:
         UsageError: a file is not there.
         DeviceError: the process on the device crashed, took too long or answered nonsense.
-        MissingDependency: the device has no ONNX Runtime.
-        ModelError: ONNX Runtime refuses a file.
+        MissingDependency: the device has not the runtime.
+        ModelError: the runtime refuses a file.
     """
-    with device.holding(models) as paths:
+    there = place(device)
+    with held(device, models) as paths:
         answer = device.ask(
             {
-                "op": "time", "runtime": RUNTIME, "models": paths, "threads": table.threads, "warmup": table.warmup,
-                "iterations": table.iterations, "seconds": table.seconds,
+                "op": "time", "runtime": runtime, "models": paths, "threads": table.threads, "warmup": table.warmup,
+                "iterations": table.iterations, "seconds": table.seconds, "precision": PRECISION,
+                "least": min(ENOUGH, max(table.iterations, 10)),
             },
             timeout_s=_START_S + 10.0 * table.seconds * len(models),
         )  # fmt: skip
     timed = {name: _timed(answer, name, device.name) for name in models}
-    place = device.where()
     conditions = {
-        "threads": table.threads, "warmup": answer.get("warmup"), "clock": "wall", "load": answer.get("load"),
-        "runtime": answer.get("runtime"), "priority": answer.get("priority"),
+        "threads": table.threads, "warmup": answer.get("warmup"), "clock": answer.get("clock") or "wall",
+        "load": answer.get("load"), "runtime": answer.get("runtime"), "priority": answer.get("priority"),
+        **{key: answer[key] for key in ("before", "after", "stopped") if answer.get(key)}, **there.conditions,
     }  # fmt: skip
+    readings = {name: _latency_readings(name, t, there.where, conditions) for name, t in timed.items()}
+    ratios = {} if there.emulated else _ratios(timed, int(answer.get("block", 1)))
+    contended = any(t.contended for t in timed.values())
     return Latency(
-        where=place,
+        where=there.where,
         threads=table.threads,
-        readings={name: _latency_readings(name, t, place, conditions) for name, t in timed.items()},
+        readings=readings,
         samples={name: tuple(t.wall) for name, t in timed.items()},
-        ratios=_ratios(timed, int(answer.get("block", 1))),
-        contended=any(t.contended for t in timed.values()),
+        ratios=ratios,
+        contended=contended,
+        inconclusive=_undecided(_believed(ratios, contended), contended),
+        emulated=there.emulated,
+        powered=answer.get("powered") is True,
+        notes=_notes(readings, there),
     )
-
-
-def peak_memory(path: Path, device: Device, *, name: str = "") -> Reading:
-    """The most memory that opening and running a model adds to a process that has loaded the bare runtime.
-
-    The median of three fresh processes, each with one thread; `conditions` has their lowest and highest.
-
-    Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `latency`.
-    """
-    with device.holding({"model": path}) as paths:
-        request = {"op": "memory", "runtime": RUNTIME, "model": paths["model"], "name": name, "threads": 1}
-        answers = [device.ask(request, timeout_s=_START_S, env=MALLOC) for _ in range(MEMORY_RUNS)]
-    conditions: dict[str, Any] = {
-        "threads": 1,
-        "runtime": answers[0].get("runtime"),
-        "file_bytes": path.stat().st_size,
-    }
-    peaks = sorted(_number(a, "peak", device.name) for a in answers if a.get("peak") is not None)
-    if len(peaks) < MEMORY_RUNS:
-        why = next((str(a["why"]) for a in answers if "why" in a), "the device did not say")
-        return _reading(
-            "peak_memory", None, 0, None, device.where(), name or path.name, {**conditions, "why": why}
-        )
-    at_load = statistics.median(_number(a, "at_load", device.name) for a in answers)
-    runtime = statistics.median(_number(a, "baseline", device.name) for a in answers)
-    conditions |= {
-        "at_load_bytes": at_load,
-        "bare_runtime_bytes": runtime,
-        "lowest": peaks[0],
-        "highest": peaks[-1],
-    }
-    peak = statistics.median(peaks)
-    return _reading("peak_memory", peak, len(peaks), None, device.where(), name or path.name, conditions)
 
 
 def where(device: Device) -> str:
     """The place as readings name it: "local x86_64"."""
-    return device.where()
+    return place(device).where
 
 
 def speedup(timings: Latency) -> tuple[str, Ratio] | None:
     """How many times faster the compressed model is, and by which clock: "wall", or "cpu" on a busy machine."""
-    kind = "cpu" if timings.contended and "cpu" in timings.ratios else "wall"
-    return (kind, timings.ratios[kind]) if kind in timings.ratios else None
+    return _believed(timings.ratios, timings.contended)
 
 
 def speed_words(timings: Latency, known: Clues | None = None) -> str:
     """One sentence without a full stop: how many times faster the compressed model is, or that it is not and why."""
     found = speedup(timings)
+    if timings.emulated:
+        return f"the speed can't be compared on {timings.where}: {EMULATED}"
     if found is None:
         return f"the speed can't be compared: timed were only {', '.join(timings.samples) or 'no models'}"
-    place = f"{timings.where}, {timings.threads} thread{'s' if timings.threads > 1 else ''}"
+    where_and_how = f"{timings.where}, {timings.threads} thread{'s' if timings.threads > 1 else ''}"
     if found[0] == "cpu":
-        place += ", by CPU time because other work ran on the machine"
-    return words(found[1], place, known)
+        where_and_how += ", by CPU time because other work ran on the machine"
+    return words(found[1], where_and_how, known, unsure=bool(timings.inconclusive))
 
 
-def _reading(  # noqa: PLR0913, PLR0917 - the fields of a Reading, in their order
-    metric: str,
-    value: float | None,
-    n: int,
-    spread: tuple[float, float] | None,
-    place: str,
-    artifact: str,
-    conditions: Mapping[str, Any],
-) -> Reading:
-    return Reading(metric, value, METRICS[metric].unit, n, spread, place, artifact, conditions)
+def _believed(ratios: Mapping[str, Ratio], contended: bool) -> tuple[str, Ratio] | None:
+    kind = "cpu" if contended and "cpu" in ratios else "wall"
+    return (kind, ratios[kind]) if kind in ratios else None
 
 
-def _latency_readings(name: str, timed: _Timed, place: str, shared: Mapping[str, Any]) -> tuple[Reading, ...]:
+def _undecided(found: tuple[str, Ratio] | None, contended: bool) -> str:
+    """Why dense and compressed can't be told apart: the interval of their ratio has 1 in it, and there was noise."""
+    if found is None or not found[1].low <= 1.0 <= found[1].high:
+        return ""
+    if contended:
+        return "other work ran on the machine, and the interval of the ratio has 1 in it"
+    if found[1].high / found[1].low > WIDE:
+        return "the timings differ more than the models"
+    return ""
+
+
+def _notes(readings: Mapping[str, Sequence[Reading]], there: Place) -> tuple[str, ...]:
+    """What a reader must know: an emulated processor, a median that is not known well, runs that differ."""
+    notes = [f"{there.where}: {EMULATED}."] if there.emulated else []
+    medians = {name: rows[0].conditions for name, rows in readings.items()}
+    vague = [f"{name}: {about['inconclusive']}" for name, about in medians.items() if "inconclusive" in about]
+    if vague:
+        notes.append(f"The median time is inconclusive. {'; '.join(vague)}.")
+    shaky = [
+        f"{100 * about['cv']:.1f} % ({name})" for name, about in medians.items() if about["cv"] > UNSTEADY
+    ]
+    if shaky:
+        notes.append(
+            f"Times are unsteady: the runs of one file differ by {', '.join(shaky)}, as a coefficient of variation; "
+            f"above {100 * UNSTEADY:.1f} % fixed clocks and an idle machine give better ones."
+        )
+    return tuple(notes)
+
+
+def _latency_readings(name: str, timed: _Timed, where: str, shared: Mapping[str, Any]) -> tuple[Reading, ...]:
     ordered, n = sorted(timed.wall), len(timed.wall)
     conditions: dict[str, Any] = {**shared, "iterations": n, "batch": timed.batch}
     conditions["cv"] = statistics.pstdev(ordered) / statistics.fmean(ordered)
+    conditions |= _precision(ordered, str(shared.get("stopped") or "the caps"))
     if timed.cpu:
         conditions |= {
             "cpu_p50": statistics.median(timed.cpu),
@@ -201,8 +217,21 @@ def _latency_readings(name: str, timed: _Timed, place: str, shared: Mapping[str,
             {} if spread else {"no_interval": f"{n} runs are too few for a 95 % interval of this quantile"}
         )
         value = intervals.quantile(ordered, q)
-        readings.append(_reading(metric, value, n, spread, place, name, {**conditions, **extra}))
+        about = {**conditions, **extra}
+        readings.append(Reading(metric, value, METRICS[metric].unit, n, spread, where, name, about))
     return tuple(readings)
+
+
+def _precision(ordered: Sequence[float], stopped: str) -> dict[str, Any]:
+    """How well the median is known, as a share of it, and that it is not when a cap came first."""
+    found, median = intervals.quantile_interval(ordered, 0.5), intervals.quantile(ordered, 0.5)
+    if found is None:
+        return {"inconclusive": f"{len(ordered)} runs are too few for an interval of the median"}
+    share = max(found[1] - median, median - found[0]) / median
+    if share <= PRECISION:
+        return {"precision": share}
+    why = f"after {len(ordered)} runs ({stopped}) it is known within {100 * share:.1f} %, not {100 * PRECISION:.0f} %"
+    return {"precision": share, "inconclusive": why}
 
 
 def _ratios(timed: Mapping[str, _Timed], block: int) -> dict[str, Ratio]:
@@ -251,15 +280,3 @@ def _is_time(value: Any) -> bool:
     return (
         isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     )
-
-
-def _number(answer: Mapping[str, Any], key: str, device: str) -> float:
-    value = answer.get(key)
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value < 0
-    ):
-        raise DeviceError(f"the agent on {device} answered {key} = {value!r}; expected a number of bytes")
-    return float(value)

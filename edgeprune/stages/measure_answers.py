@@ -16,6 +16,7 @@ from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, UsageError
 from edgeprune.nn.progress import bar
 from edgeprune.records import Artifact, Reading
+from edgeprune.stages.measure_files import held
 
 RUNTIME = "onnxruntime"
 # What one child process is given: files of this size at most, and the bar moves after each of them.
@@ -44,7 +45,9 @@ class Images(Protocol):
         ...
 
 
-def accuracy(artifact: Artifact, split: Images, device: Device, *, name: str) -> tuple[Reading, Logits]:
+def accuracy(
+    artifact: Artifact, split: Images, device: Device, *, name: str, runtime: str = RUNTIME
+) -> tuple[Reading, Logits]:
     """The share of held-out images that the file itself classifies right, and its logits (N, K) in their order.
 
     An image whose logits are not all finite counts as wrong. The spread is the exact binomial 95 % interval.
@@ -59,8 +62,9 @@ def accuracy(artifact: Artifact, split: Images, device: Device, *, name: str) ->
         )
     seen: list[npt.NDArray[np.int64]] = []
     logits = predict(
-        artifact, _pixels(split, seen), device, total=len(split), label=f"accuracy of the {name} model"
-    )
+        artifact, _pixels(split, seen), device, total=len(split), label=f"accuracy of the {name} model",
+        runtime=runtime,
+    )  # fmt: skip
     labels = np.concatenate(seen)
     classes = logits.shape[1]
     if labels.min() < 0 or labels.max() >= classes:
@@ -69,7 +73,7 @@ def accuracy(artifact: Artifact, split: Images, device: Device, *, name: str) ->
         )
     finite = np.isfinite(logits).all(axis=1)
     right = int(((logits.argmax(axis=1) == labels) & finite).sum())
-    conditions: dict[str, Any] = {"part": split.name, "right": right, "runtime": RUNTIME}
+    conditions: dict[str, Any] = {"part": split.name, "right": right, "runtime": runtime}
     if not finite.all():
         conditions["not_finite"] = int((~finite).sum())
     n = len(labels)
@@ -104,7 +108,13 @@ def agreement(dense: Logits, compressed: Logits) -> Reading:
 
 
 def predict(
-    artifact: Artifact, batches: Iterable[npt.NDArray[np.float32]], device: Device, *, total: int, label: str
+    artifact: Artifact,
+    batches: Iterable[npt.NDArray[np.float32]],
+    device: Device,
+    *,
+    total: int,
+    label: str,
+    runtime: str = RUNTIME,
 ) -> Logits:
     """The file's logits (N, K) for batches of float32 (n, C, H, W), in few processes on the device.
 
@@ -118,12 +128,12 @@ def predict(
     parts: list[Logits] = []
     chunk = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (4 * prod(artifact.input.shape))))
     with (
-        device.holding({"model": Path(artifact.path)}) as paths,
+        held(device, {"model": Path(artifact.path)}) as paths,
         tempfile.TemporaryDirectory(prefix="edgeprune-") as folder,
         bar(total, label) as advance,
     ):
         for x in _joined(batches, chunk):
-            parts.append(_answers(x, paths["model"], Path(folder), device))
+            parts.append(_answers(x, paths["model"], Path(folder), device, runtime))
             advance(len(x))
     if not parts:
         raise UsageError("there are no images to classify")
@@ -154,7 +164,7 @@ def _joined(batches: Iterable[npt.NDArray[np.float32]], most: int) -> Iterator[n
         yield np.concatenate(waiting)
 
 
-def _answers(x: npt.NDArray[np.float32], model: str, folder: Path, device: Device) -> Logits:
+def _answers(x: npt.NDArray[np.float32], model: str, folder: Path, device: Device, runtime: str) -> Logits:
     images, logits = folder / "x.npy", folder / "logits.npy"
     try:
         np.save(images, x)
@@ -164,7 +174,7 @@ def _answers(x: npt.NDArray[np.float32], model: str, folder: Path, device: Devic
     there = f"{model}.x.npy", f"{model}.logits.npy"
     device.put(images, there[0])
     device.ask(
-        {"op": "predict", "runtime": RUNTIME, "model": model, "x": there[0], "out": there[1]},
+        {"op": "predict", "runtime": runtime, "model": model, "x": there[0], "out": there[1]},
         timeout_s=_TIMEOUT_S,
     )
     device.get(there[1], logits)

@@ -16,44 +16,55 @@ from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, ModelError, UsageError
 from edgeprune.recipe import MeasureTable
 from edgeprune.runtimes import NodeTime
+from edgeprune.stages.measure_files import held
 
 RUNTIME = "onnxruntime"
 # Runs of a profile: more would not make a clock that ticks in microseconds any finer.
 MOST_RUNS = 100
 # What ONNX Runtime adds to the names of nodes that it rewrote.
 _REWRITTEN = re.compile(r"(_nchwc|_token_\d+|_quant|_QLinear|_fused)+$", re.IGNORECASE)
+_KINDS = ("Conv", "Gemm", "MatMul")
 _START_S = 120.0
 
 
-def per_layer(path: Path, device: Device, table: MeasureTable) -> dict[str, float]:
+def per_layer(path: Path, device: Device, table: MeasureTable, *, runtime: str = RUNTIME) -> dict[str, float]:
     """Seconds for one image of each node of the file, the fused ones under the name of the layer that does the work.
 
     Raises:
         UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     seconds: dict[str, float] = {}
-    for node in node_times(path, device, table):
+    for node in node_times(path, device, table, runtime=runtime):
         seconds[node.name] = seconds.get(node.name, 0.0) + node.seconds
     return seconds
 
 
-def node_times(path: Path, device: Device, table: MeasureTable, *, name: str = "") -> tuple[NodeTime, ...]:
+def node_times(
+    path: Path,
+    device: Device,
+    table: MeasureTable,
+    *,
+    name: str = "",
+    runtime: str = RUNTIME,
+    onnx_file: Path | None = None,
+) -> tuple[NodeTime, ...]:
     """Every node that the runtime ran, in order, with its time, multiply-accumulates and bytes.
 
     `name` is the model's ("dense", "compressed"), for devices with canned readings. Nodes that the runtime put in
-    by itself (changes of memory layout) keep the runtime's name.
+    by itself (changes of memory layout) keep the runtime's name. `onnx_file` is what `path` was built from, when that
+    is an engine; it has the names.
 
     Raises:
         UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
-    request = {"op": "profile", "runtime": RUNTIME, "name": name, "threads": table.threads}
+    request = {"op": "profile", "runtime": runtime, "name": name, "threads": table.threads}
     request["iterations"] = min(table.iterations, MOST_RUNS)
-    with device.holding({"model": path}) as paths:
+    with held(device, {"model": path}) as paths:
         answer = device.ask({**request, "model": paths["model"]}, timeout_s=_START_S + 30.0 * table.seconds)
     rows = answer.get("nodes")
     if not isinstance(rows, list):
         raise DeviceError(f"the agent on {device.name} answered no nodes: {answer!r:.200}")
-    names = _Names(_graph(path))
+    names = _Names(_graph(onnx_file or path))
     nodes = [_node(row, device.name) for row in rows]
     ran = {_plain(node.name) for node in nodes}
     return tuple(replace(node, name=names.find(node, ran)) for node in nodes)
@@ -90,6 +101,11 @@ class _Names:
         is the nearest node before it that has the convolution's kind and did not run by itself.
         """
         plain = _plain(node.name)
+        # TensorRT joins the names of what it fused: "conv1 + relu1".
+        joined = [p for p in plain.split(" + ") if p in self.by_name]
+        if len(joined) > 1:
+            works = (p for p in joined if _kind(self.by_name[p].op_type) in _KINDS)
+            return next(works, joined[0])
         found = self.by_name.get(plain) or self.by_output.get(plain)
         if found is None:
             return node.name
@@ -112,4 +128,4 @@ def _plain(name: str) -> str:
 
 def _kind(op: str) -> str:
     """Fused and quantized operators count as what they are made from: FusedConv and QLinearConv are Conv."""
-    return next((kind for kind in ("Conv", "Gemm", "MatMul") if kind in op), op)
+    return next((kind for kind in _KINDS if kind in op), op)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from edgeprune import bundled
 from edgeprune.devices import Device
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import Artifact, InputSpec, Plan, Reading, Target
-from edgeprune.stages import measure, measure_answers, measure_layers, measure_speed
+from edgeprune.stages import measure, measure_answers, measure_build, measure_layers, measure_speed
 
 RESULT_VERSION = 2
 # No more than this for the plots and for whoever reads report.json.
@@ -35,7 +38,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to read: where, how long, for which target, and on which images (`nn.data.Split` or None)."""
+    """What to read: where, how long, for which target, and on which images (`nn.data.Split` or None).
+
+    engines: where engines that are built on the device are kept, None for nowhere. sparse: the file holds the 2:4
+    pattern. wait_s: how long to wait for somebody else who measures on the device.
+    """
 
     spec: InputSpec
     device: Device
@@ -43,6 +50,19 @@ class Wanted:
     target: Target
     images: Any
     say: Callable[[str], None]
+    engines: Path | None = None
+    sparse: bool = False
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured: name -> ONNX file, and what the device runs for it: the same, or the engine of it."""
+
+    onnx: Mapping[str, Path]
+    files: Mapping[str, Path]
+    runtime: str
+    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -59,29 +79,68 @@ def run(
         counted: more that was counted of the networks behind the files, by the same names (`measure_densities`).
 
     Raises:
-        DeviceError, MissingDependency, ModelError: the device or its runtime failed.
+        DeviceError, MissingDependency, ModelError: the device or its runtime failed, or somebody else measures there.
+        ParityError: an engine does not run in the precision of its file, or answers differently.
     """
-    timed = measure.latency(files, wanted.device, wanted.table)
+    with (
+        wanted.device.exclusively(wait_s=wanted.wait_s, say=wanted.say),
+        TemporaryDirectory(prefix="edgeprune-") as folder,
+    ):
+        return _run(wanted, _subject(wanted, files, wanted.engines or Path(folder)), plan, counted or {})
+
+
+def _subject(wanted: Wanted, files: Mapping[str, Path], folder: Path) -> _Subject:
+    """What the device is to run: the files themselves, or engines built there and found right."""
+    runtime, notes = measure_build.choose(wanted.target, wanted.device)
+    if runtime != measure_build.TENSORRT:
+        return _Subject(files, files, runtime, notes)
+    wanted.say(f"measure: build engines on {wanted.device.where()}")
+    place = measure_build.Place(wanted.device, wanted.target, folder, wanted.sparse)
+    engines = measure_build.engines(files, place)
+    images = _few_images(wanted)
+    said = [measure_build.compare(e, wanted.spec, images, wanted.device) for e in engines.values()]
+    words = tuple(engine.words for engine in engines.values())
+    return _Subject(files, {n: e.path for n, e in engines.items()}, runtime, (*notes, *words, *said))
+
+
+def _few_images(wanted: Wanted) -> Any:
+    """Held-out images float32 (N, C, H, W), or mixed pixels where there are none; the same at each call."""
+    count = measure_build.IMAGES
+    if wanted.images is not None and len(wanted.images):
+        return np.asarray(next(iter(wanted.images.batches(count)))[0], dtype=np.float32)
+    return np.random.default_rng(0).random((count, *wanted.spec.shape), dtype=np.float32)
+
+
+def _run(
+    wanted: Wanted, subject: _Subject, plan: Plan | None, counted: Mapping[str, tuple[Reading, ...]]
+) -> Measured:
+    timed = measure.latency(subject.files, wanted.device, wanted.table, runtime=subject.runtime)
     nodes = {
-        name: measure_layers.node_times(path, wanted.device, wanted.table, name=name)
-        for name, path in files.items()
+        name: measure_layers.node_times(
+            path,
+            wanted.device,
+            wanted.table,
+            name=name,
+            runtime=subject.runtime,
+            onnx_file=subject.onnx[name],
+        )
+        for name, path in subject.files.items()
     }
-    readings = {name: _file_readings(wanted, name, path, timed) for name, path in files.items()}
+    readings = {name: _file_readings(wanted, name, subject, timed) for name in subject.files}
     if plan is not None:
-        more = counted or {}
         readings = {
-            name: (*_counted(plan, name), *more.get(name, ()), *_with_work(plan, name, rows))
+            name: (*_counted(plan, name), *counted.get(name, ()), *_with_work(plan, name, rows))
             for name, rows in readings.items()
         }
-    readings = _with_answers(wanted, files, readings)
-    notes = list(_notes(wanted, timed))
-    if plan is not None and timed.ratios:
+    readings = _with_answers(wanted, subject, readings)
+    notes = [*_notes(wanted, timed, subject), *timed.notes, *subject.notes]
+    if plan is not None and (timed.ratios or timed.emulated):
         median = next(r.value for r in timed.readings["compressed"] if r.metric == "latency_p50")
         known = measure_speed.clues(
             plan, bundled.target("local"), "fp32", nodes=nodes["compressed"], latency_s=median or 0.0
         )
         notes.insert(0, f"Speed: {measure.speed_words(timed, known)}.")
-    names = list(files)
+    names = list(subject.files)
     return Measured(
         before=readings[names[0]], after=readings[names[-1]],
         samples={n: _thinned(v) for n, v in timed.samples.items()},
@@ -119,8 +178,11 @@ def _with_work(plan: Plan, name: str, rows: tuple[Reading, ...]) -> tuple[Readin
     )
 
 
-def _file_readings(wanted: Wanted, name: str, path: Path, timed: measure.Latency) -> tuple[Reading, ...]:
-    memory = measure.peak_memory(path, wanted.device, name=name)
+def _file_readings(
+    wanted: Wanted, name: str, subject: _Subject, timed: measure.Latency
+) -> tuple[Reading, ...]:
+    path, onnx_file, device = subject.files[name], subject.onnx[name], wanted.device
+    memory = measure.peak_memory(path, device, name=name, runtime=subject.runtime)
     found = measure.speedup(timed)
     rows = []
     for reading in timed.readings[name]:
@@ -130,21 +192,29 @@ def _file_readings(wanted: Wanted, name: str, path: Path, timed: measure.Latency
             pairs = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "pairs": ratio.n}
             extra["speedup"] = {**pairs, "clock": clock}
         rows.append(replace(reading, conditions={**reading.conditions, **extra}))
-    counted = (measure.size(path, name=name), measure.compressed_size(path, name=name))
-    return (*counted, *rows, memory)
+    size = measure.size(onnx_file, name=name)
+    if path != onnx_file:
+        size = replace(size, conditions={**size.conditions, "engine_bytes": path.stat().st_size})
+    # Absent is absent: a machine without power sensors has no reading of energy.
+    seen = (
+        (measure.energy(path, device, wanted.table, name=name, runtime=subject.runtime),)
+        if timed.powered
+        else ()
+    )
+    return (size, measure.compressed_size(onnx_file, name=name), *rows, memory, *seen)
 
 
 def _with_answers(
-    wanted: Wanted, files: Mapping[str, Path], readings: Mapping[str, tuple[Reading, ...]]
+    wanted: Wanted, subject: _Subject, readings: Mapping[str, tuple[Reading, ...]]
 ) -> dict[str, tuple[Reading, ...]]:
     """Add the accuracy of each file, and how far they agree, where there are held-out images."""
     if wanted.images is None:
         return dict(readings)
     out, logits = {}, {}
-    for name, path in files.items():
+    for name, path in subject.files.items():
         wanted.say(f"measure: accuracy of {path.name} on {len(wanted.images)} held-out images")
         accuracy, logits[name] = measure_answers.accuracy(
-            artifact(path, wanted.spec), wanted.images, wanted.device, name=name
+            artifact(path, wanted.spec), wanted.images, wanted.device, name=name, runtime=subject.runtime
         )
         out[name] = (*readings[name], accuracy)
     if {"dense", "compressed"} <= set(logits):
@@ -159,9 +229,11 @@ def artifact(path: Path, spec: InputSpec) -> Artifact:
     return Artifact(str(path), "onnx", "fp32", spec, "", path.stat().st_size)
 
 
-def _notes(wanted: Wanted, timed: measure.Latency) -> tuple[str, ...]:
+def _notes(wanted: Wanted, timed: measure.Latency, subject: _Subject) -> tuple[str, ...]:
     notes = []
-    if wanted.target.name != "local":
+    # This very machine is the target where it has the target's own kind of GPU runtime.
+    elsewhere = wanted.device.name in ("local", "fake") and subject.runtime != measure_build.TENSORRT
+    if wanted.target.name != "local" and elsewhere:
         notes.append(
             f"Nothing has been measured on {wanted.target.title} yet: times and memory were taken on {timed.where}. "
             "Measure there before you rely on them."

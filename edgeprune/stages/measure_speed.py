@@ -90,19 +90,20 @@ def clues(
     )
 
 
-def words(ratio: Ratio, place: str, clues: Clues | None = None) -> str:
+def words(ratio: Ratio, place: str, clues: Clues | None = None, *, unsure: bool = False) -> str:
     """One sentence without a full stop: "1.62x faster (95 % interval 1.58-1.66) on local x86_64, 1 thread".
 
     Args:
         place: where and how it was timed, as in "local x86_64, 1 thread".
         clues: for the reason, when it is not faster or by far less than the cut should give.
+        unsure: other work got in the way, so that an interval with 1 in it says nothing, however narrow it is.
     """
     clues = clues or Clues()
     interval = f"(95 % interval {ratio.low:.2f}-{ratio.high:.2f}) on {place}"
     least = SAME_WORK if 0 < clues.macs_before == clues.macs_after else SAME
     if ratio.low > 1.0 and ratio.value >= least:
         return f"{ratio.value:.2f}x faster {interval}{_though(ratio, clues)}"
-    if ratio.low <= 1.0 <= ratio.high and ratio.high / ratio.low > WIDE:
+    if ratio.low <= 1.0 <= ratio.high and (unsure or ratio.high / ratio.low > WIDE):
         return (
             f"NOT shown to be faster: {ratio.value:.2f}x {interval}: inconclusive, because the timings differ more "
             "than the models; measure again on an idle machine or with more iterations"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from edgeprune.records import Reading, Report
 from edgeprune.stages import report_plots as plots
+from edgeprune.stages import report_precision as precision
 from edgeprune.stages.report_build import SPARSE_NOTE
 from edgeprune.stages.report_css import CSS
 from edgeprune.stages.report_lines import history
@@ -96,10 +97,21 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
         _unlabelled(report),
         _section("Accuracy after each stage", _ledger(report)),
         _section("Time of one image", _distribution(report)),
+        _precision(report),
         history(report),
         *(layers if report.layers else []),
         _section("In full", _details(report)),
     ]
+
+
+def _precision(report: Report) -> Markup:
+    head, rows = precision.candidates(report)
+    if not rows:
+        return Markup("")
+    numbers = range(1, len(head) - 1)
+    columns = [(name, "number" if i in numbers else "") for i, name in enumerate(head)]
+    made = table("What was built and what became of it", columns, [cells(row, numbers) for row in rows])
+    return _section(precision.TITLE, element("p", precision.INTRODUCTION, class_="fine"), made)
 
 
 def _section(title: str, *children: str | Iterable[str]) -> Markup:

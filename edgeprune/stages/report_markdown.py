@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from edgeprune.records import Report
+from edgeprune.stages import report_precision as precision
 from edgeprune.stages.report_history import TITLE as HISTORY
 from edgeprune.stages.report_history import chapters, summary_rows
 from edgeprune.stages.report_rows import (
@@ -42,6 +43,14 @@ def document(report: Report, sentences: Sequence[str]) -> str:
         blocks += [
             "## Accuracy after each stage",
             table(["after", "metric", "value (95 % interval)", "images", "how and where"], rows),
+        ]
+    head, tried = precision.candidates(report)
+    if tried:
+        numbers = range(1, len(head) - 1)
+        blocks += [
+            f"## {precision.TITLE}",
+            precision.INTRODUCTION,
+            table(head, tried, numbers=tuple(numbers)),
         ]
     blocks += _history(report)
     blocks += _folds(report)

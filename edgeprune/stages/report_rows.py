@@ -110,7 +110,7 @@ def unit_of(reading: Reading) -> str:
 
 def quantity(value: float | None, unit: str) -> str:
     """A number in a base unit as people read it; in a unit that is not ours, the number and the unit."""
-    if value is None or unit in ("s", "B", "J", "", "fraction"):
+    if value is None or unit in ("s", "B", "J", "", "fraction", "dB"):
         return show(value, unit)
     return f"{value:.4g} {unit}"
 

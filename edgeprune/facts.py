@@ -1,0 +1,84 @@
+"""What a machine says about itself: one shell script that asks, and what its answer means in base units."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# One script, so that a far machine is asked once; a line that can't be had is left out or empty. A program that is
+# run by an emulator sees a faked /proc/self, so the shell is looked at by its children.
+FACTS = r"""
+PATH=$PATH:/usr/sbin:/sbin
+say() { printf '%s=%s\n' "$1" "$2"; }
+first() { for f in "$@"; do [ -r "$f" ] && head -n 1 "$f" 2>/dev/null | tr -d '\000' && return; done; }
+freq=/sys/devices/system/cpu/cpu0/cpufreq
+machine=$(uname -m)
+say machine "$machine"
+say system "$(uname -s)"
+say release "$(uname -r)"
+say cores "$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc 2>/dev/null)"
+say board "$(first /proc/device-tree/model)"
+say board "$(getprop ro.product.model 2>/dev/null)"
+say cpu "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
+say flags "$(sed -n -e 's/^flags[^:]*: *//p' -e 's/^Features[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
+say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo 2>/dev/null)"
+say memory_free_kb "$(sed -n 's/^MemAvailable: *\([0-9]*\).*/\1/p' /proc/meminfo 2>/dev/null)"
+base=${TMPDIR:-/tmp}
+[ -w "$base" ] || base=/data/local/tmp
+say disk_free_kb "$(df -P -k "$base" 2>/dev/null | { read -r _ && read -r _ _ _ free _ && echo "$free"; })"
+say governor "$(first $freq/scaling_governor)"
+say clock_khz "$(first $freq/scaling_cur_freq $freq/cpuinfo_cur_freq)"
+say clock_max_khz "$(first $freq/cpuinfo_max_freq)"
+say clock_mhz "$(sed -n 's/^cpu MHz[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
+say load "$(first /proc/loadavg)"
+for zone in /sys/class/thermal/thermal_zone*/temp; do say temperature "$(first $zone)"; done
+say power_mode "$(nvpmodel -q 2>/dev/null | sed -n 's/^NV Power Mode: *//p')"
+say l4t "$(first /etc/nv_tegra_release)"
+say brand "$(sysctl -n machdep.cpu.brand_string 2>/dev/null)"
+by=$(readlink /proc/$$/exe 2>/dev/null)
+for word in $(tr '\000' '\n' 2>/dev/null </proc/$$/cmdline | head -n 1); do by="$by $word"; done
+case $by in *qemu-* | *rosetta* | *box64* | *FEXInterpreter*) say emulator "$by" ;; esac
+case $machine in aarch64 | arm*) grep -q '^vendor_id' /proc/cpuinfo 2>/dev/null && say emulator cpuinfo ;; esac
+grep -q '^model name.*TCG' /proc/cpuinfo 2>/dev/null && say emulator TCG
+[ "$(systemd-detect-virt --vm 2>/dev/null)" = qemu ] && say emulator qemu
+true
+"""
+_TEXTS = ("machine", "system", "release", "board", "cpu", "governor", "power_mode", "l4t")
+_NUMBERS: tuple[tuple[str, str, float], ...] = (
+    ("cores", "cores", 1),
+    ("memory_bytes", "memory_kb", 1024),
+    ("memory_free_bytes", "memory_free_kb", 1024),
+    ("disk_free_bytes", "disk_free_kb", 1024),
+    ("clock_hz", "clock_mhz", 1e6),
+    ("clock_hz", "clock_khz", 1e3),
+    ("clock_max_hz", "clock_max_khz", 1e3),
+    ("load", "load", 1),
+)
+_WHOLE = ("cores", "memory_bytes", "memory_free_bytes", "disk_free_bytes")
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The facts in what the script printed; what it does not say is absent."""
+    pairs = [line.partition("=")[::2] for line in text.splitlines() if "=" in line]
+    said: dict[str, str] = {key: value.strip() for key, value in pairs if value.strip()}
+    facts: dict[str, Any] = {key: said[key] for key in _TEXTS if key in said}
+    if "cpu" not in facts and "brand" in said:
+        facts["cpu"] = said["brand"]
+    for key, source, scale in _NUMBERS:
+        value = _leading_number(said.get(source, ""))
+        if value is not None:
+            facts[key] = int(value * scale) if key in _WHOLE else value * scale
+    zones = [_leading_number(value) for key, value in pairs if key == "temperature"]
+    heat = [z / 1000.0 for z in zones if z is not None and z > 0]
+    if heat:
+        facts["temperature_c"] = max(heat)
+    if "flags" in said:
+        facts["flags"] = sorted(said["flags"].split())
+    if "emulator" in said:
+        facts["emulated"] = True
+    return facts
+
+
+def _leading_number(text: str) -> float | None:
+    match = re.match(r"\s*-?\d+(?:\.\d+)?", text)
+    return float(match.group()) if match else None

@@ -1,0 +1,177 @@
+"""How many channels each group keeps under a limit on predicted time: a knapsack over measured staircases.
+
+Time goes in steps, so a step down may save nothing and the next one much: from any count every lower one is a
+candidate, the one with the least importance lost per second saved goes first, and what is left over is given back.
+Then pairs are exchanged as long as less importance is lost. Channels that cost no time stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from edgeprune.nn.allocate import Allocation, Rules, by_shares, fitting_levels, levels
+from edgeprune.nn.latency_table import TIME, TimedCosts
+
+# Exchanges of two groups' steps; each takes the best of all there are.
+EXCHANGES = 60
+# Counts finer than this are not tried with what the coarse ones leave over.
+FINEST = 4
+
+
+def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules) -> Allocation:
+    """Choose how many channels each group keeps, `rules.limits` naming the most seconds as "latency".
+
+    Args:
+        losses: as for `allocate`.
+
+    Raises:
+        InfeasibleBudget: even the floor of every group is predicted to take longer; says how far it got.
+    """
+    multiple, steps = fitting_levels(losses, costs, rules)
+    if rules.cuts is not None:
+        kept = by_shares(steps, costs, rules.limits, rules.cuts)
+        return Allocation(kept, costs.cost(kept), multiple)
+    state = _State(
+        dict(costs.channels), {g: values.tolist() for g, values in losses.items()}, costs, rules.limits
+    )
+    for group in steps:
+        state.move(group, steps[group][0])
+    _descend(state, steps)
+    _give_back(state, steps)
+    _exchange(state, steps)
+    finer = {g: _finer(costs.channels[g], s, multiple, rules.floor) for g, s in steps.items()}
+    _give_back(state, finer)
+    return Allocation(dict(state.kept), costs.cost(state.kept), multiple)
+
+
+@dataclass
+class _State:
+    """The counts now, what they cost, and what another count of one group would cost."""
+
+    kept: dict[str, int]
+    losses: Mapping[str, list[float]]
+    costs: TimedCosts
+    limits: Mapping[str, float]
+    now: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.now = self._all(self.kept)
+
+    def _all(self, kept: Mapping[str, int]) -> dict[str, float]:
+        cost = self.costs.cost(kept)
+        return {metric: cost[metric] for metric in self.limits}
+
+    def after(self, changes: Mapping[str, int]) -> dict[str, float]:
+        """The costs when these groups keep so many."""
+        clock = self.costs.clock
+        new = {**self.kept, **changes}
+        out = {}
+        if any(metric != TIME for metric in self.limits):
+            counted = self.costs.counted.cost(new)
+            out = {metric: counted[metric] for metric in self.limits if metric != TIME}
+        if TIME in self.limits:
+            touched = dict.fromkeys(p for g in changes for p in clock.touched[g])
+            out[TIME] = self.now[TIME] + sum(clock.of(p, new) - clock.of(p, self.kept) for p in touched)
+        return out
+
+    def fits(self, cost: Mapping[str, float]) -> bool:
+        """Whether every limit holds."""
+        return all(cost[m] <= limit for m, limit in self.limits.items())
+
+    def lost(self, group: str, count: int) -> float:
+        """The importance that is lost more than now when a group keeps so many."""
+        values = self.losses.get(group)
+        return values[count] - values[self.kept[group]] if values else 0.0
+
+    def move(self, group: str, count: int) -> None:
+        """Let a group keep so many."""
+        self.now = self.after({group: count})
+        self.kept[group] = count
+
+
+def _descend(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
+    """Always the jump with the least importance lost per (relative) cost saved, until everything fits."""
+    while not state.fits(state.now):
+        over = {m: limit for m, limit in state.limits.items() if state.now[m] > limit}
+        best: tuple[float, int, str] | None = None
+        for group, counts in steps.items():
+            for count in (c for c in counts if c < state.kept[group]):
+                after = state.after({group: count})
+                # More than is needed is worth nothing.
+                saved = sum((state.now[m] - max(after[m], limit)) / limit for m, limit in over.items())
+                if saved <= 0:
+                    continue
+                price = max(0.0, state.lost(group, count)) / saved
+                if best is None or (price, -count) < (best[0], -best[1]):
+                    best = (price, count, group)
+        if best is None:
+            # No single step helps; all floors together do, as was checked.
+            for group, counts in steps.items():
+                state.move(group, counts[-1])
+            return
+        state.move(best[2], best[1])
+
+
+def _give_back(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise what still fits, dearest importance first; of equal ones what costs no time."""
+    while True:
+        best: tuple[float, int, str] | None = None
+        for group, counts in steps.items():
+            for count in (c for c in counts if c > state.kept[group]):
+                gain = -state.lost(group, count)
+                if (best is None or (gain, count) > best[:2]) and state.fits(state.after({group: count})):
+                    best = (gain, count, group)
+        if best is None:
+            return
+        state.move(best[2], best[1])
+
+
+def _exchange(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
+    """One group a step up, another one down, as long as less importance is lost and it fits."""
+    for _ in range(EXCHANGES):
+        best: tuple[float, str, int, str, int] | None = None
+        for up, counts in steps.items():
+            higher = [c for c in counts if c > state.kept[up]][-1:]
+            for more in higher:
+                gain = -state.lost(up, more)
+                found = _cheapest(state, steps, (up, more), gain)
+                if found is not None and (best is None or found[0] < best[0]):
+                    best = (found[0], up, more, *found[1:])
+        if best is None:
+            return
+        _, up, more, down, fewer = best
+        state.move(up, more)
+        state.move(down, fewer)
+        _give_back(state, steps)
+
+
+def _cheapest(
+    state: _State, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
+) -> tuple[float, str, int] | None:
+    """What another group can give so that the raised one fits: importance lost in all (< 0), group, count."""
+    best: tuple[float, str, int] | None = None
+    up, more = raised
+    for down, counts in steps.items():
+        if down == up:
+            continue
+        for fewer in (c for c in counts if c < state.kept[down]):
+            net = state.lost(down, fewer) - gain
+            if net >= -1e-12 * max(1.0, gain) or (best is not None and net >= best[0]):
+                break
+            if state.fits(state.after({up: more, down: fewer})):
+                best = (net, down, fewer)
+                break
+    return best
+
+
+def _finer(channels: int, steps: tuple[int, ...], multiple_of: int, floor: float) -> tuple[int, ...]:
+    """Also halves of the steps, above the lowest of them, and the half of that again."""
+    found = set(steps)
+    step = multiple_of
+    while step > FINEST:
+        step //= 2
+        found.update(k for k in levels(channels, step, floor) if k >= steps[-1])
+    return tuple(sorted(found, reverse=True))

@@ -1,0 +1,188 @@
+"""Filling a latency table: which cuts of a network are timed, in which order, and when it is enough.
+
+Every cut of the network is timed twice: whole, in turn with the dense file and by the same clock, and node by node,
+which says how the time is shared out among its parts with all that the runtime fuses, at their place in the network,
+with its caches and memory layouts. One file times every layer at one pair of widths, so a few dozen files are enough.
+Each batch is predicted before it is learned from; when the predictions are good the survey ends.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgeprune.errors import DeviceError, ModelError
+from edgeprune.nn.allocate import levels
+from edgeprune.nn.costs import CostModel
+from edgeprune.nn.latency_parts import Part, charge, network_key, parts
+from edgeprune.nn.latency_shapes import Resizer, resizer
+from edgeprune.nn.latency_table import Predictor, Table, Whole, load, predictor, save, table_path
+from edgeprune.nn.progress import track
+
+BATCH = 8
+LEAST = 16
+MOST = 32
+# The survey ends when, of a batch, the median error and the largest but one are below these.
+GOOD, STRAY = 0.03, 0.07
+# Every so many of a batch keep counts that are no multiples of anything: such cuts exist, and cost more.
+UNALIGNED = 4
+DENSE = "dense"
+_SEED = 3
+_GOLDEN = 0.618034
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A device to time on.
+
+    time: name -> file to name -> seconds of one image, all in turn in one process, by the clock to be believed there.
+    nodes: file -> name and seconds of each node in the order in which they ran. place: device, processor, runtime,
+    version, threads, precision: whatever makes times differ. folder: where tables are kept.
+    """
+
+    time: Callable[[Mapping[str, Path]], Mapping[str, float]]
+    nodes: Callable[[Path], Sequence[tuple[str, float]]]
+    place: str
+    folder: Path
+    say: Callable[[str], None] = lambda _line: None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network whose cuts can be timed. file: the dense one, as exported."""
+
+    file: Path
+    resizer: Resizer
+    parts: tuple[Part, ...]
+    key: str
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Group -> channels."""
+        return self.resizer.costs.channels
+
+
+def subject(file: Path, costs: CostModel) -> Subject:
+    """Read the file of a dense network.
+
+    Args:
+        costs: of the same network, with its groups.
+
+    Raises:
+        ModelError: not an ONNX file. UnsupportedModel: its shapes at other counts can't be told.
+    """
+    try:
+        model = onnx.load(file)
+    except (OSError, DecodeError, ValueError) as error:
+        raise ModelError(f"{file} is not a readable ONNX file: {error}") from error
+    source = resizer(model, costs)
+    found = parts(source)
+    return Subject(file, source, found, network_key(found, costs.channels))
+
+
+def survey(network: Subject, bench: Bench, *, multiple_of: int = 1, floor: float = 0.1) -> Predictor:
+    """Time cuts until the table predicts this network, and give what predicts it.
+
+    What was timed is kept after every batch, so that a survey that was interrupted goes on where it was.
+
+    Args:
+        multiple_of, floor: of the counts that will be asked for.
+
+    Raises:
+        UnsupportedModel: a cut has no file. DeviceError, ModelError: a file can't be timed.
+        WorkdirError: the table is not readable.
+    """
+    path = table_path(bench.folder, bench.place)
+    table = load(path, bench.place)
+    wanted = list(_designs(network.channels, multiple_of, floor))
+    for start in range(0, MOST, BATCH):
+        batch = [kept for kept in wanted[start : start + BATCH] if not _has(table, network.key, kept)]
+        if batch:
+            bench.say(f"table: time {len(batch)} cuts on {bench.place}")
+            table = _learn(table, network, batch, bench)
+            save(table, path)
+        if start + BATCH >= LEAST and _good(table, network.key):
+            break
+    return replace(predictor(table, network.parts, network.key, network.channels), path=str(path))
+
+
+def refined(network: Subject, bench: Bench, cuts: Sequence[Mapping[str, int]]) -> Predictor:
+    """Time these cuts too, and predict with what they say; `survey` came before."""
+    path = table_path(bench.folder, bench.place)
+    table = load(path, bench.place)
+    batch = [dict(kept) for kept in cuts if not _has(table, network.key, kept)]
+    if batch:
+        table = _learn(table, network, batch, bench)
+        save(table, path)
+    return replace(predictor(table, network.parts, network.key, network.channels), path=str(path))
+
+
+def _has(table: Table, key: str, kept: Mapping[str, int]) -> bool:
+    return key in table.networks and any(dict(w.kept) == dict(kept) for w in table.networks[key].wholes)
+
+
+def _good(table: Table, key: str) -> bool:
+    """Whether the last batch was predicted well."""
+    errors = [
+        abs(w.predicted / w.seconds - 1)
+        for w in table.networks[key].wholes[-BATCH:]
+        if w.predicted > 0
+    ]
+    return len(errors) > 1 and statistics.median(errors) <= GOOD and sorted(errors)[-2] <= STRAY
+
+
+def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Iterator[dict[str, int]]:
+    """The dense network, then cuts: shares around a common one and shares drawn freely, in turn."""
+    draw = random.Random(_SEED)
+    yield dict(channels)
+    for number in range(1, MOST):
+        common, spread = 0.3 + 0.7 * (number * _GOLDEN % 1), 0.15 if number % 2 else 1.0
+        kept = {}
+        for group, count in channels.items():
+            share = min(1.0, max(floor, common + spread * draw.uniform(-1, 1)))
+            if number % UNALIGNED == UNALIGNED - 1:
+                kept[group] = max(1, min(count, round(share * count)))
+            else:
+                kept[group] = min(
+                    levels(count, multiple_of, floor), key=lambda k, s=share * count: abs(k - s)
+                )
+        yield kept
+
+
+def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], bench: Bench) -> Table:
+    """Time a batch and put it into the table."""
+    known = table.networks.get(network.key)
+    before = predictor(table, network.parts, network.key, network.channels) if known else None
+    with TemporaryDirectory(prefix="edgeprune-table-") as folder:
+        files = {DENSE: network.file}
+        for number, kept in enumerate(batch):
+            files[f"cut{number}"] = Path(folder, f"cut{number}.onnx")
+            onnx.save(network.resizer.file(kept), files[f"cut{number}"])
+        seconds = bench.time(files)
+        _check(seconds, files)
+        # The machine may be faster or slower than it was at first; the dense file says by how much.
+        speed = known.dense / seconds[DENSE] if known else 1.0
+        for number, kept in enumerate(track(batch, len(batch), "time every layer")):
+            whole = seconds[f"cut{number}"] * speed
+            spent = charge(network.parts, bench.nodes(files[f"cut{number}"]))
+            total = sum(spent)
+            if total <= 0:
+                raise DeviceError(f"the device said of no layer of {network.file} how long it takes")
+            shares = [(part, whole * s / total) for part, s in zip(network.parts, spent, strict=True)]
+            predicted = before.seconds(kept) if before else 0.0
+            dense = seconds[DENSE] if known is None else known.dense
+            table = table.learn(network.key, dense, Whole(dict(kept), whole, predicted), shares)
+    return table
+
+
+def _check(seconds: Mapping[str, float], files: Mapping[str, Path]) -> None:
+    bad = [name for name in files if not seconds.get(name, 0.0) > 0]
+    if bad:
+        raise DeviceError(f"the device gave no time for {bad[0]!r}: {dict(seconds)!r:.200}")

@@ -1,0 +1,220 @@
+"""Measured times of layer shapes on one device, kept between runs and models, and what they predict for a network.
+
+A table holds, for each signature (`latency_parts`), the seconds at each pair of widths that was timed, and for each
+network the whole files that were. Everything is scaled to the speed that the machine had when the network was first
+timed: the dense file is timed beside every other one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgeprune import codec
+from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.nn.costs import CostModel
+from edgeprune.nn.latency_fit import Staircase, fit
+from edgeprune.nn.latency_parts import Part
+
+SCHEMA = "edgeprune.latency-table/1"
+TIME = "latency"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Seconds at one pair of widths: the mean of n timings, the lowest and the highest."""
+
+    seconds: float
+    n: int
+    low: float
+    high: float
+
+    def with_another(self, seconds: float) -> Entry:
+        """The entry after one more timing."""
+        n = self.n + 1
+        mean = self.seconds + (seconds - self.seconds) / n
+        return Entry(mean, n, min(self.low, seconds), max(self.high, seconds))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One file that was timed whole. kept: group -> channels. predicted: before it was learned from; 0 is not."""
+
+    kept: Mapping[str, int]
+    seconds: float
+    predicted: float = 0.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was timed of one network: the dense file's seconds when that began, and the others."""
+
+    dense: float
+    wholes: tuple[Whole, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that was timed at one place: a device with its processor, runtime, version and threads.
+
+    entries: signature -> "read>made" -> entry. networks: key -> what was timed of it.
+    """
+
+    place: str
+    entries: Mapping[str, Mapping[str, Entry]] = field(default_factory=dict)
+    networks: Mapping[str, Known] = field(default_factory=dict)
+    schema: str = SCHEMA
+
+    def learn(self, network: str, dense: float, whole: Whole, shares: Sequence[tuple[Part, float]]) -> Table:
+        """The table with one more file in it.
+
+        Args:
+            network: its key. dense: seconds of the dense file at the speed of the table. whole: the file, at that
+                speed. shares: each part with its seconds, which add up to the file's.
+        """
+        entries = {signature: dict(known) for signature, known in self.entries.items()}
+        for part, seconds in shares:
+            widths = part.widths(whole.kept)
+            known = entries.setdefault(part.signature, {})
+            name = f"{widths[0]}>{widths[1]}"
+            known[name] = (
+                known[name].with_another(seconds) if name in known else Entry(seconds, 1, seconds, seconds)
+            )
+        before = self.networks.get(network, Known(dense))
+        networks = {**self.networks, network: replace(before, wholes=(*before.wholes, whole))}
+        return replace(self, entries=entries, networks=networks)
+
+    def timed(self, signature: str) -> list[tuple[int, int, float]]:
+        """(channels read, channels made, seconds) of a signature."""
+        found = []
+        for widths, entry in self.entries.get(signature, {}).items():
+            reads, _, makes = widths.partition(">")
+            found.append((int(reads), int(makes), entry.seconds))
+        return found
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Seconds of a network at any counts that its groups keep.
+
+    dense: measured seconds of the dense file. wholes: files that were timed; those with a prediction made before they
+    were learned from say how good it is. path: where the table is kept.
+    """
+
+    parts: tuple[Part, ...]
+    fits: Mapping[str, Staircase]
+    channels: Mapping[str, int]
+    dense: float
+    wholes: tuple[Whole, ...] = ()
+    place: str = ""
+    path: str = ""
+
+    @cached_property
+    def _memory(self) -> dict[tuple[str, int, int], float]:
+        return {}
+
+    @cached_property
+    def scale(self) -> float:
+        """What the sum of the parts is multiplied with, so that the dense file takes what it was measured to take."""
+        return self.dense / max(1e-12, sum(self._raw(part, self.channels) for part in self.parts))
+
+    @cached_property
+    def touched(self) -> dict[str, tuple[Part, ...]]:
+        """Group -> the parts whose time depends on it."""
+        return {g: tuple(p for p in self.parts if g in p.groups) for g in self.channels}
+
+    def seconds(self, kept: Mapping[str, int]) -> float:
+        """The whole network's time; groups that are missing keep all of their channels."""
+        full = {**self.channels, **kept}
+        return sum(self.of(part, full) for part in self.parts)
+
+    def of(self, part: Part, kept: Mapping[str, int]) -> float:
+        """The time of one part; `kept` names every group."""
+        return self.scale * self._raw(part, kept)
+
+    def errors(self) -> list[float]:
+        """Predicted over measured - 1, of the files that were predicted before they were learned from."""
+        return [w.predicted / w.seconds - 1 for w in self.wholes if w.predicted > 0]
+
+    def _raw(self, part: Part, kept: Mapping[str, int]) -> float:
+        key = (part.signature, *part.widths(kept))
+        if key not in self._memory:
+            self._memory[key] = self.fits[part.signature].at(key[1], key[2])
+        return self._memory[key]
+
+
+@dataclass(frozen=True)
+class TimedCosts:
+    """Counted costs and predicted seconds of the same counts, for an allocation under a limit on time."""
+
+    counted: CostModel
+    clock: Predictor
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Group -> channels."""
+        return self.counted.channels
+
+    def cost(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """macs, params, and seconds as "latency"."""
+        return {**self.counted.cost(kept), TIME: self.clock.seconds(kept)}
+
+
+def predictor(table: Table, parts: tuple[Part, ...], key: str, channels: Mapping[str, int]) -> Predictor:
+    """Fit what the table knows of the parts of a network that it has timings of."""
+    fits = {signature: fit(table.timed(signature)) for signature in dict.fromkeys(p.signature for p in parts)}
+    known = table.networks[key]
+    return Predictor(parts, fits, dict(channels), known.dense, known.wholes, table.place)
+
+
+def table_path(folder: Path, place: str) -> Path:
+    """The file of a place: readable, and different for different places."""
+    readable = "".join(c if c.isalnum() or c in "-." else "-" for c in place)[:80].strip("-")
+    return folder / f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}.json"
+
+
+def load(path: Path, place: str) -> Table:
+    """The table of a place; empty where there is none yet.
+
+    Raises:
+        WorkdirError: the file is of another place or version, or no table at all.
+    """
+    if not path.exists():
+        return Table(place)
+    table = codec.read(Table, path, WorkdirError)
+    hint = f"delete {path}: it is measured anew"
+    if table.schema != SCHEMA or table.place != place:
+        raise WorkdirError(
+            f"{path} is a table of {table.place!r} in {table.schema!r}, not of {place!r}", hint
+        )
+    good = all(
+        math.isfinite(e.seconds) and e.seconds >= 0
+        for known in table.entries.values()
+        for e in known.values()
+    )
+    if not good:
+        raise WorkdirError(f"{path} holds times that are none", hint)
+    return table
+
+
+def save(table: Table, path: Path) -> None:
+    """Write a table, whole or not at all.
+
+    Raises:
+        UsageError: the folder can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        data: Any = codec.to_json(table)
+        temporary.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"the latency table can't be written to {path}: {error}") from error

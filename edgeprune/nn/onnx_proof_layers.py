@@ -1,0 +1,127 @@
+"""Every convolution and matrix product of an ONNX graph: its work, its weights, and the precision it is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from edgeprune.errors import ParityError, UnsupportedModel
+from edgeprune.nn.onnx_steps import maker_of, quantized_constant
+from edgeprune.nn.onnx_view import View, attribute, title
+
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BYTES = (TensorProto.INT8, TensorProto.UINT8)
+# What may stand between a stored weight and the node that applies it.
+_PASSING = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One product as the file has it.
+
+    macs: for one image. weights: entries of its weight, 0 when both operands are activations. stored: the initializer
+    that the weight is made from. low: in the precision that was asked for; why: else the reason.
+    """
+
+    name: str
+    macs: int
+    weights: int
+    stored: str
+    low: bool
+    why: str = ""
+
+
+def layers(view: View, precision: str) -> Iterator[Layer]:
+    """The products of a graph, in its order, nodes without a name called after what they make.
+
+    Raises:
+        ParityError: a float16 weight holds NaN or infinity.
+        UnsupportedModel: the shape of one is not known.
+    """
+    for node in view.graph.node:
+        if node.op_type in PRODUCTS:
+            stored = [_stored(view, name) for name in node.input[:2]]
+            weight = stored[1] or (stored[0] if node.op_type in ("Gemm", "MatMul") else "")
+            size = prod(view.initializers[weight].dims) if weight in view.initializers else 0
+            why = _why_not(view, node, precision)
+            yield Layer(title(node), _macs(view, node), size, weight, not why, why)
+
+
+def _stored(view: View, value: str) -> str:
+    """The initializer that a value is made from without any input of the model, or ""."""
+    while value not in view.initializers:
+        node = view.producers.get(value)
+        if node is None or node.op_type not in _PASSING:
+            return ""
+        value = node.input[0]
+    return value
+
+
+def _why_not(view: View, node: NodeProto, precision: str) -> str:
+    """Why a product is not in a precision; "" when it is."""
+    if precision == "fp32":
+        return "float32"
+    if precision == "fp16":
+        return _why_not_half(view, node)
+    for position, what in enumerate(("data", "weight")):
+        maker = maker_of(view, node.input[position], "DequantizeLinear")
+        if maker is None:
+            return f"its {what} does not come from a DequantizeLinear"
+        if view.dtype(maker.input[0]) not in _BYTES:
+            return f"its {what} has not 8 bits"
+        if position and node.op_type.startswith("Conv") and quantized_constant(view, maker) is None:
+            return "its weight is not constant"
+    return ""
+
+
+def _why_not_half(view: View, node: NodeProto) -> str:
+    for position, what in enumerate(("data", "weight")):
+        name = node.input[position]
+        if view.dtype(name) != TensorProto.FLOAT16:
+            return f"its {what} is not float16"
+        array = view.constant(name)
+        if array is not None and not np.isfinite(array).all():
+            raise ParityError(
+                f"the weight {name} of {node.name} holds NaN or infinity in float16",
+                "keep that node in float32",
+            )
+    return ""
+
+
+def _macs(view: View, node: NodeProto) -> int:
+    """Multiply-accumulates for one image: those of a whole batch, over its size."""
+    data, weight, made = (view.shape(name) for name in (*node.input[:2], node.output[0]))
+    summed = prod(size or 0 for size in weight[1:])
+    if node.op_type == "Conv":
+        total = prod(_known(view, made)) * summed
+    elif node.op_type == "ConvTranspose":
+        total = prod(_known(view, data)) * summed
+    else:
+        total = prod(_known(view, made)) * _summed(node, data)
+    if not total:
+        raise UnsupportedModel(
+            f"the shapes of {title(node)} are not known: {data} with {weight} gives {made}",
+            "infer the shapes of the model first",
+        )
+    return total // _batch(view)
+
+
+def _summed(node: NodeProto, data: tuple[int | None, ...]) -> int:
+    """How many products a matrix product sums for one entry."""
+    return (data[0 if attribute(node, "transA", 0) else -1] or 0) if data else 0
+
+
+def _known(view: View, shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    """A shape with the batch for a free first dimension; another free one makes it empty of entries."""
+    return tuple(
+        (_batch(view) if i == 0 else 0) if size is None else size for i, size in enumerate(shape)
+    ) or (0,)
+
+
+def _batch(view: View) -> int:
+    shape = view.shape(view.inputs[0])
+    return (shape[0] if shape else None) or 1

@@ -1,0 +1,192 @@
+"""Engines for a device: built there from the ONNX files, brought back, and held against ONNX Runtime's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgeprune.agent_engines import beside, digest
+from edgeprune.devices import Device, device_from_url
+from edgeprune.engine_script import workspace_mib
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError
+from edgeprune.records import Artifact, InputSpec, Target
+from edgeprune.stages.measure_answers import RUNTIME, Logits, predict
+
+TENSORRT = "tensorrt"
+# Tactics of a large network on a small board are tried for a quarter of an hour.
+_BUILD_S = 3600.0
+_ASK_S = 120.0
+_CACHE = "timing.cache"
+# Largest difference of a logit, as a share of the largest logit, from ONNX Runtime's for the same file: TF32 keeps
+# 10 bits of a factor, half precision 11 bits of everything, and int8 rounds at other places.
+TOLERANCE = {"fp32": 5e-3, "fp16": 2e-2, "int8": 1e-1}
+# Or so many answers name the same class: a rounding to the other side of an int8 step changes logits, not classes.
+AGREEMENT = 0.99
+IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines are built: the device, the machine that it should be, and the folder here that they come to.
+
+    sparse: kernels for 2:4 weights may be used.
+    """
+
+    device: Device
+    target: Target
+    folder: Path
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that was built on a device. path: here. facts: what is known of it (`agent_engines`)."""
+
+    path: Path
+    onnx: Path
+    precision: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """One sentence for a report: from what, by which version, in which precisions its layers run."""
+        counts = self.facts.get("layers") or {}
+        layers = ", ".join(f"{count} in {name}" for name, count in counts.items()) or "not told"
+        return (
+            f"{self.onnx.name} ({self.precision}) was built by TensorRT {self.facts.get('tensorrt')} on "
+            f"{self.facts.get('gpu')}; layers that multiply: {layers}."
+        )
+
+
+def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
+    """The runtime that files are measured with on a device, and what a reader must know of that.
+
+    It is the target's where the device has it. A Jetson without TensorRT's Python package is measured with ONNX
+    Runtime on its CPU, and that is said.
+
+    Raises:
+        DeviceError: the device does not answer.
+    """
+    if target.runtime != TENSORRT:
+        return RUNTIME, ()
+    try:
+        about = device.ask({"op": "about", "runtime": TENSORRT}, timeout_s=_ASK_S)
+    except MissingDependency as error:
+        if device.name == "local":
+            return RUNTIME, ()
+        why = f"{error.message}; {error.hint}" if error.hint else error.message
+        return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {device.name}, not of its GPU: {why}.",)
+    return (TENSORRT if str(about.get("runtime")).startswith(TENSORRT) else RUNTIME), ()
+
+
+def precision_of(path: Path) -> str:
+    """The precision that an ONNX file is written in: "int8" with Q/DQ, "fp16" with half-precision weights, or "fp32".
+
+    Raises:
+        ModelError: it is not a readable ONNX file.
+    """
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError, ValueError) as error:
+        raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
+    if any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return "int8"
+    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+    return "fp16" if halves else "fp32"
+
+
+def engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
+    """Build an engine of each ONNX file on the device.
+
+    Returns:
+        Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. The timing cache is kept
+        there too, and makes the next build faster.
+
+    Raises:
+        UsageError, DeviceError, MissingDependency: as for `measure.latency`.
+        UnsupportedModel: TensorRT can't read a file; names the node and its operator.
+        ModelError: TensorRT can't build it.
+        ParityError: no layer runs in the precision of the file.
+    """
+    device, cache = place.device, place.folder / _CACHE
+    options = {"workspace_mib": workspace_mib(place.target.memory_bytes), "sparse": place.sparse}
+    with device.holding(files) as paths:
+        there = str(Path(next(iter(paths.values()))).parent)
+        if cache.is_file():
+            device.put(cache, f"{there}/{_CACHE}")
+        found = {name: _built(name, files[name], path, place, options) for name, path in paths.items()}
+        device.get(f"{there}/{_CACHE}", cache)
+    return found
+
+
+def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping[str, Any]) -> Engine:
+    precision, here, there = precision_of(onnx_file), place.folder / f"{name}.engine", f"{path}.engine"
+    request = {
+        "op": "build",
+        "runtime": TENSORRT,
+        "model": path,
+        "out": there,
+        "precision": precision,
+        "name": name,
+    }
+    answer = place.device.ask({**request, "options": dict(options)}, timeout_s=_BUILD_S)
+    facts = answer.get("facts")
+    if not isinstance(facts, dict):
+        raise DeviceError(f"the agent on {place.device.name} built {name!r} and answered {answer!r:.200}")
+    place.device.get(there, here)
+    place.device.get(f"{there}.json", beside(here))
+    if facts.get("onnx") != digest(onnx_file) or facts.get("engine") != digest(here):
+        raise ParityError(
+            f"the engine of {onnx_file.name} that came from {place.device.name} is not the one that was built there",
+            "was the connection lost? build it again",
+        )
+    return Engine(here, onnx_file, precision, facts)
+
+
+def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], device: Device) -> str:
+    """Hold an engine's answers on a device against ONNX Runtime's for its ONNX file, here, on the same images.
+
+    Args:
+        images: float32 (N, C, H, W).
+
+    Returns:
+        One sentence: how far apart they are.
+
+    Raises:
+        ParityError: an answer is not finite, or they are too far apart for the precision; says by how much.
+    """
+    expected = _logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
+    found = _logits(engine.path, spec, images, device, TENSORRT)
+    worst, same = _apart(expected, found)
+    said = (
+        f"the engine of {engine.onnx.name} answers {len(images)} images as ONNX Runtime does but for {worst:.1e} of "
+        f"the largest logit, with the same class for {100 * same:.1f} %"
+    )
+    if not np.isfinite(found).all():
+        raise ParityError(f"the engine of {engine.onnx.name} gives answers that are not finite")
+    if worst > TOLERANCE[engine.precision] and (engine.precision != "int8" or same < AGREEMENT):
+        wanted = f"in {engine.precision} it should be within {TOLERANCE[engine.precision]:.0e}"
+        raise ParityError(f"{said}; {wanted}", "does the ONNX file give the right answers itself?")
+    return f"T{said[1:]}."
+
+
+def _apart(expected: Logits, found: Logits) -> tuple[float, float]:
+    if expected.shape != found.shape:
+        raise ParityError(f"the engine answers {found.shape} where ONNX Runtime answers {expected.shape}")
+    scale = float(np.abs(expected).max()) or 1.0
+    worst = float(np.abs(expected - found).max()) / scale
+    return worst, float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
+
+
+def _logits(
+    path: Path, spec: InputSpec, images: npt.NDArray[np.float32], device: Device, runtime: str
+) -> Logits:
+    made = Artifact(str(path), "onnx", "fp32", spec, "", path.stat().st_size)
+    return predict(made, [images], device, total=len(images), label=f"{path.name}: answers", runtime=runtime)

@@ -1,0 +1,163 @@
+"""Certified accuracy: exact on a linear model, never more than an attack leaves, and honest where there is no bound."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks.pgd import Pgd
+from edgeprune.intervals import binomial
+from edgeprune.nn.data import Split, in_memory
+from edgeprune.nn.perturb import Ball
+from edgeprune.stages.attack_certified import SHARES, certified, proven
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Linear(nn.Module):
+    """Normalization, a linear layer of the pixels, and, if asked for, something behind it that changes nothing."""
+
+    def __init__(self, behind: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc, self.behind = nn.Linear(12, 4), behind or nn.Identity()
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.randn(4, 12, generator=seeded(1)))
+            self.fc.bias.copy_(torch.randn(4, generator=seeded(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.fc(((x - 0.4) / 0.2).flatten(1)))
+
+    def least_margins(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        """The smallest margin in the box, in closed form: every pixel goes its own way to its own wall."""
+        weight, bias = self.fc.weight.detach().double() / 0.2, self.fc.bias.detach().double()
+        flat = x.double().flatten(1)
+        low, high = (flat - eps).clamp(0, 1), (flat + eps).clamp(0, 1)
+        apart = weight[y].unsqueeze(1) - weight
+        shift = (bias[y].unsqueeze(1) - bias) - 0.4 * apart.sum(2)
+        least = torch.where(apart > 0, apart * low.unsqueeze(1), apart * high.unsqueeze(1)).sum(2) + shift
+        return least.scatter(1, y.unsqueeze(1), torch.inf).amin(1)
+
+
+def pixels(count: int, shape: tuple[int, ...] = (3, 2, 2)) -> Tensor:
+    return torch.randint(256, (count, *shape), generator=seeded(3)).to(torch.uint8)
+
+
+def right(network: nn.Module, images: Tensor) -> Split:
+    """Images with the classes that the network gives them."""
+    with torch.no_grad():
+        return in_memory("test", images, network(images / 255).argmax(1))
+
+
+@pytest.mark.parametrize("eps", [0.002, 0.01, 0.03, 0.1])
+def test_of_a_linear_model_it_is_the_exact_accuracy_under_the_best_attack(eps: float) -> None:
+    network = Linear().eval()
+    split = right(network, pixels(200))
+    x, y = split.take(torch.arange(200)), split.labels
+    margins = network.least_margins(x, y, eps)
+    assert (margins.abs() > 1e-4).all(), "or rounding decides"
+    assert torch.equal(proven(network, x, y, eps), margins > 0)
+    (reading,) = certified(network, split, Ball("Linf", eps), artifact="dense", shares=(1,))
+    count = int((margins > 0).sum())
+    assert 0 < count < 200
+    assert (reading.value, reading.spread, reading.n) == (count / 200, binomial(count, 200), 200)
+
+
+def test_images_that_are_wrong_are_never_certified() -> None:
+    network = Linear().eval()
+    split = right(network, pixels(60))
+    x, others = split.take(torch.arange(60)), (split.labels + 1) % 4
+    assert not proven(network, x, others, 1e-6).any()
+    assert proven(network, x, split.labels, 1e-6).any()
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "depthwise"])
+def test_what_is_certified_no_attack_breaks(name: str) -> None:
+    network = nets.build(name, seed=4).eval()
+    split = right(network, pixels(48, nets.SHAPE))
+    x, y = split.take(torch.arange(48)), split.labels
+    for eps in (1e-5, 3e-4):
+        sure = proven(network, x, y, eps)
+        for norm in ("Linf", "L2"):
+            broken = Pgd(steps=10, restarts=2)(network, x, y, Ball(norm, eps), seeded(5)).broken
+            assert not (sure & broken).any()
+        if eps == 1e-5:
+            assert sure.float().mean() > 0.3, "or the test says nothing"
+
+
+def test_a_larger_ball_certifies_fewer_images() -> None:
+    network = nets.build("plain").eval()
+    split = right(network, pixels(80, nets.SHAPE))
+    found = certified(network, split, Ball("Linf", 0.01), artifact="dense", shares=(1, 1 / 8, 1 / 64))
+    values = [reading.value for reading in found]
+    assert values == sorted(v for v in values if v is not None) and values[0] != values[-1]
+    assert [r.conditions["eps_value"] for r in found] == [0.01, 0.01 / 8, 0.01 / 64]
+    x, y = split.take(torch.arange(80)), split.labels
+    for reading in found:
+        assert reading.value == float(proven(network, x, y, reading.conditions["eps_value"]).double().mean())
+
+
+def test_of_an_l2_ball_the_box_around_it_is_followed_and_the_reading_says_so() -> None:
+    network = Linear().eval()
+    split = right(network, pixels(50))
+    (round_one,) = certified(network, split, Ball("L2", 0.02), artifact="dense", shares=(1,))
+    (box,) = certified(network, split, Ball("Linf", 0.02), artifact="dense", shares=(1,))
+    assert round_one.value == box.value
+    assert "encloses" in round_one.conditions["box"] and "box" not in box.conditions
+
+
+def test_the_reading_says_that_it_is_a_lower_bound_of_what_and_at_which_radius() -> None:
+    network = Linear().eval()
+    found = certified(network, right(network, pixels(20)), Ball("Linf", 8 / 255), artifact="compressed")
+    assert [r.conditions["eps"] for r in found] == ["8/255", "1/255", "0.125/255"] and len(SHARES) == 3
+    for reading in found:
+        assert (reading.metric, reading.unit, reading.artifact) == (
+            "certified_accuracy",
+            "fraction",
+            "compressed",
+        )
+        assert reading.where == "computed: interval bounds"
+        assert "lower bound" in reading.conditions["bound"] and "in torch" in reading.conditions["of"]
+
+
+class Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * x.sort(dim=1).values
+
+
+def test_where_an_operator_has_no_bound_there_is_no_number_and_the_reason_is_said() -> None:
+    network = Linear(Sorted()).eval()
+    for reading in certified(network, right(network, pixels(20)), Ball("Linf", 0.01), artifact="dense"):
+        assert reading.value is None and reading.spread is None
+        assert "sort" in reading.conditions["why"]
+
+
+def test_a_network_that_does_not_end_in_a_linear_layer_is_bounded_too() -> None:
+    plain, scaled = Linear().eval(), Linear(nn.Hardtanh(-50, 50)).eval()
+    split = right(plain, pixels(60))
+    x, y = split.take(torch.arange(60)), split.labels
+    exact, loose = proven(plain, x, y, 0.003), proven(scaled, x, y, 0.003)
+    assert loose.any() and not (loose & ~exact).any()
+
+
+def test_many_images_of_which_none_is_proven_are_left_alone_after_the_first() -> None:
+    network = nets.build("plain").eval()
+    split = right(network, pixels(300, nets.SHAPE))
+    taken: list[int] = []
+
+    class Watched:
+        def take(self, indices: Tensor) -> Tensor:
+            taken.append(len(indices))
+            return split.pixels.take(indices)
+
+        def count(self) -> int:
+            return 300
+
+    found = certified(
+        network, Split("test", split.labels, Watched()), Ball("Linf", 1.0), artifact="dense", shares=(1,)
+    )
+    assert found[0].value == 0 and found[0].n == 300
+    assert sum(taken) <= 1 + 128

@@ -1,0 +1,180 @@
+"""A board with TensorRT, measured from here: engines are built there, checked, and everything is read off them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorrt_stubs as stubs
+from onnx_files import Pictures, Scripted, write_net
+
+from edgeprune import agent_cuda, agent_engines, bundled
+from edgeprune.devices import Answer
+from edgeprune.devices.fake import Fake
+from edgeprune.devices.local import Local
+from edgeprune.errors import DeviceError, ModelError, ParityError
+from edgeprune.recipe import MeasureTable
+from edgeprune.records import InputSpec, Plan, Target
+from edgeprune.stages import measure_build, measure_run
+
+TABLE = MeasureTable(iterations=20, warmup=1, seconds=5.0)
+SPEC = InputSpec((3, 8, 8), 10)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> stubs.Gpu:
+    found = stubs.Gpu()
+    monkeypatch.setattr(agent_cuda, "load", found.cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", found))
+    return found
+
+
+@pytest.fixture
+def orin() -> Target:
+    return bundled.target("jetson-orin-nano")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "dense": write_net(tmp_path / "dense.onnx", 32),
+        "compressed": write_net(tmp_path / "model.onnx", 16),
+    }
+
+
+def pictures(count: int) -> Pictures:
+    rng = np.random.default_rng(2)
+    return Pictures(rng.random((count, 3, 8, 8), dtype=np.float32), rng.integers(0, 10, count))
+
+
+def wanted(
+    target: Target, device: Any, images: Any = None, engines: Path | None = None
+) -> measure_run.Wanted:
+    return measure_run.Wanted(SPEC, device, TABLE, target, images, lambda message: None, engines)
+
+
+def test_everything_is_read_off_engines_that_were_built_on_the_board(
+    gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], tmp_path: Path
+) -> None:
+    board, kept = stubs.Board(), tmp_path / "engines"
+    kept.mkdir()
+    plan = Plan({}, {}, {}, {}, 100, 1000, 200, 2000)
+    found = measure_run.run(wanted(orin, board, pictures(40), kept), pair, plan)
+    by_metric = {r.metric: r for r in found.after}
+    assert by_metric["latency_p50"].value == pytest.approx(250e-6)
+    assert by_metric["latency_p50"].where == "ssh://board aarch64"
+    conditions = by_metric["latency_p50"].conditions
+    assert (conditions["clock"], conditions["runtime"]) == ("cuda events", "tensorrt 10.3.0")
+    assert by_metric["size"].value == pair["compressed"].stat().st_size
+    assert by_metric["size"].conditions["engine_bytes"] == (kept / "compressed.engine").stat().st_size
+    assert by_metric["clean_accuracy"].conditions["runtime"] == "tensorrt"
+    assert {"agreement", "peak_memory"} <= set(by_metric)
+    assert set(found.times["compressed"]) >= {"stem", "block.conv", "fc"}
+    assert {line for line in board.asked if "onnxruntime" in line} == set(), "nothing ran on the board's CPU"
+    text = " ".join(found.notes)
+    assert "model.onnx (fp32) was built by TensorRT 10.3.0 on Orin; layers that multiply: 3 in fp32." in text
+    assert "answers 40 images as ONNX Runtime does" in text
+    assert "Nothing has been measured on" not in text
+    assert found.notes[0].startswith("Speed: NOT faster: 1.00x")
+    assert sorted(p.name for p in kept.iterdir()) == [
+        "compressed.engine", "compressed.engine.json", "dense.engine", "dense.engine.json", "timing.cache",
+    ]  # fmt: skip
+
+
+def test_the_workspace_is_what_the_board_can_spare(
+    gpu: stubs.Gpu, orin: Target, pair: dict[str, Path]
+) -> None:
+    measure_run.run(wanted(orin, stubs.Board()), pair, None)
+    trt: Any = sys.modules["tensorrt"]
+    assert trt.configs[0].pools == {trt.MemoryPoolType.WORKSPACE: 1907 * 2**20}
+
+
+def test_engines_are_taken_to_the_board_again_and_a_stale_one_is_refused_there(
+    gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = stubs.Board()
+    engine = measure_build.engines(pair, measure_build.Place(board, orin, tmp_path))["compressed"]
+    images = pictures(5).x
+    assert "5 images" in measure_build.compare(engine, SPEC, images, board)
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.13.3.9", gpu))
+    with pytest.raises(ModelError, match=r"it was built for TensorRT 10\.3\.0, here is 10\.13\.3\.9"):
+        measure_build.compare(engine, SPEC, images, board)
+
+
+@pytest.mark.parametrize(("offset", "said"), [(1.0, "should be within 5e-03"), (float("nan"), "not finite")])
+def test_an_engine_that_answers_otherwise_is_a_parity_error(
+    gpu: stubs.Gpu,
+    orin: Target,
+    pair: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    offset: float,
+    said: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", gpu, offset=offset))
+    with pytest.raises(ParityError, match=said) as error:
+        measure_run.run(wanted(orin, stubs.Board()), pair, None)
+    assert error.value.exit_code == 5
+
+
+def test_an_engine_that_changed_on_the_way_is_noticed(
+    gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], tmp_path: Path
+) -> None:
+    class Lossy(stubs.Board):
+        def get(self, there: str, here: Path) -> None:
+            stubs.Board.get(self, there, here)
+            if here.suffix == ".engine":
+                here.write_bytes(here.read_bytes()[:-1])
+
+    with pytest.raises(ParityError, match="is not the one that was built there"):
+        measure_build.engines(pair, measure_build.Place(Lossy(), orin, tmp_path))
+
+
+@pytest.mark.parametrize("answer", [{"built": "x"}, {"facts": 7}])
+def test_a_board_that_builds_nonsense_is_a_device_error(
+    orin: Target, pair: dict[str, Path], tmp_path: Path, answer: dict[str, Any]
+) -> None:
+    device = Scripted(Answer(0, json.dumps(answer), ""))
+    with pytest.raises(DeviceError, match="built 'dense' and answered"):
+        measure_build.engines(pair, measure_build.Place(device, orin, tmp_path))
+
+
+def test_a_board_without_tensorrt_is_measured_on_its_cpu_and_that_is_said(
+    orin: Target, pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    found = measure_run.run(wanted(orin, stubs.Board()), pair, None)
+    assert found.after[2].conditions["runtime"].startswith("onnxruntime")
+    note = next(n for n in found.notes if "not of its GPU" in n)
+    assert (
+        note.startswith("Times are of ONNX Runtime on the CPU of ssh://board")
+        and "python3-libnvinfer" in note
+    )
+
+
+def test_the_runtime_is_the_targets_where_the_device_has_it(gpu: stubs.Gpu, orin: Target) -> None:
+    assert measure_build.choose(orin, stubs.Board()) == ("tensorrt", ())
+    assert measure_build.choose(orin, Fake()) == ("onnxruntime", ())
+    assert measure_build.choose(bundled.target("local"), stubs.Board()) == ("onnxruntime", ())
+    runtime, notes = measure_build.choose(orin, Local())
+    assert notes == () and runtime in ("onnxruntime", "tensorrt")
+
+
+def test_the_precision_is_read_from_the_file(tmp_path: Path, pair: dict[str, Path]) -> None:
+    assert measure_build.precision_of(pair["dense"]) == "fp32"
+    (tmp_path / "bad.onnx").write_bytes(b"\xff\xff")
+    with pytest.raises(ModelError, match=r"bad\.onnx"):
+        measure_build.precision_of(tmp_path / "bad.onnx")
+
+
+def test_what_lies_beside_an_engine_travels_with_it(tmp_path: Path) -> None:
+    from edgeprune.stages.measure_files import held
+
+    agent_engines.write(tmp_path / "it's an engine.engine", b"data", {})
+    with held(Fake(), {"a": tmp_path / "it's an engine.engine"}) as paths:
+        assert agent_engines.beside(Path(paths["a"])).is_file()
+        folder = Path(paths["a"]).parent
+    assert not folder.exists()
