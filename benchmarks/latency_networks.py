@@ -111,7 +111,12 @@ def densenet() -> nn.Module:
             layers.append(Dense(width, 24))
             width += 24
         if block < 2:
-            layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2)]
+            layers += [
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width // 2, 1, bias=False),
+                nn.AvgPool2d(2),
+            ]
             width //= 2
     return nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU(), *_head(width))
 
@@ -138,7 +143,9 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
         return network.eval(), torch.rand((1, *shape))
 
 
-def _conv(before: int, channels: int, stride: int, kernel: int = 3, *, relu6: bool = False) -> list[nn.Module]:
+def _conv(
+    before: int, channels: int, stride: int, kernel: int = 3, *, relu6: bool = False
+) -> list[nn.Module]:
     conv = nn.Conv2d(before, channels, kernel, stride, kernel // 2, bias=False)
     return [conv, nn.BatchNorm2d(channels), nn.ReLU6() if relu6 else nn.ReLU()]
 

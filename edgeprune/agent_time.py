@@ -107,7 +107,7 @@ def take_turns(
         Model -> samples, and why it ended: "precise", "iterations" or "seconds".
     """
     samples = {name: Samples([], []) for name in turns}
-    order, done, start = list(turns), 0, clock()
+    order, done, look_at, start = list(turns), 0, 0, clock()
     span = rule.seconds * len(turns)
     while True:
         block = min(BLOCK, rule.iterations - done)
@@ -116,7 +116,10 @@ def take_turns(
         done += block
         order.reverse()  # A B, B A, A B: a slow drift hits both alike
         spent = clock() - start
-        if rule.precision is not None and (done >= rule.least or spent >= PATIENCE * span):
+        due = done >= rule.least or spent >= PATIENCE * span
+        if rule.precision is not None and due and done >= look_at:
+            # Looking takes longer than many a run, so it is done after every tenth more of them.
+            look_at = done + done // 10
             wide = [name for name in order if not _precise(samples[name], rule.precision)]
             if not wide:
                 return samples, "precise"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from edgeprune import plugins
 from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage, torch_part
 from edgeprune.nn import team
+from edgeprune.quantities import show
 from edgeprune.records import Bundle, Reading
 from edgeprune.workdir import digest
 
@@ -87,6 +90,33 @@ def _crafted(run: Context, folders: Mapping[str, Path], images: Any, labels: Any
     return torch_part("data").joined(parts)
 
 
+def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Reading], tuple[str, ...]]:
+    """What the files would take on a target that is not at hand, by a roofline of its facts, and a sentence about it.
+
+    Args:
+        files: "dense" and "compressed" -> ONNX file.
+    """
+    if run.on_target:
+        return {}, ()
+    estimate = stage("measure_estimate")
+    run.say(f"measure: estimate the time on {run.target.title}")
+    fit = estimate.validate({"dense": files["dense"]}, run.device, run.recipe.measure)
+    precision_of = stage("measure_build").precision_of
+    found = {
+        name: replace(estimate.estimate(path, run.target, precision_of(path), validation=fit), artifact=name)
+        for name, path in files.items()
+    }
+    if any(reading.value is None for reading in found.values()):
+        return {}, ()
+    times = ", ".join(f"{name} {show(reading.value, 's')}" for name, reading in found.items())
+    off = (
+        ""
+        if fit is None
+        else f"; the same formula was off by {100 * fit.error:.0f} % for a typical layer here"
+    )
+    return found, (f"Estimated, not measured, on {run.target.title}: {times} (roofline of its facts{off}).",)
+
+
 def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[str, Any]:
     """What is attacked, in the order of the stages: the dense network, what each stage left, and the file.
 
@@ -144,6 +174,24 @@ def export_onnx(
     for note in notes:
         run.say(f"export: {note}")
     return artifact, parity
+
+
+def engine_script(run: Context, artifact: Any, out: Path) -> None:
+    """Write build_engine.sh for a target that runs TensorRT, which must take the file.
+
+    Raises:
+        UnsupportedModel: TensorRT does not read the file; says which node and why.
+    """
+    if "tensorrt" not in run.target.setup:
+        return
+    check = torch_part("onnx_trt").check_for_tensorrt
+    check(import_module("onnx").load(artifact.path), str(run.target.setup["tensorrt"]))
+    script = plugins.build("runtimes", "tensorrt", {}).engine_script(
+        run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch,
+        sparse=run.recipe.prune.granularity == "2:4",
+    )  # fmt: skip
+    (out / "build_engine.sh").write_text(script, encoding="utf-8")
+    (out / "build_engine.sh").chmod(0o755)
 
 
 def probes(run: Context, dense: Path) -> dict[str, Any]:

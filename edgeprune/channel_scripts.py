@@ -13,17 +13,17 @@ from __future__ import annotations
 RUN = r"""
 token=$1 size=$2
 shift 2
-end() { printf '\n%s %s\n' "$token" "$1" >&2; exit 0; }
+leave() { printf '\n%s %s\n' "$token" "$1" >&2; exit 0; }
 base=${TMPDIR:-/tmp}
 [ -w "$base" ] || base=/data/local/tmp
 exec 3<&0
 if [ "$size" -gt 0 ]; then
-    input=$(mktemp "$base/edgeprune-XXXXXX") || { printf '\n%s\n' "$token"; end 999; }
+    input=$(mktemp "$base/edgeprune-XXXXXX") || { printf '\n%s\n' "$token"; leave 999; }
     head -c "$size" <&3 >"$input"
     got=$(wc -c <"$input")
     exec 4<"$input"
     rm -f "$input"
-    [ "$got" -eq "$size" ] || { printf '\n%s\n' "$token"; end 999; }
+    [ "$got" -eq "$size" ] || { printf '\n%s\n' "$token"; leave 999; }
 else
     exec 4</dev/null
 fi
@@ -42,7 +42,7 @@ watch=$!
 wait "$pid"
 status=$?
 kill "$watch" 2>/dev/null
-end "$status"
+leave "$status"
 """
 
 # $2: bytes; $3: path. Under another name until it is whole.

@@ -78,7 +78,9 @@ class Line:
             sink.seek(ended.start)
             status = ended.status or 0
             if status == NO_ROOM:
-                raise self._not_copied(f"the input of {argv[0]} ({len(stdin)} bytes)", self.name, ended.errors)
+                raise self._not_copied(
+                    f"the input of {argv[0]} ({len(stdin)} bytes)", self.name, ended.errors
+                )
             # A shell says 128 + n of a command that signal n ended.
             status = 128 - status if 128 < status <= 128 + signal.NSIG else status
             return Answer(status, sink.read().decode(errors="replace"), ended.errors)
@@ -201,7 +203,7 @@ class Line:
     ) -> Ended:
         token = secrets.token_hex(8)
         command = self.attach(["sh", "-c", script[0], "edgeprune", token, *script[1:]])
-        shown = " ".join(shlex.quote(a) for a in argv)
+        shown = _shown(argv)
         with tempfile.TemporaryFile() as errors:
             process = self._start(command, argv, sink, errors)
             late = channel_process.wait(process, feed, timeout_s)
@@ -233,9 +235,10 @@ class Line:
                 command, stdin=subprocess.PIPE, stdout=out, stderr=errors, start_new_session=True
             )
         except OSError as error:
-            shown = " ".join(shlex.quote(a) for a in argv)
             what, fix = self.explain(str(error))
-            raise DeviceError(f"a command on {self.name} can't be started: {shown}: {what}", fix) from error
+            raise DeviceError(
+                f"a command on {self.name} can't be started: {_shown(argv)}: {what}", fix
+            ) from error
 
     def _size(self, there: str) -> int:
         answer = self.run(["sh", "-c", 'wc -c <"$1"', "sh", there], b"", START_S)
@@ -248,6 +251,11 @@ class Line:
         full = "No space left" in errors or "Disk quota" in errors
         hint = f"free some space on {self.name}" if full else "is there space left?"
         return DeviceError(f"{what} can't be copied to {where}: {last or 'it did not arrive whole'}", hint)
+
+
+def _shown(argv: Sequence[str]) -> str:
+    """A command for a message; whole scripts are left out."""
+    return " ".join("(script)" if "\n" in word or len(word) > _LAST else shlex.quote(word) for word in argv)
 
 
 def _myself() -> str:

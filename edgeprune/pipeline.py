@@ -21,6 +21,8 @@ from typing import Any
 from edgeprune import bundled, codec, plugins
 from edgeprune import recipe as recipes
 from edgeprune.building import (
+    engine_script,
+    estimates,
     export_onnx,
     probes,
     quantize_job,
@@ -250,7 +252,7 @@ def _export(step: Step) -> None:
     export.save_modules(small, out)
     reloaded = export.check_reload(out, small.input, torch_part("bundle").deployed(small))
     codec.write(out / "parity.json", Ledger((*parity, *reloaded)))
-    _engine_script(run, artifact, out)
+    engine_script(run, artifact, out)
 
 
 def _quantize(step: Step) -> None:
@@ -261,19 +263,7 @@ def _quantize(step: Step) -> None:
     if made.file:
         precise = stage("measure_run").artifact(step.out / made.file, run.bundle.input)
         opset = run.recipe.export.opset or run.target.opset
-        _engine_script(run, replace(precise, precision=made.precision, opset=opset), step.out)
-
-
-def _engine_script(run: Context, artifact: Any, out: Path) -> None:
-    """build_engine.sh, for targets that run TensorRT."""
-    if "tensorrt" not in run.target.setup:
-        return
-    script = plugins.build("runtimes", "tensorrt", {}).engine_script(
-        run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch,
-        sparse=run.recipe.prune.granularity == "2:4",
-    )  # fmt: skip
-    (out / "build_engine.sh").write_text(script, encoding="utf-8")
-    (out / "build_engine.sh").chmod(0o755)
+        engine_script(run, replace(precise, precision=made.precision, opset=opset), step.out)
 
 
 def _measure(step: Step) -> None:
@@ -285,11 +275,24 @@ def _measure(step: Step) -> None:
         "compressed": shipped(step.folders),
     }
     images = run.data.held_out if run.data else None
-    wanted = measure_run.Wanted(run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say)
+    wanted = measure_run.Wanted(
+        run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say,
+        engines=step.out, sparse=run.recipe.prune.granularity == "2:4",
+    )  # fmt: skip
     networks = {"dense": run.bundle.module, "compressed": small.module}
     counted = stage("measure_densities").densities(networks)
     measured = measure_run.run(wanted, files, small.plans[-1], counted=counted)
-    measured = replace(measured, after=(*measured.after, *_without_labels(step, small, files)))
+    guessed, said = estimates(run, files)
+    measured = replace(
+        measured,
+        before=(*measured.before, *(r for name, r in guessed.items() if name == "dense")),
+        after=(
+            *measured.after,
+            *_without_labels(step, small, files),
+            *(r for name, r in guessed.items() if name != "dense"),
+        ),
+        notes=(*measured.notes, *said),
+    )
     codec.write(step.out / "measured.json", measured)
 
 

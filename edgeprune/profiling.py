@@ -14,6 +14,10 @@ from edgeprune.context import Say, stage, torch_part
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
 
+# How long a profile waits for another one to end before it is refused: not at all would make two that only brush past
+# each other fail.
+PATIENCE_S = 0.0
+
 
 def profile(recipe: Recipe, devices: Sequence[str], *, limit: int | None, say: Say) -> tuple[Reading, ...]:
     """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each device.
@@ -77,7 +81,9 @@ class _Job:
         measure_run = stage("measure_run")
         self.say(f"profile: {self.path} on {device.where()}")
         target = bundled.target(self.recipe.target)
-        wanted = measure_run.Wanted(self.spec, device, self.recipe.measure, target, self.images, self.say)
+        wanted = measure_run.Wanted(
+            self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S
+        )
         measured = measure_run.run(wanted, {self.path.stem: self.path}, None)
         for note in measured.notes:
             self.say(note)

@@ -26,6 +26,7 @@ _SCALES = {
         "GiB": 2.0**30,
     },
     "J": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "µJ": 1e-6},
+    "dB": {"dB": 1.0},
     "": {
         "": 1.0,
         "k": 1e3,
@@ -56,7 +57,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def number(text: str, unit: str) -> float:
-    """Read a quantity of the base unit "s", "B", "J", "" (a count) or "fraction".
+    """Read a quantity of the base unit "s", "B", "J", "dB", "" (a count) or "fraction".
 
     Raises:
         UsageError: not a finite number, or a unit that does not belong there.
@@ -97,7 +98,7 @@ def limit(metric: str, text: object) -> Limit:
                 f"{metric}={raw} must be between 0 and 100 %", f"write {metric}=90 % or {metric}=-1 pp"
             )
         return Limit(metric, "absolute", value, raw)
-    if raw.endswith("%"):
+    if raw.endswith("%") and info.less_is_better:
         return _share(metric, raw)
     value = _absolute(metric, raw, info.unit)
     return Limit(metric, "absolute", value, raw)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import agent
 from edgeprune.agent_cuda import SIGNATURES, Cuda
@@ -512,3 +513,23 @@ class Board(Device):
 
     def agent(self) -> list[str]:
         return ["the-agent"]
+
+
+def write_half(path: Path) -> Path:
+    """One convolution with half-precision weights, float32 at both ends."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.standard_normal((10, 3, 8, 8)).astype(np.float16), "w")
+    nodes = [
+        helper.make_node("Cast", ["input"], ["half"], "in", to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["half", "w"], ["conv"], "conv"),
+        helper.make_node("Cast", ["conv"], ["full"], "out", to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["full"], ["logits"], "flat"),
+    ]
+    graph = helper.make_graph(
+        nodes, "half", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 10])], [weight],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 9
+    onnx.save(model, path)
+    return path

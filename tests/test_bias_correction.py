@@ -209,20 +209,53 @@ def test_means_of_something_else_than_the_channels_are_not_used(depthwise: Path)
 
 
 def test_a_bias_that_two_layers_share_is_corrected_for_each(tmp_path: Path) -> None:
-    tensors = {"w": coarse(4, 4, 1, 1), "v": coarse(4, 4, 1, 1)[:, ::-1].copy(), "b": np.arange(4)}
-    nodes = [
-        helper.make_node("Conv", ["input", "w", "b"], ["one"], "one"),
-        helper.make_node("Conv", ["one", "v", "b"], ["logits"], "two"),
-    ]
-    arrays = {name: np.asarray(array, np.float32) for name, array in tensors.items()}
-    path = onnx_files.save(tmp_path / "m.onnx", nodes, arrays, [1, 4, 2, 2], [1, 4, 2, 2])
-    floats = onnx.load(path)
-    model = files.quantize(path, "s8", np.full((1, 4, 2, 2), 0.5, np.float32))
-    seen = {"input": mean_of([0.5] * 4), "one": mean_of([0.1, 0.9, 0.2, 0.7])}
-    after = corrected(model, floats, seen)
-    biases = [files.array_of(after, files.node_of(after, name).input[2]) for name in ("one", "two")]
-    assert not np.array_equal(*biases)
-    assert corrected(after, floats, seen).SerializeToString() == after.SerializeToString()
+    node, weight, outputs, shape, out = LAYERS["depthwise"]
+    floats = onnx.load(
+        one_layer(tmp_path, node, {"w": weight, "b": np.arange(outputs)}, list(shape), list(out))
+    )
+    second = onnx.NodeProto()
+    second.CopyFrom(node)
+    second.name, second.output[0] = "other", "other"
+    floats.graph.node.append(second)
+    model = by_weights_alone(floats)
+    # The second layer of the quantized model stays float, and so does the bias that it reads.
+    after = corrected(model, floats, {"input": mean_of([0.3, 0.4, 0.5, 0.6])})
+    assert files.node_of(after, "other").input[2] == "b"
+    assert files.array_of(after, "b").tolist() == [0, 1, 2, 3]
+    assert files.node_of(after, "layer").input[2] == "b.corrected"
+
+
+def test_a_bias_that_is_computed_or_of_another_type_stays(tmp_path: Path) -> None:
+    node, weight, outputs, shape, out = LAYERS["convolution"]
+    floats = onnx.load(
+        one_layer(tmp_path, node, {"w": weight, "b": np.arange(outputs)}, list(shape), list(out))
+    )
+    model = by_weights_alone(floats)
+    model.graph.node.insert(1, helper.make_node("Abs", ["b"], ["computed"], "abs"))
+    files.node_of(model, "layer").input[2] = "computed"
+    assert (
+        corrected(model, floats, {"input": mean_of([0.5] * 3)}).SerializeToString()
+        == model.SerializeToString()
+    )
+
+
+def test_a_weight_that_is_rounded_when_the_file_is_loaded_counts_as_what_it_becomes(tmp_path: Path) -> None:
+    node, weight, outputs, shape, out = LAYERS["depthwise"]
+    floats = onnx.load(
+        one_layer(tmp_path, node, {"w": weight, "b": np.arange(outputs)}, list(shape), list(out))
+    )
+    stored = by_weights_alone(floats)
+    rounded = ModelProto()
+    rounded.CopyFrom(stored)
+    rounded.graph.initializer.append(numpy_helper.from_array(np.zeros(4, np.int8), "zero"))
+    rounded.graph.node.insert(
+        0, helper.make_node("QuantizeLinear", ["w", "step", "zero"], ["q"], "q", axis=0)
+    )
+    files.node_of(rounded, "dq").input[:] = ["q", "step"]
+    seen = {"input": mean_of([0.3, 0.4, 0.5, 0.6])}
+    biases = [files.array_of(corrected(m, floats, seen), "b") for m in (stored, rounded)]
+    assert np.array_equal(*biases)
+    assert not np.array_equal(biases[0], np.arange(4))
 
 
 def test_weights_of_another_model_are_an_error(depthwise: Path) -> None:

@@ -190,7 +190,7 @@ from edgeprune.devices import device_from_url
 device = device_from_url(sys.argv[1])
 with device.folder() as folder, device.exclusively():
     print(folder, flush=True)
-    device.run(["sh", "-c", "echo $$ >{}/pid; sleep 600".format(folder)], "", 600)
+    device.run(["sh", "-c", "echo $$ >{}/pid; exec sleep 600".format(folder)], "", 600)
 """
 
 

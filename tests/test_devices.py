@@ -70,7 +70,10 @@ def test_a_module_in_the_current_folder_is_not_imported(
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("ftp://jetson", "device 'ftp://jetson': accepted are local, ssh://[user@]host[:port], adb://[serial], fake"),
+        (
+            "ftp://jetson",
+            "device 'ftp://jetson': accepted are local, ssh://[user@]host[:port], adb://[serial], fake",
+        ),
         ("", "accepted are local"),
         ("shh://user:secret@host", "'shh://user:***@host'"),
         ("local:8", "takes no address"),

@@ -79,7 +79,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, facts: str, agent: Answer | None =
 
     whole = doctor.device_from_url
     told = Told(agent or Answer(0, '{"python": "3.8.1", "runtime": "r 1", "cores": 2}', ""))
-    monkeypatch.setattr(doctor, "device_from_url", lambda url, setup=None: told if url == "told" else whole(url))
+    monkeypatch.setattr(
+        doctor, "device_from_url", lambda url, setup=None: told if url == "told" else whole(url)
+    )
 
 
 def test_a_busy_machine_with_a_saving_governor_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,9 @@ def test_a_device_that_does_not_answer_is_missing(monkeypatch: pytest.MonkeyPatc
 
     whole = doctor.device_from_url
     silent = Silent(Answer(0, "", ""))
-    monkeypatch.setattr(doctor, "device_from_url", lambda url, setup=None: silent if url == "silent" else whole(url))
+    monkeypatch.setattr(
+        doctor, "device_from_url", lambda url, setup=None: silent if url == "silent" else whole(url)
+    )
     found = doctor.run(LOCAL, "silent")
     assert Finding("device scripted", "missing", "no route", "plug it in") in found
 

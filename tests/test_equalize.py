@@ -87,6 +87,7 @@ def test_the_model_that_was_given_stays_as_it_is(tmp_path: Path) -> None:
         [node("MaxPool", "a", "p", kernel_shape=[3, 3], pads=[1, 1, 1, 1]), node("Relu", "p", "r")],
         [node("Relu", "a", "p"), node("AveragePool", "p", "r", kernel_shape=[3, 3], pads=[1, 1, 1, 1])],
         [node("Clip", "a", "r", "zero")],
+        [node("Pad", "a", "p", "around"), node("MaxPool", "p", "r", kernel_shape=[3, 3])],
     ],
     ids=lambda nodes: "-".join(n.op_type for n in nodes),
 )
@@ -94,6 +95,7 @@ def test_what_commutes_with_a_factor_does_not_block(tmp_path: Path, between: lis
     model = two_convolutions(
         tmp_path, between, slope=np.array([0.2, -0.3]).reshape(2, 1, 1), zero=np.array(0.0)
     )
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 1, 1, 0, 0, 1, 1]), "around"))
     after, pairs = equalized(model)
     assert pairs == 1
     x = noise((2, 4, 4))
@@ -110,13 +112,17 @@ def test_what_commutes_with_a_factor_does_not_block(tmp_path: Path, between: lis
         [node("Clip", "a", "r", "six")],
         [node("Transpose", "a", "r", perm=[0, 1, 3, 2])],
         [node("ReduceMean", "a", "r", "channel_axis")],
+        [node("Pad", "a", "r", "more_channels")],
+        [node("Pad", "a", "r", "nothing", "six")],
+        [node("Reshape", "a", "r", "other_way")],
     ],
     ids=lambda nodes: "-".join(n.op_type for n in nodes),
 )
 def test_what_does_not_commute_blocks(tmp_path: Path, between: list[onnx.NodeProto]) -> None:
-    axes = numpy_helper.from_array(np.array([1]), "channel_axis")
+    whole = {"channel_axis": [1], "more_channels": [0, 1, 0, 0, 0, 0, 0, 0], "nothing": [0] * 8}
+    whole["other_way"] = [1, 4, 2, 4]
     model = two_convolutions(tmp_path, between, zero=np.array(0.0), six=np.array(6.0))
-    model.graph.initializer.append(axes)
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in whole.items())
     after, pairs = equalized(model)
     assert pairs == 0
     assert weights(after)["a.w"].ravel().tolist() == [1.0, -0.5, 2.0, -4.0]
@@ -189,6 +195,48 @@ def test_a_depthwise_layer_ends_with_the_ranges_of_its_neighbours(tmp_path: Path
     assert np.allclose(ranges[1], ranges[2], rtol=1e-2)
     x = noise((3, 5, 5))
     assert torch.allclose(answers(model, x), answers(after, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_over_all_positions_passes_factors_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a.w": rng.standard_normal((3, 2, 1, 1)) * np.array([1.0, 10.0, 100.0]).reshape(-1, 1, 1, 1),
+        "fc.w": rng.standard_normal((3, 5)),
+    }
+    nodes = [
+        node("Conv", "input", "a", "a.w"), node("Relu", "a", "r"), node("ReduceMean", "r", "m", "axes", keepdims=0),
+        node("MatMul", "m", "logits", "fc.w"),
+    ]  # fmt: skip
+    model = graph(tmp_path, nodes, tensors, [1, 2, 2, 2], [1, 5])
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, -2]), "axes"))
+    after, pairs = equalized(model)
+    x = noise((2, 2, 2))
+    assert pairs == 1
+    assert torch.allclose(answers(model, x), answers(after, x), rtol=1e-4, atol=1e-3)
+
+
+def test_layers_that_can_not_be_followed_are_left_alone(tmp_path: Path) -> None:
+    tensors = {
+        "a.w": np.ones((2, 2, 1, 1)),
+        "b.w": np.ones((4, 3)),
+        "c.w": np.ones((1, 2, 3, 3)),
+        "d.w": np.ones((4, 2)),
+    }
+    # A MatMul on the last axis of images, one with a weight for each channel, and a Gemm that turns its data.
+    wide = [node("Conv", "input", "a", "a.w"), node("MatMul", "a", "logits", "b.w")]
+    each = [
+        node("Conv", "input", "a", "a.w"),
+        node("MatMul", "a", "r", "b.w"),
+        node("MatMul", "r", "logits", "c.w"),
+    ]
+    turned = [
+        node("Conv", "input", "a", "a.w"), node("Flatten", "a", "f"), node("Relu", "f", "r"),
+        node("Gemm", "r", "logits", "d.w", transA=1),
+    ]  # fmt: skip
+    for nodes, shape, out in (
+        (wide, [1, 2, 4, 4], [1, 2, 4, 3]), (each, [1, 2, 4, 4], [1, 2, 4, 3]), (turned, [4, 2, 2, 2], [8, 2]),
+    ):  # fmt: skip
+        assert equalized(graph(tmp_path, nodes, tensors, shape, out))[1] == 0
 
 
 def test_flattened_channels_of_a_linear_layer_are_scaled_together(tmp_path: Path) -> None:

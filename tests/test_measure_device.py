@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,5 +202,5 @@ def test_memory_has_its_private_part_and_the_gpus(pair: dict[str, Path]) -> None
 
 def test_somebody_else_who_measures_there_is_not_disturbed(pair: dict[str, Path]) -> None:
     """Two at once on one machine would time each other."""
-    with Local().exclusively(), pytest.raises(DeviceError):
-        measure_run.run(wanted(Local()), pair, PLAN)
+    with Local().exclusively(wait_s=120.0), pytest.raises(DeviceError):
+        measure_run.run(replace(wanted(Local()), wait_s=0.0), pair, PLAN)

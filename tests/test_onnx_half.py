@@ -172,6 +172,49 @@ def test_what_exponentiates_stays_float32(tmp_path: Path) -> None:
     assert casts(model) == [("input", TensorProto.FLOAT16), ("flat", TensorProto.FLOAT)]
 
 
+def test_operators_without_a_float16_form_stay_float32(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MelWeightMatrix", ["bins", "length", "rate", "low", "high"], ["mel"], "mel"),
+        helper.make_node("RandomNormal", [], ["noise"], "noise", shape=[1, 4], scale=0.0),
+        helper.make_node("Flatten", ["input"], ["flat"], "flat"),
+        helper.make_node("Add", ["flat", "noise"], ["noisy"], "noisy"),
+        helper.make_node("Gelu", ["noisy"], ["gelu"], "gelu", domain="com.microsoft"),
+        helper.make_node("ReduceMean", ["mel"], ["mean"], "mean", keepdims=0),
+        helper.make_node("Mul", ["gelu", "mean"], ["logits"], "mul"),
+    ]
+    tensors = {"low": np.float32(0), "high": np.float32(4)}
+    floats = onnx.load(onnx_files.save(tmp_path / "m.onnx", nodes, tensors, [1, 4, 1, 1], [1, 4]))
+    floats.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    whole = {"bins": np.int64(4), "length": np.int64(8), "rate": np.int64(16)}
+    floats.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in whole.items())
+    model, kept = half(floats, {})
+    # What comes out of an operator that onnx does not know has no known type, so its reader stays as it was too.
+    assert kept["gelu"] == "Gelu is no standard operator"
+    assert kept["mul"] == "the type of gelu is not known"
+    assert kept["noise"] == "RandomNormal makes float32 of its own"
+    assert kept["mel"] == "MelWeightMatrix makes float32 of its own"
+    # ONNX Runtime looks at all types when it loads a model; to run this one would need real parameters.
+    open_onnx(model)
+
+
+def test_constant_nodes_and_the_values_they_fill_with_are_converted(tmp_path: Path) -> None:
+    value = numpy_helper.from_array(np.float32([0.5]))
+    nodes = [
+        helper.make_node("Constant", [], ["c"], "c", value_float=0.25),
+        helper.make_node("Shape", ["input"], ["shape"], "shape"),
+        helper.make_node("ConstantOfShape", ["shape"], ["halves"], "halves", value=value),
+        helper.make_node("AveragePool", ["halves"], ["pool"], "pool", kernel_shape=[1, 1]),
+        helper.make_node("Mul", ["pool", "c"], ["m"], "m"),
+        helper.make_node("Add", ["m", "input"], ["logits"], "add"),
+    ]
+    floats = onnx.load(onnx_files.save(tmp_path / "m.onnx", nodes, {}, [1, 4, 2, 2], [1, 4, 2, 2]))
+    model, kept = half(floats, {"halves": seen(0.5, 0.5)})
+    assert kept == {}
+    assert files.array_of(model, "c").dtype == np.float16
+    x = torch.rand(1, 4, 2, 2)
+    assert torch.allclose(open_onnx(model)(x), x + 0.125, atol=1e-3)
+
+
 def test_a_constant_that_both_types_read_is_stored_in_both(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Constant", [], ["c"], "c", value=numpy_helper.from_array(np.float32([0.3]))),

@@ -184,6 +184,8 @@ def test_a_connection_that_is_lost_in_the_middle_is_told_from_a_command_that_fai
     ) as caught:
         cut_while(server, lambda: device.run(["sleep", "600"], "", 600))
     assert "what was finished is kept" in caught.value.hint
+    with pytest.raises(DeviceError, match=r"lost while it ran sh -c \(script\) sh a: the connection ended"):
+        cut_while(server, lambda: device.run(["sh", "-c", "sleep 600\ntrue", "sh", "a"], "", 600))
     assert device.run(["true"], "", 60).status == 0, "the next command connects anew"
 
 
@@ -222,6 +224,19 @@ def test_the_program_travels_and_runs_with_the_machines_own_python(server: Sshd)
     about = device_from_url(f"ssh://board{PYTHON}").ask(ABOUT, timeout_s=60)
     assert about["python"] == ".".join(str(v) for v in sys.version_info[:3])
     assert about["runtime"].startswith("onnxruntime ")
+
+
+@pytest.mark.parametrize(
+    ("query", "python"),
+    [
+        ("", "python3"),
+        ("?python=/v/python", "/v/python"),
+        ("?python=~/v/python", "./v/python"),
+        ("?python=a%20b", "a b"),
+    ],
+)
+def test_the_machines_python_may_be_named(query: str, python: str) -> None:
+    assert device_from_url(f"ssh://board{query}").agent() == [python, "-c", packing.START]
 
 
 def test_a_module_in_the_home_folder_is_not_imported(server: Sshd) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_stubs as stubs
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnx_files import save, write_net, write_one_conv
 
 from edgeprune import agent, agent_cuda, agent_engines, agent_memory, plugins
@@ -37,26 +37,6 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: stubs.Gpu) -> Any:
         return trt
 
     return installed
-
-
-def write_half(path: Path) -> Path:
-    """One convolution with half-precision weights, float32 at both ends."""
-    rng = np.random.default_rng(0)
-    weight = numpy_helper.from_array(rng.standard_normal((10, 3, 8, 8)).astype(np.float16), "w")
-    nodes = [
-        helper.make_node("Cast", ["input"], ["half"], "in", to=TensorProto.FLOAT16),
-        helper.make_node("Conv", ["half", "w"], ["conv"], "conv"),
-        helper.make_node("Cast", ["conv"], ["full"], "out", to=TensorProto.FLOAT),
-        helper.make_node("Flatten", ["full"], ["logits"], "flat"),
-    ]
-    graph = helper.make_graph(
-        nodes, "half", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 10])], [weight],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    model.ir_version = 9
-    onnx.save(model, path)
-    return path
 
 
 def images(count: int) -> Any:
@@ -199,7 +179,7 @@ def test_a_silent_float_engine_is_a_parity_error_and_is_not_kept(
 ) -> None:
     install(version, silent=True)
     with pytest.raises(ParityError) as error:
-        TensorRT().build(write_half(tmp_path / "net.onnx"), tmp_path / "net.engine", asked)
+        TensorRT().build(stubs.write_half(tmp_path / "net.onnx"), tmp_path / "net.engine", asked)
     assert error.value.exit_code == 5
     assert error.value.message == f"net.onnx was to run in {asked}, and none of its layers does: 1 in fp32"
     assert not (tmp_path / "net.engine").exists()
@@ -208,7 +188,7 @@ def test_a_silent_float_engine_is_a_parity_error_and_is_not_kept(
 @pytest.mark.parametrize("version", VERSIONS)
 def test_half_precision_is_found_in_the_layers(install: Any, tmp_path: Path, version: str) -> None:
     install(version)
-    file = write_half(tmp_path / "net.onnx")
+    file = stubs.write_half(tmp_path / "net.onnx")
     engine = TensorRT().build(file, tmp_path / "net.engine", "fp16")
     assert json.loads(agent_engines.beside(engine).read_text())["layers"] == {"fp16": 1}
     np.testing.assert_allclose(
@@ -394,3 +374,14 @@ def test_parts_that_are_not_told_are_not_judged() -> None:
 def test_another_answer_of_the_inspector_is_a_model_error(text: str) -> None:
     with pytest.raises(ModelError, match="not understood"):
         agent_engines.layers(text)
+
+
+@pytest.mark.parametrize("version", ["8.5.2", "10.2.0"])
+def test_a_version_before_jetpack_6_is_refused_with_the_way_out(
+    install: Any, tmp_path: Path, version: str
+) -> None:
+    install(version)
+    assert TensorRT().version() == f"tensorrt {version}"
+    with pytest.raises(MissingDependency, match=r"is too old: 10\.3 or newer is needed") as error:
+        TensorRT().open(write_net(tmp_path / "net.onnx"), 1)
+    assert "build_engine.sh" in error.value.hint

@@ -120,6 +120,44 @@ def test_an_engine_that_answers_otherwise_is_a_parity_error(
     assert error.value.exit_code == 5
 
 
+def test_a_silent_float_engine_on_the_board_is_a_parity_error(
+    gpu: stubs.Gpu, orin: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("11.4.0.106", gpu, silent=True))
+    files = {"compressed": stubs.write_half(tmp_path / "model.onnx")}
+    with pytest.raises(ParityError, match="was to run in fp16, and none of its layers does") as error:
+        measure_run.run(wanted(orin, stubs.Board()), files, None)
+    assert error.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("precision", "noise", "good"),
+    [
+        ("fp32", 1e-3, True),
+        ("fp32", 0.02, False),
+        ("fp16", 0.015, True),
+        ("fp16", 0.05, False),
+        ("int8", 0.3, False),
+    ],
+)
+def test_how_far_apart_answers_may_be_depends_on_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, noise: float, good: bool
+) -> None:
+    """Logits of which the largest is 1; the noise turns the class of the images whose two first are alike."""
+    expected = np.tile(np.array([[0.5, 0.5001, 1.0, 0.0], [0.9, 1.0, 0.0, 0.0]], np.float32), (8, 1))
+    found = expected.copy()
+    found[1::2, 0] += noise
+    answers = iter([expected, found])
+    monkeypatch.setattr(measure_build, "_logits", lambda *given: next(answers))
+    engine = measure_build.Engine(tmp_path / "a.engine", tmp_path / "a.onnx", precision)
+    images = np.zeros((16, 3, 8, 8), np.float32)
+    if good:
+        assert "16 images as ONNX Runtime does" in measure_build.compare(engine, SPEC, images, Fake())
+    else:
+        with pytest.raises(ParityError, match=f"in {precision} it should be within"):
+            measure_build.compare(engine, SPEC, images, Fake())
+
+
 def test_an_engine_that_changed_on_the_way_is_noticed(
     gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -153,6 +191,15 @@ def test_a_board_without_tensorrt_is_measured_on_its_cpu_and_that_is_said(
         note.startswith("Times are of ONNX Runtime on the CPU of ssh://board")
         and "python3-libnvinfer" in note
     )
+
+
+def test_a_board_with_an_old_tensorrt_is_measured_on_its_cpu_and_that_is_said(
+    gpu: stubs.Gpu, orin: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("8.5.2", gpu))
+    runtime, notes = measure_build.choose(orin, stubs.Board())
+    assert runtime == "onnxruntime"
+    assert "it has tensorrt 8.5.2, and engines are built from Python with 10.3 or newer" in notes[0]
 
 
 def test_the_runtime_is_the_targets_where_the_device_has_it(gpu: stubs.Gpu, orin: Target) -> None:

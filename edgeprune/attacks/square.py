@@ -18,6 +18,7 @@ from edgeprune.errors import UsageError
 from edgeprune.nn.asking import Advance, Logits, asking
 from edgeprune.nn.perturb import Ball
 from edgeprune.nn.square import search
+from edgeprune.nn.windows import Asker
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Square(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """Search until an image is broken or the queries are spent."""
+        network = model if isinstance(model, nn.Module) and x.device.type == "cpu" else None
         tried = search(
-            asking(model),
+            Asker(asking(model), network),
             x,
             y,
             ball,

@@ -170,7 +170,8 @@ def _python(query: Optional[str]) -> str:
         raise UsageError(
             f"a device's address has no option {found}; accepted: {_FORM}", "as ?python=/opt/venv/bin/python"
         )
-    return python
+    # The login's folder is the current one there, and the shell is given words that it does not change.
+    return f".{python[1:]}" if python.startswith("~/") else python
 
 
 def _host(address: str, *, brackets: bool = False) -> str:

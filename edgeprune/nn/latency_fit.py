@@ -29,7 +29,7 @@ _ROUNDS = 4
 _STEPS = 3
 _RIDGE = 1e-6
 # Errors count relative to the time, but below this share of the longest time of its kind they count alike.
-_SMALL = 0.03
+_SMALL = 0.01
 _LEAST_S = 1e-8
 
 

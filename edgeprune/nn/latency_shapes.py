@@ -27,6 +27,7 @@ Shape = tuple[int, ...]
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PER_CHANNEL = ("BatchNormalization", "InstanceNormalization", "GroupNormalization")
 CHANNEL = 1
+IMAGE_DIMS = 4
 # Where onnx has no rule or the shapes do not fit, and what numpy says of a reshape that can't be.
 _SHAPE_ERRORS = (*ONNX_ERRORS, ValueError, IndexError, KeyError)
 
@@ -49,7 +50,7 @@ class Resizer:
         Raises:
             UnsupportedModel: an operator whose shape can't be told; names it.
         """
-        return _Resized(self, kept).shapes
+        return Resized(self, kept).shapes
 
     def file(self, kept: Mapping[str, int]) -> ModelProto:
         """The graph at those counts with constant weights; nodes and values are called as in the model.
@@ -57,23 +58,50 @@ class Resizer:
         Raises:
             UnsupportedModel: as for `shaped`, or onnx refuses the outcome.
         """
-        resized = _Resized(self, kept)
+        resized = Resized(self, kept)
         model = ModelProto()
         model.CopyFrom(self.model)
         graph = model.graph
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(resized.nodes)
-        graph.initializer.extend(resized.initializers.values())
-        for name, (kind, shape, value) in resized.fills.items():
-            array = np.full(shape, value, helper.tensor_dtype_to_np_dtype(kind))
-            graph.initializer.append(numpy_helper.from_array(array, name))
-        try:
-            onnx.checker.check_model(model, full_check=True)
-        except _SHAPE_ERRORS as error:
-            raise UnsupportedModel(
-                f"the file at other channel counts is not valid: {reason(error)}"
-            ) from error
-        return model
+        graph.initializer.extend(resized.constants())
+        return _checked(model)
+
+    def layer(self, kept: Mapping[str, int], name: str) -> ModelProto:
+        """One layer of the graph at those counts as a file of its own, with nothing that may be fused into it.
+
+        Args:
+            name: of a node with a weight and one image or vector of features as its data.
+
+        Raises:
+            UnsupportedModel: as for `file`.
+        """
+        resized = Resized(self, kept)
+        node = next(n for n in resized.nodes if n.name == name)
+        shape = resized.shapes[node.input[0]]
+        # Runtimes here are fed with images: features come in as an image of one pixel.
+        image = shape if len(shape) == IMAGE_DIMS else (1, math.prod(shape), 1, 1)
+        given = helper.make_tensor_value_info("input", TensorProto.FLOAT, image)
+        made = helper.make_tensor_value_info(
+            node.output[0], TensorProto.FLOAT, resized.shapes[node.output[0]]
+        )
+        target = numpy_helper.from_array(np.array(shape, np.int64), "shape")
+        first = helper.make_node("Reshape", ["input", "shape"], ["features"], name="features")
+        nodes, constants = ([], []) if image == shape else ([first], [target])
+        constants += [item for item in resized.constants() if item.name in node.input]
+        node.input[0] = "input" if image == shape else "features"
+        graph = helper.make_graph([*nodes, node], name, [given], [made], constants)
+        model = helper.make_model(graph, opset_imports=list(self.model.opset_import))
+        model.ir_version = self.model.ir_version
+        return _checked(model)
+
+
+def _checked(model: ModelProto) -> ModelProto:
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except _SHAPE_ERRORS as error:
+        raise UnsupportedModel(f"the file at other channel counts is not valid: {reason(error)}") from error
+    return model
 
 
 def resizer(model: ModelProto, costs: CostModel) -> Resizer:
@@ -108,10 +136,15 @@ def resizer(model: ModelProto, costs: CostModel) -> Resizer:
     return Resizer(copy, shapes, constants, costs)
 
 
-class _Resized:
+class Resized:
     """One walk over the graph: new nodes, constants and shapes."""
 
     def __init__(self, source: Resizer, kept: Mapping[str, int]) -> None:
+        """Walk it.
+
+        Raises:
+            UnsupportedModel: an operator whose shape can't be told; names it.
+        """
         self.source, self.kept = source, kept
         self.opset = opset_of(source.model)
         self.shapes: dict[str, Shape] = {}
@@ -125,6 +158,14 @@ class _Resized:
         for node in source.model.graph.node:
             if not (node.op_type == "Constant" and node.output[0] in source.constants):
                 self._add(node)
+
+    def constants(self) -> list[TensorProto]:
+        """What the nodes read besides data: every weight is one number."""
+        filled = [
+            numpy_helper.from_array(np.full(shape, value, helper.tensor_dtype_to_np_dtype(kind)), name)
+            for name, (kind, shape, value) in self.fills.items()
+        ]
+        return [*self.initializers.values(), *filled]
 
     def _know(self, name: str, kind: TypeProto) -> None:
         self.kinds[name] = kind
@@ -269,9 +310,8 @@ def _sizes(node: NodeProto, position: int, constant: TensorProto, data: tuple[Sh
     values = numpy_helper.to_array(constant)
     if node.op_type == "Reshape":
         return numpy_helper.from_array(np.array(_reshaped(values.tolist(), before, after), np.int64))
-    moves = _axes(node, values) if node.op_type == "Split" else ()
-    if node.op_type == "Split" and moves:
-        axis = moves[0]
+    if node.op_type == "Split":
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
         return numpy_helper.from_array(values * after[axis] // before[axis])
     if (
         node.op_type == "Slice"
@@ -283,10 +323,6 @@ def _sizes(node: NodeProto, position: int, constant: TensorProto, data: tuple[Sh
         inside = [abs(v) <= before[CHANNEL] for v in values.tolist()]
         return numpy_helper.from_array(np.round(values * ratio).astype(np.int64)) if all(inside) else constant
     return constant
-
-
-def _axes(node: NodeProto, _values: Any) -> tuple[int, ...]:
-    return tuple(a.i for a in node.attribute if a.name == "axis")
 
 
 def _reshaped(target: Sequence[int], before: Shape, after: Shape) -> list[int]:

@@ -33,7 +33,8 @@ MOST = 32
 GOOD, STRAY = 0.03, 0.07
 # Every so many of a batch keep counts that are no multiples of anything: such cuts exist, and cost more.
 UNALIGNED = 4
-DENSE = "dense"
+# Two sessions of one file differ by up to 2 %, and all cuts of a batch are compared with the dense one.
+DENSE = ("dense", "dense again")
 _SEED = 3
 _GOLDEN = 0.618034
 
@@ -113,15 +114,11 @@ def survey(network: Subject, bench: Bench, *, multiple_of: int = 1, floor: float
     return replace(predictor(table, network.parts, network.key, network.channels), path=str(path))
 
 
-def refined(network: Subject, bench: Bench, cuts: Sequence[Mapping[str, int]]) -> Predictor:
-    """Time these cuts too, and predict with what they say; `survey` came before."""
-    path = table_path(bench.folder, bench.place)
-    table = load(path, bench.place)
-    batch = [dict(kept) for kept in cuts if not _has(table, network.key, kept)]
-    if batch:
-        table = _learn(table, network, batch, bench)
-        save(table, path)
-    return replace(predictor(table, network.parts, network.key, network.channels), path=str(path))
+def clock_on(
+    file: Path, bench: Bench, *, multiple_of: int = 1, floor: float = 0.1
+) -> Callable[[CostModel], Predictor]:
+    """From the costs of the network in `file`, what predicts the time of its cuts; a call runs the survey."""
+    return lambda costs: survey(subject(file, costs), bench, multiple_of=multiple_of, floor=floor)
 
 
 def _has(table: Table, key: str, kept: Mapping[str, int]) -> bool:
@@ -131,9 +128,7 @@ def _has(table: Table, key: str, kept: Mapping[str, int]) -> bool:
 def _good(table: Table, key: str) -> bool:
     """Whether the last batch was predicted well."""
     errors = [
-        abs(w.predicted / w.seconds - 1)
-        for w in table.networks[key].wholes[-BATCH:]
-        if w.predicted > 0
+        abs(w.predicted / w.seconds - 1) for w in table.networks[key].wholes[-BATCH:] if w.predicted > 0
     ]
     return len(errors) > 1 and statistics.median(errors) <= GOOD and sorted(errors)[-2] <= STRAY
 
@@ -161,14 +156,16 @@ def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], b
     known = table.networks.get(network.key)
     before = predictor(table, network.parts, network.key, network.channels) if known else None
     with TemporaryDirectory(prefix="edgeprune-table-") as folder:
-        files = {DENSE: network.file}
+        files = {DENSE[0]: network.file}
         for number, kept in enumerate(batch):
             files[f"cut{number}"] = Path(folder, f"cut{number}.onnx")
             onnx.save(network.resizer.file(kept), files[f"cut{number}"])
+        files[DENSE[1]] = network.file
         seconds = bench.time(files)
         _check(seconds, files)
+        dense = statistics.mean(seconds[name] for name in DENSE)
         # The machine may be faster or slower than it was at first; the dense file says by how much.
-        speed = known.dense / seconds[DENSE] if known else 1.0
+        speed = known.dense / dense if known else 1.0
         for number, kept in enumerate(track(batch, len(batch), "time every layer")):
             whole = seconds[f"cut{number}"] * speed
             spent = charge(network.parts, bench.nodes(files[f"cut{number}"]))
@@ -177,8 +174,8 @@ def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], b
                 raise DeviceError(f"the device said of no layer of {network.file} how long it takes")
             shares = [(part, whole * s / total) for part, s in zip(network.parts, spent, strict=True)]
             predicted = before.seconds(kept) if before else 0.0
-            dense = seconds[DENSE] if known is None else known.dense
-            table = table.learn(network.key, dense, Whole(dict(kept), whole, predicted), shares)
+            first = known.dense if known else dense
+            table = table.learn(network.key, first, Whole(dict(kept), whole, predicted), shares)
     return table
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,17 +80,24 @@ class Table:
             network: its key. dense: seconds of the dense file at the speed of the table. whole: the file, at that
                 speed. shares: each part with its seconds, which add up to the file's.
         """
-        entries = {signature: dict(known) for signature, known in self.entries.items()}
-        for part, seconds in shares:
-            widths = part.widths(whole.kept)
-            known = entries.setdefault(part.signature, {})
-            name = f"{widths[0]}>{widths[1]}"
-            known[name] = (
-                known[name].with_another(seconds) if name in known else Entry(seconds, 1, seconds, seconds)
-            )
+        rows = [(part.signature, part.widths(whole.kept), seconds) for part, seconds in shares]
         before = self.networks.get(network, Known(dense))
         networks = {**self.networks, network: replace(before, wholes=(*before.wholes, whole))}
-        return replace(self, entries=entries, networks=networks)
+        return replace(self.note(rows), networks=networks)
+
+    def note(self, rows: Sequence[tuple[str, tuple[int, int], float]]) -> Table:
+        """The table with more timings: signature, channels read and made, seconds."""
+        entries = {signature: dict(known) for signature, known in self.entries.items()}
+        for signature, (reads, makes), seconds in rows:
+            known = entries.setdefault(signature, {})
+            name = f"{reads}>{makes}"
+            first = Entry(seconds, 1, seconds, seconds)
+            known[name] = known[name].with_another(seconds) if name in known else first
+        return replace(self, entries=entries)
+
+    def entry(self, signature: str, widths: tuple[int, int]) -> Entry | None:
+        """What was timed at exactly these widths."""
+        return self.entries.get(signature, {}).get(f"{widths[0]}>{widths[1]}")
 
     def timed(self, signature: str) -> list[tuple[int, int, float]]:
         """(channels read, channels made, seconds) of a signature."""
@@ -122,8 +130,10 @@ class Predictor:
 
     @cached_property
     def scale(self) -> float:
-        """What the sum of the parts is multiplied with, so that the dense file takes what it was measured to take."""
-        return self.dense / max(1e-12, sum(self._raw(part, self.channels) for part in self.parts))
+        """What the sum of the parts is multiplied with: the middle of what whole files took over their sums."""
+        sums = [sum(self._raw(part, {**self.channels, **w.kept}) for part in self.parts) for w in self.wholes]
+        ratios = [w.seconds / total for w, total in zip(self.wholes, sums, strict=True) if total > 0]
+        return statistics.median(ratios) if ratios else 1.0
 
     @cached_property
     def touched(self) -> dict[str, tuple[Part, ...]]:

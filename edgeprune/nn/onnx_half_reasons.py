@@ -31,6 +31,9 @@ SENSITIVE = frozenset(
 _SUMMING = frozenset(("ReduceMean", "ReduceSum", "ReduceL1", "GlobalAveragePool", "AveragePool"))
 # These read a value of any type, and what they give does not depend on it.
 _INDIFFERENT = frozenset(("Shape", "Size"))
+_STANDARD = ("", "ai.onnx")
+# What these make has the type that an attribute says.
+_TOLD = frozenset(("Cast", "ConstantOfShape"))
 _FLOAT_TYPE, _HALF_TYPE = "tensor(float)", "tensor(float16)"
 
 
@@ -44,8 +47,11 @@ class Reasons:
 
     def of(self, node: NodeProto) -> str:
         """Why a node stays float32; "" when it becomes float16, or has to do with no floats at all."""
-        values = [*node.input, *node.output]
-        if not any(self.view.dtype(name) == FLOAT for name in values if name):
+        values = [name for name in (*node.input, *node.output) if name]
+        unknown = next((name for name in values if not self.view.dtype(name)), "")
+        if unknown and node.domain in _STANDARD:
+            return f"the type of {unknown} is not known"
+        if not unknown and not any(self.view.dtype(name) == FLOAT for name in values):
             return ""
         return next((why for why in self._found(node) if why), "")
 
@@ -131,20 +137,26 @@ def _unknown(view: View, node: NodeProto) -> str:
             kind = formal[min(i, len(formal) - 1)].type_str
             if view.dtype(name) == FLOAT and kind != _FLOAT_TYPE and _HALF_TYPE not in allowed.get(kind, ()):
                 return f"ONNX has no float16 {node.op_type}"
-    if any(view.dtype(n) == FLOAT for n in node.output) and not _follows(view, node):
+    if node.op_type not in _TOLD and not _follows(view, node, schema):
         return f"{node.op_type} makes float32 of its own"
     return ""
 
 
-def _follows(view: View, node: NodeProto) -> bool:
-    """Whether the type of what a node makes is that of its inputs, or said by an attribute that can be changed."""
-    if node.op_type in ("Cast", "ConstantOfShape"):
-        return True
-    return any(view.dtype(name) == FLOAT for name in node.input)
+def _follows(view: View, node: NodeProto, schema: Any) -> bool:
+    """Whether the type of each float that a node makes is that of a float that it reads."""
+    read, made = (
+        {
+            formal[min(i, len(formal) - 1)].type_str
+            for i, name in enumerate(values)
+            if view.dtype(name) == FLOAT
+        }
+        for values, formal in ((node.input, schema.inputs), (node.output, schema.outputs))
+    )
+    return made <= read
 
 
 def _schema(view: View, node: NodeProto) -> Any:
     version = next((o.version for o in view.model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+    if node.domain not in _STANDARD or not onnx.defs.has(node.op_type):
         return None
     return onnx.defs.get_schema(node.op_type, version)

@@ -10,7 +10,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from edgeprune.errors import ParityError, UnsupportedModel
-from edgeprune.nn.onnx_steps import maker_of, quantized_constant
+from edgeprune.nn.onnx_steps import maker_of
 from edgeprune.nn.onnx_view import View, attribute, title
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -67,14 +67,12 @@ def _why_not(view: View, node: NodeProto, precision: str) -> str:
         return "float32"
     if precision == "fp16":
         return _why_not_half(view, node)
-    for position, what in enumerate(("data", "weight")):
-        maker = maker_of(view, node.input[position], "DequantizeLinear")
+    for name, what in zip(node.input, ("data", "weight"), strict=False):
+        maker = maker_of(view, name, "DequantizeLinear")
         if maker is None:
             return f"its {what} does not come from a DequantizeLinear"
         if view.dtype(maker.input[0]) not in _BYTES:
             return f"its {what} has not 8 bits"
-        if position and node.op_type.startswith("Conv") and quantized_constant(view, maker) is None:
-            return "its weight is not constant"
     return ""
 
 

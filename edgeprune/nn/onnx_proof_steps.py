@@ -37,12 +37,12 @@ def check_steps(view: View) -> tuple[str, int]:
         _check_scale(node, step)
         if not constant:
             kinds.setdefault(step.zero.dtype.name, title(node))
-        if constant or step.zero.dtype.name != "uint8":
-            _check_zero(node, step, "a constant" if constant else "a signed activation")
     scheme = _scheme(kinds)
     for node, step, constant in steps:
-        _check_pair(view, node, step)
         _check_stored(node, step, constant=constant)
+        if constant or scheme == "s8":
+            _check_zero(node, step, "a constant" if constant else "a signed activation")
+        _check_pair(view, node, step)
     for node in view.graph.node:
         if node.op_type in PRODUCTS and operand(node, 2):
             _check_bias(view, node, scheme)

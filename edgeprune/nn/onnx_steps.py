@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto, helper
 
 from edgeprune.nn.onnx_view import Array, View, attribute, operand
 
@@ -79,12 +79,7 @@ def dequantized(view: View, value: str) -> npt.NDArray[np.float64] | None:
 
 def _no_zero(view: View, node: NodeProto) -> Array:
     """Zero, in the type that a node without a zero point quantizes to or from."""
-    if node.op_type == "DequantizeLinear":
-        whole = quantized_constant(view, node)
-        if whole is not None:
-            return np.zeros((), whole.dtype)
-        rounding = maker_of(view, node.input[0], "QuantizeLinear")
-        if rounding is not None and operand(rounding, 2):
-            zero = view.constant(rounding.input[2])
-            return np.zeros((), np.uint8 if zero is None else zero.dtype)
-    return np.zeros((), np.uint8)
+    value = node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
+    stored = view.initializers.get(value)
+    kind = stored.data_type if stored is not None else view.dtype(value)
+    return np.zeros((), helper.tensor_dtype_to_np_dtype(kind or TensorProto.UINT8))

@@ -66,7 +66,7 @@ def _reduced(function: Callable[..., Tensor]) -> Operator:
         whole = need(x, 0)
         axes = ints(node, x, 1, "axes")
         if not axes:
-            if axes is not None and node.get("noop_with_empty_axes", 0):
+            if node.get("noop_with_empty_axes", 0):
                 return whole
             axes = list(range(whole.ndim))
         return function(whole, axes, keepdim=bool(node.get("keepdims", 1)))

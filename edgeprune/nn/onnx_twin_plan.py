@@ -15,7 +15,7 @@ from torch import Tensor
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.calling import CALL_ERRORS
 from edgeprune.nn.onnx_twin_layers import LAYERS
-from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator
+from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, refuse
 from edgeprune.nn.onnx_twin_ops import OPERATORS
 from edgeprune.nn.onnx_twin_rounding import BACK, LIMITS, QUANTIZERS, SMOOTH, limited
 from edgeprune.nn.onnx_twin_views import VIEWS
@@ -78,6 +78,7 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
         if proto.output[0] in numbers:
             continue
         step = _step(proto, opset, kinds)
+        _check_scale(step, numbers)
         if all(name in numbers for name in step.inputs if name):
             made = compute(step.node, [numbers[name] if name else None for name in step.inputs])
             numbers.update(zip(step.outputs, (tensor.contiguous() for tensor in made), strict=False))
@@ -162,6 +163,12 @@ def _step(proto: NodeProto, opset: int, kinds: Mapping[str, int]) -> Step:
         zero = proto.input[2] if len(proto.input) > 2 else ""
         node = limited(node, kinds.get(zero, 0) or int(node.get("output_dtype", 0)) or TensorProto.UINT8)
     return Step(node, tuple(proto.input), outputs)
+
+
+def _check_scale(step: Step, numbers: Mapping[str, Tensor]) -> None:
+    scale = numbers.get(step.inputs[1]) if step.node.op == "QuantizeLinear" else None
+    if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+        raise refuse(step.node, f"its scale {step.inputs[1]!r} is not finite and more than 0")
 
 
 def _option(name: str, given: AttributeProto) -> Any:

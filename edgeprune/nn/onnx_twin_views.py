@@ -105,7 +105,7 @@ def _gather(node: Node, x: Inputs) -> Tensor:
     index = need(x, 1).to(whole.device).long()
     index = torch.where(index < 0, index + whole.shape[axis], index)
     found = whole.index_select(axis, index.reshape(-1))
-    return found.reshape(*whole.shape[:axis], *index.shape, *whole.shape[axis + 1 :])
+    return found.reshape((*whole.shape[:axis], *index.shape, *whole.shape[axis + 1 :]))
 
 
 def _squeeze(node: Node, x: Inputs) -> Tensor:

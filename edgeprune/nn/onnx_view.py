@@ -17,6 +17,10 @@ from edgeprune.nn.onnx_file import ONNX_ERRORS
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | None, ...]
+# How a Constant node may hold its value, and of what type it is then; "value" says that itself.
+_CONSTANTS: Mapping[str, Any] = {
+    "value": None, "value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64,
+}  # fmt: skip
 
 
 class View:
@@ -57,9 +61,8 @@ class View:
         }
         for value in (*inferred.input, *inferred.output, *inferred.value_info):
             kind = value.type.tensor_type
-            if kind.HasField("shape"):
-                shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
-                found[value.name] = (kind.elem_type, shape)
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            found[value.name] = (kind.elem_type, shape)
         return found
 
     def shape(self, name: str) -> Shape:
@@ -81,13 +84,13 @@ class View:
         node = self.producers.get(name)
         if node is None or node.op_type != "Constant":
             return None
-        value = attribute(node, "value", None)
-        if isinstance(value, TensorProto):
-            return numpy_helper.to_array(value)
-        scalar = next(
-            (helper.get_attribute_value(a) for a in node.attribute if a.name.startswith("value_")), None
+        item = next((item for item in node.attribute if item.name.startswith("value")), None)
+        if item is None or item.name not in _CONSTANTS:
+            return None
+        value = helper.get_attribute_value(item)
+        return (
+            numpy_helper.to_array(value) if item.name == "value" else np.asarray(value, _CONSTANTS[item.name])
         )
-        return None if scalar is None else np.asarray(scalar)
 
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from edgeprune.nn.asking import Advance, Logits, Tried, by_image, wrong
+from edgeprune.nn.asking import Advance, Tried, wrong
 from edgeprune.nn.perturb import Ball
+from edgeprune.nn.windows import Asker, Window
 
 __all__ = ["margins", "search", "share_of_pixels"]
 
@@ -29,7 +30,10 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class _Held:
-    """The images that stand, (n, ...): their rows, themselves, the best found, labels and margins of the best."""
+    """The images that stand, (n, ...): their rows, themselves, the best found, labels and margins of the best.
+
+    What is the best changes in place.
+    """
 
     row: Tensor
     x: Tensor
@@ -65,7 +69,7 @@ def share_of_pixels(query: int, queries: int, first: float, rescale: bool) -> fl
 
 
 def search(  # noqa: PLR0913
-    answers: Logits,
+    asker: Asker,
     x: Tensor,
     y: Tensor,
     ball: Ball,
@@ -81,7 +85,7 @@ def search(  # noqa: PLR0913
     All images of a call get their patches at the same places.
 
     Args:
-        answers: pixels to logits.
+        asker: pixels to logits.
         x: float (N, C, H, W) in [0, 1].
         y: int64 (N,).
         ball: how far the images may go.
@@ -98,22 +102,22 @@ def search(  # noqa: PLR0913
     held = _Held(torch.arange(len(x), device=x.device), x, start, y, torch.full((len(x),), torch.inf).to(x))
     moves = _squares if ball.norm == "Linf" else _pyramids
     for query in range(queries):
+        tried, window = held.best, None
         if query:
             side = _side(x, share_of_pixels(query - 1, queries, first, rescale), ball.norm)
-            tried = moves(held, ball, side, generator)
-        else:
-            tried = held.best
-        with torch.no_grad():
-            answer = answers(tried)
+            tried, window = moves(held, ball, side, generator)
+        answer = asker.look(held.best, tried, window)
+        answer = asker.sure(tried, wrong(answer, held.y), answer)
         out, margin = wrong(answer, held.y), margins(answer, held.y)
         asked[held.row] += 1
         better = out | (margin < held.margin)
-        best = torch.where(by_image(better, tried), tried, held.best)
-        held = _Held(held.row, held.x, best, held.y, torch.where(better, margin, held.margin))
+        asker.keep(better)
+        held.best[better], held.margin[better] = tried[better], margin[better]
         if out.any():
             found[held.row[out]], broken[held.row[out]] = held.best[out], True
             advance(int(out.sum()))
             held = held.only(~out)
+            asker.forget()
             if not len(held.row):
                 break
     found[held.row] = held.best
@@ -136,14 +140,14 @@ def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
     return (x + ball.eps * _signs((count, channels, 1, width), generator).to(x)).clamp(0, 1)
 
 
-def _squares(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 2: one square moves by +-2 eps in each channel, which takes it to the ball's surface."""
+def _squares(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> tuple[Tensor, Window | None]:
+    """Algorithm 2: one square moves by +-2 eps in each channel, which takes it to the ball's surface; and where."""
     rows, columns = _box(held.x, side, generator)
     moves = 2 * ball.eps * _signs((len(held.x), held.x.shape[1], 1, 1), generator).to(held.x)
     tried = held.best.clone()
     window, x = held.best[:, :, rows, columns], held.x[:, :, rows, columns]
     tried[:, :, rows, columns] = torch.clamp(window + moves, x - ball.eps, x + ball.eps).clamp(0, 1)
-    return tried
+    return tried, Window(rows.start, rows.stop, columns.start, columns.stop)
 
 
 def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
@@ -164,8 +168,11 @@ def _begins(extent: int, side: int) -> Iterator[int]:
     return iter(range(max((extent - TILES * side) // 2, 0), extent - side + 1, side))
 
 
-def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first."""
+def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> tuple[Tensor, Window | None]:
+    """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first.
+
+    What there is elsewhere is scaled a little, so it changes everywhere.
+    """
     first, second = _box(held.x, side, generator), _box(held.x, side, generator)
     count, channels = held.x.shape[:2]
     change = held.best - held.x
@@ -178,7 +185,7 @@ def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) ->
     mixed = mixed / (TINY + mixed.square().sum((2, 3), keepdim=True).sqrt())
     change[:, :, second[0], second[1]] = 0
     change[:, :, first[0], first[1]] = mixed * (left + inside.clamp_min(0)).sqrt()
-    return (held.x + ball.eps * _unit(change)).clamp(0, 1)
+    return (held.x + ball.eps * _unit(change)).clamp(0, 1), None
 
 
 def _pyramid(side: int, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,8 @@ _LEAST_WORKSPACE = 64 * 2**20
 # What trtexec builds with when it is not told.
 _LEVEL = 3
 _LOG_LINES = 8
+# The first whose strongly typed networks have all that is used here: that of JetPack 6.
+OLDEST = (10, 3)
 # Of all engines in a folder: what was timed for one helps the next.
 CACHE = "timing.cache"
 
@@ -54,7 +56,7 @@ class TensorRT(Runtime):
 
         `precision` "" is whatever the file has.
         """
-        trt, cuda, start = _library(), agent_cuda.load(), time.perf_counter()
+        trt, cuda, start = _new_enough(), agent_cuda.load(), time.perf_counter()
         log: List[str] = []
         logger = _logger(trt, log)
         builder = _started(lambda: trt.Builder(logger), log)
@@ -125,7 +127,7 @@ class TensorRT(Runtime):
         return text
 
     def _open(self, built: Path) -> Tuple[_EngineSession, List[agent_engines.Layer]]:
-        trt, cuda = _library(), agent_cuda.load()
+        trt, cuda = _new_enough(), agent_cuda.load()
         log: List[str] = []
         logger = _logger(trt, log)
         if built.suffix == ".onnx":
@@ -336,3 +338,13 @@ def _library() -> Any:
             f"TensorRT's Python package can't be imported: {error}",
             "on a Jetson it comes with the system's Python: sudo apt install python3-libnvinfer",
         ) from error
+
+
+def _new_enough() -> Any:
+    trt = _library()
+    if tuple(int(n) for n in trt.__version__.split(".")[:2]) < OLDEST:
+        raise MissingDependency(
+            f"TensorRT {trt.__version__} is too old: {OLDEST[0]}.{OLDEST[1]} or newer is needed",
+            "update JetPack to 6.1, or run build_engine.sh there, which takes TensorRT 8.2 and newer",
+        )
+    return trt

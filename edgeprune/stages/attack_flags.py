@@ -16,6 +16,8 @@ from edgeprune import plugins
 from edgeprune.intervals import binomial
 from edgeprune.nn.calling import logits
 from edgeprune.nn.data import Split
+from edgeprune.nn.folding import folded
+from edgeprune.nn.lanes import in_lanes
 from edgeprune.nn.perturb import Ball, crafting, cross_entropy, full, pgd
 from edgeprune.nn.placement import Placement
 from edgeprune.nn.schedule import chance
@@ -162,12 +164,12 @@ def _other_attacks(probe: _Probe) -> list[str]:
 
 
 def _standing(probe: _Probe, ball: Ball, steps: int) -> int:
-    assert probe.victim.twin is not None
+    twin = probe.victim.twin
+    assert twin is not None
     x, y = probe.x[:TRIED], probe.y[:TRIED]
-    images = pgd(
-        probe.victim.twin, x, y.to(x.device), ball, steps=steps,
-        generator=chance(probe.job.seed, "flags", ball.eps),
-    )  # fmt: skip
+    generator = chance(probe.job.seed, "flags", ball.eps)
+    with crafting(twin), in_lanes(folded(twin, x[:1]), x) as quick:
+        images = pgd(quick, x, y.to(x.device), ball, steps=steps, generator=generator)
     return int((~wrong(probe.victim.answers, images, y)).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from edgeprune.devices import Device, device_from_url
 from edgeprune.engine_script import workspace_mib
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError
 from edgeprune.records import Artifact, InputSpec, Target
+from edgeprune.runtimes.tensorrt import OLDEST
 from edgeprune.stages.measure_answers import RUNTIME, Logits, predict
 
 TENSORRT = "tensorrt"
@@ -83,7 +85,17 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
             return RUNTIME, ()
         why = f"{error.message}; {error.hint}" if error.hint else error.message
         return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {device.name}, not of its GPU: {why}.",)
-    return (TENSORRT if str(about.get("runtime")).startswith(TENSORRT) else RUNTIME), ()
+    found = re.match(rf"{TENSORRT} (\d+)\.(\d+)", str(about.get("runtime")))
+    if found is None:
+        return RUNTIME, ()
+    if (int(found.group(1)), int(found.group(2))) < OLDEST:
+        least = ".".join(str(n) for n in OLDEST)
+        note = (
+            f"Times are of ONNX Runtime on the CPU of {device.name}, not of its GPU: it has {about['runtime']}, and "
+            f"engines are built from Python with {least} or newer; build_engine.sh builds and times one there."
+        )
+        return RUNTIME, (note,)
+    return TENSORRT, ()
 
 
 def precision_of(path: Path) -> str:

@@ -16,7 +16,9 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.records import Artifact, InputSpec, Plan, Reading, Target
 from edgeprune.stages import measure, measure_answers, measure_build, measure_layers, measure_speed
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
+# Somebody else's measuring is over in minutes; a run that has trained for hours is not given up for that.
+WAIT_S = 600.0
 # No more than this for the plots and for whoever reads report.json.
 MOST_SAMPLES = 2000
 
@@ -52,7 +54,7 @@ class Wanted:
     say: Callable[[str], None]
     engines: Path | None = None
     sparse: bool = False
-    wait_s: float = 0.0
+    wait_s: float = WAIT_S
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ def _run(
     if plan is not None and (timed.ratios or timed.emulated):
         median = next(r.value for r in timed.readings["compressed"] if r.metric == "latency_p50")
         known = measure_speed.clues(
-            plan, bundled.target("local"), "fp32", nodes=nodes["compressed"], latency_s=median or 0.0
-        )
+            plan, _machine(wanted, subject), measure_build.precision_of(subject.onnx["compressed"]),
+            nodes=nodes["compressed"], latency_s=median or 0.0,
+        )  # fmt: skip
         notes.insert(0, f"Speed: {measure.speed_words(timed, known)}.")
     names = list(subject.files)
     return Measured(
@@ -146,6 +149,16 @@ def _run(
         samples={n: _thinned(v) for n, v in timed.samples.items()},
         times={n: _by_layer(rows) for n, rows in nodes.items()}, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _here(wanted: Wanted, subject: _Subject) -> bool:
+    """Whether this machine was timed and is not the target: it is where it has the target's own GPU runtime."""
+    return wanted.device.name in ("local", "fake") and subject.runtime != measure_build.TENSORRT
+
+
+def _machine(wanted: Wanted, subject: _Subject) -> Target:
+    """The facts of the machine that was timed."""
+    return bundled.target("local") if _here(wanted, subject) else wanted.target
 
 
 def _by_layer(nodes: Any) -> dict[str, float]:
@@ -231,9 +244,7 @@ def artifact(path: Path, spec: InputSpec) -> Artifact:
 
 def _notes(wanted: Wanted, timed: measure.Latency, subject: _Subject) -> tuple[str, ...]:
     notes = []
-    # This very machine is the target where it has the target's own kind of GPU runtime.
-    elsewhere = wanted.device.name in ("local", "fake") and subject.runtime != measure_build.TENSORRT
-    if wanted.target.name != "local" and elsewhere:
+    if wanted.target.name != "local" and _here(wanted, subject):
         notes.append(
             f"Nothing has been measured on {wanted.target.title} yet: times and memory were taken on {timed.where}. "
             "Measure there before you rely on them."

@@ -12,29 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import codec, plugins
-from edgeprune.errors import InfeasibleBudget, UsageError, WorkdirError
-from edgeprune.methods import Method, PruneTask, SurveyMethod, Training, TrainingMethod, counts, verify
-from edgeprune.nn import surgery
+from edgeprune.errors import WorkdirError
+from edgeprune.methods import Method, PruneTask, Training, TrainingMethod
 from edgeprune.nn.allocate import Rules, shared_counts
 from edgeprune.nn.bundle import deployed
 from edgeprune.nn.calling import unfreeze
 from edgeprune.nn.costs import CostModel, cost_model, normalized_example, total_params
 from edgeprune.nn.data import Split, divide
 from edgeprune.nn.graph import find_groups, provable_groups
+from edgeprune.nn.latency_table import Predictor
 from edgeprune.nn.pqi import keep_shares
 from edgeprune.nn.store import load_tensors, masks_to_tensors, save_tensors
 from edgeprune.nn.units import Units, of_channels, of_weights
-from edgeprune.quantities import show
 from edgeprune.recipe import PruneTable, TuneTable
-from edgeprune.records import METRICS, Budget, Bundle, Group, Limit, Masks
+from edgeprune.records import Budget, Bundle, Group, Masks
+from edgeprune.stages.prune_search import COUNTED, Probe, Tools, absolute, search
 
-RESULT_VERSION = 3
-COUNTED = ("macs", "params")
-# What zeros leave as it is.
-AS_DENSE = ("macs", "size", "latency_p50", "latency_p90", "latency_p99", "peak_memory", "energy")
-PROBES = 8
-# A timing that just fits would miss half of the time when it is repeated.
-TIMING_MARGIN = 0.97
+__all__ = [
+    "Chosen", "Material", "Probe", "absolute", "counted_limits", "method_name", "read", "run", "trains", "write",
+]  # fmt: skip
+
+RESULT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,13 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A metric that is only known by building the file: the dense reading, and a reading of a cut network."""
-
-    dense: float
-    read: Callable[[nn.Module], float]
-
-
-@dataclass(frozen=True)
 class Material:
     """What a method may look at, and what can be tried out while searching.
 
     images: float32 (N, C, H, W) in [0, 1], labels: int64 (N,), or None. probes: metric -> Probe.
     unlabelled: float32 (N, C, H, W), what the cut network will be repaired on, or None. train: what may be learned
-    from, for methods that train by `table`; scratch: where they keep what lets them go on after a kill.
+    from, for methods that train by `table`; scratch: where they keep what lets them go on after a kill. clock: from the
+    costs of the network what predicts the time of its cuts (a latency table, filled first where it must be); or None.
     """
 
     images: Tensor | None
@@ -79,6 +70,7 @@ class Material:
     train: Split | None = None
     table: TuneTable = field(default_factory=TuneTable)
     scratch: Path = Path()
+    clock: Callable[[CostModel], Predictor] | None = None
 
 
 def method_name(table: PruneTable, has_data: bool) -> str:
@@ -105,7 +97,7 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     task, left_out = _task(bundle, network, (table, budget), material)
     if isinstance(method, TrainingMethod):
         unfreeze(network)
-    masks, notes = _search(network, method, task, (budget, material.probes))
+    masks, notes = search(network, method, task, budget, Tools(material.probes, material.clock))
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
         notes = (*notes, "The dense model already meets the budget: nothing was removed.")
     notes = (*notes, *_unaligned(masks, material.multiple_of))
@@ -185,135 +177,6 @@ def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict
     # `params` counts what is not zero; the cost model counts every entry, so it errs on the side of the budget.
     dense = {"macs": costs.cost({})["macs"], "params": float(total_params(network))}
     return {m: absolute(limit, dense[m]) for m, limit in budget.limits.items() if m in COUNTED}
-
-
-def absolute(limit: Limit, dense: float) -> float:
-    """A limit as a number in the base unit."""
-    return {"absolute": limit.value, "share": limit.value * dense, "delta": dense + limit.value}[limit.kind]
-
-
-def _search(
-    network: nn.Module, method: Method, task: PruneTask, wanted: tuple[Budget, Mapping[str, Probe]]
-) -> tuple[Masks, tuple[str, ...]]:
-    budget, probes = wanted
-    measured = {
-        m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better
-    }
-    unknown = sorted(set(measured) - set(probes))
-    in_vain = [m for m in budget.limits if m in AS_DENSE] if task.weights is not None else []
-    if in_vain:
-        raise UsageError(
-            f"zeroing single weights leaves {in_vain[0]} as it is: the file's kernels are dense",
-            'give params, as in --budget "params=20 %", or prune channels (--granularity channel)',
-        )
-    if unknown:
-        raise UsageError(
-            f"the budget's {unknown[0]} can't be read while pruning here",
-            "prune for macs, params, size or latency, and hold the rest with `edgeprune gate`",
-        )
-    survey = None
-    if isinstance(method, SurveyMethod) and task.weights is None:
-        survey = method.survey(network, task)
-
-    def choose(limits: Mapping[str, float]) -> Masks:
-        """The choice within limits; of a surveying method only its counts, which are all that a probe tells."""
-        tighter = replace(task, rules=replace(task.rules, limits=dict(limits)))
-        if isinstance(method, TrainingMethod):
-            # One training is enough: what fits is tried out with the largest channels, the method is told the limits.
-            return tighter.masks(tighter.keep(_shares_of_norms(tighter, network)))
-        if survey is None:
-            return method(deepcopy(network), tighter)
-        kept = counts(survey, tighter)
-        return Masks(channels={g.name: torch.arange(g.channels) < kept[g.name] for g in task.groups})
-
-    best, notes = task.rules.limits, ()
-    if measured:
-        targets = {m: absolute(limit, probes[m].dense) for m, limit in measured.items()}
-        best, notes = _bisect(network, task, choose, (targets, probes))
-    final = replace(task, rules=replace(task.rules, limits=dict(best)))
-    if survey is None or not isinstance(method, SurveyMethod):
-        masks = method(network, final)
-    else:
-        masks = method.choose(network, final, survey, counts(survey, final))
-        verify(type(method).__name__, masks, final)
-    return masks, (*notes, *dict.fromkeys(task.notes))
-
-
-def _shares_of_norms(task: PruneTask, network: nn.Module) -> dict[str, Tensor]:
-    """Of each channel its share of the squared norms of its group."""
-    squares = {g: norms**2 for g, norms in task.units.norms(network).items()}
-    return {g: s / torch.clamp(s.sum(), min=1e-30) for g, s in squares.items()}
-
-
-def _bisect(
-    network: nn.Module,
-    task: PruneTask,
-    choose: Callable[[Mapping[str, float]], Masks],
-    wanted: tuple[dict[str, float], Mapping[str, Probe]],
-) -> tuple[Mapping[str, float], tuple[str, ...]]:
-    """Halve the share of MACs until the largest one is found whose built file keeps every measured limit."""
-    targets, probes = wanted
-    dense_macs = task.costs.cost({})["macs"]
-    low, high, best = 0.0, 1.0, None
-    closest: dict[str, float] = {}
-    tried: list[str] = []
-    share = 1.0
-    for _ in range(PROBES):
-        limits = {
-            **task.rules.limits,
-            "macs": min(task.rules.limits.get("macs", dense_macs), share * dense_macs),
-        }
-        try:
-            masks = choose(limits)
-        except InfeasibleBudget:
-            if not closest and share <= 1 / 2**PROBES:
-                raise
-            low = share
-            share = (low + high) / 2
-            continue
-        readings = _read(network, task.groups, masks, probes, targets)
-        built = task.costs.cost({g: int(keep.sum()) for g, keep in masks.channels.items()})["macs"]
-        tried.append(
-            f"{100 * built / dense_macs:.0f} % of the MACs: "
-            + ", ".join(_shown(m, v) for m, v in readings.items())
-        )
-        fits = all(
-            v <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1.0) for m, v in readings.items()
-        )
-        if not closest or all(readings[m] <= closest[m] for m in readings):
-            closest = readings
-        if fits:
-            low, best = share, limits
-            if share == 1.0:
-                break
-        else:
-            high = share
-        share = (low + high) / 2
-    if best is None:
-        got = ", ".join(
-            f"{_shown(m, closest.get(m))} (asked for {show(targets[m], METRICS[m].unit)})" for m in targets
-        )
-        raise InfeasibleBudget(
-            f"the budget can't be met on this machine: the closest got to {got}",
-            "raise the budget, lower --set prune.floor, or give a smaller network",
-        )
-    return best, ("Searched by building the file at " + "; ".join(tried) + ".",)
-
-
-def _read(
-    network: nn.Module,
-    groups: tuple[Group, ...],
-    masks: Masks,
-    probes: Mapping[str, Probe],
-    targets: Mapping[str, float],
-) -> dict[str, float]:
-    small = deepcopy(network)
-    surgery.cut(small, surgery.removed_positions(groups, masks.channels))
-    return {metric: probes[metric].read(small) for metric in targets}
-
-
-def _shown(metric: str, value: float | None) -> str:
-    return f"{metric} {show(value, METRICS[metric].unit)}"
 
 
 def write(chosen: Chosen, folder: Path) -> None:

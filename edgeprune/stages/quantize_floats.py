@@ -118,7 +118,7 @@ def floats(path: Path, job: Job) -> Floats:
     """
     data, exported = load(path)
     material = job.material or Material(patterns(exported), None, "patterns")
-    _check(material)
+    _check(material, _input_shape(exported))
     model = prepare(exported)
     layers = quantizable(model)
     skipped = _skipped(layers, job.table.skip)
@@ -139,9 +139,7 @@ def patterns(exported: ModelProto) -> Tensor:
     """Test patterns (16, C, H, W) in the range of the input: flat ones, ramps, stripes and checkerboards."""
     pixels: Mapping[str, float] = json.loads(about(exported).get(f"{METADATA}input", "{}"))
     low, high = float(pixels.get("low", 0.0)), float(pixels.get("high", 1.0))
-    constants = {tensor.name for tensor in exported.graph.initializer}
-    first = next(value for value in exported.graph.input if value.name not in constants)
-    channels, height, width = (d.dim_value for d in first.type.tensor_type.shape.dim[1:])
+    channels, height, width = _input_shape(exported)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     across, down = x / max(1, width - 1), y / max(1, height - 1)
     flat = [torch.full((height, width), level) for level in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -152,15 +150,23 @@ def patterns(exported: ModelProto) -> Tensor:
     return low + (high - low) * every[:, None].expand(-1, channels, -1, -1).contiguous()
 
 
-def _check(material: Material) -> None:
+def _input_shape(exported: ModelProto) -> tuple[int, ...]:
+    """(C, H, W) of the image that a model takes."""
+    constants = {tensor.name for tensor in exported.graph.initializer}
+    first = next(value for value in exported.graph.input if value.name not in constants)
+    return tuple(d.dim_value for d in first.type.tensor_type.shape.dim[1:])
+
+
+def _check(material: Material, shape: tuple[int, ...]) -> None:
     images = material.images
     if not len(images):
         raise UsageError(
             "there are no calibration images", "ask for at least one with --set data.calibration=..."
         )
-    if images.ndim != 4 or images.dtype != torch.float32:
+    if images.dtype != torch.float32 or images.shape[1:] != shape:
         raise UsageError(
-            f"calibration images must be float32 (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+            f"calibration images must be float32 (N, {', '.join(map(str, shape))}), got {images.dtype} "
+            f"{tuple(images.shape)}"
         )
     if material.labels is not None and len(material.labels) != len(images):
         raise UsageError(f"{len(images)} calibration images have {len(material.labels)} labels")

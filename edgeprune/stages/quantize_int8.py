@@ -17,6 +17,7 @@ from edgeprune.nn.ranges import CALIBRATORS, ranges
 from edgeprune.recipe import QuantizeTable
 from edgeprune.stages.quantize_fallback import fall_back
 from edgeprune.stages.quantize_floats import Floats
+from edgeprune.stages.quantize_guard import guarded
 from edgeprune.stages.quantize_job import Built, Job, Judgement, row
 from edgeprune.stages.quantize_judge import best, worse
 
@@ -54,7 +55,7 @@ class _Maker:
         model, seen = self.nets[option.equalized]
         limits = self.limits[option.equalized, option.calibrator]
         made = quantized(model, limits, self.scheme, skip=(*self.skipped, *skip))
-        return corrected(made, model, seen) if option.corrected else made
+        return guarded(corrected(made, model, seen) if option.corrected else made)
 
 
 def build(floats: Floats, job: Job) -> Built:

@@ -20,7 +20,7 @@ from edgeprune.stages.quantize_job import Judgement, Material
 # The most images that a candidate is judged on, and the share of them that no range is taken from.
 MOST, SHARE = 512, 4
 # With fewer than this every image serves for both.
-FEW = 256
+FEW = 1024
 # Of a batch, so that its activations fit into memory.
 BATCH, BATCH_VALUES = 64, 2**22
 # How far the model with a free batch may be from the one without, relative to the largest logit.
@@ -69,7 +69,7 @@ class Panel:
         agreement = float(same[: self.clean].mean())
         error = sqnr_db(self.logits, logits)
         if self.labels is None:
-            return Judgement(None, None, agreement, error, 1.0 - agreement)
+            return Judgement(None, None, agreement, error, _exact(1.0 - agreement))
         right, wanted = _classes(logits) == self.labels, _classes(self.logits) == self.labels
         clean, attacked = right[: self.clean], right[self.clean :]
         loss = float(wanted[: self.clean].mean() - clean.mean())
@@ -79,7 +79,7 @@ class Panel:
             loss = max(loss, float(wanted[self.clean :].mean()) - robust)
         # The attacked images were made for the float network: that another one resists what broke that is no merit.
         held = np.concatenate([clean, attacked & wanted[self.clean :]])
-        return Judgement(float(clean.mean()), robust, agreement, error, loss, tuple(map(bool, held)))
+        return Judgement(float(clean.mean()), robust, agreement, error, _exact(loss), tuple(map(bool, held)))
 
 
 def panel(material: Material, floats: ModelProto) -> Panel:
@@ -212,6 +212,11 @@ def _batches(network: parity.Network, pixels: Tensor, size: int) -> Logits:
     values = max(1, pixels[0].numel())
     step = min(size, BATCH, max(1, BATCH_VALUES // values))
     return np.concatenate([network(part).numpy() for part in pixels.split(step)])
+
+
+def _exact(loss: float) -> float:
+    """A difference of shares without its rounding: 1 - 0.99 is not above a tolerance of 0.01."""
+    return round(loss, 12)
 
 
 def _classes(logits: Logits) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ from edgeprune.nn.onnx_proof import Closeness, Proof, closeness, prove
 from edgeprune.nn.onnx_quantize import quantizable
 from edgeprune.records import Reading
 from edgeprune.stages.quantize_floats import METADATA, Floats, about
+from edgeprune.stages.quantize_guard import check_floats
 from edgeprune.stages.quantize_job import Built
 
 # Less of what is int8 in the graph than this done in int8 by ONNX Runtime is worth a word.
@@ -51,6 +52,8 @@ def finish(built: Built, floats: Floats) -> Shipped:
     unquantizable = sorted(weighted - set(quantizable(floats.model)))
     allowed = {*built.fallback, *built.kept, *unquantizable}
     proof = prove(model, built.precision, allowed=sorted(allowed))
+    if built.precision == "int8":
+        check_floats(model)
     near = closeness(floats.exported, model, floats.panel.pixels[: floats.panel.clean])
     return Shipped(
         model.SerializeToString(deterministic=True), _choice(built, floats, proof, unquantizable),
@@ -121,7 +124,7 @@ def _share(metric: str, part: int, whole: int, where: str = "counted") -> Readin
 def _notes(built: Built, floats: Floats, proof: Proof) -> tuple[str, ...]:
     notes = []
     if built.fallback:
-        layers = ", ".join(f"{name} ({100 * error:.2g} %)" for name, error in built.fallback.items())
+        layers = ", ".join(f"{name} ({100 * error:.3g} %)" for name, error in built.fallback.items())
         many = len(built.fallback) > 1
         notes.append(
             f"{len(built.fallback)} of {len(floats.layers)} layers went back to float, because {built.precision} would "

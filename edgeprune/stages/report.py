@@ -164,7 +164,10 @@ def _sentences(report: Report) -> list[str]:
         _faster,
         _right,
     )
-    return [*(sentence for saying in sayings for sentence in saying(report, rows)), *sentences(report)]
+    said = [*(sentence for saying in sayings for sentence in saying(report, rows)), *sentences(report)]
+    # Smaller and not faster: who reads one line only must read this one.
+    slow = [note for note in report.notes if note.startswith(f"{SPEED_NOTE} NOT")]
+    return [*slow, *said]
 
 
 def _others(report: Report, sentences: list[str]) -> tuple[str, ...]:

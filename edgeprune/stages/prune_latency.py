@@ -1,0 +1,231 @@
+"""Latency budgets by a table: allocate by predicted time, time the whole network, correct, repeat until it holds.
+
+The table is right within some per cent, and for a network and its neighbours the error is nearly the same: what one
+cut took over what was predicted corrects the next. A cut is taken when its measured time is just below the budget.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from edgeprune.errors import InfeasibleBudget
+from edgeprune.methods import PruneTask
+from edgeprune.nn.allocate import Rules, levels
+from edgeprune.nn.knapsack import allocate_timed
+from edgeprune.nn.latency_table import TIME, Predictor, TimedCosts
+from edgeprune.quantities import show
+from edgeprune.records import METRICS
+
+LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
+ROUNDS = 8
+# Of the budget: what is aimed at, and between what a measured cut is taken. Two sessions of one file differ by up to
+# 2 %, and a cut that takes more than 5 % less than it may has lost accuracy for nothing.
+AIM, LOW, HIGH = 0.975, 0.955, 0.99
+# How much tighter to ask when the same cut comes again.
+NUDGE = 1.01
+NUDGES = 12
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A measured metric of the dense network, and the most that is allowed."""
+
+    dense: float
+    target: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """Counts that keep the limits. record: predicted and measured seconds of every cut that was tried, in order."""
+
+    kept: Mapping[str, int]
+    notes: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A cut that was built and measured. predicted: seconds. worst: the metric nearest to its limit, and the share."""
+
+    kept: Mapping[str, int]
+    predicted: float
+    lost: float
+    readings: Mapping[str, float]
+    worst: tuple[str, float]
+
+
+@dataclass
+class _Hunt:
+    """What is known while searching. correction: measured over predicted. params: a limit that stands for the size."""
+
+    task: PruneTask
+    losses: Mapping[str, Tensor]
+    clock: Predictor
+    wanted: Mapping[str, Wanted]
+    read: Callable[[Mapping[str, int]], Mapping[str, float]]
+    correction: float = 1.0
+    params: float = float("inf")
+    trials: list[_Trial] = field(default_factory=list)
+
+    def propose(self) -> dict[str, int] | None:
+        """Counts that are predicted to hold and were not tried; None when there are none."""
+        for _ in range(NUDGES):
+            kept = self._allocated()
+            if not any(t.kept == kept for t in self.trials):
+                return kept
+            if self.trials[-1].worst[1] <= HIGH or kept == self._floors():
+                return None
+            self.correction *= NUDGE
+        return None
+
+    def _allocated(self) -> dict[str, int]:
+        task = self.task
+        share = min(w.target / w.dense for m, w in self.wanted.items() if m in LATENCIES)
+        limits = {**task.rules.limits, TIME: AIM * share * self.clock.dense / self.correction}
+        if self.params < float("inf"):
+            limits["params"] = min(self.params, limits.get("params", float("inf")))
+        rules = Rules(limits, task.rules.multiple_of, task.rules.floor, task.rules.cuts)
+        try:
+            return allocate_timed(self.losses, TimedCosts(task.costs, self.clock), rules).kept
+        except InfeasibleBudget:
+            # The prediction may err; whether the least that is allowed is fast enough is for the device to say.
+            return self._floors()
+
+    def _floors(self) -> dict[str, int]:
+        """The least counts: of those with and without multiples the ones that are predicted to be faster."""
+        rules, channels = self.task.rules, self.task.costs.channels
+        least = [
+            {g: levels(c, multiple, rules.floor)[-1] for g, c in channels.items()}
+            for multiple in {1, max(1, rules.multiple_of // 2), max(1, rules.multiple_of)}
+        ]
+        return min(least, key=self.clock.seconds)
+
+    def attempt(self, kept: Mapping[str, int]) -> _Trial:
+        """Build and measure a cut, and learn from it."""
+        readings = dict(self.read(kept))
+        fills = {m: readings[m] / w.target for m, w in self.wanted.items()}
+        worst = max(fills, key=lambda m: fills[m])
+        predicted = self.clock.seconds(kept)
+        lost = sum(float(self.losses[g][k]) for g, k in kept.items() if g in self.losses)
+        trial = _Trial(dict(kept), predicted, lost, readings, (worst, fills[worst]))
+        self.trials.append(trial)
+        slowest = max(
+            readings[m] / self.wanted[m].target * self._tightest() for m in self.wanted if m in LATENCIES
+        )
+        self.correction = slowest * self.clock.dense / predicted
+        for metric, fill in fills.items():
+            if metric not in LATENCIES and fill > HIGH:
+                params = self.task.costs.cost(kept)["params"]
+                self.params = min(self.params, params * AIM / fill)
+        return trial
+
+    def _tightest(self) -> float:
+        return min(w.target / w.dense for m, w in self.wanted.items() if m in LATENCIES)
+
+
+def search(
+    task: PruneTask,
+    losses: Mapping[str, Tensor],
+    clock: Predictor,
+    wanted: Mapping[str, Wanted],
+    read: Callable[[Mapping[str, int]], Mapping[str, float]],
+) -> Found:
+    """The counts that lose the least importance and whose built file keeps every limit.
+
+    Args:
+        losses: group -> float64 (C + 1,), as for `allocate`. wanted: metric -> what was measured and what is allowed;
+            at least one latency, others are metrics that shrink with the parameters. read: counts -> each of these
+            metrics of the cut network, measured.
+
+    Raises:
+        InfeasibleBudget: no cut that was tried keeps them; says how near the nearest came.
+    """
+    hunt = _Hunt(task, losses, clock, wanted, read)
+    for _ in range(ROUNDS):
+        kept = hunt.propose()
+        if kept is None:
+            break
+        trial = hunt.attempt(kept)
+        whole = all(kept[g] == c for g, c in clock.channels.items() if g in kept)
+        if LOW <= trial.worst[1] <= HIGH or (whole and trial.worst[1] <= 1.0):
+            break
+    fitting = [t for t in hunt.trials if t.worst[1] <= 1.0]
+    if not fitting:
+        nearest = min(hunt.trials, key=lambda t: t.worst[1])
+        raise infeasible(nearest.readings, {m: w.target for m, w in wanted.items()})
+    safe = [t for t in fitting if t.worst[1] <= HIGH]
+    best = min(safe or fitting, key=lambda t: t.lost)
+    return Found(best.kept, _notes(best, hunt), _record(hunt))
+
+
+def infeasible(closest: Mapping[str, float], targets: Mapping[str, float]) -> InfeasibleBudget:
+    """The error that says how near the nearest cut came."""
+    got = ", ".join(
+        f"{shown(m, closest.get(m))} (asked for {show(target, METRICS[m].unit)})"
+        for m, target in targets.items()
+    )
+    return InfeasibleBudget(
+        f"the budget can't be met on this machine: the closest got to {got}",
+        "raise the budget, lower --set prune.floor, or give a smaller network",
+    )
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A reading in words: "latency_p50 3.1 ms"."""
+    return f"{metric} {show(value, METRICS[metric].unit)}"
+
+
+def _notes(best: _Trial, hunt: _Hunt) -> tuple[str, ...]:
+    said = [about(hunt.clock)]
+    for metric, wanted in hunt.wanted.items():
+        words = f"{shown(metric, best.readings[metric])} measured"
+        if metric in LATENCIES:
+            words += f", {show(_predicted(best, hunt, metric), 's')} predicted"
+        limit = show(wanted.target, METRICS[metric].unit)
+        said.append(f"{words}, at most {limit} asked for, after {_times(len(hunt.trials))}.")
+    if best.worst[1] < LOW:
+        said.append(
+            f"The cut takes {100 * best.worst[1]:.0f} % of what the budget allows: between this one and the next "
+            "step of the device no other was found."
+        )
+    return tuple(said)
+
+
+def about(clock: Predictor) -> str:
+    """What a table is made of and how well it predicted what it had not seen, in a sentence."""
+    errors = [abs(e) for e in clock.errors()]
+    text = f"Channels were shared out by a latency table: {len(clock.wholes)} cuts timed on {clock.place}"
+    if not errors:
+        return text + "."
+    within = sum(e <= 0.1 for e in errors)
+    return (
+        f"{text}; predicted before they were timed, {within} of {len(errors)} were within 10 %, "
+        f"half of them within {100 * statistics.median(errors):.1f} %."
+    )
+
+
+def _predicted(trial: _Trial, hunt: _Hunt, metric: str) -> float:
+    """Seconds that the table alone says, at the speed of the dense reading."""
+    return trial.predicted / hunt.clock.dense * hunt.wanted[metric].dense
+
+
+def _record(hunt: _Hunt) -> dict[str, Any]:
+    metric = next(m for m in LATENCIES if m in hunt.wanted)
+    trials: Sequence[_Trial] = hunt.trials
+    return {
+        "iterations": list(range(1, len(trials) + 1)),
+        "predicted": [_predicted(t, hunt, metric) for t in trials],
+        "measured": [t.readings[metric] for t in trials],
+        "metric": metric,
+        "budget": hunt.wanted[metric].target,
+        "table": hunt.clock.path,
+    }
+
+
+def _times(count: int) -> str:
+    return "one trial" if count == 1 else f"{count} trials"

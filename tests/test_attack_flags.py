@@ -1,0 +1,165 @@
+"""The signs of a robustness that is none: each is seen on a model made to show it, and none on a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.nn.data import Split, in_memory
+from edgeprune.plugins import build
+from edgeprune.recipe import AttackTable
+from edgeprune.stages import attack
+
+EPS = 2 / 255
+SIDE, CLASSES = 6, 4
+
+
+class Plain(nn.Module):
+    """Two layers, as smooth as networks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.one = nn.Parameter(torch.randn(24, 3 * SIDE * SIDE, generator=generator) / 10)
+        self.two = nn.Parameter(torch.randn(CLASSES, 24, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh((x - 0.5).flatten(1) @ self.one.T) @ self.two.T
+
+
+class Behind(nn.Module):
+    """Something between the plain network and who asks it."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.plain, self.change = Plain(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.plain(x))
+
+
+class Turned(torch.autograd.Function):
+    """The same value with a gradient that points the other way."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *above: Tensor) -> Tensor:
+        return -above[0]
+
+
+class Wavy(nn.Module):
+    """Ripples on the pixels, invisible in the answer and steeper than anything else in the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(x + 1e-4 * torch.sin(1e6 * x))
+
+
+class Sheltered(nn.Module):
+    """More than 1.2 eps away from an image its answer is the right one again."""
+
+    def __init__(self, centres: Tensor, y: Tensor) -> None:
+        super().__init__()
+        self.plain, self.centres, self.y = Plain(), centres, y
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = (x[:, None] - self.centres[None]).abs().flatten(2).amax(2)
+        nearest = far.argmin(1)
+        lift = (far.amin(1) > 1.2 * EPS)[:, None] * nn.functional.one_hot(self.y[nearest], CLASSES)
+        return self.plain(x) + 1e3 * lift
+
+
+def images(count: int = 48) -> Split:
+    pixels = torch.randint(90, 166, (count, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return in_memory("test", pixels.to(torch.uint8), Plain()(pixels / 255).argmax(1))
+
+
+def said(network: nn.Module, tmp_path: Path, name: str = "pgd", split: Split | None = None) -> str:
+    split = split or images()
+    job = attack.job(AttackTable(name=name, eps="2/255"), seed=0, data="some")
+    few = {
+        "pgd": {"steps": 10}, "apgd-ce": {"steps": 10}, "apgd-t": {"steps": 10, "classes": 3},
+        "fab-t": {"steps": 5, "classes": 3}, "square": {"queries": 300},
+    }  # fmt: skip
+    job = replace(job, attacks={n: build("attacks", n, few[n]) for n in job.attacks})
+    victim = attack.of_network("net", network.eval(), "s")
+    found = attack.run(victim, split, job, scratch=tmp_path / name, say=lambda _: None)
+    return " ".join(attack.flags(victim, split, job, found))
+
+
+def test_a_plain_network_shows_none_of_them(tmp_path: Path) -> None:
+    assert said(Plain(), tmp_path) == "" and said(Plain(), tmp_path, "standard") == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a: a + 0.01 * torch.rand_like(a), "differently each time"),
+        (lambda a: (5 * a).softmax(1), "are probabilities"),
+        (lambda a: 1e5 * a, "is zero or not finite on"),
+        (lambda a: a.detach() + 0 * a, "is zero or not finite on"),
+        (lambda a: a.detach(), "No gradient reaches"),
+        (lambda a: nn.functional.one_hot(a.argmax(1), CLASSES).float(), "No gradient reaches"),
+    ],
+)
+def test_chance_probabilities_and_gradients_that_are_not_there_are_seen(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], says: str
+) -> None:
+    assert says in said(Behind(change), tmp_path)
+
+
+@pytest.mark.parametrize("network", [Behind(Turned.apply), Wavy()])
+def test_an_attack_that_only_asks_and_does_better_is_seen(tmp_path: Path, network: nn.Module) -> None:
+    assert "queries of Square, which only asks, broke" in said(network, tmp_path)
+
+
+def test_so_it_is_in_the_standard_evaluation(tmp_path: Path) -> None:
+    assert "square, which only asks, broke" in said(Behind(Turned.apply), tmp_path, "standard")
+
+
+@pytest.mark.parametrize("network", [Behind(Turned.apply), Behind(lambda a: a.detach() + 0 * a)])
+def test_images_that_stand_when_everything_may_be_changed_are_seen(
+    tmp_path: Path, network: nn.Module
+) -> None:
+    assert "when it may change them into any other image" in said(network, tmp_path)
+
+
+def test_a_larger_ball_that_helps_the_model_is_seen(tmp_path: Path) -> None:
+    split = images()
+    network = Sheltered(split.take(torch.arange(len(split))), split.labels)
+    assert "with twice the eps" in said(network, tmp_path, split=split)
+
+
+def test_more_steps_that_help_the_model_are_seen(tmp_path: Path) -> None:
+    """A gradient that turns round once the images are broken by more than a little."""
+
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.calls = Plain(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                self.calls = 0
+                return self.plain(x)
+            self.calls += 1
+            return self.plain(x) if self.calls <= 20 else Turned.apply(self.plain(x))
+
+    found = said(Returning(), tmp_path)
+    assert "more steps must not help the model" in found
+
+
+def test_labels_in_another_order_are_seen(tmp_path: Path) -> None:
+    assert "no better than guessing" in said(Behind(lambda a: a.roll(1, 1)), tmp_path)

