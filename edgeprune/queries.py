@@ -45,7 +45,8 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
         bundle = stage("load").run(recipe.model)
         found, images = _images(recipe, bundle.input, wanted)
         if not attacks:
-            return (stage("evaluate").of_network(bundle, images, path.name),)
+            reading = stage("evaluate").of_network(bundle, images, path.name)
+            return (stage("evaluate_doubts").guessing(reading, images),)
         victim = stage("attack").of_bundle(bundle, path.name)
         return _attacked(recipe, victim, images, _Place(wanted, found.fingerprint, _scratch(None), say))
     file = onnx_of(path)
@@ -55,14 +56,16 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     if not attacks:
         answers = stage("measure_answers")
         artifact = stage("measure_run").artifact(file, spec)
-        return (answers.accuracy(artifact, images, device, name=file.name)[0],)
+        reading = answers.accuracy(artifact, images, device, name=file.name)[0]
+        return (stage("evaluate_doubts").reported(stage("evaluate_doubts").guessing(reading, images), path),)
     place = _Place(wanted, found.fingerprint, _scratch(path if path.is_dir() else None), say)
     attack = stage("attack")
     if path.is_dir():
         victim = attack.of_run(path, place.scratch, device.where())
     else:
         victim = attack.of_file(file.name, file, place.scratch, device.where())
-    return _attacked(recipe, victim, images, place)
+    clean, *rest = _attacked(recipe, victim, images, place)
+    return (stage("evaluate_doubts").reported(clean, path), *rest)
 
 
 def warnings(readings: tuple[Reading, ...]) -> list[str]:
