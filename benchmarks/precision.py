@@ -85,7 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgeprune-precision-") as scratch:
         work = Path(given.work or scratch)
         data = open_data(DataTable(path=given.data), SMALL, 0) if given.data else None
-        latencies(given, work, data)
+        if given.networks:
+            latencies(given, work, data)
         if data is not None:
             accuracies(given, work, data)
 

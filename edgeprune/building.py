@@ -15,10 +15,13 @@ from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage, torch_part
 from edgeprune.nn import team
 from edgeprune.quantities import show
+from edgeprune.recipe import MeasureTable
 from edgeprune.records import Bundle, Reading
 from edgeprune.workdir import digest
 
 PARITY_IMAGES = 8
+# How long a run waits for somebody else who measures on the device.
+WAIT_S = 3600.0
 # Seconds for each file while the precision is chosen; what ships is timed again.
 CHOICE_S = 5.0
 # The stages that leave weights of the smaller network; the last one that took place has the newest.
@@ -53,14 +56,18 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> An
 def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]]:
     def times(files: Mapping[str, Path]) -> dict[str, Reading]:
         table = run.recipe.measure
-        found = stage("measure").latency(
-            files, run.device, replace(table, seconds=min(CHOICE_S, table.seconds))
-        )
+        found = _latency(run, files, replace(table, seconds=min(CHOICE_S, table.seconds)))
         return {
             name: next(r for r in rows if r.metric == "latency_p50") for name, rows in found.readings.items()
         }
 
     return times
+
+
+def _latency(run: Context, files: Mapping[str, Path], table: MeasureTable) -> Any:
+    """Files timed in turn, with nobody else of ours measuring on the device."""
+    with run.device.exclusively(wait_s=WAIT_S, say=run.say):
+        return stage("measure").latency(files, run.device, table)
 
 
 def _material(run: Context, folders: Mapping[str, Path]) -> Any:
@@ -201,14 +208,15 @@ def engine_script(run: Context, artifact: Any, out: Path) -> None:
 
 def probes(run: Context, dense: Path) -> dict[str, Any]:
     """Readings that are only had by building the file: its size, and its time on the device."""
-    found, measure, probe = {}, stage("measure"), stage("prune").Probe
+    found: dict[str, Any] = {}
+    probe = stage("prune").Probe
     if "size" in run.budget.limits:
         found["size"] = probe(
             float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
         )
     for metric in ("latency_p50", "latency_p90", "latency_p99"):
         if metric in run.budget.limits:
-            first = measure.latency({"dense": dense / "dense.onnx"}, run.device, run.recipe.measure)
+            first = _latency(run, {"dense": dense / "dense.onnx"}, run.recipe.measure)
             reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
 
             def read(net: Any, metric: str = metric, reference: float = reference) -> float:
@@ -244,9 +252,7 @@ def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
     with TemporaryDirectory(prefix="edgeprune-") as folder:
         path = Path(folder, "probe.onnx")
         export_onnx(run, replace(run.bundle, module=network), path, parent="")
-        timed = stage("measure").latency(
-            {"dense": dense / "dense.onnx", "compressed": path}, run.device, run.recipe.measure
-        )
+        timed = _latency(run, {"dense": dense / "dense.onnx", "compressed": path}, run.recipe.measure)
     found = stage("measure").speedup(timed)
     if metric == "latency_p50" and found is not None:
         share = 1.0 / found[1].value

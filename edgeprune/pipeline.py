@@ -99,7 +99,7 @@ def compress(
     recipe = with_epochs(recipe)
     target, budget = bundled.target(recipe.target), recipes.budget(recipe)
     check_together(recipe, target)
-    device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
+    device = import_module("edgeprune.devices").device_from_url(recipe.measure.device, target.setup)
     folder = (
         output
         or Path("runs") / f"{Path(recipe.model.path).stem or 'model'}-{recipe.target.replace('/', '-')}"

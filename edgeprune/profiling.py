@@ -38,7 +38,8 @@ def profile(recipe: Recipe, devices: Sequence[str], *, limit: int | None, say: S
     )
     if images is not None and limit:
         images = stage("evaluate").balanced(images, limit, recipe.seed)
-    found = [import_module("edgeprune.devices").device_from_url(url) for url in urls]
+    setup = bundled.target(recipe.target).setup
+    found = [import_module("edgeprune.devices").device_from_url(url, setup) for url in urls]
     job = _Job(recipe, path, spec, images, say)
     if len(found) == 1:
         readings = job.on(found[0])

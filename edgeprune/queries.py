@@ -16,7 +16,7 @@ from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.pipeline import compress
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
-from edgeprune.records import InputSpec, Reading
+from edgeprune.records import Bundle, InputSpec, Reading
 
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
 
@@ -41,31 +41,41 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     attacks = recipe.attack.name not in ("none", "auto")
     wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
     path = Path(recipe.model.path)
-    if path.suffix != ".onnx" and not (path / "model.onnx").is_file():
-        bundle = stage("load").run(recipe.model)
-        found, images = _images(recipe, bundle.input, wanted)
-        if not attacks:
-            reading = stage("evaluate").of_network(bundle, images, path.name)
-            return (stage("evaluate_doubts").guessing(reading, images),)
-        victim = stage("attack").of_bundle(bundle, path.name)
-        return _attacked(recipe, victim, images, _Place(wanted, found.fingerprint, _scratch(None), say))
-    file = onnx_of(path)
-    spec = stage("evaluate").input_of(file)
+    is_file = path.suffix == ".onnx" or (path / "model.onnx").is_file()
+    bundle = None if is_file else stage("load").run(recipe.model)
+    spec = stage("evaluate").input_of(onnx_of(path)) if bundle is None else bundle.input
     found, images = _images(recipe, spec, wanted)
-    device = import_module("edgeprune.devices").device_from_url("local")
-    if not attacks:
-        answers = stage("measure_answers")
-        artifact = stage("measure_run").artifact(file, spec)
-        reading = answers.accuracy(artifact, images, device, name=file.name)[0]
-        return (stage("evaluate_doubts").reported(stage("evaluate_doubts").guessing(reading, images), path),)
-    place = _Place(wanted, found.fingerprint, _scratch(path if path.is_dir() else None), say)
-    attack = stage("attack")
-    if path.is_dir():
-        victim = attack.of_run(path, place.scratch, device.where())
+    for note in found.notes:
+        say(f"data: {note}")
+    if attacks:
+        place = _Place(wanted, found.fingerprint, _scratch(path if is_file and path.is_dir() else None), say)
+        clean, *rest = _attacked(recipe, _victim(path, bundle, place), images, place)
     else:
-        victim = attack.of_file(file.name, file, place.scratch, device.where())
-    clean, *rest = _attacked(recipe, victim, images, place)
-    return (stage("evaluate_doubts").reported(clean, path), *rest)
+        clean, rest = _clean(path, bundle, images, spec), []
+    doubts = stage("evaluate_doubts")
+    clean = doubts.classes(doubts.guessing(clean, images, attacked=attacks), images, spec.classes)
+    if is_file:
+        clean = doubts.normalized(doubts.reported(clean, path), recipe.model)
+    return (clean, *rest)
+
+
+def _clean(path: Path, bundle: Bundle | None, images: Any, spec: InputSpec) -> Reading:
+    """The accuracy of a model in torch, or of a file through its runtime."""
+    if bundle is not None:
+        return stage("evaluate").of_network(bundle, images, path.name)
+    file, device = onnx_of(path), import_module("edgeprune.devices").device_from_url("local")
+    artifact = stage("measure_run").artifact(file, spec)
+    return stage("measure_answers").accuracy(artifact, images, device, name=file.name)[0]
+
+
+def _victim(path: Path, bundle: Bundle | None, place: _Place) -> Any:
+    """A model in torch, the file of a run, or a bare file."""
+    attack, where = stage("attack"), import_module("edgeprune.devices").device_from_url("local").where()
+    if bundle is not None:
+        return attack.of_bundle(bundle, path.name)
+    if path.is_dir():
+        return attack.of_run(path, place.scratch, where)
+    return attack.of_file(path.name, path, place.scratch, where)
 
 
 def warnings(readings: tuple[Reading, ...]) -> list[str]:

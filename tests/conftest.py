@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or numpy, and inherited by the processes that tests start: with two threads on two
@@ -15,6 +17,15 @@ from hypothesis import settings
 
 settings.register_profile("edgeprune", deadline=None, derandomize=True, database=None)
 settings.load_profile("edgeprune")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Who measures holds a lock in the temporary folder: each process of the tests has its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def test_the_members_that_this_version_promises_are_there() -> None:
     assert set(plugins.names("methods")) >= {"magnitude", "taylor", "uniform-random"}
     assert set(plugins.names("attacks")) == {"fgsm", "pgd", *STANDARD}
     assert "onnxruntime" in plugins.names("runtimes")
-    assert set(plugins.names("devices")) >= {"local", "fake"}
+    assert set(plugins.names("devices")) >= {"local", "ssh", "adb", "fake"}
 
 
 @pytest.mark.parametrize(("family", "name"), MEMBERS)

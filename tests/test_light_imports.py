@@ -84,7 +84,21 @@ FAR = sorted(
     for path in [
         *(
             PACKAGE / f"{n}.py"
-            for n in ("__init__", "agent", "bundled", "codec", "errors", "machine", "plugins")
+            for n in (
+                "__init__",
+                "agent",
+                "bundled",
+                "channel_process",
+                "channel_scripts",
+                "channels",
+                "codec",
+                "errors",
+                "facts",
+                "machine",
+                "packing",
+                "perf_test",
+                "plugins",
+            )
         ),
         *(PACKAGE / f"{n}.py" for n in ("quantities", "recipe", "records", "workdir", "stages/gate")),
         *PACKAGE.glob("runtimes/*.py"),

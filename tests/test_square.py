@@ -11,6 +11,7 @@ from torch import Tensor
 from edgeprune.nn.asking import Tried
 from edgeprune.nn.perturb import Ball
 from edgeprune.nn.square import margins, search, share_of_pixels
+from edgeprune.nn.windows import Asker
 
 NORMS = ("Linf", "L2")
 EPS = {"Linf": 0.1, "L2": 0.5}
@@ -49,7 +50,8 @@ def sums(threshold: float):
 def run(answers: object, x: Tensor, norm: str, queries: int, **more: object) -> Tried:
     y = torch.zeros(len(x), dtype=torch.int64)
     options = {"first": 0.8, "rescale": False, "generator": seeded(), "advance": lambda _: None, **more}
-    return search(answers, x, y, Ball(norm, EPS[norm]), queries=queries, **options)  # type: ignore[arg-type]
+    asker = Asker(answers)  # type: ignore[arg-type]
+    return search(asker, x, y, Ball(norm, EPS[norm]), queries=queries, **options)  # type: ignore[arg-type]
 
 
 def grey(count: int, height: int = 10, width: int = 10) -> Tensor:
@@ -179,7 +181,7 @@ def test_an_even_tie_that_the_first_class_wins_stands_and_the_search_goes_on() -
 
     assert run(tied, grey(2), "Linf", 7).queries.tolist() == [7, 7]
     other = search(
-        tied,
+        Asker(tied),
         grey(2),
         torch.ones(2, dtype=torch.int64),
         Ball("Linf", 0.1),

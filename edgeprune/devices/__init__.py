@@ -33,7 +33,7 @@ __all__ = ["FACTS", "Answer", "Attached", "Device", "device_from_url", "redacted
 _FACTS_TIMEOUT_S = 60.0
 # How the devices of this package are written; others stand behind them by their names.
 _WRITTEN = {
-    "local": "local",
+    "local": "local[://?python=PATH]",
     "ssh": "ssh://[user@]host[:port]",
     "adb": "adb://[serial]",
     "fake": "fake[:readings.json]",

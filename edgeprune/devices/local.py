@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 import edgeprune
-from edgeprune import channel_process
+from edgeprune import channel_process, packing
 from edgeprune.channels import Line
 from edgeprune.devices import Answer, Attached
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, UsageError
 
 # Not `python -m`: that puts the current folder first on the path, where somebody's numpy.py would shadow numpy.
 _START = (
@@ -25,7 +25,12 @@ _START = (
 
 @dataclass(frozen=True)
 class Local(Attached):
-    """The machine that edgeprune runs on."""
+    """The machine that edgeprune runs on.
+
+    address: "" or "?python=PATH", the Python whose runtime is used: on a Jetson TensorRT belongs to the system's.
+    """
+
+    address: str = ""
 
     @property
     def name(self) -> str:
@@ -70,6 +75,11 @@ class Local(Attached):
 
     def agent(self) -> List[str]:
         """As Device.agent."""
+        word, equals, python = self.address.partition("=")
+        if self.address and (word != "?python" or not equals or not python):
+            raise UsageError(f"device 'local:{self.address}' is none", "write local or local://?python=PATH")
+        if python:
+            return [python, "-c", packing.START]
         return [sys.executable, "-c", _START, str(Path(edgeprune.__file__).resolve().parent.parent)]
 
 

@@ -70,6 +70,10 @@ class Data:
     fingerprint: str
 
 
+# What a calibration recipe may say of the data set and of its images, so that it can be read alone.
+FIXED = {"data": "train", "preprocessing": "resize, centre crop, pixels / 255"}
+
+
 def in_memory(name: str, pixels: Tensor, labels: Tensor) -> Split:
     """A part from uint8 pixels (N, C, H, W) and class numbers (N,)."""
     return Split(name, labels.to(torch.int64), images.Decoded(pixels))
@@ -244,6 +248,9 @@ def _calibration_recipe(path: Path) -> tuple[int, int, str]:
     """Count, seed and selection."""
     table = bundled.read_toml(path)
     known = {"title": str, "count": int, "seed": int, "selection": str}
+    for key, only in FIXED.items():
+        if table.pop(key, only) != only:
+            raise UsageError(f"{path}: {key} must be {only!r}", "leave it out: nothing else is there yet")
     for key in table:
         if key not in known:
             raise UsageError(f"{path}: unknown key {key!r}", suggest(key, known))

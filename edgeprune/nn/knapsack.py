@@ -1,8 +1,9 @@
 """How many channels each group keeps under a limit on predicted time: a knapsack over measured staircases.
 
-Time goes in steps, so a step down may save nothing and the next one much: from any count every lower one is a
-candidate, the one with the least importance lost per second saved goes first, and what is left over is given back.
-Then pairs are exchanged as long as less importance is lost. Channels that cost no time stay.
+Time goes in steps, so a step down may save nothing and the next one much: from any count every other one is a
+candidate. Choices come from a greedy descent (the least importance lost per second saved) and from a price of time
+(Lagrange: each group in turn takes its best count, since what it reads and makes costs with its neighbours); what they
+leave over is given back, and pairs are exchanged as long as less importance is lost. Channels that cost no time stay.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from edgeprune.nn.latency_table import TIME, TimedCosts
 
 # Exchanges of two groups' steps; each takes the best of all there are.
 EXCHANGES = 60
+# Networks of no more groups than this try every step of a group against every one of another, not just the next one.
+FEW = 16
+# Halvings of the price of time, sweeps over the groups at one price, and starts that are improved.
+PRICES, SWEEPS, STARTS = 14, 6, 2
 # Counts finer than this are not tried with what the coarse ones leave over.
 FINEST = 4
 
@@ -34,17 +39,61 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     if rules.cuts is not None:
         kept = by_shares(steps, costs, rules.limits, rules.cuts)
         return Allocation(kept, costs.cost(kept), multiple)
-    state = _State(
-        dict(costs.channels), {g: values.tolist() for g, values in losses.items()}, costs, rules.limits
-    )
-    for group in steps:
-        state.move(group, steps[group][0])
-    _descend(state, steps)
-    _give_back(state, steps)
-    _exchange(state, steps)
+    state = _State(dict(costs.channels), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
     finer = {g: _finer(costs.channels[g], s, multiple, rules.floor) for g, s in steps.items()}
-    _give_back(state, finer)
-    return Allocation(dict(state.kept), costs.cost(state.kept), multiple)
+    best: tuple[float, dict[str, int]] | None = None
+    for start in _starts(state, steps):
+        state.put(start)
+        _give_back(state, steps)
+        _exchange(state, steps)
+        _give_back(state, finer)
+        lost = sum(state.losses[g][k] for g, k in state.kept.items() if g in state.losses)
+        if best is None or lost < best[0]:
+            best = (lost, dict(state.kept))
+    assert best is not None, "the descent always ends"
+    return Allocation(best[1], costs.cost(best[1]), multiple)
+
+
+def _starts(state: _State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+    """Choices that fit, to be improved: by a greedy descent, and by prices of time that are just high enough."""
+    dense = {g: counts[0] for g, counts in steps.items()}
+    state.put(dense)
+    _descend(state, steps)
+    found = [dict(state.kept)]
+    if found[0] == dense:
+        return found
+    for first in (dense, {g: counts[-1] for g, counts in steps.items()}):
+        low, high = 0.0, 1.0
+        for _ in range(PRICES):
+            price = (low + high) / 2
+            state.put(first)
+            # A price from 0 to infinity, over the middle of which importance and time are alike.
+            _relax(state, steps, price / (1 - price))
+            if not state.fits(state.now):
+                low = price
+                continue
+            high = price
+            found.append(dict(state.kept))
+    unique = {tuple(sorted(kept.items())): kept for kept in found}
+    return [found[0], *[kept for kept in list(unique.values())[::-1] if kept != found[0]][:STARTS]]
+
+
+def _relax(state: _State, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
+    """One group after the other to its best count at a price of what is limited, until none changes."""
+    for _ in range(SWEEPS):
+        changed = False
+        for group, counts in steps.items():
+            best: tuple[float, int] | None = None
+            for count in counts:
+                after = state.after({group: count})
+                value = state.lost(group, count) + price * sum(after[m] / x for m, x in state.limits.items())
+                if best is None or value < best[0] - 1e-12:
+                    best = (value, count)
+            if best is not None and best[1] != state.kept[group]:
+                state.move(group, best[1])
+                changed = True
+        if not changed:
+            return
 
 
 @dataclass
@@ -85,6 +134,11 @@ class _State:
         """The importance that is lost more than now when a group keeps so many."""
         values = self.losses.get(group)
         return values[count] - values[self.kept[group]] if values else 0.0
+
+    def put(self, kept: Mapping[str, int]) -> None:
+        """Start anew from these counts; groups that are missing keep all of their channels."""
+        self.kept = {**self.costs.channels, **kept}
+        self.now = self._all(self.kept)
 
     def move(self, group: str, count: int) -> None:
         """Let a group keep so many."""
@@ -134,8 +188,8 @@ def _exchange(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
     for _ in range(EXCHANGES):
         best: tuple[float, str, int, str, int] | None = None
         for up, counts in steps.items():
-            higher = [c for c in counts if c > state.kept[up]][-1:]
-            for more in higher:
+            higher = [c for c in counts if c > state.kept[up]]
+            for more in higher if len(steps) <= FEW else higher[-1:]:
                 gain = -state.lost(up, more)
                 found = _cheapest(state, steps, (up, more), gain)
                 if found is not None and (best is None or found[0] < best[0]):

@@ -71,7 +71,7 @@ def fit(timed: Sequence[tuple[int, int, float]]) -> Staircase:
         off = np.abs(terms @ factors - seconds) / scale
         usual = max(0.01, float(np.median(off)))
         trust = np.sqrt(np.minimum(1.0, 2 * usual / np.maximum(off, 1e-12)))
-    base = np.maximum(_LEAST_S, terms @ factors)
+    base = terms @ factors
     rest = np.log((seconds + 0.1 * scale) / (base + 0.1 * scale))
     limit = 3 * max(0.02, float(np.median(np.abs(rest))))
     return Staircase(factors, widths, np.clip(rest, -limit, limit))

@@ -12,6 +12,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -102,8 +103,8 @@ def survey(network: Subject, bench: Bench, *, multiple_of: int = 1, floor: float
     """
     path = table_path(bench.folder, bench.place)
     table = load(path, bench.place)
-    wanted = list(_designs(network.channels, multiple_of, floor))
-    for start in range(0, MOST, BATCH):
+    wanted = list(islice(_designs(network.channels, multiple_of, floor), MOST))
+    for start in range(0, len(wanted), BATCH):
         batch = [kept for kept in wanted[start : start + BATCH] if not _has(table, network.key, kept)]
         if batch:
             bench.say(f"table: time {len(batch)} cuts on {bench.place}")
@@ -136,8 +137,9 @@ def _good(table: Table, key: str) -> bool:
 def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Iterator[dict[str, int]]:
     """The dense network, then cuts: shares around a common one and shares drawn freely, in turn."""
     draw = random.Random(_SEED)
+    seen = {tuple(channels.values())}
     yield dict(channels)
-    for number in range(1, MOST):
+    for number in range(1, 4 * MOST):
         common, spread = 0.3 + 0.7 * (number * _GOLDEN % 1), 0.15 if number % 2 else 1.0
         kept = {}
         for group, count in channels.items():
@@ -148,7 +150,10 @@ def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Ite
                 kept[group] = min(
                     levels(count, multiple_of, floor), key=lambda k, s=share * count: abs(k - s)
                 )
-        yield kept
+        # Small networks have few cuts, and twice the same tells nothing.
+        if tuple(kept.values()) not in seen:
+            seen.add(tuple(kept.values()))
+            yield kept
 
 
 def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], bench: Bench) -> Table:

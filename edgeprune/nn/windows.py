@@ -17,7 +17,7 @@ from edgeprune.nn.tape_rules import Window
 __all__ = ["Asker", "Window"]
 
 # Of a larger window little is saved, and most of the tape would have to be written anew.
-LARGEST = 0.5
+LARGEST = 0.3
 # Between the answers of the tape and of the network, relative to the largest logit.
 TOLERANCE = 1e-4
 

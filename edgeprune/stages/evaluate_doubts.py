@@ -8,22 +8,52 @@ from pathlib import Path
 from edgeprune import codec
 from edgeprune.errors import WorkdirError
 from edgeprune.nn.data import Split
+from edgeprune.recipe import ModelTable
 from edgeprune.records import Reading, Report
 
 REPORT = "report.json"
+FILE_EATS = "an ONNX file gets pixels in [0, 1] and normalizes inside"
+# Of what guessing leaves.
+HARDLY = 0.1
 
 
-def guessing(reading: Reading, split: Split) -> Reading:
-    """A clean_accuracy, with a flag where it is no better than naming one class for all images."""
+def guessing(reading: Reading, split: Split, *, attacked: bool = False) -> Reading:
+    """A clean_accuracy, with a flag where it is no better, or hardly better, than naming one class for all images.
+
+    Args:
+        attacked: the flags of an attack say it themselves where it is no better.
+    """
     classes = len(split.labels.unique())
-    low = reading.spread[0] if reading.spread else 0.0
-    if classes < 2 or low > 1 / classes:
+    chance, low = 1 / max(1, classes), reading.spread[0] if reading.spread else 0.0
+    if classes < 2 or low > chance + HARDLY * (1 - chance) or (attacked and low <= chance):
         return reading
+    is_file = reading.artifact.endswith(".onnx")
     return _flagged(
         reading,
-        f"{reading.artifact} is right on {_percent(reading)} of {reading.n} images, no better than guessing: look at "
-        "the normalization (--mean, --std) and at the order of the classes.",
+        f"{reading.artifact} is right on {_percent(reading)} of {reading.n} images, "
+        f"{'no' if low <= chance else 'hardly'} better than guessing: look at the normalization "
+        f"({FILE_EATS if is_file else '--mean, --std'}) and at the order of the classes.",
     )
+
+
+def classes(reading: Reading, split: Split, count: int) -> Reading:
+    """A clean_accuracy, with a note where some of the model's classes have no images.
+
+    Args:
+        count: how many classes the model answers.
+    """
+    present = len(split.labels.unique())
+    if present == count:
+        return reading
+    note = f"The images are of {present} of the {count} classes that {reading.artifact} answers."
+    return _told(reading, "notes", note)
+
+
+def normalized(reading: Reading, table: ModelTable) -> Reading:
+    """A clean_accuracy of a file, with a note where a normalization was given, which files have inside."""
+    if not (table.mean or table.std):
+        return reading
+    return _told(reading, "notes", f"--mean and --std were not used: {FILE_EATS}.")
 
 
 def reported(reading: Reading, run: Path) -> Reading:
@@ -54,5 +84,9 @@ def _percent(reading: Reading) -> str:
 
 
 def _flagged(reading: Reading, flag: str) -> Reading:
-    flags = [*reading.conditions.get("flags", ()), flag]
-    return replace(reading, conditions={**reading.conditions, "flags": flags})
+    return _told(reading, "flags", flag)
+
+
+def _told(reading: Reading, kind: str, line: str) -> Reading:
+    lines = [*reading.conditions.get(kind, ()), line]
+    return replace(reading, conditions={**reading.conditions, kind: lines})

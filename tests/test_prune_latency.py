@@ -1,0 +1,177 @@
+"""Latency budgets by a table: the measured time lands just below the budget, or it is said that it can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import latency_files
+import nets
+import onnx
+import pytest
+import torch
+from latency_files import MadeUp
+from torch import nn
+
+from edgeprune.errors import InfeasibleBudget, UnsupportedModel
+from edgeprune.nn import costs
+from edgeprune.nn.bundle import from_module
+from edgeprune.nn.latency_survey import clock_on
+from edgeprune.quantities import limit
+from edgeprune.recipe import PruneTable
+from edgeprune.records import Budget
+from edgeprune.stages import prune, table
+
+NAME = "residual"
+Read = Callable[[nn.Module], float]
+
+
+def budget(**limits: str) -> Budget:
+    return Budget({m: limit(m, text) for m, text in limits.items()})
+
+
+def dense_seconds() -> float:
+    return sum(s for _, s in latency_files.node_seconds(onnx.load(latency_files.exported(NAME))))
+
+
+def material(folder: Path, read: Read | None = None, **probes: prune.Probe) -> prune.Material:
+    """A device that is as its table says, unless `read` tells otherwise."""
+    reader = read or (lambda net: latency_files.seconds_of(NAME, net))
+    clock = clock_on(latency_files.exported(NAME), MadeUp().bench(folder), multiple_of=1)
+    probes = {"latency_p50": prune.Probe(dense_seconds(), reader), **probes}
+    return prune.Material(None, None, probes, 1, 0, clock=clock)
+
+
+def chosen(given: prune.Material, method: str = "magnitude", **limits: str) -> prune.Chosen:
+    bundle = from_module(nets.build(NAME), nets.example())
+    return prune.run(bundle, PruneTable(method=method), budget(**limits), given)
+
+
+def measured(found: prune.Chosen, last: bool = True) -> list[float]:
+    del last
+    return list(found.record["latency"]["measured"])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "uniform-random", "data-free"])
+@pytest.mark.parametrize("share", [75, 50])
+def test_the_time_lands_just_below_the_budget(method: str, share: int, tmp_path: Path) -> None:
+    found = chosen(material(tmp_path), method, latency_p50=f"{share} %")
+    target = share / 100 * dense_seconds()
+    kept = {g: int(keep.sum()) for g, keep in found.masks.channels.items()}
+    true = sum(s for _, s in latency_files.node_seconds(latency_files.subject_of(NAME).resizer.file(kept)))
+    assert 0.9 * target <= true <= target
+    assert any(t == pytest.approx(true) for t in measured(found))
+
+
+def test_a_table_that_errs_is_corrected_by_the_device(tmp_path: Path) -> None:
+    """The whole network is 20 % slower than its parts say: the budget holds for what was measured."""
+    dense = dense_seconds()
+
+    def read(net: nn.Module) -> float:
+        seconds = latency_files.seconds_of(NAME, net)
+        return seconds if seconds >= dense else 1.2 * seconds
+
+    found = chosen(material(tmp_path, read), latency_p50="60 %")
+    record = found.record["latency"]
+    assert len(record["measured"]) > 1 and min(record["measured"]) <= 0.6 * dense
+    assert record["measured"][0] > 0.6 * dense
+    assert any("asked for, after" in note and "predicted" in note for note in found.notes)
+
+
+def test_predicted_and_measured_stand_side_by_side(tmp_path: Path) -> None:
+    found = chosen(material(tmp_path), latency_p50="60 %")
+    record = found.record["latency"]
+    assert len(record["predicted"]) == len(record["measured"]) == len(record["iterations"])
+    assert record["predicted"][-1] == pytest.approx(record["measured"][-1], rel=0.1)
+    assert Path(record["table"]).is_file() and record["budget"] == pytest.approx(0.6 * dense_seconds())
+    assert any(note.startswith("Channels were shared out by a latency table: ") for note in found.notes)
+
+
+def test_no_channel_goes_that_saves_no_time(tmp_path: Path) -> None:
+    """The made-up device works on blocks of four: counts in between would lose importance for nothing."""
+    found = chosen(material(tmp_path), latency_p50="60 %")
+    for group, keep in found.masks.channels.items():
+        assert int(keep.sum()) % latency_files.BLOCK == 0 or bool(keep.all()), group
+
+
+def test_a_time_that_no_cut_reaches_is_infeasible_and_says_how_near_it_came(tmp_path: Path) -> None:
+    dense = dense_seconds()
+    with pytest.raises(InfeasibleBudget, match=r"closest got to latency_p50 .* \(asked for "):
+        chosen(material(tmp_path, lambda net: 0.8 * dense), latency_p50="50 %")
+
+
+def test_a_budget_that_the_dense_model_meets_removes_nothing(tmp_path: Path) -> None:
+    found = chosen(material(tmp_path), latency_p50="150 %")
+    assert all(bool(keep.all()) for keep in found.masks.channels.values())
+    assert any("nothing was removed" in note for note in found.notes)
+
+
+def test_counts_hold_beside_the_time(tmp_path: Path) -> None:
+    found = chosen(material(tmp_path), latency_p50="90 %", macs="30 %")
+    network = latency_files.subject_of(NAME)
+    kept = {g: int(keep.sum()) for g, keep in found.masks.channels.items()}
+    assert network.resizer.costs.cost(kept)["macs"] <= 0.3 * network.resizer.costs.cost({})["macs"]
+    assert measured(found)[-1] <= 0.9 * dense_seconds()
+
+
+def test_size_and_time_hold_together(tmp_path: Path) -> None:
+    """The file has a head besides its parameters, which the search does not know."""
+    whole = 4 * costs.total_params(nets.build(NAME)) + 1000.0
+    size = prune.Probe(whole, lambda net: 4 * costs.total_params(net) + 1000.0)
+    found = chosen(material(tmp_path, size=size), latency_p50="90 %", size="50 %")
+    network = latency_files.subject_of(NAME)
+    kept = {g: int(keep.sum()) for g, keep in found.masks.channels.items()}
+    assert 4 * network.resizer.costs.cost(kept)["params"] + 1000 <= 0.5 * whole
+    assert any("size" in note for note in found.notes)
+
+
+def test_two_latencies_hold_and_the_tighter_one_decides(tmp_path: Path) -> None:
+    tail = prune.Probe(2 * dense_seconds(), lambda net: 2 * latency_files.seconds_of(NAME, net))
+    found = chosen(material(tmp_path, latency_p99=tail), latency_p50="90 %", latency_p99="60 %")
+    assert measured(found)[-1] <= 0.6 * dense_seconds()
+
+
+def test_without_a_table_for_the_network_shares_are_tried_and_it_is_said(tmp_path: Path) -> None:
+    def none(_costs: object) -> Any:
+        raise UnsupportedModel("the reshape has no rule")
+
+    found = chosen(replace(material(tmp_path), clock=none), latency_p50="60 %")
+    assert any("No latency table" in n and "the reshape has no rule" in n for n in found.notes)
+    assert any("Searched by building the file" in n for n in found.notes)
+
+
+def test_the_choice_with_its_record_survives_the_disk(tmp_path: Path) -> None:
+    found = chosen(material(tmp_path / "tables"), latency_p50="60 %")
+    prune.write(found, tmp_path)
+    assert prune.read(tmp_path).record["latency"]["measured"] == measured(found)
+
+
+def test_profiling_a_table_gives_every_layer_at_its_counts_alone_and_in_its_place(tmp_path: Path) -> None:
+    bundle = from_module(nets.build(NAME), nets.example())
+    device = MadeUp()
+    wish = table.Wish(multiple_of=4)
+    found = table.run(bundle, latency_files.exported(NAME), device.bench(tmp_path), wish)
+    rows = [row for row in found.rows if row.layer == "one.0"]
+    assert [row.makes for row in rows] == [16, 12, 8, 4] and {row.reads for row in rows} == {8}
+    assert [r.seconds for r in rows] == sorted((r.seconds for r in rows), reverse=True)
+    alone = [row.alone for row in rows]
+    # On this device a layer takes as long alone as in its place.
+    assert all(a == pytest.approx(r.seconds, rel=0.1) for a, r in zip(alone, rows, strict=True))
+    assert found.dense == pytest.approx(dense_seconds()) and Path(found.path).is_file()
+    assert [w.seconds for w in found.wholes] == sorted((w.seconds for w in found.wholes), reverse=True)
+    assert found.wholes[0].seconds == pytest.approx(dense_seconds(), rel=0.03) and found.measured
+    again = MadeUp()
+    assert table.run(bundle, latency_files.exported(NAME), again.bench(tmp_path), wish) == found
+    assert again.calls == 0
+
+
+def test_the_last_layer_is_in_the_table_at_what_it_reads(tmp_path: Path) -> None:
+    bundle = from_module(nets.build(NAME), nets.example())
+    found = table.run(
+        bundle, latency_files.exported(NAME), MadeUp().bench(tmp_path), table.Wish(multiple_of=4)
+    )
+    rows = [row for row in found.rows if row.layer == "fc"]
+    assert [(row.reads, row.makes) for row in rows] == [(8, 5)]
+    assert torch.tensor([row.seconds for row in found.rows]).gt(0).all()
