@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from edgeprune.attacks import Attack, Logits
@@ -267,6 +270,164 @@ def test_of_a_masked_network_pgd_says_that_it_is_robust_and_is_flagged_and_stand
     # On steps and plateaus a search without gradients is lost, too; the dense network's own images are not.
     helped = attack.of_network("net", network, "s", others={"dense": Linear()})
     assert sum(run(helped, job, tmp_path / "helped", split).survived) <= 25
+
+
+def file_of(path: Path, *, scale: float = 1.0, tail: str = "", step: float = 0.0) -> Path:
+    """The linear network as an ONNX file. tail: what masks its logits; step: of the scale that quantizes its pixels."""
+    nodes = [helper.make_node("Sub", ["input", "half"], ["centred"], "centre")]
+    if step:
+        nodes = [
+            helper.make_node("QuantizeLinear", ["input", "step", "zero"], ["q"], "quantize"),
+            helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["pixels"], "dequantize"),
+            helper.make_node("Sub", ["pixels", "half"], ["centred"], "centre"),
+        ]
+    nodes += [
+        helper.make_node("Flatten", ["centred"], ["flat"], "flat"),
+        helper.make_node("MatMul", ["flat", "weight"], ["scores"], "fc"),
+        helper.make_node("Mul", ["scores", "scale"], ["scaled" if tail else "logits"], "scale"),
+    ]
+    if tail == "argmax":
+        nodes += [
+            helper.make_node("ArgMax", ["scaled"], ["best"], "best", axis=1, keepdims=0),
+            helper.make_node("OneHot", ["best", "classes", "values"], ["logits"], "hot"),
+        ]
+    elif tail:
+        nodes.append(helper.make_node(tail, ["scaled"], ["logits"], "tail"))
+    tensors: dict[str, Any] = {
+        "half": np.float32(0.5), "weight": Linear().weight.detach().T.contiguous().numpy(),
+        "scale": np.float32(scale), "classes": np.int64(CLASSES), "values": np.array([0, 1], np.float32),
+        "step": np.float32(step), "zero": np.uint8(0),
+    }  # fmt: skip
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes, "net", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, CLASSES])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items() if k in used],
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    made.ir_version = 9
+    onnx.save(made, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["scaled", "argmax"])
+def test_a_masked_file_is_called_robust_by_pgd_and_flagged_and_broken_by_standard(
+    tmp_path: Path, name: str
+) -> None:
+    """Logits times 1e4 have no gradient of the cross-entropy left; an argmax has none at all."""
+    path = file_of(
+        tmp_path / "net.onnx", scale=1e4 if name == "scaled" else 1, tail="argmax" if name == "argmax" else ""
+    )
+    split, said = images(), list[str]()
+    victim = attack.proven(attack.of_file("net.onnx", path, tmp_path, "here"), split, say=said.append)
+    assert victim.own and "agrees with the file on 100.0 %" in said[0]
+    job = quick(AttackTable(name="pgd", eps="2/255"))
+    pgd = run(victim, job, tmp_path / "pgd", split)
+    assert sum(pgd.survived) >= 50, "of 57; the true number is 15"
+    flags = " ".join(attack.flags(victim, split, job, pgd))
+    assert ("is zero or not finite on" if name == "scaled" else "No gradient reaches") in flags
+    job = quick(queries=300)
+    worst = run(victim, job, tmp_path / "standard", split)
+    assert sum(worst.survived) < sum(pgd.survived)
+    assert "gradient" in " ".join(attack.flags(victim, split, job, worst))
+    if name == "scaled":
+        assert list(worst.survived) == robust(split, EPS)
+
+
+def test_of_a_quantized_file_the_attacks_that_see_the_quantization_come_after_the_transferred_ones(
+    tmp_path: Path,
+) -> None:
+    """The float network that is given is another one, so that transferred images find little."""
+    path = file_of(tmp_path / "net.onnx", step=1 / 255)
+    split = images()
+    victim = attack.of_file(
+        "net.onnx", path, tmp_path, "here", twin=Linear(seed=2), others={"dense": Linear(seed=3)}
+    )
+    assert not victim.own and victim.straight is not None
+    victim = attack.proven(victim, split, say=lambda _: None)
+    verdicts = run(victim, quick(), tmp_path / "a", split)
+    assert list(verdicts.steps) == [
+        "apgd-ce", "apgd-ce-to-the-end", "apgd-ce-from-dense", "apgd-t", "fab-t",
+        *(f"{n}{attack.STRAIGHT}" for n in ("apgd-ce", "apgd-ce-to-the-end", "apgd-t", "fab-t")), "square",
+    ]  # fmt: skip
+    assert verdicts.how == (
+        "white box on the torch network and on its straight-through twin, replayed on the file"
+    )
+    # An eps of two whole steps of the scale: rounding changes nothing that an attack can reach.
+    assert list(verdicts.survived) == robust(split, EPS)
+    _, worst, *_ = attack.readings(victim, quick(), verdicts, part="test")
+    told = worst.conditions["transfer_only"]
+    seen = sum(count for name, count in verdicts.broken.items() if name.endswith(attack.STRAIGHT))
+    assert seen > 10 and told["right"] == sum(verdicts.survived) + seen + verdicts.broken["square"]
+    assert told["value"] == told["right"] / 60 and told["spread"][0] < told["value"] < told["spread"][1]
+    assert worst.value is not None and told["lowered"] == seen / 60
+    assert f"see the quantization lower it by {100 * seen / 60:.1f} points" in worst.conditions["notes"][-1]
+    for name in ("pgd", "fgsm"):
+        job = quick(AttackTable(name=name, eps="2/255"))
+        found = run(victim, job, tmp_path / name, split)
+        both = [name, "pgd-to-the-end"] if name == "pgd" else [name]
+        assert list(found.steps) == [*both, *(f"{n}{attack.STRAIGHT}" for n in both)]
+        assert found.broken[f"{name}{attack.STRAIGHT}"] > 10
+        assert "transfer_only" in attack.readings(victim, job, found, part="test")[1].conditions
+
+
+def test_a_bare_quantized_file_is_its_own_float_network_without_the_rounding(tmp_path: Path) -> None:
+    split = images()
+    victim = attack.of_file("net.onnx", file_of(tmp_path / "net.onnx", step=4 / 255), tmp_path, "here")
+    assert victim.own and victim.twin is not None and victim.straight is not None
+    x = split.take(torch.arange(5))
+    with torch.no_grad():
+        torch.testing.assert_close(victim.twin(x), Linear()(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(victim.straight(x), victim.answers(x), rtol=1e-4, atol=1e-4)
+        assert float((victim.straight(x) - victim.twin(x)).abs().max()) > 0.01
+    verdicts = run(victim, quick(AttackTable(name="fgsm", eps="2/255")), tmp_path / "a", split)
+    assert verdicts.how.startswith(
+        "white box on the file's own graph in torch and on its straight-through twin"
+    )
+
+
+def test_what_was_read_from_a_file_is_only_used_when_it_answers_as_the_file_does(tmp_path: Path) -> None:
+    split, network, other = images(), Linear(), Linear(seed=2)
+
+    def answers(x: Tensor) -> Tensor:
+        return network(x).detach()
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+    said: list[str] = []
+    for twin, says in (
+        (other, "names the same class on"),
+        (Fails(), "no such kernel"),
+        (nn.Flatten(), "(60, 192)"),
+    ):
+        found = attack.proven(attack.Victim("f.onnx", "s", answers, twin, own=True), split, say=said.append)
+        assert found.twin is None and not found.own
+        assert says in found.notes[0] and "was only asked, which overstates" in found.notes[0]
+    victim = attack.Victim("f.onnx", "s", answers, network, straight=other)
+    found = attack.proven(victim, split, say=said.append)
+    assert found.twin is network and found.straight is None
+    assert "see the quantization were not tried" in found.notes[0]
+    assert len(said) == 4
+    right = attack.Victim("f.onnx", "s", answers, network, own=True)
+    assert attack.proven(right, split, say=said.append) is right
+    given = attack.Victim("f.onnx", "s", answers, other)
+    assert attack.proven(given, split, say=said.append) is given, "a network that was given is not looked at"
+    keys = {quick().key(v) for v in (right, given, victim, found)}
+    assert len(keys) == 3, "what is attacked with is part of the key; given and found are attacked alike"
+
+
+def test_a_file_with_an_operator_that_torch_is_not_taught_is_only_asked(tmp_path: Path) -> None:
+    path = file_of(tmp_path / "net.onnx", tail="ThresholdedRelu")
+    victim = attack.of_file("net.onnx", path, tmp_path, "here")
+    assert victim.twin is None and "ThresholdedRelu 'tail'" in victim.notes[0]
+    with pytest.raises(UsageError, match=r"net.onnx has none"):
+        run(victim, quick(AttackTable(name="pgd", eps="2/255")), tmp_path / "a")
+    assert list(run(victim, quick(queries=5), tmp_path / "b").steps) == ["square"]
+    quantized = file_of(tmp_path / "q.onnx", tail="ThresholdedRelu", step=1 / 255)
+    victim = attack.of_file("q.onnx", quantized, tmp_path, "here", twin=Linear())
+    assert victim.straight is None and "see the quantization were not tried" in victim.notes[0]
 
 
 def test_an_honest_network_is_not_flagged(tmp_path: Path) -> None:

@@ -456,6 +456,18 @@ def test_float16_numbers_are_computed_in_float32() -> None:
     agree(model(nodes, tensors), wide(), 2e-2)
 
 
+def test_nodes_may_stand_in_any_order_and_what_nothing_makes_is_named() -> None:
+    """ONNX Runtime's own converter to float16 puts the casts of inputs last."""
+    nodes = [
+        helper.make_node("Add", ["b", "a"], ["y"], "sum"),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Neg", ["x"], ["a"]),
+    ]
+    agree(model(nodes, {}), wide())
+    with pytest.raises(UnsupportedModel, match="Add 'sum' of the file needs 'b', which nothing makes"):
+        twin(model([nodes[0], nodes[2]], {}))
+
+
 def test_functions_of_the_file_are_looked_into() -> None:
     body = helper.make_function(
         "mine",

@@ -49,8 +49,7 @@ def chosen(given: prune.Material, method: str = "magnitude", **limits: str) -> p
     return prune.run(bundle, PruneTable(method=method), budget(**limits), given)
 
 
-def measured(found: prune.Chosen, last: bool = True) -> list[float]:
-    del last
+def measured(found: prune.Chosen) -> list[float]:
     return list(found.record["latency"]["measured"])
 
 

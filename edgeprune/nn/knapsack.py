@@ -22,8 +22,6 @@ EXCHANGES = 60
 FEW = 16
 # Halvings of the price of time, sweeps over the groups at one price, and starts that are improved.
 PRICES, SWEEPS, STARTS = 14, 6, 2
-# Counts finer than this are not tried with what the coarse ones leave over.
-FINEST = 4
 
 
 def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules) -> Allocation:
@@ -222,10 +220,6 @@ def _cheapest(
 
 
 def _finer(channels: int, steps: tuple[int, ...], multiple_of: int, floor: float) -> tuple[int, ...]:
-    """Also halves of the steps, above the lowest of them, and the half of that again."""
-    found = set(steps)
-    step = multiple_of
-    while step > FINEST:
-        step //= 2
-        found.update(k for k in levels(channels, step, floor) if k >= steps[-1])
-    return tuple(sorted(found, reverse=True))
+    """Also half steps, above the lowest of them, for what a budget has left over."""
+    halves = levels(channels, max(1, multiple_of // 2), floor)
+    return tuple(sorted({*steps, *(k for k in halves if k >= steps[-1])}, reverse=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,9 +74,7 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
     if len(images) != 1 or not graph.output:
         raise UnsupportedModel(f"the file has {len(images)} inputs, accepted is one image")
     steps: list[Step] = []
-    for proto in graph.node:
-        if proto.output[0] in numbers:
-            continue
+    for proto in _ordered(graph.node, {images[0].name, *numbers}):
         step = _step(proto, opset, kinds)
         _check_scale(step, numbers)
         if all(name in numbers for name in step.inputs if name):
@@ -117,6 +115,33 @@ def _numbers(graph: GraphProto) -> tuple[dict[str, Tensor], dict[str, int]]:
     tensors |= {n.output[0]: _constant(n) for n in graph.node if n.op_type == "Constant"}
     kinds = {name: tensor.data_type for name, tensor in tensors.items()}
     return {name: _tensor(name, tensor) for name, tensor in tensors.items()}, kinds
+
+
+def _ordered(nodes: Iterable[NodeProto], known: Collection[str]) -> list[NodeProto]:
+    """The nodes that make something new, each behind those whose outputs it needs; ONNX Runtime asks for no order.
+
+    Args:
+        known: names of the values that are there from the start.
+
+    Raises:
+        UnsupportedModel: a node needs what nothing makes, or a circle of them waits for itself.
+    """
+    left = [node for node in nodes if node.output[0] not in known]
+    have, found = {"", *known}, list[NodeProto]()
+    while left:
+        waiting: list[NodeProto] = []
+        for node in left:
+            if have.issuperset(node.input):
+                found.append(node)
+                have.update(node.output)
+            else:
+                waiting.append(node)
+        if len(waiting) == len(left):
+            missing = next(name for name in left[0].input if name not in have)
+            what = f"{left[0].op_type} {left[0].name or left[0].output[0]!r}"
+            raise UnsupportedModel(f"{what} of the file needs {missing!r}, which nothing makes")
+        left = waiting
+    return found
 
 
 def _constant(node: NodeProto) -> TensorProto:

@@ -105,7 +105,7 @@ def _maker(floats: Floats, job: Job) -> _Maker:
     nets: dict[bool, tuple[ModelProto, Activations]] = {}
     pairs = 0
     if table.equalize != "off":
-        model, pairs = equalized(floats.model)
+        model, pairs = equalized(floats.model, floats.seen(floats.model, "the network"))
         if pairs:
             job.say(f"quantize: {pairs} pairs of layers are equalized")
             nets[True] = (model, floats.seen(model, "the equalized network"))
