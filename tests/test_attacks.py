@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgeprune import plugins
 from edgeprune.attacks import STANDARD, Attack, Found
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
-from edgeprune.nn.asking import wrong
+from edgeprune.nn.asking import slope, wrong
 from edgeprune.nn.perturb import Ball
 
 NAMES = plugins.names("attacks")
@@ -472,3 +472,39 @@ def test_the_standard_evaluation_is_made_of_members_with_its_own_parameters() ->
         0.8,
         False,
     )
+
+
+class Sign(nn.Module):
+    """Class 1 where the pixels sum to more than a threshold."""
+
+    def __init__(self, threshold: float) -> None:
+        nn.Module.__init__(self)
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.flatten(1).sum(1) - self.threshold
+        return torch.stack([-score, score], 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_only_a_faster_stand_in_has_wrong_is_attacked_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in's boundary comes before the network's: an attack on it alone would stop too early."""
+    x, y = torch.full((6, 1, 4, 4), 0.5), torch.zeros(6, dtype=torch.int64)
+    network, ball = Sign(8.5), BALLS["Linf"]
+    alone = quick(name)(network, x, y, ball, seeded())
+    monkeypatch.setattr("edgeprune.attacks.folded", lambda module, images: Sign(8.2))
+    found = quick(name)(network, x, y, ball, seeded())
+    assert alone.broken.all() and torch.equal(found.broken, alone.broken)
+    assert torch.equal(wrong(network(found.images), y), found.broken)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_slope_is_found_where_gradients_are_switched_off(off: type[torch.no_grad]) -> None:
+    network = Sign(8.0)
+    with off():
+        x = torch.full((2, 1, 4, 4), 0.5) * 1
+        answer, losses, gradient = slope(network, x, lambda a: a[:, 1])
+    assert torch.equal(gradient, torch.ones(2, 1, 4, 4)) and losses.tolist() == [0, 0]
+    assert not answer.requires_grad and not losses.requires_grad

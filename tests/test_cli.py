@@ -118,7 +118,7 @@ def test_the_second_time_repeats_no_stage(
 ) -> None:
     out, first = run
     stamps = {p: p.stat().st_mtime_ns for p in out.glob("[0-9]-*/*/record.json")}
-    assert len(stamps) == 6
+    assert len(stamps) == 7
     done = runner.invoke(app, command(weights, out, "--data", str(images), "--epochs", "1", "--json"))
     assert done.exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in out.glob("[0-9]-*/*/record.json")} == stamps
@@ -132,7 +132,15 @@ def test_another_option_redoes_only_what_depends_on_it(
     done = runner.invoke(app, command(weights, out, "--data", str(images), "--epochs", "2", "--json"))
     assert done.exit_code == 0, done.output
     counts = {p.name: len(list(p.iterdir())) for p in out.glob("[0-9]-*")}
-    assert counts == {"0-dense": 1, "2-prune": 1, "3-cut": 1, "5-tune": 2, "6-export": 2, "7-measure": 2}
+    assert counts == {
+        "0-dense": 1,
+        "2-prune": 1,
+        "3-cut": 1,
+        "5-tune": 2,
+        "6-export": 2,
+        "7-quantize": 2,
+        "8-measure": 2,
+    }
 
 
 def test_the_pruned_network_can_be_pruned_again_from_its_run_directory(
@@ -180,7 +188,12 @@ def test_a_missing_baseline_is_no_failure_and_is_said(
         (["compress", "x.pt2", "--set", "prune.repair=always"], 2, "auto, none, synthetic, data"),
         (["compress", "x.pt2", "--set", "synthesize.image=8"], 2, "did you mean 'images'?"),
         (["compress", "x.pt2", "--epochs", "3"], 2, "needs images"),
-        (["compress", "x.pt2", "--precision", "int8"], 2, "not in this version"),
+        (
+            ["compress", "x.pt2", "--target", "raspberry-pi-5", "--precision", "fp16"],
+            2,
+            "it takes fp32, int8",
+        ),
+        (["compress", "x.pt2", "--precision", "int4"], 2, "auto, fp32, fp16, int8"),
         (["evaluate", "x.onnx"], 2, "--data"),
         (["evaluate", "x.onnx", "--attack", "fgms"], 2, "fgsm"),
         (["gate", "nowhere"], 2, "budget"),

@@ -10,8 +10,10 @@ from typing import Any
 
 import nets
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from reports import check, plain_report, reading
 from typer.testing import CliRunner
 
@@ -103,6 +105,37 @@ def test_a_model_a_run_and_a_file_are_attacked_each_in_its_way(
         assert robust["spread"] == list(intervals.binomial(robust["conditions"]["right"], 10))
     worst = [rows["robust_accuracy"]["value"] for rows in found]
     assert worst[1] <= worst[0] < 1 and worst[1] <= worst[2] < 1
+
+
+def test_of_a_run_with_an_int8_file_the_reading_says_what_transferred_images_alone_leave(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    shutil.copy(made / "data.npz", tmp_path)
+    model = onnx.load(made / "run" / "model.onnx")
+    for node in model.graph.node:
+        node.input[:] = ["pixels" if name == "input" else name for name in node.input]
+    pair = [
+        helper.make_node("QuantizeLinear", ["input", "step", "zero"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["pixels"], "dequantize"),
+    ]
+    nodes = [*pair, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1 / 64, np.float32), "step"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "zero"))
+    onnx.save(model, tmp_path / "run" / "model.onnx")
+    pgd = ["run", "--attack", "pgd", "--eps", "2/255", "--limit", "30"]
+    rows = {r["metric"]: r for r in evaluated(*pgd, folder=tmp_path, monkeypatch=monkeypatch)}
+    robust = rows["robust_accuracy"]["conditions"]
+    assert robust["gradients"].startswith("white box on the torch network and on its straight-through twin")
+    assert list(robust["broken"]) == [
+        "clean", "pgd", "pgd-to-the-end", "pgd-straight-through", "pgd-to-the-end-straight-through",
+    ]  # fmt: skip
+    told = robust["transfer_only"]
+    assert told["right"] == robust["right"] + sum(list(robust["broken"].values())[3:])
+    done = runner.invoke(app, ["evaluate", *pgd, "--data", "data.npz"])
+    assert f"leave {100 * told['value']:.1f} % standing" in " ".join(done.stdout.split())
 
 
 def test_a_run_whose_model_is_gone_says_that_transfer_was_not_tried(
