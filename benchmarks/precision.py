@@ -84,6 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="edgeprune-precision-") as scratch:
         work = Path(given.work or scratch)
+        work.mkdir(parents=True, exist_ok=True)
         data = open_data(DataTable(path=given.data), SMALL, 0) if given.data else None
         if given.networks:
             latencies(given, work, data)
