@@ -255,7 +255,8 @@ def accuracies(given: argparse.Namespace, folder: Path) -> list[str]:
         "|---|---|---|---|",
     ]
     for way, table in zip(WAYS, tables, strict=True):
-        path, rows = folder / f"accuracy-{way.replace(' ', '-')}.json", []
+        name = f"accuracy-{given.budget:g}-{given.epochs}-{way.replace(' ', '-')}.json"
+        path, rows = folder / name, []
         if path.exists():
             rows = json.loads(path.read_text())
         for seed in range(len(rows), SEEDS):

@@ -199,6 +199,7 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     place.say("attack: look for signs that the gradients mislead")
     found = attack.flags(victim, images, job, verdicts)
     rows = attack.readings(victim, job, verdicts, part=images.name, flags=found)
+    rows = (*rows, *attack.bounded(victim, images, job, rows[0].artifact))
     shutil.rmtree(scratch, ignore_errors=True)
     for folder in (place.scratch, place.scratch.parent):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -17,6 +17,7 @@ from edgeprune.nn.placement import Placement
 from edgeprune.nn.progress import bar
 from edgeprune.nn.schedule import chance
 from edgeprune.records import Reading
+from edgeprune.stages.attack_certified import certified
 from edgeprune.stages.attack_flags import flags
 from edgeprune.stages.attack_job import CLEAN, RESULT_VERSION, Job, Verdicts, Victim, ask, job, wrong
 from edgeprune.stages.attack_memory import batch_size
@@ -35,8 +36,8 @@ from edgeprune.stages.attack_steps import (
 from edgeprune.stages.attack_victims import of_bundle, of_file, of_network, of_run
 
 __all__ = [
-    "CLEAN", "RESULT_VERSION", "STRAIGHT", "TO_THE_END", "Attacked", "Job", "Verdicts", "Victim", "compare", "flags",
-    "job", "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run", "proven", "readings", "run",
+    "CLEAN", "RESULT_VERSION", "STRAIGHT", "TO_THE_END", "Attacked", "Job", "Verdicts", "Victim", "bounded", "compare",
+    "flags", "job", "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run", "proven", "readings", "run",
     "run_stages",
 ]  # fmt: skip
 
@@ -143,7 +144,15 @@ def run_stages(victims: Mapping[str, Victim], split: Split, job: Job, *, scratch
     for stage in dict.fromkeys((first, last)):
         told = (*rows[stage].conditions["flags"], *rows[stage].conditions["notes"])
         notes += [f"{rows[stage].artifact}: {line}" for line in told]
-    return Attacked((rows[first],), (after,), tuple(lines), tuple(notes))
+    sure = {stage: bounded(victims[stage], split, job, rows[stage].artifact) for stage in rows}
+    return Attacked((rows[first], *sure[first]), (after, *sure[last]), tuple(lines), tuple(notes))
+
+
+def bounded(victim: Victim, split: Split, job: Job, artifact: str) -> tuple[Reading, ...]:
+    """certified_accuracy of the network behind a victim, a lower bound; nothing where a file rounds otherwise."""
+    if victim.twin is None or victim.straight is not None:
+        return ()
+    return certified(victim.twin, split, job.ball, artifact=artifact)
 
 
 def _attacked(state: _State, step: Step, what: tuple[Victim, Split, Job], scratch: Path) -> _State:

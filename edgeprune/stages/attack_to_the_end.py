@@ -11,6 +11,8 @@ from torch.nn import functional
 from edgeprune.nn import perturb
 from edgeprune.nn.apgd import Task, climb, cross_entropies
 from edgeprune.nn.calling import logits
+from edgeprune.nn.folding import folded
+from edgeprune.nn.lanes import in_lanes
 from edgeprune.nn.perturb import crafting, full
 from edgeprune.stages.attack_job import Job
 
@@ -27,8 +29,8 @@ Craft = Callable[[Tensor, Tensor, torch.Generator, Advance], tuple[Tensor, int]]
 def apgd_ce(network: nn.Module, job: Job) -> Craft:
     """APGD-CE that takes no image for broken: to the logits comes a class that is always the likeliest, and right."""
 
-    def answers(at: Tensor) -> Tensor:
-        found = full(logits(network, at))
+    def answers(quick: nn.Module, at: Tensor) -> Tensor:
+        found = full(logits(quick, at))
         return torch.cat([found, found.detach().amax(1, keepdim=True) + 1], 1)
 
     def loss(answer: Tensor, _always: Tensor, label: Tensor) -> Tensor:
@@ -36,10 +38,10 @@ def apgd_ce(network: nn.Module, job: Job) -> Craft:
 
     def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
         label = y.to(x.device)
-        with crafting(network):
-            always = torch.full_like(label, logits(network, x[:1]).shape[1])
+        with crafting(network), in_lanes(folded(network, x[:2]), x) as quick:
+            always = torch.full_like(label, logits(quick, x[:1]).shape[1])
             found = climb(
-                answers, Task(x, always, label), job.ball, loss=loss, steps=STEPS, rho=RHO,
+                lambda at: answers(quick, at), Task(x, always, label), job.ball, loss=loss, steps=STEPS, rho=RHO,
                 generator=generator,
             )  # fmt: skip
         advance(len(x))
