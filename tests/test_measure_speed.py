@@ -93,6 +93,14 @@ def test_memory_is_a_reason_when_bytes_and_not_sums_take_the_time() -> None:
     assert reasons(slow_not_bound) == []
 
 
+def test_going_to_and_fro_between_precisions_is_a_reason() -> None:
+    between = [NodeTime("c", "Conv", 70e-6, 10**7, 0), NodeTime("q", "QuantizeLinear", 20e-6, 0, 0)]
+    found = reasons(Clues(nodes=[*between, NodeTime("d", "DequantizeLinear", 10e-6, 0, 0)]))
+    assert len(found) == 1
+    assert found[0].startswith("30 % of the time goes into converting between precisions")
+    assert reasons(Clues(nodes=between[:1])) == []
+
+
 def test_a_gain_far_below_what_the_cut_promises_says_why() -> None:
     known = Clues(macs_before=4000, macs_after=1000, channels={"a": 3}, multiple_of=4)
     small = Ratio(1.1, 1.05, 1.15, 40)

@@ -31,6 +31,9 @@ BANDWIDTH = 10e9
 MOSTLY = 0.5
 # Changing the memory layout between kernels that want different ones is worth a word from this share of the time on.
 REORDERED = 0.05
+# And going to and fro between precisions from this share on: the runtime has no kernel for the layers between.
+CONVERTED = 0.15
+CONVERTERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def words(ratio: Ratio, place: str, clues: Clues | None = None, *, unsure: bool 
 
 def reasons(clues: Clues) -> list[str]:
     """Why a cut does not pay, as far as the clues tell: little work gone, alignment, small layers, memory."""
-    found = (_little_gone(clues), _unaligned(clues), _overhead(clues), _memory(clues))
+    found = (_converted(clues), _little_gone(clues), _unaligned(clues), _overhead(clues), _memory(clues))
     return [reason for reason in found if reason]
 
 
@@ -135,6 +138,17 @@ def _though(ratio: Ratio, clues: Clues) -> str:
     if not why or math.log(ratio.value) >= MOSTLY * math.log(promised):
         return ""
     return f", though it does {promised:.1f}x less work: " + ", and ".join(why)
+
+
+def _converted(clues: Clues) -> str:
+    total = sum(n.seconds for n in clues.nodes)
+    spent = sum(n.seconds for n in clues.nodes if n.op in CONVERTERS)
+    if total <= 0 or spent < CONVERTED * total:
+        return ""
+    return (
+        f"{100 * spent / total:.0f} % of the time goes into converting between precisions: this runtime does not do "
+        "all layers in the file's own here (another quantize.scheme may suit it)"
+    )
 
 
 def _little_gone(clues: Clues) -> str:
