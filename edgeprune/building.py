@@ -252,6 +252,10 @@ def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
     with TemporaryDirectory(prefix="edgeprune-") as folder:
         path = Path(folder, "probe.onnx")
         export_onnx(run, replace(run.bundle, module=network), path, parent="")
+        precision = run.recipe.export.precision
+        if precision in ("int8", "fp16"):
+            model = stage("quantize_size").rough(path, precision, run.target.int8)
+            path.write_bytes(model.SerializeToString())
         timed = _latency(run, {"dense": dense / "dense.onnx", "compressed": path}, run.recipe.measure)
     found = stage("measure").speedup(timed)
     if metric == "latency_p50" and found is not None:

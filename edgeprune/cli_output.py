@@ -100,4 +100,4 @@ def show_table(found: Any, as_json: bool) -> None:
         typer.echo(json.dumps(to_json(found)))
         return
     print_table(tables().latency_table(found))
-    print_lines(list(found.notes))
+    print_lines(tables().latency_lines(found))

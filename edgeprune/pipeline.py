@@ -49,6 +49,7 @@ from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import Bundle, Reading
 from edgeprune.reporting import build_report, lock_facts
+from edgeprune.tabling import clock
 from edgeprune.workdir import STAGES, Workdir
 
 FORCEABLE = ("load", *STAGES)
@@ -176,6 +177,7 @@ def _prune(step: Step) -> None:
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
         unlabelled=images if run.looks_at_data else _synthetic(step),
         train=run.data.train if run.trainable else None, table=run.recipe.tune, scratch=step.scratch,
+        clock=clock(run, step.folders["dense"] / "dense.onnx"),
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     prune.write(chosen, step.out)

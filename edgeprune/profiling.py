@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeprune import bundled, queries
 from edgeprune.context import Say, stage, torch_part
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
+from edgeprune.tabling import bench
 
-# How long a profile waits for another one to end before it is refused: not at all would make two that only brush past
-# each other fail.
+# A profile that finds somebody else measuring is refused at once.
 PATIENCE_S = 0.0
 
 
@@ -53,14 +54,24 @@ def profile(recipe: Recipe, devices: Sequence[str], *, limit: int | None, say: S
 
 
 def table(recipe: Recipe, *, say: Say) -> Any:
-    """Time the layer shapes of a model on the recipe's device.
+    """Time the layers of a model over their channel counts on the recipe's device (`stages.table.LatencyTable`).
 
     Raises:
-        ModelError: the model can't be loaded. DeviceError: the device failed.
+        ModelError: the model can't be loaded or cut. DeviceError: the device failed.
     """
-    bundle = stage("load").run(recipe.model)
-    device = import_module("edgeprune.devices").device_from_url(recipe.measure.device)
-    return stage("table").run(bundle, bundled.target(recipe.target), device, recipe.measure, say=say)
+    say(f"load: {recipe.model.path}")
+    bundle, target = stage("load").run(recipe.model), bundled.target(recipe.target)
+    device = import_module("edgeprune.devices").device_from_url(recipe.measure.device, target.setup)
+    there = bench(device, recipe.measure, say, wait_s=PATIENCE_S)
+    prune, module = recipe.prune, stage("table")
+    wish = module.Wish(prune.multiple_of or target.multiple_of["fp32"], prune.floor, prune.skip, recipe.seed)
+    with TemporaryDirectory(prefix="edgeprune-") as folder:
+        file = Path(folder, "dense.onnx")
+        stage("export").run(
+            torch_part("bundle").deployed(bundle), bundle.input, file, opset=recipe.export.opset or target.opset,
+            table=recipe.export, meta={}, real=None,
+        )  # fmt: skip
+        return module.run(bundle, file, there, wish)
 
 
 @dataclass(frozen=True)

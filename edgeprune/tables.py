@@ -51,6 +51,38 @@ def readings_table(readings: Sequence[Reading]) -> Table:
     return table
 
 
+def latency_table(found: Any) -> Table:
+    """The rows of `stages.table.LatencyTable`: each layer over its channel counts."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("layer", "channels", "in its place", "timed", "alone"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    last = ""
+    for r in found.rows:
+        alone = show(r.alone, "s") if r.alone else "-"
+        table.add_row(
+            r.layer if r.layer != last else "",
+            f"{r.reads} -> {r.makes}",
+            show(r.seconds, "s"),
+            str(r.n),
+            alone,
+        )
+        last = r.layer
+    return table
+
+
+def latency_lines(found: Any) -> list[str]:
+    """What the table says of whole networks, and where its timings are kept."""
+    lines = [f"The whole network takes {show(found.dense, 's')} on {found.place}."]
+    for whole in found.wholes:
+        lines.append(f"{100 * whole.share:3.0f} % of the channels: {show(whole.seconds, 's')} predicted.")
+    for cut in found.measured:
+        error = 100 * (cut.predicted / cut.seconds - 1)
+        lines.append(
+            f"timed whole: {show(cut.seconds, 's')}, predicted {show(cut.predicted, 's')} ({error:+.1f} %)."
+        )
+    return [*lines, f"The timings are kept in {found.path}."]
+
+
 def why_table(rows: Sequence[Any]) -> Table:
     """Layers and their costs; the reasons go below (`reasons`), where they have room."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -1,0 +1,71 @@
+"""The latency table of a device: where it is kept, how its files are timed, and what predicts a network by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune.building import WAIT_S
+from edgeprune.context import Context, Say, stage, torch_part
+from edgeprune.keys import multiple_of
+from edgeprune.recipe import MeasureTable
+
+# Seconds for each of many small files; the whole network is timed longer in the end.
+EACH_S = 2.0
+TIMED = ("latency_p50", "latency_p90", "latency_p99")
+
+
+def bench(device: Any, table: MeasureTable, say: Say, wait_s: float) -> Any:
+    """A device as `nn.latency_survey.Bench`. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables.
+
+    Args:
+        device: `devices.Device`. wait_s: how long to wait for somebody else who measures there.
+    """
+    measure, facts = stage("measure"), device.facts()
+    quick = replace(table, seconds=min(EACH_S, table.seconds))
+    about = device.ask({"op": "about", "runtime": "onnxruntime"}, timeout_s=120.0)
+    processor = f"{facts.get('board', '')} {facts.get('cpu', '')}".strip()
+    place = f"{device.where()}, {processor}, {about['runtime']}, {table.threads} thread(s), fp32"
+
+    def seconds(files: Mapping[str, Path]) -> dict[str, float]:
+        with device.exclusively(wait_s=wait_s, say=say):
+            timed = measure.latency(files, device, quick)
+        rows = {n: next(r for r in rows if r.metric == TIMED[0]) for n, rows in timed.readings.items()}
+        # On a busy machine the thread's own clock is to be believed.
+        return {
+            n: float(r.conditions["cpu_p50"] if timed.contended and r.conditions.get("cpu_p50") else r.value)
+            for n, r in rows.items()
+        }
+
+    def nodes(file: Path) -> list[tuple[str, float]]:
+        return [(node.name, node.seconds) for node in measure.node_times(file, device, quick)]
+
+    return torch_part("latency_survey").Bench(seconds, nodes, place, _folder(), say)
+
+
+def clock(run: Context, file: Path) -> Callable[[Any], Any] | None:
+    """From the costs of a run's network to what predicts the time of its cuts, by a table that is filled where it must.
+
+    None where no latency is in the budget, where the method trains, or where the file will have another precision: the
+    table is of fp32 files.
+
+    Args:
+        file: the dense network, as exported.
+    """
+    timed = any(metric in run.budget.limits for metric in TIMED)
+    if not timed or run.trains or run.recipe.export.precision not in ("auto", "fp32"):
+        return None
+
+    def predictor(costs: Any) -> Any:
+        survey = torch_part("latency_survey")
+        there = bench(run.device, run.recipe.measure, run.say, wait_s=WAIT_S)
+        floor = run.recipe.prune.floor
+        return survey.survey(survey.subject(file, costs), there, multiple_of=multiple_of(run), floor=floor)
+
+    return predictor
+
+
+def _folder() -> Path:
+    return Path.home() / ".cache" / "edgeprune" / "tables"
