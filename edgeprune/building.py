@@ -99,7 +99,7 @@ def _crafted(run: Context, folders: Mapping[str, Path], images: Any, labels: Any
             pgd(network, x, y, job.ball, chance, advance).images
             for x, y in zip(images[:count].split(128), labels[:count].split(128), strict=True)
         ]
-    return torch_part("data").joined(parts)
+    return import_module("torch").cat(parts)
 
 
 def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Reading], tuple[str, ...]]:
@@ -121,11 +121,9 @@ def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Readin
     if any(reading.value is None for reading in found.values()):
         return {}, ()
     times = ", ".join(f"{name} {show(reading.value, 's')}" for name, reading in found.items())
-    off = (
-        ""
-        if fit is None
-        else f"; the same formula was off by {100 * fit.error:.0f} % for a typical layer here"
-    )
+    off = "; not validated: too few layers here take long enough to hold it against"
+    if fit is not None:
+        off = f"; the same formula was off by {100 * fit.error:.0f} % for a typical layer here"
     return found, (f"Estimated, not measured, on {run.target.title}: {times} (roofline of its facts{off}).",)
 
 

@@ -33,11 +33,9 @@ def bench(device: Any, table: MeasureTable, say: Say, wait_s: float) -> Any:
         with device.exclusively(wait_s=wait_s, say=say):
             timed = measure.latency(files, device, quick)
         rows = {n: next(r for r in rows if r.metric == TIMED[0]) for n, rows in timed.readings.items()}
-        # On a busy machine the thread's own clock is to be believed.
-        return {
-            n: float(r.conditions["cpu_p50"] if timed.contended and r.conditions.get("cpu_p50") else r.value)
-            for n, r in rows.items()
-        }
+        # One clock for all of a table: the thread's own where there is one, which other work does not disturb.
+        own = all(r.conditions.get("cpu_p50") for r in rows.values())
+        return {n: float(r.conditions["cpu_p50"] if own else r.value) for n, r in rows.items()}
 
     def nodes(file: Path) -> list[tuple[str, float]]:
         return [(node.name, node.seconds) for node in measure.node_times(file, device, quick)]
@@ -55,7 +53,12 @@ def clock(run: Context, file: Path) -> Callable[[Any], Any] | None:
         file: the dense network, as exported.
     """
     timed = any(metric in run.budget.limits for metric in TIMED)
-    if not timed or run.trains or run.recipe.export.precision not in ("auto", "fp32"):
+    if (
+        not timed
+        or run.trains
+        or run.device.name == "fake"
+        or run.recipe.export.precision not in ("auto", "fp32")
+    ):
         return None
 
     def predictor(costs: Any) -> Any:

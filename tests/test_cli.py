@@ -369,3 +369,21 @@ def test_an_unknown_option_is_a_usage_error_and_under_json_one_object() -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and json.loads(out)["exit_code"] == 2
     assert err.decode().startswith("error: No such option: --nope")
+
+
+def test_a_budget_on_robust_accuracy_is_minded_when_a_precision_is_made(
+    weights: Path, images: Path, tmp_path: Path
+) -> None:
+    """Candidates are judged on attacked images too, and the file is attacked through its quantization."""
+    more = ["--data", str(images), "--precision", "int8", "--budget", "robust_accuracy=-90 pp", "--json"]
+    quick = ["--set", "attack.name=pgd", "--set", "attack.limit=8", "--set", "attack.steps=2"]
+    loose = ["--set", "quantize.tolerance=1.0", "--set", "quantize.calibrator=minmax"]
+    done = runner.invoke(app, command(weights, tmp_path / "run", *more, *quick, *loose))
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)["report"]
+    tried = report["history"]["precision"]
+    assert all(row["robust_accuracy"] is not None for row in tried)
+    assert next(row for row in tried if row["chosen"])["precision"] == "int8"
+    assert [r["conditions"]["stage"] for r in report["ledger"]][-1] == "quantized"
+    robust = next(r for r in report["after"] if r["metric"] == "robust_accuracy")
+    assert 0 <= robust["value"] <= robust["conditions"]["transfer_only"]["value"]

@@ -72,11 +72,11 @@ def test_a_module_in_the_current_folder_is_not_imported(
     [
         (
             "ftp://jetson",
-            "device 'ftp://jetson': accepted are local, ssh://[user@]host[:port], adb://[serial], fake",
+            "device 'ftp://jetson': accepted are local[://?python=PATH], ssh://[user@]host[:port], adb://[serial], fake",
         ),
         ("", "accepted are local"),
         ("shh://user:secret@host", "'shh://user:***@host'"),
-        ("local:8", "takes no address"),
+        ("local:8", "'local:8' is none"),
         ("ssh://", "names no machine"),
     ],
 )

@@ -240,7 +240,7 @@ def test_what_was_not_measured_on_the_target_is_checked_and_said(metric: str) ->
 
 
 def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> None:
-    guess = reading("latency_p50", 0.5, where="estimated: roofline")
+    guess = reading("latency_p50", 0.5, where="estimated: roofline", spread=(0.3, 0.7))
     refused = check(plain_report([], [guess], "jetson"), "latency_p50", "1 s")
     assert refused.status == "missing"
     assert "only estimated: roofline" in refused.detail
@@ -249,6 +249,10 @@ def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> Non
     found = gate.run(plain_report([], [guess], "jetson"), allowed, None, baseline_missing=False)
     assert found.exit_code == 0
     assert found.checks[0].detail == "not measured, estimated: roofline"
+    unchecked = plain_report([], [replace(guess, spread=None)], "jetson")
+    doubtful = gate.run(unchecked, allowed, None, baseline_missing=False)
+    assert doubtful.exit_code == 8
+    assert "not validated" in doubtful.checks[0].detail
     allowed = replace(budget(latency_p50="50 %"), allow_estimates=True)
     measured = plain_report([reading("latency_p50", 2.0)], [guess])
     one = gate.run(measured, allowed, None, baseline_missing=False).checks[0]

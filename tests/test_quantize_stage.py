@@ -523,6 +523,64 @@ def test_a_layer_that_went_back_is_float_in_the_runtime_too(loud: Path, tmp_path
         quantize_guard.check_floats(bare)
 
 
+class Pooled(nn.Sequential):
+    """Convolutions with pools between them."""
+
+    def __init__(self) -> None:
+        layers = [
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+        ]
+        rest = [nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, *rest, nn.Linear(8, 5))
+
+
+class Tokens(nn.Module):
+    """Patches that go through linear layers of three dimensions, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.wide, self.narrow, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("skip", ["3", "6"])
+def test_a_layer_to_skip_behind_a_pool_is_float_in_the_runtime_too(skip: str, tmp_path: Path) -> None:
+    # ONNX Runtime moves the DequantizeLinear through the pool, and would quantize what is then right behind it.
+    path = exported(tmp_path, Pooled())
+    result = quantize.run(
+        path, tmp_path, job(tmp_path, labelled(path), table=replace(ONE, skip=(skip,), tolerance=1.0))
+    )
+    assert result.precision == "int8" and result.choice["float_layers"] == [skip]
+    bare = onnx.load(tmp_path / "model.onnx")
+    (step,) = [node for node in bare.graph.node if node.op_type == "Max"]
+    (layer,) = [node for node in bare.graph.node if step.output[0] in node.input]
+    assert layer.name == skip
+    assert {node.op_type for node in bare.graph.node if step.input[0] in node.output} == {"MaxPool"}
+    layer.input[0] = step.input[0]
+    bare.graph.node.remove(step)
+    with pytest.raises(ParityError, match=f"quantizes layers that were meant to stay float: {skip}"):
+        quantize_guard.check_floats(bare)
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_linear_layers_of_three_dimensions_ship_in_int8(dynamic_batch: bool, tmp_path: Path) -> None:
+    path = exported(tmp_path, Tokens(), dynamic_batch=dynamic_batch)
+    table = QuantizeTable(calibrator="minmax", equalize="on", bias_correction="on", tolerance=1.0)
+    result = quantize.run(path, tmp_path, job(tmp_path, labelled(path), table=table))
+    assert result.precision == "int8" and result.choice["float_layers"] == []
+    assert next(r.value for r in result.readings if r.metric == "runtime_int8_macs") == 1.0
+    assert next(r.value for r in result.readings if r.metric == "sqnr") > 20
+
+
 def test_a_loss_of_exactly_the_tolerance_is_accepted(residual: Path) -> None:
     model, pixels = onnx.load(residual), images(100)
     seen = panel(quantize.Material(pixels, None, "calibration"), model)

@@ -214,7 +214,7 @@ def test_compress_in_two_processes_leaves_one_run_that_any_later_start_finds_don
     assert done.returncode == 0, done.stderr
     report = codec.read(Report, run / "report.json")
     assert json.loads(done.stdout)["report"] == codec.to_json(report), "one object, of process 0"
-    assert done.stderr.count("prune: ") == 1 and len(stamps(run)) == 6
+    assert done.stderr.count("prune: ") == 1 and len(stamps(run)) == 7
     before = stamps(run)
     done = torchrun(*words, "--method", "taylor")
     assert done.returncode == 0, done.stderr

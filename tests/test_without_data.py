@@ -60,7 +60,7 @@ def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def test_every_stage_leaves_its_folder_and_the_file_ships(run: tuple[Path, dict[str, Any]]) -> None:
     out, report = run
-    names = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "measure")
+    names = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "quantize", "measure")
     assert stages(out) == [f"{i}-{name}" for i, name in enumerate(names)]
     macs = {r["artifact"]: r["value"] for r in report["before"] + report["after"] if r["metric"] == "macs"}
     assert macs["compressed"] <= 0.5 * macs["dense"] and (out / "model.onnx").is_file()

@@ -32,6 +32,20 @@ class Local(Attached):
 
     address: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse an address of another kind.
+
+        Raises:
+            UsageError: says what is accepted.
+        """
+        if self.address and not self._python:
+            raise UsageError(f"device 'local:{self.address}' is none", "write local or local://?python=PATH")
+
+    @property
+    def _python(self) -> str:
+        word, _, python = self.address.partition("=")
+        return python if word == "?python" else ""
+
     @property
     def name(self) -> str:
         """As Device.name."""
@@ -75,11 +89,8 @@ class Local(Attached):
 
     def agent(self) -> List[str]:
         """As Device.agent."""
-        word, equals, python = self.address.partition("=")
-        if self.address and (word != "?python" or not equals or not python):
-            raise UsageError(f"device 'local:{self.address}' is none", "write local or local://?python=PATH")
-        if python:
-            return [python, "-c", packing.START]
+        if self._python:
+            return [self._python, "-c", packing.START]
         return [sys.executable, "-c", _START, str(Path(edgeprune.__file__).resolve().parent.parent)]
 
 

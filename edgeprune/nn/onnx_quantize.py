@@ -14,6 +14,7 @@ from onnx import ModelProto
 
 from edgeprune.errors import UnsupportedModel, UsageError
 from edgeprune.nn import onnx_quantize_plan as plans
+from edgeprune.nn.onnx_quantize_apart import sums_apart
 from edgeprune.nn.onnx_quantize_write import write
 from edgeprune.nn.ranges import Range
 from edgeprune.quantities import suggest
@@ -49,7 +50,9 @@ def quantized(
     """
     _check(model, scheme, skip)
     if scheme == "u8":
-        return write(model, plans.unsigned(model, ranges, skip), ranges, symmetric=False)
+        made = write(model, plans.unsigned(model, ranges, skip), ranges, symmetric=False)
+        sums_apart(made, model)
+        return made
     return write(model, plans.signed(model, skip), ranges, symmetric=True)
 
 

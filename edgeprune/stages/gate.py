@@ -173,8 +173,10 @@ def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
     margin = threshold - value if METRICS[limit.metric].less_is_better else value - threshold
     if math.isclose(value, threshold, rel_tol=ROUNDING, abs_tol=ROUNDING):
         margin = 0.0
-    doubt = _unlike(limit.metric, after, reference, report, baseline) or _noise(
-        limit, threshold, after, reference, report
+    doubt = (
+        _unlike(limit.metric, after, reference, report, baseline)
+        or _unchecked(after)
+        or _noise(limit, threshold, after, reference, report)
     )
     status = "inconclusive" if doubt else "pass" if margin >= 0 else "fail"
     remarks += [doubt] if doubt else []
@@ -190,6 +192,13 @@ def _missing(metric: str, after: Reading | None, reference: _Reference | None) -
     if reference is not None and value_of(reference.reading) is None:
         why.append(f"no {metric} of the {reference.name} model to compare with{_why(reference.reading)}")
     return why
+
+
+def _unchecked(after: Reading) -> str:
+    """An estimate whose formula was not held against anything has no interval, and decides nothing."""
+    if after.where.startswith("estimated") and after.spread is None:
+        return "the estimate was not validated: too few layers could be timed to hold its formula against"
+    return ""
 
 
 def _noise(

@@ -22,7 +22,7 @@ RUNTIME = "onnxruntime"
 # Runs of a profile: more would not make a clock that ticks in microseconds any finer.
 MOST_RUNS = 100
 # What ONNX Runtime adds to the names of nodes that it rewrote.
-_REWRITTEN = re.compile(r"(_nchwc|_token_\d+|_quant|_QLinear|_fused)+$", re.IGNORECASE)
+_REWRITTEN = re.compile(r"(_nchwc|_bn|_token_\d+|_quant|_QLinear|_fused)+$", re.IGNORECASE)
 _KINDS = ("Conv", "Gemm", "MatMul")
 _START_S = 120.0
 

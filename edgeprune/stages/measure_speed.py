@@ -146,8 +146,8 @@ def _converted(clues: Clues) -> str:
     if total <= 0 or spent < CONVERTED * total:
         return ""
     return (
-        f"{100 * spent / total:.0f} % of the time goes into converting between precisions: this runtime does not do "
-        "all layers in the file's own here (another quantize.scheme may suit it)"
+        f"{100 * spent / total:.0f} % of the time goes into converting between precisions: not all layers run in "
+        "the file's own on this machine (runtime_int8_macs says how much does)"
     )
 
 

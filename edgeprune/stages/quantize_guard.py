@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto
 
 from edgeprune.errors import ParityError
 from edgeprune.nn.onnx_proof_layers import layers
 from edgeprune.nn.onnx_proof_runtime import in_integers
+from edgeprune.nn.onnx_quantize_apart import step_before
+from edgeprune.nn.onnx_quantize_plan import PASSING
 from edgeprune.nn.onnx_view import View
 
-# What ONNX Runtime's WeightBiasQuantization (1.21 and later, core/optimizer/qdq_transformer) looks at.
-TAKEN = ("Conv", "ConvTranspose", "Gemm")
+# What ONNX Runtime's WeightBiasQuantization (1.21 and later, core/optimizer/qdq_transformer) looks at, and MatMul,
+# which becomes a Gemm with the bias behind it.
+TAKEN = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What only moves values, or chooses among them: ONNX Runtime may move a DequantizeLinear through (QDQPropagation).
+MOVING = frozenset((*PASSING, "Identity", "Dropout", "Expand", "Gather", "Tile"))
 
 
 def guarded(model: ModelProto) -> ModelProto:
-    """The model with a step between each float layer and the DequantizeLinear that it reads from.
+    """The model with a step between each float layer and the DequantizeLinear that it reads from, if through pools too.
 
     ONNX Runtime would else take a float Conv, ConvTranspose or Gemm that reads from a DequantizeLinear and is read by a
     QuantizeLinear for one whose weight was forgotten, and quantize that with one scale for the whole tensor: a layer
-    that went back to float because 8 bits for each channel lose too much would lose more. A Max of a single value is
-    that value, and is not optimized away; TensorRT's parser drops it.
+    that went back to float because 8 bits for each channel lose too much would lose more. It moves a DequantizeLinear
+    forward and a QuantizeLinear backward over what only moves values before it looks, so what lies between counts for
+    nothing; a layer with the step in front is safe whatever is behind it.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    restored = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     taken = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
-    nodes = [part for node in graph.node for part in _apart(node, floats, restored, taken)]
+    restored: set[str] = set()
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" or (node.op_type in MOVING and node.input[0] in restored):
+            restored.update(name for name in node.output if name)
+        elif node.op_type in TAKEN and node.input[0] in restored and node.input[1] in floats:
+            nodes.append(step_before(node, 0, f"{node.name}.float", taken))
+        nodes.append(node)
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(kept)
     return copy
 
 
@@ -48,14 +59,3 @@ def check_floats(model: ModelProto) -> None:
             f"ONNX Runtime quantizes layers that were meant to stay float: {', '.join(wrong)}",
             "this should not happen; please report it with the version of ONNX Runtime",
         )
-
-
-def _apart(node: NodeProto, floats: set[str], restored: set[str], taken: set[str]) -> Iterator[NodeProto]:
-    if node.op_type in TAKEN and node.input[0] in restored and node.input[1] in floats:
-        name = f"{node.name}.float"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        yield helper.make_node("Max", [node.input[0]], [name], name=name)
-        node.input[0] = name
-    yield node

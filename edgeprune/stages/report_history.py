@@ -23,6 +23,7 @@ CHAPTERS = {
     "dnr": ("Dynamic rewiring (DNR)", "epoch"),
     "deadwooding": ("Dual stages (Deadwooding)", "epoch"),
     "training": ("Training", "epoch"),
+    "latency": ("Latency budget", "trial"),
 }
 # Of what is recorded by the methods here: a title, and what it says.
 CURVES = {
@@ -56,6 +57,8 @@ CURVES = {
     ("deadwooding", "adv"): ("Distance under attack", "The same under attack."),
     ("deadwooding", "violation"): ("Violation of the constraints", "Mean of an epoch."),
     ("deadwooding", "validation"): ("Validation accuracy", "In the second stage."),
+    ("latency", "predicted"): ("Predicted", "By the latency table, before the cut was timed."),
+    ("latency", "measured"): ("Measured", "The whole network, timed in turn with the dense one."),
     ("training", "losses"): ("Training loss", ""),
     ("training", "validation"): ("Validation accuracy", ""),
 }
@@ -174,5 +177,7 @@ def _numbers(value: Any) -> tuple[float | None, ...]:
 
 
 def _unit(key: str, curves: Sequence[Curve]) -> str:
+    if key in ("predicted", "measured"):
+        return "s"
     shares = key in SHARES and all(0 <= v <= 1 for curve in curves for v in curve.known)
     return "fraction" if shares else ""
