@@ -72,7 +72,7 @@ def test_a_module_in_the_current_folder_is_not_imported(
     [
         (
             "ftp://jetson",
-            "device 'ftp://jetson': accepted are local[://?python=PATH], ssh://[user@]host[:port], adb://[serial], fake",
+            "device 'ftp://jetson': accepted are local[://?python=PATH], ssh://[user@]host[:port], adb://[serial]",
         ),
         ("", "accepted are local"),
         ("shh://user:secret@host", "'shh://user:***@host'"),

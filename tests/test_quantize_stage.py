@@ -552,9 +552,9 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
-@pytest.mark.parametrize("skip", ["3", "6"])
-def test_a_layer_to_skip_behind_a_pool_is_float_in_the_runtime_too(skip: str, tmp_path: Path) -> None:
-    # ONNX Runtime moves the DequantizeLinear through the pool, and would quantize what is then right behind it.
+def test_a_layer_to_skip_between_pools_is_float_in_the_runtime_too(tmp_path: Path) -> None:
+    # ONNX Runtime moves Q and DQ over the pools, and would quantize what then lies between them.
+    skip = "3"
     path = exported(tmp_path, Pooled())
     result = quantize.run(
         path, tmp_path, job(tmp_path, labelled(path), table=replace(ONE, skip=(skip,), tolerance=1.0))
@@ -578,7 +578,7 @@ def test_linear_layers_of_three_dimensions_ship_in_int8(dynamic_batch: bool, tmp
     result = quantize.run(path, tmp_path, job(tmp_path, labelled(path), table=table))
     assert result.precision == "int8" and result.choice["float_layers"] == []
     assert next(r.value for r in result.readings if r.metric == "runtime_int8_macs") == 1.0
-    assert next(r.value for r in result.readings if r.metric == "sqnr") > 20
+    assert next(r.value or 0.0 for r in result.readings if r.metric == "sqnr") > 20
 
 
 def test_a_loss_of_exactly_the_tolerance_is_accepted(residual: Path) -> None:
