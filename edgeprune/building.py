@@ -137,11 +137,9 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
     """
     attack, store, deployed = stage("attack"), torch_part("store"), torch_part("bundle").deployed
     dense = deployed(run.bundle)
-    where = run.device.where()
     # A file like the other one: what differs then is the network.
-    found = {
-        "dense": attack.of_file("dense.onnx", folders["dense"] / "dense.onnx", scratch, where, twin=dense)
-    }
+    original = folders["dense"] / "dense.onnx"
+    found = {"dense": _file_victim(run, original, scratch, dense, {})}
     plan = store.load_plan(folders["cut"] / "plan.json")
     for name, label in (("cut", "pruned"), ("repair", "repaired"), ("tune", "tuned")):
         if name in folders and (name != "tune" or run.lesson.epochs or run.lesson.recalibrate):
@@ -152,10 +150,17 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
     exported = folders["export"] / "model.onnx"
     for name, path in (("exported", exported), ("quantized", shipped(folders))):
         if name == "exported" or path != exported:
-            found[name] = attack.of_file(
-                "model.onnx", path, scratch, where, twin=twin, others={"dense": dense}
-            )
+            found[name] = _file_victim(run, path, scratch, twin, {"dense": dense})
     return found
+
+
+def _file_victim(run: Context, path: Path, scratch: Path, twin: Any, others: Mapping[str, Any]) -> Any:
+    """A file that answers on this machine or, where there is one, on the device."""
+    attack, local = stage("attack"), import_module("edgeprune.devices").device_from_url("local")
+    victim = attack.of_file(path.name, path, scratch, local.where(), twin=twin, others=others)
+    if run.device.name in ("local", "fake"):
+        return victim
+    return attack.on_device(victim, path, run.bundle.input, run.device)
 
 
 def export_onnx(

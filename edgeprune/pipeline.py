@@ -235,7 +235,8 @@ def _tune_words(run: Context) -> str:
     if not run.trainable:
         return "nothing (the data is for evaluation only)"
     epochs = run.lesson.epochs
-    words = ["recalibrate batch-norm"] if run.lesson.recalibrate else []
+    remembers = run.lesson.recalibrate and torch_part("batchnorm").remembers(run.bundle.module)
+    words = ["recalibrate batch-norm"] if remembers else []
     if epochs:
         words.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of fine-tuning")
     return ", ".join(words) or "nothing"

@@ -49,9 +49,9 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
         say(f"data: {note}")
     if attacks:
         place = _Place(wanted, found.fingerprint, _scratch(path if is_file and path.is_dir() else None), say)
-        clean, *rest = _attacked(recipe, _victim(path, bundle, place), images, place)
+        clean, *rest = _attacked(recipe, _victim(path, bundle, recipe, place), images, place)
     else:
-        clean, rest = _clean(path, bundle, images, spec), []
+        clean, rest = _clean(path, bundle, images, (spec, _device(recipe))), []
     doubts = stage("evaluate_doubts")
     clean = doubts.classes(doubts.guessing(clean, images, attacked=attacks), images, spec.classes)
     if is_file:
@@ -59,23 +59,34 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     return (clean, *rest)
 
 
-def _clean(path: Path, bundle: Bundle | None, images: Any, spec: InputSpec) -> Reading:
-    """The accuracy of a model in torch, or of a file through its runtime."""
+def _device(recipe: Recipe) -> Any:
+    """Where a file answers."""
+    setup = bundled.target(recipe.target).setup
+    return import_module("edgeprune.devices").device_from_url(recipe.measure.device, setup)
+
+
+def _clean(path: Path, bundle: Bundle | None, images: Any, where: tuple[InputSpec, Any]) -> Reading:
+    """The accuracy of a model in torch, or of a file through its runtime. where: what it eats, and the device."""
     if bundle is not None:
         return stage("evaluate").of_network(bundle, images, path.name)
-    file, device = onnx_of(path), import_module("edgeprune.devices").device_from_url("local")
-    artifact = stage("measure_run").artifact(file, spec)
-    return stage("measure_answers").accuracy(artifact, images, device, name=file.name)[0]
+    file = onnx_of(path)
+    artifact = stage("measure_run").artifact(file, where[0])
+    return stage("measure_answers").accuracy(artifact, images, where[1], name=file.name)[0]
 
 
-def _victim(path: Path, bundle: Bundle | None, place: _Place) -> Any:
-    """A model in torch, the file of a run, or a bare file."""
-    attack, where = stage("attack"), import_module("edgeprune.devices").device_from_url("local").where()
+def _victim(path: Path, bundle: Bundle | None, recipe: Recipe, place: _Place) -> Any:
+    """A model in torch, the file of a run, or a bare file; a file answers on the recipe's device."""
+    attack, device = stage("attack"), _device(recipe)
     if bundle is not None:
         return attack.of_bundle(bundle, path.name)
+    here = import_module("edgeprune.devices").device_from_url("local").where()
     if path.is_dir():
-        return attack.of_run(path, place.scratch, where)
-    return attack.of_file(path.name, path, place.scratch, where)
+        victim = attack.of_run(path, place.scratch, here)
+    else:
+        victim = attack.of_file(path.name, path, place.scratch, here)
+    if device.name in ("local", "fake"):
+        return victim
+    return attack.on_device(victim, onnx_of(path), stage("evaluate").input_of(onnx_of(path)), device)
 
 
 def warnings(readings: tuple[Reading, ...]) -> list[str]:

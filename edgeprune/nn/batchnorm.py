@@ -76,6 +76,11 @@ class _Moments:
         self.count, self.batches = total, self.batches + 1
 
 
+def remembers(module: nn.Module) -> bool:
+    """Whether any layer keeps statistics of its inputs, which can be recalibrated."""
+    return any(_has_statistics(layer) for layer in module.modules())
+
+
 def _has_statistics(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
 

@@ -10,17 +10,19 @@ from pathlib import Path
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from torch import nn
+from torch import Tensor, nn
 
 from edgeprune import bundled
 from edgeprune import recipe as recipes
+from edgeprune.devices import Device
 from edgeprune.errors import EdgepruneError, UnsupportedModel, UsageError
 from edgeprune.nn import onnx_twin
 from edgeprune.nn.bundle import deployed, load_bundle, sha256_file
 from edgeprune.recipe import ModelTable
-from edgeprune.records import Bundle
+from edgeprune.records import Artifact, Bundle, InputSpec
 from edgeprune.stages.attack_file import open_file
 from edgeprune.stages.attack_job import Victim
+from edgeprune.stages.measure_answers import predict
 
 FILE = "model.onnx"
 HINT = "Give the run directory or the torch model for attacks with gradients."
@@ -80,6 +82,28 @@ def of_file(
     except UnsupportedModel as error:
         return _without(victim, error.message)
     return replace(victim, twin=own, straight=straight, own=twin is None)
+
+
+def on_device(victim: Victim, path: Path, spec: InputSpec, device: Device) -> Victim:
+    """The same file judged by a device: whatever an attack finds counts when the device errs on it.
+
+    Square's queries are asked of this machine's copy of the file, and what it finds is sent to the device.
+
+    Args:
+        victim: of that file, on this machine. path: the file. spec: what it eats.
+    """
+    artifact = Artifact(str(path), "onnx", "", spec, victim.sha256, path.stat().st_size)
+
+    def answers(x: Tensor) -> Tensor:
+        pixels = x.detach().cpu().contiguous().numpy()
+        label = f"answers of {device.name}"
+        return torch.from_numpy(predict(artifact, [pixels], device, total=len(x), label=label))
+
+    note = f"Square searched on this machine; every verdict is that of {device.name}."
+    return replace(
+        victim, answers=answers, fast=victim.fast or victim.answers, where=device.where(),
+        notes=(*victim.notes, note),
+    )  # fmt: skip
 
 
 def _without(victim: Victim, why: str) -> Victim:
