@@ -76,7 +76,8 @@ class Job:
         members = {name: [type(a).__qualname__, _fields(a)] for name, a in self.attacks.items()}
         parts = (
             RESULT_VERSION, __version__, victim.sha256, victim.where, victim.is_network,
-            victim.twin is not None, victim.own, victim.straight is not None, sorted(victim.others), asdict(self.table), members, self.seed, self.data,
+            victim.twin is not None, victim.own, victim.straight is not None, sorted(victim.others), asdict(self.table),
+            members, self.seed, self.data,
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
