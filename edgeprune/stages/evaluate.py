@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
+from onnx import numpy_helper
 
 from edgeprune import intervals
-from edgeprune.errors import UsageError
+from edgeprune.errors import ParityError, UsageError
 from edgeprune.nn import train
 from edgeprune.nn.bundle import deployed
 from edgeprune.nn.data import Split
@@ -65,12 +67,18 @@ def input_of(path: Path) -> InputSpec:
 
     Raises:
         UsageError: not an ONNX file, or not one image in and logits out.
+        ParityError: a scale of its quantization is not finite or not above 0; names the node.
     """
+    hint = (
+        "give an .onnx file or a finished run directory; `edgeprune compress` and `why` take PyTorch models"
+    )
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except (OSError, DecodeError, ValueError) as error:
-        hint = "give an .onnx file or a finished run directory; `edgeprune compress` and `why` take PyTorch models"
         raise UsageError(f"{path} is not a readable ONNX file: {error}", hint) from error
+    if not graph.node:
+        raise UsageError(f"{path} is not a readable ONNX file: there is no graph in it", hint)
+    _check_scales(path, graph)
     constants = {i.name for i in graph.initializer}
     inputs = [i for i in graph.input if i.name not in constants]
     shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*inputs, *graph.output)]
@@ -84,3 +92,21 @@ def input_of(path: Path) -> InputSpec:
         raise UsageError(f"{path} must take (N, C, H, W) and answer (N, classes), found {shapes}")
     channels, height, width = shapes[0][1:]
     return InputSpec((channels, height, width), shapes[1][1])
+
+
+def _check_scales(path: Path, graph: onnx.GraphProto) -> None:
+    """A scale of 0, NaN or infinity answers something, and nothing of what the network was."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        scale = (
+            constants.get(node.input[1]) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+        )
+        if scale is None or scale.data_location == onnx.TensorProto.EXTERNAL:
+            continue
+        values = numpy_helper.to_array(scale)
+        wrong = values[~(np.isfinite(values) & (values > 0))]
+        if wrong.size:
+            raise ParityError(
+                f"{path}: the scale of {node.op_type} {node.name!r} is {wrong.flat[0]}; accepted: finite and above 0",
+                "the file was damaged: make it again with edgeprune compress",
+            )
