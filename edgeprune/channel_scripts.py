@@ -113,10 +113,12 @@ if [ -n "$who" ]; then
             say "held ${by:-somebody}"
             tidy
         fi
-        if [ "$tries" -gt 3 ] || ! mv "$lock" "$folder/old" 2>/dev/null; then
+        if [ "$tries" -gt 5 ]; then
             say "held nobody any more, but $lock can't be removed: remove it"
             tidy
         fi
+        # Where it is gone meanwhile, somebody else was quicker: look again.
+        mv "$lock" "$folder/old" 2>/dev/null || continue
         # Somebody else may have been quicker, and this is his new one.
         [ "$(readlink "$folder/old")" = "$held" ] || mv "$folder/old" "$lock"
         rm -f "$folder/old"

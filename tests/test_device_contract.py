@@ -279,7 +279,7 @@ def test_two_who_take_over_a_stale_lock_at_once_do_not_both_have_it(device: Atta
     for holder in holders:
         ends.append(holder.communicate("done\n")[1])
     assert sum(bool(folder) for folder in ends[:2]) == 1
-    assert sum("in use: by" in said for said in ends[2:]) == 1
+    assert sum("in use: by" in said for said in ends[2:]) == 1, ends
 
 
 def test_the_facts_are_asked_for_in_words_that_every_sh_reads() -> None:
