@@ -62,6 +62,16 @@ def check(recipe: Recipe) -> None:
                 f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
             )
     _check_options(recipe.prune)
+    _check_ranges(recipe)
+    eps_of(recipe.tune.eps, recipe.tune.norm)
+    eps_of(recipe.attack.eps, recipe.attack.norm)
+    for metric, text in recipe.budget.items():
+        if metric == ALLOW_ESTIMATES and text in ("True", "true", "False", "false"):
+            continue
+        limit(metric, text)
+
+
+def _check_ranges(recipe: Recipe) -> None:
     ranges = (
         ("seed", recipe.seed, 0, 2**32 - 1),
         ("prune.floor", recipe.prune.floor, 0.0, 1.0),
@@ -95,12 +105,6 @@ def check(recipe: Recipe) -> None:
     for where, value, low, high in ranges:
         if not low <= value <= high:
             raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
-    eps_of(recipe.tune.eps, recipe.tune.norm)
-    eps_of(recipe.attack.eps, recipe.attack.norm)
-    for metric, text in recipe.budget.items():
-        if metric == ALLOW_ESTIMATES and text in ("True", "true", "False", "false"):
-            continue
-        limit(metric, text)
 
 
 def _check_options(table: PruneTable) -> None:
