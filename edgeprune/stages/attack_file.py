@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
 from torch import Tensor
 
 from edgeprune.attacks import Logits
 from edgeprune.errors import UsageError
+from edgeprune.nn.onnx_batch import freed
 from edgeprune.runtimes import Session
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
@@ -83,36 +83,9 @@ def _freed(path: Path, out: Path) -> Path | None:
         model = onnx.load(str(path))
     except (OSError, DecodeError, ValueError):
         return None
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in constants]
-    size = inputs[0].type.tensor_type.shape.dim[0].dim_value
-    for value in (*inputs, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims):
-            dims[0].dim_param = "batch"
-    del graph.value_info[:]
-    for node in graph.node:
-        shape = constants.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
-        if shape is None:
-            continue
-        wanted = numpy_helper.to_array(shape).copy()
-        if len(wanted) and wanted[0] == size:
-            # In a Reshape -1 is the size that is left over, which one place may have, and 0 the size that the input
-            # has there, unless allowzero says that it is no size.
-            wanted[0] = 0 if -1 in wanted else -1
-            if not wanted[0]:
-                kept = [a for a in node.attribute if a.name != "allowzero"]
-                del node.attribute[:]
-                node.attribute.extend(kept)
-            name = f"{shape.name}.free_batch"
-            if name not in constants:
-                constants[name] = numpy_helper.from_array(wanted, name)
-                graph.initializer.append(constants[name])
-            node.input[1] = name
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(model, str(out))
+        onnx.save(freed(model), str(out))
     except (OSError, ValueError):
         return None
     return out

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from edgeprune.nn.onnx_batch import batch_of
 from edgeprune.quantities import show
 from edgeprune.records import Reading
 from edgeprune.stages.quantize_choice import Entry, Pick, seconds_of
 from edgeprune.stages.quantize_floats import Floats, load
 from edgeprune.stages.quantize_job import Built, Job, Judgement, row
-from edgeprune.stages.quantize_judge import answers, batch_of, frees
+from edgeprune.stages.quantize_judge import answers, frees
 from edgeprune.stages.quantize_ship import Shipped
 
 FLOAT = "fp32"

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto
 from torch import Tensor
 
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.intervals import mcnemar
 from edgeprune.nn import parity
+from edgeprune.nn.onnx_batch import batch_of, freed
 from edgeprune.stages.quantize_job import Judgement, Material
 
 # The most images that a candidate is judged on, and the share of them that no range is taken from.
@@ -168,44 +169,6 @@ def frees(model: ModelProto, pixels: Tensor) -> bool:
     one = answers(model, few, free=False)
     scale = float(np.abs(one).max()) or 1.0
     return many.shape == one.shape and float(np.abs(many - one).max()) <= SAME * scale
-
-
-def freed(model: ModelProto) -> ModelProto:
-    """A copy whose batch is free, also where a Reshape to a constant shape says its size."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    size = batch_of(model)
-    for value in (*graph.input, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if value.name not in constants and len(dims):
-            dims[0].dim_param = "batch"
-    del graph.value_info[:]
-    for node in graph.node:
-        shape = constants.get(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
-        wanted = numpy_helper.to_array(shape).copy() if shape is not None else np.zeros(0, np.int64)
-        if shape is None or not len(wanted) or wanted[0] != size:
-            continue
-        # In a Reshape -1 is the size that is left over, which one place may have, and 0 the input's own.
-        wanted[0] = 0 if -1 in wanted else -1
-        if not wanted[0]:
-            kept = [a for a in node.attribute if a.name != "allowzero"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-        name = f"{shape.name}.free_batch"
-        if name not in constants:
-            constants[name] = numpy_helper.from_array(wanted, name)
-            graph.initializer.append(constants[name])
-        node.input[1] = name
-    return copy
-
-
-def batch_of(model: ModelProto) -> int | None:
-    """The fixed batch of a model's image input, or None where it is free."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    first = next(value for value in model.graph.input if value.name not in constants)
-    return first.type.tensor_type.shape.dim[0].dim_value or None
 
 
 def _batches(network: parity.Network, pixels: Tensor, size: int) -> Logits:
