@@ -97,7 +97,8 @@ def test_the_budget_holds_and_every_metric_of_a_file_was_read(run: tuple[Path, d
     assert 0 <= after["agreement"] <= 1
 
 
-COUNTED = ("params", "macs", "size", "compressed_size", "weight_density", "param_density")
+COUNTED = ("params", "macs", "size", "compressed_size", "weight_density", "param_density", "int8_macs",
+           "int8_weights", "fp16_macs", "fp16_weights")  # fmt: skip
 
 
 def test_measured_and_counted_readings_say_which_they_are(run: tuple[Path, dict[str, object]]) -> None:
