@@ -6,18 +6,20 @@
 WEIGHTS is a state dict for examples/resnet20_cifar10.py, DATA images in class folders (or a tar of them). The
 reference is AutoAttack's code as pyautoattack packs it, in its standard version; ours is the attack stage with
 --attack standard. Both attack one batch of images after another in turn, the one that begins changing, so that what
-else the machine does hits both. What is finished stands in DIR and is found again. Verdicts that differ: "lenient"
-are images that survive ours and not the reference.
+else the machine does hits both; each in a process of its own, so that neither finds what the other set up. What is
+finished stands in DIR and is found again. Verdicts that differ: "lenient" are images that survive ours and not the
+reference.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -82,14 +84,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     parser.add_argument("--reference", default="", help="a folder that pyautoattack was installed into")
     parser.add_argument("--print", action="store_true", help="only the tables of what is finished in DIR")
+    parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     setting = Setting(
         given.weights, given.data, given.images, given.batch, given.eps, given.norm, given.seed, given.threads
     )
     folder = Path(given.output)
+    if given.part:
+        number, side = given.part.split(",")
+        attacked(setting, folder, int(number), side, given.reference)
+        return
     if not given.print:
-        if given.reference:
-            sys.path.insert(0, given.reference)
         run(setting, folder)
     tables(folder)
 
@@ -101,28 +106,34 @@ def run(setting: Setting, folder: Path) -> None:
     if kept.exists() and json.loads(kept.read_text()) != asdict(setting):
         raise SystemExit(f"{folder} holds results of another setting: {kept.read_text()}; give another -o")
     kept.write_text(json.dumps(asdict(setting)))
+    for number in range(batches(setting)):
+        for side in SIDES if number % 2 else reversed(SIDES):
+            if not (folder / f"{number:03d}-{side}.json").exists():
+                subprocess.run([sys.executable, *sys.argv, "--part", f"{number},{side}"], check=True)
+
+
+def batches(setting: Setting) -> int:
+    """How many there are."""
+    return max(1, round(setting.images / setting.batch))
+
+
+def attacked(setting: Setting, folder: Path, number: int, side: str, place: str) -> None:
+    """One batch by one side. place: where the reference is installed, or ""."""
+    if place:
+        sys.path.insert(0, place)
     torch.set_num_threads(setting.threads)
     bundle = load_bundle(ModelTable(setting.weights, f"{EXAMPLE}:resnet20", "3x32x32", MEAN, STD))
     held_out = open_data(DataTable(setting.data, "evaluate"), bundle.input, setting.seed).held_out
     split = balanced(held_out, setting.images, setting.seed)
-    count = max(1, round(len(split) / setting.batch))
-    attacks: dict[str, Callable[[Split], Result]] = {
-        "reference": lambda part: reference(bundle, part, setting),
-        "edgeprune": lambda part: ours(bundle, part, setting),
-    }
-    for number in range(count):
-        # Dealt out: images stand class by class.
-        rows = torch.arange(number, len(split), count)
-        pixels = (split.take(rows) * 255).round().to(torch.uint8)
-        part = in_memory(f"batch {number}", pixels, split.labels[rows])
-        for side in SIDES if number % 2 else reversed(SIDES):
-            file = folder / f"{number:03d}-{side}.json"
-            if file.exists():
-                continue
-            say(f"batch {number + 1} of {count}: {side} attacks {len(part)} images")
-            result = attacks[side](part)
-            file.write_text(json.dumps({**asdict(result), "rows": rows.tolist()}))
-            say(f"batch {number + 1} of {count}: {side} leaves {sum(result.survived)}, {result.wall:.0f} s")
+    count = batches(setting)
+    # Dealt out: images stand class by class.
+    rows = torch.arange(number, len(split), count)
+    pixels = (split.take(rows) * 255).round().to(torch.uint8)
+    images = in_memory(f"batch {number}", pixels, split.labels[rows])
+    say(f"batch {number + 1} of {count}: {side} attacks {len(images)} images")
+    result = reference(bundle, images, setting) if side == "reference" else ours(bundle, images, setting)
+    (folder / f"{number:03d}-{side}.json").write_text(json.dumps({**asdict(result), "rows": rows.tolist()}))
+    say(f"batch {number + 1} of {count}: {side} leaves {sum(result.survived)}, {result.wall:.0f} s")
 
 
 def reference(bundle: Bundle, part: Split, setting: Setting) -> Result:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.nn.calling import CALL_ERRORS, logits
+from edgeprune.nn.heap import keep_freed
 
 __all__ = ["Lanes", "in_lanes"]
 
@@ -49,6 +50,7 @@ def in_lanes(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
         yield network
         return
     torch.set_num_threads(threads // lanes)
+    keep_freed()
     try:
         with ThreadPoolExecutor(lanes) as pool:
             yield Lanes(copies, pool)

@@ -154,9 +154,13 @@ def _bisect(
     choose: Callable[[Mapping[str, float]], Masks],
     wanted: tuple[dict[str, float], Mapping[str, Probe]],
 ) -> tuple[Mapping[str, float], tuple[str, ...]]:
-    """Halve the share of MACs until the largest one is found whose built file keeps every measured limit."""
+    """Halve the share of what counts until the largest one is found whose built file keeps every measured limit.
+
+    A file is as large as its parameters are many; time and memory go with the multiply-accumulates.
+    """
     targets, probes = wanted
-    dense_macs = task.costs.cost({})["macs"]
+    counted, words = ("params", "parameters") if set(targets) == {"size"} else ("macs", "MACs")
+    dense = task.costs.cost({})[counted]
     low, high, best = 0.0, 1.0, None
     closest: dict[str, float] = {}
     tried: list[str] = []
@@ -164,7 +168,7 @@ def _bisect(
     for _ in range(PROBES):
         limits = {
             **task.rules.limits,
-            "macs": min(task.rules.limits.get("macs", dense_macs), share * dense_macs),
+            counted: min(task.rules.limits.get(counted, dense), share * dense),
         }
         try:
             masks = choose(limits)
@@ -175,9 +179,9 @@ def _bisect(
             share = (low + high) / 2
             continue
         readings = _read(network, task.groups, masks, probes, targets)
-        built = task.costs.cost({g: int(keep.sum()) for g, keep in masks.channels.items()})["macs"]
+        built = task.costs.cost({g: int(keep.sum()) for g, keep in masks.channels.items()})[counted]
         tried.append(
-            f"{100 * built / dense_macs:.0f} % of the MACs: "
+            f"{100 * built / dense:.0f} % of the {words}: "
             + ", ".join(prune_latency.shown(m, v) for m, v in readings.items())
         )
         fits = all(
