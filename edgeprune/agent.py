@@ -1,7 +1,8 @@
 """The program that runs on the device: one JSON request on stdin, one JSON object on stdout, nothing else there.
 
 Requests have "op" and "runtime"; times come back in ns, sizes in bytes. What goes wrong comes back as
-{"error", "kind", "hint"} with the exit status of that kind of error. Python 3.8; no package but the runtime's own.
+{"error", "kind", "hint"} with the exit status of that kind of error. Only "serve" stays open: behind its request, which
+is one line, come messages with images (agent_serve). Python 3.8; no package but the runtime's own.
 What it measures is in agent_time, agent_memory and agent_energy; docs/measurement.md has every field.
 """
 
@@ -14,9 +15,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping
+from typing import IO, Any, Callable, Dict, Mapping
 
-from edgeprune import agent_energy, agent_engines, agent_memory, agent_sensors, agent_time
+from edgeprune import agent_energy, agent_engines, agent_memory, agent_sensors, agent_serve, agent_time
 from edgeprune import agent_fields as fields
 from edgeprune.errors import DeviceError, EdgepruneError, UsageError
 from edgeprune.runtimes import FREE_BATCH, Runtime
@@ -29,9 +30,13 @@ def main() -> int:
     answer_to = os.dup(1)
     os.dup2(2, 1)
     status = 0
-    answer: Dict[str, Any] = {}
     try:
-        answer = handle(_request(sys.stdin.read()))
+        request = _request(sys.stdin)
+        if request.get("op") == "serve":
+            runtime = _runtime(request.get("runtime"), request.get("options", {}))
+            agent_serve.serve(request, runtime, sys.stdin.fileno(), answer_to)
+            return 0
+        answer = handle(request)
     except EdgepruneError as error:
         status = error.exit_code
         answer = {"error": error.message, "kind": type(error).__name__, "hint": error.hint}
@@ -56,6 +61,8 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
         seconds, samples, source, rails; joule null, with why, if it can't be had.
     predict: model, x (.npy of images), out (.npy of logits, to be written), workers -> images, classes.
     profile: model, threads, iterations, shape -> nodes [{name, op, seconds, macs, bytes}].
+    serve (of `main` alone): model, workers -> messages of `agent_frames` until stdin ends: READY {runtime, input,
+        workers}, and for each message of images one of LOGITS.
 
     Raises:
         UsageError: no such operation or runtime, or a field is missing or wrong.
@@ -73,14 +80,23 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
     return operations[str(op)](request, _runtime(request.get("runtime"), request.get("options", {})))
 
 
-def _request(text: str) -> Mapping[str, Any]:
+def _request(stream: IO[str]) -> Mapping[str, Any]:
+    """The request: the first line where it is one, or else all there is."""
+    text = stream.readline()
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the request is not JSON: {error}") from error
+    except (ValueError, RecursionError):
+        data = _parsed(text + stream.read())
     if not isinstance(data, dict):
         raise UsageError(f"the request must be an object, got {type(data).__name__}")
     return data
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the request is not JSON: {error}") from error
 
 
 def _runtime(name: Any, options: Any) -> Runtime:

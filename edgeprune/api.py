@@ -93,6 +93,8 @@ def compress(
         flags["data"] = {"path": str(data), **more.get("data", {})}
     bundle = bundles.from_module(model, example_inputs, mean=mean, std=std)
     result = pipeline.compress(recipe.build({}, flags), output, say=_quiet, bundle=bundle)
+    if result.trouble is not None:
+        raise result.trouble
     if result.exit_code:
         missed = ", ".join(f"{c.metric} {c.limit}" for c in result.verdict.checks if c.status == "fail")
         raise EdgepruneError(f"the run in {result.folder} is complete, but misses its budget: {missed}")

@@ -158,9 +158,10 @@ def _file_victim(run: Context, path: Path, scratch: Path, twin: Any, others: Map
     """A file that answers on this machine or, where there is one, on the device."""
     attack, local = stage("attack"), import_module("edgeprune.devices").device_from_url("local")
     victim = attack.of_file(path.name, path, scratch, local.where(), twin=twin, others=others)
-    if run.device.name in ("local", "fake"):
+    if not attack.elsewhere(run.device):
         return victim
-    return attack.on_device(victim, path, run.bundle.input, run.device)
+    there = attack.There(run.device, run.target, scratch, run.say, WAIT_S)
+    return attack.on_device(victim, path, run.bundle.input, there)
 
 
 def export_onnx(
@@ -213,7 +214,7 @@ def probes(run: Context, dense: Path) -> dict[str, Any]:
     """Readings that are only had by building the file: its size, and its time on the device."""
     found: dict[str, Any] = {}
     probe = stage("prune").Probe
-    if "size" in run.budget.limits:
+    if "size" in run.budget.limits or run.file_share:
         found["size"] = probe(
             float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
         )

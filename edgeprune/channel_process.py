@@ -103,8 +103,14 @@ def read(sink: IO[bytes], errors: str, token: str) -> Ended:
     sink.seek(0)
     mark = f"\n{token}\n".encode()
     at = sink.read(_HEAD).find(mark)
+    status, said = last(errors, token)
+    return Ended(at >= 0, status, at + len(mark), said)
+
+
+def last(errors: str, token: str) -> tuple[int | None, str]:
+    """The status of a command, None when its end was not heard of, and what it said on stderr without our mark."""
     said, end, status = errors.rpartition(f"\n{token} ")
-    return Ended(at >= 0, int(status.split()[0]) if end else None, at + len(mark), said if end else errors)
+    return (int(status.split()[0]), said) if end else (None, errors)
 
 
 def text(errors: IO[bytes]) -> str:

@@ -45,6 +45,16 @@ kill "$watch" 2>/dev/null
 leave "$status"
 """
 
+# A command that stays open and reads our own input: it ends by itself when that does.
+TALK = r"""
+token=$1
+shift
+printf '\n%s\n' "$token"
+"$@"
+printf '\n%s %s\n' "$token" "$?" >&2
+exit 0
+"""
+
 # $2: bytes; $3: path. Under another name until it is whole.
 PUT = r"""
 token=$1 size=$2 path=$3

@@ -12,7 +12,6 @@ import getpass
 import os
 import secrets
 import shlex
-import signal
 import socket
 import subprocess
 import tempfile
@@ -23,30 +22,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from edgeprune import channel_process
 from edgeprune.channel_process import Ended
-from edgeprune.channel_scripts import GET, KEEP, PUT, RUN
+from edgeprune.channel_scripts import GET, KEEP, PUT, RUN, TALK
+from edgeprune.channel_talk import START_S, TIDY_S, Answer, Pipes, Talk, lost, signalled
 from edgeprune.errors import DeviceError
 
-# How long a far machine may take to start a command, to copy a file's last byte to its disk, and to tidy up.
-START_S = 60.0
-TIDY_S = 15.0
 # The slowest way that files are copied over without being given up: bytes in a second.
 SLOWEST = 50_000
 # What RUN says instead of a status.
 NO_ROOM = 999
 POLL_S = 1.0
 _LAST = 500
-
-
-class Answer(NamedTuple):
-    """What a command left: exit status (negative: killed by that signal), and its two outputs."""
-
-    status: int
-    stdout: str
-    stderr: str
 
 
 class _Held(DeviceError):
@@ -76,14 +65,32 @@ class Line:
             feed.seek(0)
             ended = self._converse([RUN, str(len(stdin)), *argv], argv, feed, sink, timeout_s)
             sink.seek(ended.start)
-            status = ended.status or 0
-            if status == NO_ROOM:
+            if ended.status == NO_ROOM:
                 raise self._not_copied(
                     f"the input of {argv[0]} ({len(stdin)} bytes)", self.name, ended.errors
                 )
-            # A shell says 128 + n of a command that signal n ended.
-            status = 128 - status if 128 < status <= 128 + signal.NSIG else status
-            return Answer(status, sink.read().decode(errors="replace"), ended.errors)
+            return Answer(signalled(ended.status or 0), sink.read().decode(errors="replace"), ended.errors)
+
+    @contextmanager
+    def talk(self, argv: Sequence[str], shown: str) -> Iterator[Talk]:
+        """A command there that stays open as long as it reads its input; it ends with it, at the latest with us.
+
+        Args:
+            shown: what messages call it.
+
+        Raises:
+            DeviceError: it can't be started, or later: the connection was lost.
+        """
+        token = secrets.token_hex(8)
+        command = self.attach(["sh", "-c", TALK, "edgeprune", token, *argv])
+        with tempfile.TemporaryFile() as errors:
+            pipes = Pipes(self._start(command, argv, subprocess.PIPE, errors))
+            try:
+                talk = Talk(self.name, self.explain, pipes, errors, token, shown)
+                talk.greeted()
+                yield talk
+            finally:
+                pipes.end(TIDY_S)
 
     def put(self, here: Path, there: str) -> None:
         """Copy a file to the machine; it appears there whole or not at all.
@@ -221,10 +228,7 @@ class Line:
         if not ended.began:
             what = f"no answer in {timeout_s:g} s" if late else what
             raise DeviceError(f"{self.name} can't be reached: {what}", fix)
-        raise DeviceError(
-            f"the connection to {self.name} was lost while it ran {shown}: {what}",
-            "see that it is still on, then start again: what was finished is kept",
-        )
+        raise lost(self.name, self.explain, shown, ended.errors)
 
     def _start(
         self, command: Sequence[str], argv: Sequence[str], out: IO[bytes] | int, errors: IO[bytes]

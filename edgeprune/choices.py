@@ -75,6 +75,7 @@ def _check_ranges(recipe: Recipe) -> None:
     ranges = (
         ("seed", recipe.seed, 0, 2**32 - 1),
         ("prune.floor", recipe.prune.floor, 0.0, 1.0),
+        ("prune.int8_file", recipe.prune.int8_file, 0.0, 1.0),
         ("data.val_share", recipe.data.val_share, 0.01, 0.99),
         ("tune.distill", recipe.tune.distill, 0.0, 1.0),
         ("tune.lr", recipe.tune.lr, 0.0, 100.0),

@@ -20,7 +20,6 @@ from edgeprune.cli_options import (
     Data,
     DataUse,
     Debug,
-    DeviceUrl,
     DeviceUrls,
     Eps,
     Input,
@@ -83,7 +82,7 @@ def compress(
     objective: Annotated[str | None, typer.Option(metavar="natural|fgsm|pgd|trades")] = None,
     epochs: Annotated[int | None, typer.Option(help="fine-tuning after the cut")] = None,
     precision: Annotated[str | None, typer.Option(metavar="auto|fp32|fp16|int8")] = None,
-    device: DeviceUrl = None,
+    device: DeviceUrls = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="a recipe.toml; flags win over it", metavar="FILE")
     ] = None,
@@ -98,7 +97,7 @@ def compress(
         model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},
         tune={"objective": objective, "epochs": epochs}, export={"precision": precision},
-        measure={"device": device}, target=target, seed=seed,
+        measure={"device": device or None}, target=target, seed=seed,
     )  # fmt: skip
 
     def work() -> int:
@@ -137,7 +136,7 @@ def profile(
     """Time a file, and read its memory, size and, with data, its accuracy, also under attack."""
     flags = only_given(
         model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
-        data={"path": data, "use": "evaluate"}, measure={"device": (device or [None])[0]},
+        data={"path": data, "use": "evaluate"}, measure={"device": device or None},
         attack={"name": attack, "eps": eps}, target=target, seed=seed,
     )  # fmt: skip
 
@@ -146,9 +145,9 @@ def profile(
         if table:
             show_table(profiling.table(built, say=say), as_json)
             return 0
-        readings = profiling.profile(built, device or [], limit=limit, say=say)
-        show_readings(readings, as_json)
-        return 0
+        found = profiling.profile(built, limit=limit, say=say)
+        show_readings(found.readings, as_json, found.trouble)
+        return found.trouble.exit_code if found.trouble else 0
 
     guard(work, as_json, debug)
 
@@ -244,12 +243,12 @@ def why(
 
 @app.command()
 def doctor(
-    target: TargetName = None, device: DeviceUrl = None, as_json: Json = False, debug: Debug = False
+    target: TargetName = None, device: DeviceUrls = None, as_json: Json = False, debug: Debug = False
 ) -> None:
     """What works here, what is missing, and the line that installs it."""
 
     def work() -> int:
-        rows = queries.doctor(target, device or "local")
+        rows = queries.doctor(target, device or ["local"])
         if as_json:
             typer.echo(json.dumps({"checks": to_json(rows)}))
             return 0

@@ -44,10 +44,13 @@ Method = Annotated[
         help="a name of `edgeprune list methods`; auto is taylor with training images, data-free without"
     ),
 ]
-DeviceUrl = Annotated[str | None, typer.Option("--device", help="where to measure", metavar="URL")]
 DeviceUrls = Annotated[
     list[str] | None,
-    typer.Option("--device", help="where to measure; several are measured side by side", metavar="URL"),
+    typer.Option(
+        "--device",
+        help="where to measure; several measure side by side, and the first decides",
+        metavar="URL",
+    ),
 ]
 Attacked = Annotated[str | None, typer.Option("--attack", metavar="none|fgsm|pgd|standard")]
 Eps = Annotated[str | None, typer.Option(help="radius of the attack", metavar="8/255")]

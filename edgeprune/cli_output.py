@@ -74,24 +74,36 @@ def print_lines(lines: list[str]) -> None:
 
 
 def show_run(result: Result, as_json: bool) -> None:
-    """What a finished run came to."""
+    """What a finished run came to, and last, on stderr, which devices gave no readings."""
+    trouble = result.trouble
     if as_json:
-        typer.echo(
-            json.dumps(
-                {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
-            )
+        said = {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
+        typer.echo(json.dumps({**said, **_told(trouble)}))
+    else:
+        print_table(tables().report_table(result.report))
+        print_lines(tables().summary(result))
+    if trouble is not None:
+        kept = "the readings of the others are kept; start the same command again to measure only what is missing"
+        print_error(
+            trouble.message, f"{trouble.hint}; {kept}" if trouble.hint else kept, trouble.exit_code, False
         )
-        return
-    print_table(tables().report_table(result.report))
-    print_lines(tables().summary(result))
 
 
-def show_readings(readings: Any, as_json: bool) -> None:
-    """Readings of one file."""
+def show_readings(readings: Any, as_json: bool, trouble: EdgepruneError | None = None) -> None:
+    """Readings of one file, and last, on stderr, which devices gave none."""
     if as_json:
-        typer.echo(json.dumps({"readings": to_json(readings)}))
-        return
-    print_table(tables().readings_table(readings))
+        typer.echo(json.dumps({"readings": to_json(readings), **_told(trouble)}))
+    else:
+        print_table(tables().readings_table(readings))
+    if trouble is not None:
+        print_error(trouble.message, trouble.hint, trouble.exit_code, False)
+
+
+def _told(trouble: EdgepruneError | None) -> dict[str, Any]:
+    """An error in the one object that --json prints."""
+    if trouble is None:
+        return {}
+    return {"error": trouble.message, "hint": trouble.hint, "exit_code": trouble.exit_code}
 
 
 def show_table(found: Any, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeprune import bundled
 from edgeprune import recipe as recipes
-from edgeprune.errors import InfeasibleBudget, UsageError
+from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
 from edgeprune.recipe import Recipe, TuneTable
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
 from edgeprune.workdir import Workdir, digest
@@ -23,16 +23,22 @@ EPOCHS = 10
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: where it lies, its report, and how its own budget came out."""
+    """A finished run: where it lies, its report, and how its own budget came out.
+
+    trouble: what to tell where some of several devices gave no readings, which is all that is missing; or None.
+    """
 
     folder: Path
     report: Report
     verdict: Verdict
     bundle: Bundle
+    trouble: EdgepruneError | None = None
 
     @property
     def exit_code(self) -> int:
-        """0, or 4 when the budget of the run is missed by what was measured in the end."""
+        """0; what a device that failed stands for; or 4 when the budget is missed by what was measured in the end."""
+        if self.trouble is not None:
+            return self.trouble.exit_code
         return InfeasibleBudget.exit_code if any(c.status == "fail" for c in self.verdict.checks) else 0
 
 
@@ -43,6 +49,26 @@ class Ledger:
     readings: tuple[Reading, ...]
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A further device: its URL without a password, the place as its readings name it, and its facts."""
+
+    url: str
+    where: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the further devices of a run came to.
+
+    found: each that gave readings, and its `stages.measure_run.Measured`. failed: URL -> error of each that did not.
+    """
+
+    found: tuple[tuple[Site, Any], ...] = ()
+    failed: Mapping[str, EdgepruneError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +148,12 @@ class Context:
         return pictures and stage("quantize").wants_images(
             precision, table, timed=self.on_target, limits=limits
         )
+
+    @property
+    def file_share(self) -> float:
+        """PruneTable.int8_file where it counts: int8 was asked for by name, and channels go for MACs; else 0."""
+        named = self.recipe.export.precision == "int8" and self.recipe.prune.granularity == "channel"
+        return self.recipe.prune.int8_file if named and stage("prune").minds_macs(self.budget) else 0.0
 
     @property
     def minds_attacks(self) -> bool:

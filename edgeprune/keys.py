@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from edgeprune import recipe as recipes
+from edgeprune.codec import to_json
 from edgeprune.context import Context, stage
 from edgeprune.recipe import ExportTable
 from edgeprune.workdir import STAGES
@@ -35,10 +38,20 @@ def stage_keys(run: Context) -> dict[str, str]:
     if run.quantizes:
         keys["quantize"] = _quantize_key(run, keys, where)
     shipped = keys.get("quantize", keys["export"])
-    keys["measure"] = _key(run, "measure", shipped, table.measure, run.data_key, where)
+    keys["measure"] = _key(run, "measure", shipped, _timing(run), run.data_key, where)
     if run.data and attack.name != "none":
-        keys["attack"] = _key(run, "attack", shipped, keys["tune"], attack, run.data_key, table.seed)
+        keys["attack"] = _key(run, "attack", shipped, keys["tune"], attack, run.data_key, table.seed, where)
     return {name: keys[name] for name in STAGES if name in keys}
+
+
+def beside_key(run: Context, keys: Mapping[str, str], url: str) -> str:
+    """What the readings of a further device depend on; the device itself is not asked, so that it may be away.
+
+    Args:
+        keys: of `stage_keys`. url: of the device, without a password.
+    """
+    shipped = keys.get("quantize", keys["export"])
+    return _key(run, "measure", shipped, {**_timing(run), "device": url}, run.data_key, "beside")
 
 
 def dense_key(run: Context) -> str:
@@ -60,10 +73,15 @@ def _float(run: Context) -> ExportTable:
     return replace(run.recipe.export, precision="fp32")
 
 
+def _timing(run: Context) -> dict[str, Any]:
+    """How the device that decides is timed; that others measure beside it changes nothing there."""
+    return {name: value for name, value in to_json(run.recipe.measure).items() if name != "beside"}
+
+
 def _quantize_key(run: Context, keys: dict[str, str], where: str) -> str:
     table = run.recipe
     images = run.data_key if run.trainable else keys.get("synthesize")
-    clock = [table.measure, where] if run.on_target and table.export.precision == "auto" else None
+    clock = [_timing(run), where] if run.on_target and table.export.precision == "auto" else None
     ball = replace(recipes.attack(table), name="pgd", limit=0, batch=0)
     crafted = [ball, table.seed] if run.trainable and run.minds_attacks else None
     wanted = (table.quantize, table.export.precision, run.target.precisions, run.target.int8, run.budget)
@@ -73,12 +91,12 @@ def _quantize_key(run: Context, keys: dict[str, str], where: str) -> str:
 def _prune_key(run: Context, keys: dict[str, str]) -> str:
     timed = any(m.startswith("latency") for m in run.budget.limits)
     seen = run.data_key if run.trainable else None
-    clock = [run.recipe.measure, run.device.where()] if timed else None
+    clock = [_timing(run), run.device.where()] if timed else None
     # "auto" and the word that it comes to are the same. A method may look at the images that the repair will use.
     table = replace(run.recipe.prune, repair=run.repair)
     images = keys.get("synthesize")
     lesson = run.recipe.tune if run.trains else None
-    built = run.recipe.export.precision if "size" in run.budget.limits else ""
+    built = run.recipe.export.precision if "size" in run.budget.limits or run.file_share else ""
     chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson, built)
     return _key(run, "prune", keys["dense"], *chosen_by)
 

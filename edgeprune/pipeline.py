@@ -14,25 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgeprune import bundled, codec, plugins
+from edgeprune import abreast, bundled, codec, plugins
 from edgeprune import recipe as recipes
 from edgeprune.building import (
     engine_script,
-    estimates,
     export_onnx,
     probes,
     quantize_job,
     shared_probes,
-    shipped,
     smaller,
     victims,
 )
 from edgeprune.choices import ALLOW_ESTIMATES
 from edgeprune.context import (
+    Beside,
     Context,
     Ledger,
     Result,
@@ -43,8 +43,9 @@ from edgeprune.context import (
     torch_part,
     with_epochs,
 )
-from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.errors import UsageError
 from edgeprune.keys import multiple_of, stage_keys
+from edgeprune.measuring import look_ahead, measure, side_by_side
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import Bundle, Reading
@@ -119,21 +120,28 @@ def compress(
             (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
             if force is not None:
                 work.forget_from(force)
+        look_ahead(run, keys)
         return _run(run, keys)
 
 
 def _run(run: Context, keys: Mapping[str, str]) -> Result:
     order = (
         ("dense", _dense), ("synthesize", _synthesize), ("prune", _prune), ("cut", _cut),
-        ("repair", _repair), ("tune", _tune), ("export", _export), ("quantize", _quantize), ("measure", _measure),
+        ("repair", _repair), ("tune", _tune), ("export", _export), ("quantize", _quantize), ("measure", measure),
         ("attack", _attack),
     )  # fmt: skip
     folders: dict[str, Path] = {}
+    beside = Beside()
     for name, work in order:
-        if name in keys:
-            doing = _doing(work, run, folders, keys[name])
-            folders[name] = run.work.stage(name, keys[name], doing, together=_trains(run, name))
-    return _finish(run, folders)
+        if name not in keys:
+            continue
+        doing = _doing(work, run, folders, keys[name])
+        make = partial(run.work.stage, name, keys[name], doing, together=_trains(run, name))
+        if name == "measure":
+            folders[name], beside = side_by_side(run, keys, folders, make)
+        else:
+            folders[name] = make()
+    return _finish(run, folders, beside)
 
 
 def _trains(run: Context, name: str) -> bool:
@@ -177,7 +185,7 @@ def _prune(step: Step) -> None:
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
         unlabelled=images if run.looks_at_data else _synthetic(step),
         train=run.data.train if run.trainable else None, table=run.recipe.tune, scratch=step.scratch,
-        clock=clock(run, step.folders["dense"] / "dense.onnx"),
+        clock=clock(run, step.folders["dense"] / "dense.onnx"), file_share=run.file_share,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     prune.write(chosen, step.out)
@@ -269,36 +277,6 @@ def _quantize(step: Step) -> None:
         engine_script(run, replace(precise, precision=made.precision, opset=opset), step.out)
 
 
-def _measure(step: Step) -> None:
-    run, small = step.run, smaller(step.run, step.folders)
-    run.say(f"measure: dense and compressed in turn on {run.device.where()}")
-    measure_run = stage("measure_run")
-    files = {
-        "dense": step.folders["dense"] / "dense.onnx",
-        "compressed": shipped(step.folders),
-    }
-    images = run.data.held_out if run.data else None
-    wanted = measure_run.Wanted(
-        run.bundle.input, run.device, run.recipe.measure, run.target, images, run.say,
-        engines=step.out, sparse=run.recipe.prune.granularity == "2:4",
-    )  # fmt: skip
-    networks = {"dense": run.bundle.module, "compressed": small.module}
-    counted = stage("measure_densities").densities(networks)
-    measured = measure_run.run(wanted, files, small.plans[-1], counted=counted)
-    guessed, said = estimates(run, files)
-    measured = replace(
-        measured,
-        before=(*measured.before, *(r for name, r in guessed.items() if name == "dense")),
-        after=(
-            *measured.after,
-            *_without_labels(step, small, files),
-            *(r for name, r in guessed.items() if name != "dense"),
-        ),
-        notes=(*measured.notes, *said),
-    )
-    codec.write(step.out / "measured.json", measured)
-
-
 def _attack(step: Step) -> None:
     run, attack, table = step.run, stage("attack"), recipes.attack(step.run.recipe)
     images = run.data.held_out
@@ -313,24 +291,9 @@ def _attack(step: Step) -> None:
     )
 
 
-def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tuple[Reading, ...]:
-    """What can be said without data: where images were synthesized, and where there is nothing else to be said."""
-    run, synthetic = step.run, stage("measure_synthetic")
-    pictures = None
-    if "synthesize" in step.folders:
-        made = stage("synthesize").read(step.folders["synthesize"])
-        facts = {"synthesis": made.facts}
-        if "repair" in step.folders:
-            facts["repair"] = codec.read(Ledger, step.folders["repair"] / "ledger.json", WorkdirError).facts
-        pictures = synthetic.Pictures(made.images, facts, fitted="repair" in step.folders)
-    elif run.data is not None:
-        return ()
-    return synthetic.run((run.bundle, small), files, pictures, run.device, run.say)
-
-
-def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
+def _finish(run: Context, folders: Mapping[str, Path], beside: Beside) -> Result:
     small = smaller(run, folders)
-    report = build_report(run, folders, small)
+    report = build_report(run, folders, small, beside)
     if run.work.leads:
         for name in TAKE_AWAY:
             for folder in (folders.get("quantize"), folders["export"]):
@@ -340,7 +303,9 @@ def _finish(run: Context, folders: Mapping[str, Path]) -> Result:
         run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
         stage("report").run(report, run.work.root)
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False)
-    return Result(run.work.root, report, verdict, small)
+    count = 1 + len(run.recipe.measure.beside)
+    trouble = abreast.told(beside.failed, count) if beside.failed else None
+    return Result(run.work.root, report, verdict, small, trouble)
 
 
 def _budget_words(run: Context) -> str:

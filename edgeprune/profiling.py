@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeprune import bundled, queries
+from edgeprune import abreast, bundled, queries
 from edgeprune.context import Say, stage, torch_part
+from edgeprune.errors import EdgepruneError
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
 from edgeprune.tabling import bench
@@ -20,37 +20,57 @@ from edgeprune.tabling import bench
 PATIENCE_S = 0.0
 
 
-def profile(recipe: Recipe, devices: Sequence[str], *, limit: int | None, say: Say) -> tuple[Reading, ...]:
-    """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each device.
+@dataclass(frozen=True)
+class Profiled:
+    """The readings of all devices, in their order; trouble: what to tell where some of several gave none, or None."""
+
+    readings: tuple[Reading, ...]
+    trouble: EdgepruneError | None = None
+
+
+def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
+    """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each of the recipe's devices.
 
     Args:
-        recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none.
-        devices: URLs; none for the recipe's. Several are measured side by side.
+        recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
+            are measured side by side, and what they read is kept when one of them fails.
         limit: as for `queries.evaluate`.
 
     Raises:
-        UsageError: no such file, or not an ONNX file. DeviceError: a device failed.
+        UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
     """
     path = queries.onnx_of(Path(recipe.model.path))
     spec = stage("evaluate").input_of(path)
-    urls = list(dict.fromkeys(devices)) or [recipe.measure.device]
     images = (
         torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out if recipe.data.path else None
     )
     if images is not None and limit:
         images = stage("evaluate").balanced(images, limit, recipe.seed)
-    setup = bundled.target(recipe.target).setup
-    found = [import_module("edgeprune.devices").device_from_url(url, setup) for url in urls]
-    job = _Job(recipe, path, spec, images, say)
-    if len(found) == 1:
-        readings = job.on(found[0])
-    else:
-        with ThreadPoolExecutor(len(found)) as pool:
-            readings = tuple(reading for rows in pool.map(job.on, found) for reading in rows)
+    found = _measured(recipe, _Job(recipe, path, spec, images, say))
     if recipe.attack.name in ("none", "auto"):
-        return readings
+        return found
     attacked = queries.evaluate(recipe, limit=limit, say=say)
-    return (*readings, *(r for r in attacked if r.metric != "clean_accuracy"))
+    return replace(found, readings=(*found.readings, *(r for r in attacked if r.metric != "clean_accuracy")))
+
+
+def _measured(recipe: Recipe, job: _Job) -> Profiled:
+    """What the devices read, all at the same time."""
+    devices, setup = import_module("edgeprune.devices"), bundled.target(recipe.target).setup
+    urls = (recipe.measure.device, *recipe.measure.beside)
+    there = {devices.redacted(url): devices.device_from_url(url, setup) for url in urls}
+    if len(there) == 1:
+        return Profiled(job.on(*there.values())[1])
+    futures = abreast.start({url: partial(job.on, device) for url, device in there.items()})
+    done, failed = abreast.results(futures)
+    if not done:
+        raise abreast.told(failed, len(there))
+    names = abreast.names([(url, where) for url, (where, _) in done.items()])
+    readings = tuple(
+        replace(reading, where=name) if reading.where == where else reading
+        for name, (where, rows) in zip(names, done.values(), strict=True)
+        for reading in rows
+    )
+    return Profiled(readings, abreast.told(failed, len(there)) if failed else None)
 
 
 def table(recipe: Recipe, *, say: Say) -> Any:
@@ -84,14 +104,15 @@ class _Job:
     images: Any
     say: Say
 
-    def on(self, device: Any) -> tuple[Reading, ...]:
-        """The readings of one device.
+    def on(self, device: Any) -> tuple[str, tuple[Reading, ...]]:
+        """Where a device is, as its readings name the place, and what it read.
 
         Raises:
             DeviceError: it failed.
         """
         measure_run = stage("measure_run")
-        self.say(f"profile: {self.path} on {device.where()}")
+        where = device.where()
+        self.say(f"profile: {self.path} on {where}")
         target = bundled.target(self.recipe.target)
         wanted = measure_run.Wanted(
             self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S
@@ -99,4 +120,4 @@ class _Job:
         measured = measure_run.run(wanted, {self.path.stem: self.path}, None)
         for note in measured.notes:
             self.say(note)
-        return measured.after
+        return where, measured.after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -84,9 +85,10 @@ def _victim(path: Path, bundle: Bundle | None, recipe: Recipe, place: _Place) ->
         victim = attack.of_run(path, place.scratch, here)
     else:
         victim = attack.of_file(path.name, path, place.scratch, here)
-    if device.name in ("local", "fake"):
+    if not attack.elsewhere(device):
         return victim
-    return attack.on_device(victim, onnx_of(path), stage("evaluate").input_of(onnx_of(path)), device)
+    there = attack.There(device, bundled.target(recipe.target), place.scratch, place.say)
+    return attack.on_device(victim, onnx_of(path), stage("evaluate").input_of(onnx_of(path)), there)
 
 
 def warnings(readings: tuple[Reading, ...]) -> list[str]:
@@ -153,9 +155,9 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
     return rows, [*notes, stage("why").ABOUT_PQI]
 
 
-def doctor(target: str | None, device: str) -> Any:
-    """What works here, and the line that installs what is missing."""
-    return stage("doctor").run(bundled.target(target) if target else None, device)
+def doctor(target: str | None, devices: Sequence[str]) -> Any:
+    """What works here and on each device, and the line that installs what is missing."""
+    return stage("doctor").run(bundled.target(target) if target else None, *dict.fromkeys(devices))
 
 
 def members(family: str) -> list[dict[str, str]]:

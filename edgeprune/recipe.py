@@ -97,8 +97,16 @@ def attack(recipe: Recipe) -> AttackTable:
 
 
 def to_dict(recipe: Recipe) -> Dict[str, Any]:
-    """Plain nested dicts and lists, every default written out; `build(to_dict(r), {})` gives r again."""
-    return json.loads(json.dumps(asdict(recipe)))
+    """Plain nested dicts and lists, every default written out; `build(to_dict(r), {})` gives r again.
+
+    One device is a text, several are a list.
+    """
+    tables = json.loads(json.dumps(asdict(recipe)))
+    measure = tables["measure"]
+    beside = measure.pop("beside")
+    if beside:
+        measure["device"] = [measure["device"], *beside]
+    return tables
 
 
 def with_defaults(recipe: Recipe, **tables: Mapping[str, Any]) -> Recipe:
@@ -131,8 +139,11 @@ def _table(name: str, cls: Any, values: Any) -> Any:
     defaults = {f.name: getattr(cls(), f.name) for f in fields(cls)}
     known: Dict[str, Any] = {}
     options = _options(values.get("options", {})) if name == "prune" else {}
+    if name == "measure":
+        del defaults["beside"]
+        known = _devices(values.get("device", defaults["device"]))
     for key, value in values.items():
-        if key == "options" and name == "prune":
+        if (name, key) in (("prune", "options"), ("measure", "device")):
             continue
         if key in defaults:
             known[key] = _typed(f"{name}.{key}", value, defaults[key])
@@ -144,6 +155,20 @@ def _table(name: str, cls: Any, values: Any) -> Any:
         known["options"] = options
         known["method"] = plugins.spelled(known.get("method", defaults["method"]))
     return cls(**known)
+
+
+def _devices(given: Any) -> Dict[str, Any]:
+    """Where to measure: one URL or several, the first of which decides; one that is named twice counts once."""
+    if isinstance(given, str):
+        return {"device": given}
+    urls = list(dict.fromkeys(given)) if isinstance(given, (list, tuple)) and _all_text(given) else []
+    if not urls:
+        raise UsageError(f"measure.device = {given!r} must be a URL or a list of URLs", 'as in "local"')
+    return {"device": urls[0], "beside": tuple(urls[1:])}
+
+
+def _all_text(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _options(values: Any) -> Dict[str, Any]:

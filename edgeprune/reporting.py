@@ -8,23 +8,27 @@ from typing import Any
 
 from edgeprune import bundled, codec
 from edgeprune import recipe as recipes
-from edgeprune.context import Context, Ledger, stage, torch_part
+from edgeprune.context import Beside, Context, Ledger, stage, torch_part
 from edgeprune.errors import WorkdirError
+from edgeprune.joining import joined
 from edgeprune.records import Bundle, Plan, Reading, Report
 from edgeprune.workdir import digest
 
 
-def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Report:
+def build_report(
+    run: Context, folders: Mapping[str, Path], small: Bundle, beside: Beside | None = None
+) -> Report:
     """The report of a run whose stages are all done.
 
     Args:
-        folders: stage -> its folder. small: the network that ships.
+        folders: stage -> its folder. small: the network that ships. beside: what further devices came to.
 
     Raises:
         WorkdirError: what a stage left is not readable.
     """
     build, costs, plan = stage("report_build"), torch_part("costs"), small.plans[-1]
     measured = codec.read(stage("measure_run").Measured, folders["measure"] / "measured.json", WorkdirError)
+    further = joined(run, measured, beside or Beside())
     ledgers = [_ledger(folders[name]) for name in ("repair", "tune") if name in folders]
     attacked = stage("attack").Attacked((), (), (), ())
     if "attack" in folders:
@@ -34,9 +38,10 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
     chosen = stage("prune").read(folders["prune"])
     parts = {
         "recipe": recipes.to_dict(run.recipe),
-        "environment": build.environment(run.device.facts(), run.target.title),
-        "before": (*measured.before, *attacked.before), "after": (*measured.after, *attacked.after),
-        "samples": measured.samples,
+        "environment": {**build.environment(run.device.facts(), run.target.title), **further.environment},
+        "before": (*measured.before, *attacked.before, *further.measured.before),
+        "after": (*measured.after, *attacked.after, *further.measured.after),
+        "samples": {**measured.samples, **further.measured.samples},
         "layers": build.layers(*rows, measured.times, plan.left_out, nonzero=_nonzero(run, small)),
         "history": chosen.record,
     }  # fmt: skip
@@ -47,7 +52,7 @@ def build_report(run: Context, folders: Mapping[str, Path], small: Bundle) -> Re
     parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
     notes = (
         *build.sparse_notes(run.recipe.prune.granularity, measured.after),
-        *measured.notes,
+        *further.measured.notes,
         *(made.notes if made is not None else ()),
         *attacked.notes,
         *_parity_notes(parity.readings),

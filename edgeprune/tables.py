@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from edgeprune.context import Result, stage
+from edgeprune.places import views
 from edgeprune.quantities import show
-from edgeprune.records import METRICS, Reading, Report
+from edgeprune.records import METRICS, Check, Reading, Report
 
 
 def report_table(report: Report) -> Table:
@@ -29,11 +30,17 @@ def summary(result: Result) -> list[str]:
         ]
         lines.append(
             f"Budget {check.metric} {check.limit}: {words} "
-            f"({show(check.value, unit)}, limit {show(check.threshold, unit)})."
+            f"({show(check.value, unit)}, limit {show(check.threshold, unit)}{_which(result.report, check)})."
         )
     lines.append(f"Report: {result.folder / 'report.html'}")
     lines.append(f"Ship:   {result.folder / 'model.onnx'}")
     return lines
+
+
+def _which(report: Report, check: Check) -> str:
+    """Of several devices the one that decides a limit, and what the others read."""
+    several = len(views(report)) > 1 and check.detail
+    return f"; {check.detail}" if several else ""
 
 
 def readings_table(readings: Sequence[Reading]) -> Table:

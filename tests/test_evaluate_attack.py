@@ -19,14 +19,12 @@ from typer.testing import CliRunner
 
 from edgeprune import choices, codec, intervals, queries, recipe
 from edgeprune.cli import app
-from edgeprune.devices import device_from_url
 from edgeprune.errors import UsageError
 from edgeprune.nn.bundle import deployed, load_bundle
 from edgeprune.nn.data import in_memory
 from edgeprune.recipe import ExportTable, ModelTable
-from edgeprune.stages import attack, evaluate_doubts, export
+from edgeprune.stages import evaluate_doubts, export
 from edgeprune.stages.attack_file import open_file
-from edgeprune.stages.evaluate import input_of
 
 runner = CliRunner()
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Plain"
@@ -345,16 +343,3 @@ def test_the_radius_that_people_mean_is_the_one_that_is_used() -> None:
     from edgeprune.quantities import USUAL_EPS, eps_of
 
     assert {norm: eps_of(text, norm) for norm, text in choices.USUAL_EPS_TEXT.items()} == USUAL_EPS
-
-
-def test_on_a_device_every_verdict_is_the_device_s(made: Path, tmp_path: Path) -> None:
-    """The canned device answers image i with class i modulo 10, whatever the file says."""
-    path = made / "run" / "model.onnx"
-    here = attack.of_file("model.onnx", path, tmp_path, "local here")
-    there = attack.on_device(here, path, input_of(path), device_from_url("fake"))
-    x = torch.rand(12, 3, 8, 8)
-    assert there.answers(x).argmax(1).tolist() == [*range(10), 0, 1]
-    assert there.fast is not None
-    assert torch.allclose(there.fast(x), here.answers(x), atol=1e-5)
-    assert there.where == "fake aarch64"
-    assert any("every verdict is that of fake" in note for note in there.notes)

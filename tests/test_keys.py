@@ -139,9 +139,12 @@ def test_what_trains_robustly_is_attacked_where_there_are_images(tmp_path: Path)
 def test_another_precision_is_built_from_the_same_network(tmp_path: Path) -> None:
     auto, named = keys(tmp_path), keys(tmp_path, export={"precision": "fp32"})
     assert [name for name in named if auto[name] != named[name]] == ["measure"]
-    int8 = keys(tmp_path, export={"precision": "int8"}, prune={"multiple_of": 8})
-    same = keys(tmp_path, prune={"multiple_of": 8})
+    alone = {"multiple_of": 8, "int8_file": 0.0}
+    int8, same = keys(tmp_path, export={"precision": "int8"}, prune=alone), keys(tmp_path, prune=alone)
     assert [name for name in int8 if int8[name] != same[name]] == ["quantize", "measure"]
+    # For fewer multiply-accumulates an int8 file is cut so that it is small as well.
+    macs = {"budget": {"macs": "50 %"}, "export": {"precision": "int8"}}
+    assert changed(tmp_path, macs, {**macs, "prune": {"int8_file": 0.0}})[:2] == ["prune", "cut"]
 
 
 def test_int8_without_any_images_makes_some_from_the_network(tmp_path: Path) -> None:

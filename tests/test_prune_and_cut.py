@@ -55,6 +55,36 @@ def test_a_latency_budget_is_met_on_the_device_and_cuts_no_more_than_it_must(tex
     assert any("Searched by building the file" in note for note in chosen.notes)
 
 
+def as_large_as_params(dense: Bundle) -> prune.Probe:
+    """A file of 4 bytes a parameter, and one byte after a cut."""
+    whole = sum(p.numel() for p in dense.module.parameters())
+    return prune.Probe(4.0 * whole, lambda net: float(sum(p.numel() for p in net.parameters())))
+
+
+def test_an_int8_file_is_held_to_its_share_when_only_the_macs_are_limited() -> None:
+    dense = bundle()
+    light = replace(material(size=as_large_as_params(dense)), file_share=0.3)
+    chosen = prune.run(dense, PruneTable(), budget(macs="50 %"), light)
+    _, small = cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
+    whole, left = (sum(p.numel() for p in b.module.parameters()) for b in (dense, small))
+    assert left <= 0.15 * 4 * whole and macs_after(dense, chosen) <= 0.5
+    assert any("held to 15.0% of the dense file" in note for note in chosen.notes)
+    # A budget that says how small it is to become is left as it is.
+    told = prune.run(dense, PruneTable(), budget(macs="50 %", params="90 %"), light)
+    assert not any("held to" in note for note in told.notes)
+
+
+def test_an_int8_file_that_can_not_be_so_small_is_said_and_pruned_for_macs_alone() -> None:
+    dense = bundle()
+    light = replace(material(size=as_large_as_params(dense)), file_share=0.001)
+    chosen = prune.run(dense, PruneTable(), budget(macs="50 %"), light)
+    alone = prune.run(dense, PruneTable(), budget(macs="50 %"), material())
+    assert {g: k.tolist() for g, k in chosen.masks.channels.items()} == {
+        g: k.tolist() for g, k in alone.masks.channels.items()
+    }
+    assert any("not held to it" in note for note in chosen.notes)
+
+
 def test_counted_and_measured_limits_hold_together() -> None:
     dense = bundle()
     wanted = budget(latency_p50="90 %", macs="30 %")

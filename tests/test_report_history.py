@@ -216,3 +216,18 @@ def test_ticks_are_few_round_and_inside(low: float, span: float, most: int) -> N
     slack = 1e-6 * (high - low) + 1e-9 * max(abs(low), abs(high))
     assert 1 <= len(found) <= most
     assert all(low - slack <= tick <= high + slack for tick in found)
+
+
+@pytest.mark.parametrize(
+    ("metric", "budget", "text"),
+    [
+        ("latency_p50", 0.000189, "189 us"),
+        ("latency_p99", 5e-3, "5 ms"),
+        ("latency_p50", 10**400, str(10**400)),
+        ("latency_p50", "soon", "soon"),
+        ("unknown", 0.5, "0.5"),
+    ],
+)
+def test_a_budget_is_shown_in_the_unit_of_its_metric(metric: str, budget: Any, text: str) -> None:
+    found = dict(chapter("latency", predicted=[1e-3], measured=[1e-3], metric=metric, budget=budget).facts)
+    assert found == {"metric": metric, "budget": text}

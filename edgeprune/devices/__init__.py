@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 from edgeprune import facts as machine_facts
 from edgeprune import packing, plugins
-from edgeprune.channels import Answer, Line
+from edgeprune.channels import SLOWEST, START_S, Answer, Line, Talk
 from edgeprune.errors import (
     DeviceError,
     EdgepruneError,
@@ -190,7 +190,16 @@ class Device(ABC):
         argv = [*prefix, *self.agent()]
         with_agent = packing.line() if argv[-1] == packing.START else ""
         answer = self.run(argv, with_agent + json.dumps(dict(request)), timeout_s)
-        if with_agent and answer.status in _NO_PROGRAM and not answer.stdout.strip():
+        return self.told(argv, answer)
+
+    def told(self, argv: Sequence[str], answer: Answer) -> Dict[str, Any]:
+        """The object that the agent answered, started by that command.
+
+        Raises:
+            As `ask`.
+        """
+        travels = argv[-1] == packing.START
+        if travels and answer.status in _NO_PROGRAM and not answer.stdout.strip():
             raise MissingDependency(f"{self.name} has no {argv[-3]}: {_last(answer.stderr)}", _PYTHON)
         try:
             data = json.loads(answer.stdout)
@@ -198,7 +207,7 @@ class Device(ABC):
             data = None
         if isinstance(data, dict) and isinstance(data.get("error"), str):
             kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
-            if with_agent and hint.startswith("pip install "):
+            if travels and hint.startswith("pip install "):
                 hint = f"on {self.name}: {argv[-3]} -m {hint}"
             raise kind(f"{data['error']} (on {self.name})", hint)
         if answer.status != 0 or not isinstance(data, dict):
@@ -213,6 +222,25 @@ class Attached(Device):
     @abstractmethod
     def line(self) -> Line:
         """The way to its shell."""
+
+    @property
+    def talks(self) -> bool:
+        """Whether its agent is a program that can stay open; one word is one that `run` plays itself."""
+        return len(self.agent()) > 1
+
+    @contextmanager
+    def talking(self, request: Mapping[str, Any]) -> Iterator[Talk]:
+        """The agent with a request that keeps it open; it ends with the context, or with this process.
+
+        Raises:
+            DeviceError: it can't be started.
+        """
+        argv = self.agent()
+        with_agent = packing.line() if argv[-1] == packing.START else ""
+        data = f"{with_agent}{json.dumps(dict(request))}\n".encode()
+        with self.line.talk(argv, "(agent)") as talk:
+            talk.say(data, START_S + len(data) / SLOWEST)
+            yield talk
 
 
 def device_from_url(url: str, setup: Optional[Mapping[str, Any]] = None) -> Device:

@@ -33,12 +33,20 @@ from edgeprune.stages.attack_steps import (
     reaches,
     steps_of,
 )
-from edgeprune.stages.attack_victims import of_bundle, of_file, of_network, of_run, on_device
+from edgeprune.stages.attack_victims import (
+    There,
+    elsewhere,
+    of_bundle,
+    of_file,
+    of_network,
+    of_run,
+    on_device,
+)
 
 __all__ = [
-    "CLEAN", "RESULT_VERSION", "STRAIGHT", "TO_THE_END", "Attacked", "Job", "Verdicts", "Victim", "bounded", "compare",
-    "flags", "job", "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run", "on_device", "proven",
-    "readings", "run", "run_stages",
+    "CLEAN", "RESULT_VERSION", "STRAIGHT", "TO_THE_END", "Attacked", "Job", "There", "Verdicts", "Victim", "bounded",
+    "compare", "elsewhere", "flags", "job", "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run",
+    "on_device", "proven", "readings", "run", "run_stages",
 ]  # fmt: skip
 
 STATE = "attack.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -19,7 +20,7 @@ from edgeprune.nn.perturb import Ball
 from edgeprune.quantities import eps_of
 from edgeprune.recipe import AttackTable
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 # What an image is called that is wrong without any attack.
 CLEAN = "clean"
 
@@ -37,6 +38,7 @@ class Victim:
     notes: what a reader must know of how all this was had.
     straight: of a quantized file, its own graph in torch with gradients that pass the rounding (`nn.onnx_twin`), or
     None. own: `twin` was read from the file, too. What was read from the file is believed when `proven` says so.
+    asked: what to enter while many questions are asked; a session on a device stays open then.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Victim:
     notes: tuple[str, ...] = ()
     straight: nn.Module | None = None
     own: bool = False
+    asked: Callable[[], AbstractContextManager[object]] = nullcontext
 
     @property
     def is_network(self) -> bool:

@@ -50,9 +50,13 @@ class Step:
 
 @contextmanager
 def placed(victim: Victim, split: Split) -> Iterator[Placement]:
-    """All networks in evaluation mode on the fastest device that they take; afterwards as and where they were."""
+    """All networks in evaluation mode on the fastest device that they take; afterwards as and where they were.
+
+    A victim that answers elsewhere has its session open meanwhile.
+    """
     networks = victim.networks
     with ExitStack() as stack:
+        stack.enter_context(victim.asked())
         stack.enter_context(home(networks))
         for network in networks:
             stack.enter_context(modes(None, network))
@@ -157,7 +161,7 @@ def _crafting(attack: Attack, network: nn.Module, job: Job) -> Craft:
 
 
 def _asking(name: str, attack: Attack, job: Job, victim: Victim, placement: Placement) -> Step:
-    """An attack that only asks: the artifact itself, or the copy of it that answers many images at a time."""
+    """An attack that only asks: the artifact itself (on its device), or a copy of it that answers many at a time."""
     answers: Logits = victim.fast or victim.answers
 
     def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:

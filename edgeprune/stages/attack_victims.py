@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -14,17 +16,23 @@ from torch import Tensor, nn
 
 from edgeprune import bundled
 from edgeprune import recipe as recipes
-from edgeprune.devices import Device
+from edgeprune.devices import Attached, Device
 from edgeprune.errors import EdgepruneError, UnsupportedModel, UsageError
 from edgeprune.nn import onnx_twin
 from edgeprune.nn.bundle import deployed, load_bundle, sha256_file
 from edgeprune.recipe import ModelTable
-from edgeprune.records import Artifact, Bundle, InputSpec
+from edgeprune.records import Artifact, Bundle, InputSpec, Target
 from edgeprune.stages.attack_file import open_file
 from edgeprune.stages.attack_job import Victim
-from edgeprune.stages.measure_answers import predict
+from edgeprune.stages.attack_session import Asked
+from edgeprune.stages.attack_session import Place as AskedPlace
+from edgeprune.stages.measure_answers import RUNTIME, predict
+from edgeprune.stages.measure_build import Place as BuildPlace
+from edgeprune.stages.measure_build import choose, engines
 
 FILE = "model.onnx"
+# As long as measuring waits for somebody else.
+WAIT_S = 600.0
 HINT = "Give the run directory or the torch model for attacks with gradients."
 
 
@@ -84,26 +92,70 @@ def of_file(
     return replace(victim, twin=own, straight=straight, own=twin is None)
 
 
-def on_device(victim: Victim, path: Path, spec: InputSpec, device: Device) -> Victim:
+@dataclass(frozen=True)
+class There:
+    """Where a file is judged: a device, and the target whose runtime it should have (None: ONNX Runtime).
+
+    scratch: a folder for engines that are built there. say, wait_s: as of `Device.exclusively`.
+    """
+
+    device: Device
+    target: Target | None
+    scratch: Path
+    say: Callable[[str], None] = lambda message: None
+    wait_s: float = WAIT_S
+
+
+def elsewhere(device: Device) -> bool:
+    """Whether a device answers by itself: not with this process's own ONNX Runtime, and not with canned answers."""
+    if device.name in ("local", "fake"):
+        return device.name == "local" and device.agent()[0] != sys.executable
+    return True
+
+
+def on_device(victim: Victim, path: Path, spec: InputSpec, there: There) -> Victim:
     """The same file judged by a device: whatever an attack finds counts when the device errs on it.
 
-    Square's queries are asked of this machine's copy of the file, and what it finds is sent to the device.
+    Attacks that only ask, as Square, ask the device too: a session there stays open, and one at a time has it. A device
+    whose agent can't stay open is only asked for verdicts, and Square asks this machine's copy of the file.
 
     Args:
         victim: of that file, on this machine. path: the file. spec: what it eats.
+
+    Raises:
+        DeviceError: the device does not answer.
     """
+    device = there.device
+    runtime, notes = choose(there.target, device) if there.target else (RUNTIME, ())
+
+    def file() -> Path:
+        return path if runtime == RUNTIME else _engine(victim, path, there)
+
+    judged = replace(victim, where=device.where(), notes=(*victim.notes, *notes))
+    if isinstance(device, Attached) and device.talks:
+        asked = Asked(AskedPlace(device, runtime, cache(file), there.wait_s, there.say))
+        note = f"Square asked the device: a session of {runtime} that stayed open on {device.name}."
+        return replace(judged, answers=asked, fast=None, asked=asked.open, notes=(*judged.notes, note))
     artifact = Artifact(str(path), "onnx", "", spec, victim.sha256, path.stat().st_size)
 
     def answers(x: Tensor) -> Tensor:
         pixels = x.detach().cpu().contiguous().numpy()
         label = f"answers of {device.name}"
-        return torch.from_numpy(predict(artifact, [pixels], device, total=len(x), label=label))
+        return torch.from_numpy(
+            predict(artifact, [pixels], device, total=len(x), label=label, runtime=runtime)
+        )
 
-    note = f"Square searched on this machine; every verdict is that of {device.name}."
-    return replace(
-        victim, answers=answers, fast=victim.fast or victim.answers, where=device.where(),
-        notes=(*victim.notes, note),
-    )  # fmt: skip
+    note = f"Square asked a copy of the file here; every verdict is that of {device.name}."
+    return replace(judged, answers=answers, fast=victim.fast or victim.answers, notes=(*judged.notes, note))
+
+
+def _engine(victim: Victim, path: Path, there: There) -> Path:
+    """The engine of a file, built on the device once and brought here; each session opens it without building."""
+    assert there.target is not None
+    there.say(f"attack: build an engine of {path.name} on {there.device.name}")
+    there.scratch.mkdir(parents=True, exist_ok=True)
+    name = victim.sha256[:16]
+    return engines({name: path}, BuildPlace(there.device, there.target, there.scratch))[name].path
 
 
 def _without(victim: Victim, why: str) -> Victim:

@@ -10,10 +10,12 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import edgeprune
+from edgeprune import abreast
 from edgeprune.devices import device_from_url
 from edgeprune.errors import DeviceError
 from edgeprune.records import Target
@@ -62,14 +64,17 @@ for name in sys.argv[1:]:
 """
 
 
-def run(target: Target | None, device_url: str) -> tuple[Finding, ...]:
-    """Look at this installation, at the device and, when one is named, at what the target needs.
+def run(target: Target | None, *device_urls: str) -> tuple[Finding, ...]:
+    """Look at this installation, at the devices (all at the same time) and at what a target that is named needs.
 
     Raises:
-        UsageError: the device's URL is wrong.
+        UsageError: the URL of a device is wrong.
     """
-    device = device_from_url(device_url, target.setup if target else None)
-    found = look(device, target)  # first, because trying the packages is work that the load would show
+    setup = target.setup if target else None
+    devices = {url: device_from_url(url, setup) for url in device_urls}
+    # First, because trying the packages is work that the load would show.
+    looks = abreast.start({url: partial(look, device, target) for url, device in devices.items()})
+    found = [finding for future in looks.values() for finding in future.result()]
     return (*_python(), *_packages(), _trtexec(target), *found)
 
 

@@ -6,18 +6,16 @@ Light: only the standard library and the light files, so that a CI job starts at
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from edgeprune import bundled
 from edgeprune.choices import ALLOW_ESTIMATES
-from edgeprune.errors import UsageError
-from edgeprune.quantities import limit as read_limit
+from edgeprune.places import unread, views, where_of
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Budget, Check, Limit, Reading, Report, Verdict
 from edgeprune.stages import gate_pairs
+from edgeprune.stages.gate_budget import budget_from
+from edgeprune.stages.gate_devices import worst
 from edgeprune.stages.gate_pairs import find, value_of
 from edgeprune.stages.gate_render import FORMATS, render
 
@@ -25,13 +23,6 @@ __all__ = ["FORMATS", "budget_from", "render", "run"]
 
 TIMED = ("latency_p50", "latency_p90", "latency_p99", "energy")
 OF_THE_MACHINE = (*TIMED, "peak_memory")
-NO_BUDGET = """give limits as flags, as in
-  edgeprune gate RUN --budget "latency_p50=5 ms" --budget "size=2 MB" --budget "clean_accuracy=-1 pp"
-or write them into pyproject.toml:
-  [tool.edgeprune.budget]
-  latency_p50 = "5 ms"
-  macs = "50 %"
-  clean_accuracy = "-1 pp\""""
 # A share of a count is rounded in the last bits; that must not decide whether a limit is met exactly.
 ROUNDING = 1e-12
 
@@ -45,95 +36,54 @@ class _Reference:
     remark: str = ""
 
 
-def budget_from(sources: Sequence[str], cwd: Path) -> Budget:
-    """Read the limits of a budget; later sources win over earlier ones.
-
-    Each source is "METRIC=LIMIT" or a TOML file with a table [budget], with [tool.edgeprune.budget], or with the
-    limits at the top. Without sources the table [tool.edgeprune.budget] of cwd/pyproject.toml is taken. The source
-    "allow-estimates", or that key with the value true in a file, lets an estimate stand for a measurement.
-
-    Raises:
-        UsageError: no limits at all (prints an example), no such file, an unknown metric, an impossible limit.
-    """
-    found = [_source(source, cwd) for source in sources]
-    if not set(sources) - {ALLOW_ESTIMATES} and _is_file(cwd / "pyproject.toml"):
-        found.append(_file(cwd / "pyproject.toml"))
-    limits = {metric: limit for budget in found for metric, limit in budget.limits.items()}
-    if not limits:
-        raise UsageError("no budget was given, so there is nothing to check", NO_BUDGET)
-    return Budget(limits, any(budget.allow_estimates for budget in found))
-
-
 def run(report: Report, budget: Budget, baseline: Report | None, *, baseline_missing: bool) -> Verdict:
     """Check every limit against the compressed model's readings.
 
     Relative limits are relative to the baseline's compressed model when there is a baseline, else to the dense
-    model of this report. baseline_missing: a baseline was named, and its file is not there yet.
+    model of this report. baseline_missing: a baseline was named, and its file is not there yet. Of several devices
+    the one that comes off worst decides each limit.
     """
+    first, *further = views(report)
     if budget.allow_estimates:
-        report = _of_the_target(report)
+        first = _of_the_target(first)
+    bases = {where_of(view): view for view in views(baseline)} if baseline is not None else {}
     checks = tuple(
-        _not_measured(limit, report, budget) or _check(limit, report, baseline)
+        worst(
+            {
+                _place(limit.metric, view): _not_measured(limit, view, budget)
+                or _check(limit, view, _base(bases, view))
+                for view in (
+                    first,
+                    *(v for v in further if value_of(find(v.after, limit.metric)) is not None),
+                )
+            }
+        )
         for limit in budget.limits.values()
     )
     statuses = {check.status for check in checks}
     exit_code = 1 if "fail" in statuses else 8 if statuses - {"pass"} else 0
-    notes = [*_baseline_notes(report, budget, baseline, baseline_missing), *_target_notes(report, budget)]
+    notes = [*_baseline_notes(report, budget, baseline, baseline_missing)]
+    notes += [] if any(_far(view) for view in further) else _target_notes(first, budget)
+    notes += [f"Without readings of {url}: {why}" for url, why in unread(report).items()]
     return Verdict(checks, exit_code == 0, exit_code, tuple(notes))
 
 
-def _source(source: str, cwd: Path) -> Budget:
-    if source == ALLOW_ESTIMATES:
-        return Budget(allow_estimates=True)
-    if _is_file(cwd / source):
-        return _file(cwd / source)
-    metric, equals, text = source.partition("=")
-    if source.endswith(".toml") or not equals:
-        hint = 'give a TOML file with a table [budget], or a limit such as "latency_p50=5 ms"'
-        raise UsageError(f"--budget {source!r} is neither a file nor METRIC=LIMIT", hint)
-    return Budget({metric.strip(): read_limit(metric.strip(), text)})
+def _place(metric: str, view: Report) -> str:
+    """Where a metric was read, for a check that says so."""
+    after = find(view.after, metric)
+    return after.where if after is not None else ""
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        # A name that no file system takes, such as a limit of a thousand characters.
-        return False
+def _far(view: Report) -> bool:
+    """Whether a further device is another machine than this one."""
+    return not where_of(view).startswith(("local", "fake"))
 
 
-def _file(path: Path) -> Budget:
-    table, place = _table(path)
-    limits: dict[str, Limit] = {}
-    for metric, value in table.items():
-        if metric == ALLOW_ESTIMATES and isinstance(value, bool):
-            continue
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise UsageError(
-                f"{place}: {metric} = {value!r} must be a text with a unit", f'write {metric} = "50 %"'
-            )
-        try:
-            limits[metric] = read_limit(metric, value)
-        except UsageError as error:
-            raise UsageError(f"{place}: {error.message}", error.hint) from error
-    if not limits and path.name != "pyproject.toml":
-        raise UsageError(f"{place} holds no limits", 'write one a line, such as latency_p50 = "5 ms"')
-    return Budget(limits, table.get(ALLOW_ESTIMATES) is True)
-
-
-def _table(path: Path) -> tuple[Mapping[str, Any], str]:
-    data: Any = bundled.read_toml(path)
-    place = str(path)
-    names = (
-        ("tool", "edgeprune", "budget") if path.name == "pyproject.toml" or "tool" in data else ("budget",)
-    )
-    if names == ("budget",) and "budget" not in data:
-        return data, place
-    for name in names:
-        data = data.get(name, {})
-        if not isinstance(data, Mapping):
-            raise UsageError(f"{place}: [{'.'.join(names)}] must be a table, found {data!r:.60}")
-    return data, f"{place} [{'.'.join(names)}]"
+def _base(bases: Mapping[str, Report], view: Report) -> Report | None:
+    """The baseline at the place of a view; a device that it did not have is one without readings."""
+    if not bases:
+        return None
+    return bases.get(where_of(view), replace(bases[""], before=(), after=()))
 
 
 def _of_the_target(report: Report) -> Report:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -130,7 +132,7 @@ def predict(
     with (
         held(device, {"model": Path(artifact.path)}) as paths,
         tempfile.TemporaryDirectory(prefix="edgeprune-") as folder,
-        bar(total, label) as advance,
+        _bar(total, label) as advance,
     ):
         for x in _joined(batches, chunk):
             parts.append(_answers(x, paths["model"], Path(folder), device, runtime))
@@ -140,6 +142,13 @@ def predict(
     if len({part.shape[1] for part in parts}) != 1:
         raise DeviceError(f"{device.name} answered logits of {sorted({p.shape[1] for p in parts})} classes")
     return np.concatenate(parts)
+
+
+def _bar(total: int, label: str) -> AbstractContextManager[Callable[..., None]]:
+    """A bar for the first of several devices alone: two bars at once write over each other."""
+    if current_thread() is main_thread():
+        return bar(total, label)
+    return nullcontext(lambda steps: None)
 
 
 def _pixels(split: Images, labels: list[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.float32]]:

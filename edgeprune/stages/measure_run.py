@@ -21,6 +21,8 @@ RESULT_VERSION = 3
 WAIT_S = 600.0
 # No more than this for the plots and for whoever reads report.json.
 MOST_SAMPLES = 2000
+# What the note begins with that says that the target itself is still to be measured.
+NOT_THERE = "Nothing has been measured on"
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _notes(wanted: Wanted, timed: measure.Latency, subject: _Subject) -> tuple[s
     notes = []
     if wanted.target.name != "local" and _here(wanted, subject):
         notes.append(
-            f"Nothing has been measured on {wanted.target.title} yet: times and memory were taken on {timed.where}. "
+            f"{NOT_THERE} {wanted.target.title} yet: times and memory were taken on {timed.where}. "
             "Measure there before you rely on them."
         )
     if timed.contended:

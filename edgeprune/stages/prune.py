@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import codec, plugins
-from edgeprune.errors import WorkdirError
+from edgeprune.errors import InfeasibleBudget, WorkdirError
 from edgeprune.methods import Method, PruneTask, Training, TrainingMethod
 from edgeprune.nn.allocate import Rules, shared_counts
 from edgeprune.nn.bundle import deployed
@@ -25,14 +25,17 @@ from edgeprune.nn.pqi import keep_shares
 from edgeprune.nn.store import load_tensors, masks_to_tensors, save_tensors
 from edgeprune.nn.units import Units, of_channels, of_weights
 from edgeprune.recipe import PruneTable, TuneTable
-from edgeprune.records import Budget, Bundle, Group, Masks
-from edgeprune.stages.prune_search import COUNTED, Probe, Tools, absolute, search
+from edgeprune.records import Budget, Bundle, Group, Limit, Masks
+from edgeprune.stages.prune_search import AS_DENSE, COUNTED, Probe, Tools, absolute, search
 
 __all__ = [
-    "Chosen", "Material", "Probe", "absolute", "counted_limits", "method_name", "read", "run", "trains", "write",
+    "Chosen", "Material", "Probe", "absolute", "counted_limits", "method_name", "minds_macs", "read", "run", "trains",
+    "write",
 ]  # fmt: skip
 
 RESULT_VERSION = 4
+# A budget with one of these says itself how small or fast it is to become.
+SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Material:
     unlabelled: float32 (N, C, H, W), what the cut network will be repaired on, or None. train: what may be learned
     from, for methods that train by `table`; scratch: where they keep what lets them go on after a kill. clock: from the
     costs of the network what predicts the time of its cuts (a latency table, filled first where it must be); or None.
+    file_share: see PruneTable.int8_file, 0 where it does not count; `probes` know the size where it does.
     """
 
     images: Tensor | None
@@ -71,6 +75,7 @@ class Material:
     table: TuneTable = field(default_factory=TuneTable)
     scratch: Path = Path()
     clock: Callable[[CostModel], Predictor] | None = None
+    file_share: float = 0.0
 
 
 def method_name(table: PruneTable, has_data: bool) -> str:
@@ -97,13 +102,53 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     task, left_out = _task(bundle, network, (table, budget), material)
     if isinstance(method, TrainingMethod):
         unfreeze(network)
-    masks, notes = search(network, method, task, budget, Tools(material.probes, material.clock))
+    masks, notes = _search(network, method, task, (budget, _light(budget, task, material)), material)
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
         notes = (*notes, "The dense model already meets the budget: nothing was removed.")
     notes = (*notes, *_unaligned(masks, material.multiple_of))
     if task.weights is not None:
         task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
     return Chosen(task.groups, masks, left_out, notes, _edited(bundle.module, network), task.record)
+
+
+def minds_macs(budget: Budget) -> bool:
+    """Whether a budget limits the multiply-accumulates and does not say itself how small or fast it is to become."""
+    return "macs" in budget.limits and SMALL.isdisjoint(budget.limits)
+
+
+def _light(budget: Budget, task: PruneTask, material: Material) -> Budget | None:
+    """The budget with a limit on the file, where `file_share` counts."""
+    if not material.file_share or not minds_macs(budget):
+        return None
+    macs = task.costs.cost({})["macs"]
+    share = material.file_share * absolute(budget.limits["macs"], macs) / macs
+    limit = Limit("size", "share", share, f"{share:.1%}")
+    return replace(budget, limits={**budget.limits, "size": limit})
+
+
+def _search(
+    network: nn.Module,
+    method: Method,
+    task: PruneTask,
+    budgets: tuple[Budget, Budget | None],
+    material: Material,
+) -> tuple[Masks, tuple[str, ...]]:
+    """The choice that keeps the second budget, where there is one and it can be kept; else the first."""
+    given, light = budgets
+    tools = Tools(material.probes, material.clock)
+    if light is None:
+        return search(network, method, task, given, tools)
+    limit = light.limits["size"].text
+    off = "--set prune.int8_file=0 prunes for the multiply-accumulates alone, which keeps more parameters"
+    try:
+        masks, notes = search(network, method, task, light, tools)
+    except InfeasibleBudget:
+        masks, notes = search(network, method, task, given, tools)
+        return masks, (
+            *notes,
+            f"An int8 file of {limit} of the dense one can't be had by pruning: not held to it.",
+        )
+    return masks, (f"The int8 file is held to {limit} of the dense file as well; {off}.", *notes)
 
 
 def _task(

@@ -19,7 +19,7 @@ from edgeprune.records import REPORT_SCHEMA, Report
 from edgeprune.stages.report_build import SPARSE_NOTE
 from edgeprune.stages.report_html import page
 from edgeprune.stages.report_markdown import document
-from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had, value_of
+from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had, leading, value_of
 from edgeprune.stages.report_unlabelled import sentences
 
 RESULT_VERSION = 1
@@ -157,7 +157,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sentences(report: Report) -> list[str]:
-    rows = {row.metric: row for row in comparison(report)}
+    rows = leading(report)
     sayings: tuple[Callable[[Report, dict[str, Row]], Iterator[str]], ...] = (
         _smaller,
         _zeros,

@@ -39,10 +39,14 @@ def versions() -> dict[str, str]:
 
 def environment(device_facts: Mapping[str, Any], target_title: str) -> dict[str, Any]:
     """What the run ran on."""
-    keep = ("machine", "system", "release", "board", "cpu", "cores", "memory_bytes", "governor", "power_mode")
-    device = {k: device_facts[k] for k in keep if k in device_facts}
     host = {"system": platform.system(), "python": sys.version.split()[0]}
-    return {"target": target_title, "versions": versions(), "host": host, "device": device}
+    return {"target": target_title, "versions": versions(), "host": host, "device": machine(device_facts)}
+
+
+def machine(device_facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report keeps of the facts of a device."""
+    keep = ("machine", "system", "release", "board", "cpu", "cores", "memory_bytes", "governor", "power_mode")
+    return {k: device_facts[k] for k in keep if k in device_facts}
 
 
 def layers(

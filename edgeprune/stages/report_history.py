@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from edgeprune.records import Report
+from edgeprune.quantities import show
+from edgeprune.records import METRICS, Report
 from edgeprune.stages.report_rows import facts, quantity
 
 TITLE = "How the choice came about"
@@ -143,7 +144,17 @@ def _chapter(topic: str, record: Mapping[str, Any]) -> Chapter:
             Plot(name, about, word, _unit(key, curves), curves, not isinstance(record[key], Mapping))
         )
     rest = {key: record[key] for key, lists in found.items() if key != counted and (not lists or key in AXES)}
-    return Chapter(title, tuple(plots), tuple(facts(rest)))
+    return Chapter(title, tuple(plots), tuple(facts(_with_unit(rest))))
+
+
+def _with_unit(rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The budget of a metric, which is in base units, as people read it."""
+    value, metric = rest.get("budget"), METRICS.get(str(rest.get("metric")))
+    if metric is None or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return dict(rest)
+    if not abs(value) < _LARGEST or not math.isfinite(value):
+        return dict(rest)
+    return {**rest, "budget": show(value, metric.unit)}
 
 
 def _lists(key: str, value: Any) -> dict[str, tuple[float | None, ...]]:

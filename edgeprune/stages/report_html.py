@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 
 from edgeprune.records import Reading, Report
@@ -29,13 +28,13 @@ from edgeprune.stages.report_rows import (
     text_of,
     unit_of,
 )
+from edgeprune.stages.report_times import distributions, on_which
 from edgeprune.stages.report_unlabelled import HEAD, INTRODUCTION, TITLE, without_labels
 
 HEADLINES = ("macs", "size", "latency_p50", "clean_accuracy")
 # Of a network whose single weights were set to zero: what changed.
 SPARSE_HEADLINES = ("params", "compressed_size", "latency_p50", "clean_accuracy")
 MANY_LAYERS = LONG_TABLE
-LONGEST_S = 1e6
 DENSE_AND_COMPRESSED = plots.legend(("dense", "dense"), ("compressed", "compressed"))
 
 
@@ -81,7 +80,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
         _nonzero(report),
         element(
             "div",
-            _section("Time of each layer", _layer_plot(report, "time", "time", "s")),
+            _section(f"Time of each layer{on_which(report)}", _layer_plot(report, "time", "time", "s")),
             _section("Size of each layer", _layer_plot(report, "size", "size of the weights", "B")),
             class_="two",
         ),
@@ -96,7 +95,7 @@ def _sections(report: Report, sentences: Sequence[str]) -> list[Markup]:
         _section("Before and after", _comparison_table(rows)),
         _unlabelled(report),
         _section("Accuracy after each stage", _ledger(report)),
-        _section("Time of one image", _distribution(report)),
+        _section("Time of one image", distributions(report)),
         _precision(report),
         history(report),
         *(layers if report.layers else []),
@@ -190,26 +189,6 @@ def _ledger(report: Report) -> Markup:
 def _ledger_of(metric: str, rows: Sequence[LedgerRow]) -> Markup:
     how = "; ".join(dict.fromkeys(row.how for row in rows if row.value is not None))
     return join(element("h3", metric), element("p", how, class_="fine"), plots.intervals(metric, rows))
-
-
-def _distribution(report: Report) -> Markup:
-    samples: dict[str, Sequence[float]] = {}
-    for name in ("dense", "compressed"):
-        good = sorted(v for v in report.samples.get(name, ()) if math.isfinite(v) and 0 <= v < LONGEST_S)
-        if good:
-            samples[name] = good
-    if not samples:
-        return _absent("This report holds no single times, so there is no distribution to draw.")
-    after = next((r for r in report.after if r.metric.startswith("latency")), None)
-    where = f" ({how_had(after)})" if after else ""
-    said = element(
-        "p", f"Share of images answered within a time{where}; the dots are the medians.", class_="fine"
-    )
-    middles = {name: values[(len(values) - 1) // 2] for name, values in samples.items()}
-    key = plots.legend(
-        *[(n, f"{n}, median {quantity(m, 's')}, {len(samples[n])} times") for n, m in middles.items()]
-    )
-    return join(said, key, element("div", plots.distribution(samples), class_="axes"))
 
 
 def _layer_plot(report: Report, column: str, what: str, unit: str) -> Markup:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgeprune import places
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Reading, Report
 
@@ -65,11 +66,21 @@ class LedgerRow:
 def comparison(report: Report) -> list[Row]:
     """The before/after table: one row per metric that either side has a reading of, in the order of METRICS.
 
-    What was read without labels is left out (`report_unlabelled`).
+    Of several devices each has a row of its own. What was read without labels is left out (`report_unlabelled`).
     """
     present = {r.metric for r in (*report.before, *report.after)} - set(UNLABELLED)
     metrics = [m for m in METRICS if m in present] + sorted(present - set(METRICS))
-    return [_row(metric, find(report.before, metric), find(report.after, metric)) for metric in metrics]
+    pairs = [(m, find(view.before, m), find(view.after, m)) for m in metrics for view in places.views(report)]
+    return [_row(metric, before, after) for metric, before, after in pairs if before or after]
+
+
+def leading(report: Report) -> dict[str, Row]:
+    """Metric -> the row that speaks for it: that of the first device which has a value of the compressed file."""
+    found: dict[str, Row] = {}
+    for row in comparison(report):
+        if row.metric not in found or value_of(found[row.metric].after) is None:
+            found[row.metric] = row
+    return found
 
 
 def ledger(report: Report) -> list[LedgerRow]:
