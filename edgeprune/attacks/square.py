@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from edgeprune.attacks import Attack
 from edgeprune.errors import UsageError
 from edgeprune.nn.asking import Advance, Logits, asking
+from edgeprune.nn.onnx_answers import swift
 from edgeprune.nn.perturb import Ball
 from edgeprune.nn.square import search
 from edgeprune.nn.windows import Asker
+
+# From so many questions on it is worth the seconds that another runtime takes to be ready.
+SWIFT_FROM = 20_000
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ class Square(Attack):
     ) -> tuple[Tensor, Tensor]:
         """Search until an image is broken or the queries are spent."""
         network = model if isinstance(model, nn.Module) and x.device.type == "cpu" else None
+        worth = network is not None and len(x) * self.queries >= SWIFT_FROM
         tried = search(
-            Asker(asking(model), network),
+            Asker(asking(model), network, swift(network, x) if worth and network is not None else None),
             x,
             y,
             ball,

@@ -22,6 +22,9 @@ from edgeprune.nn.tape_rules import RULES, UNARY, Look, Rule, Slot, Window, name
 
 __all__ = ["Stale", "Tape", "Unfit", "record"]
 
+# Operators that a network's work is counted by.
+WEIGHTED = ("convolution", "addmm", "mm")
+
 
 class Unfit(Exception):
     """The network does something that can't be written down; says what."""
@@ -87,6 +90,23 @@ class Tape:
     def keep(self, rows: Tensor) -> None:
         """From now on the images of the last look are the kept ones, in these rows (int64)."""
         self._rows = rows
+
+    def share(self) -> float:
+        """How much of the work of its weighted operators the last look did again, in [0, 1]."""
+        done = whole = 0.0
+        for step in self.steps:
+            slot = step.outs[0]
+            if name_of(step.func) not in WEIGHTED or slot is None:
+                continue
+            weights = max((arg.numel() for arg in step.args if isinstance(arg, Tensor)), default=0)
+            size = self.values[slot].shape
+            # Each output of a channel reads as many weights as the channel has.
+            work = float(size.numel() * weights / size[1])
+            whole += work
+            if self._looks is not None and slot in self._looks.changes:
+                window = self._looks.changes[slot][1]
+                done += work if window is None else work * window.area / (size[-2] * size[-1])
+        return done / whole if whole else 1.0
 
     def _write(self) -> None:
         """Put what is kept of the last look in its place; what it computed everywhere is not worth that."""

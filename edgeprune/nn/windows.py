@@ -18,6 +18,8 @@ __all__ = ["Asker", "Window"]
 
 # Of a larger window little is saved, and most of the tape would have to be written anew.
 LARGEST = 0.3
+# Of the multiply-accumulates: where more must be done again, whole images cost less where something swift answers.
+MOST_OF_IT = 0.5
 # Between the answers of the tape and of the network, relative to the largest logit.
 TOLERANCE = 1e-4
 
@@ -27,15 +29,19 @@ class Asker:
     """Asks about changed images, and remembers what the network made of the images that were kept.
 
     answers: pixels to logits. network: the same where it is one in torch, else None, and nothing is remembered.
+    swift: what gives nearly the same answers in less time, if there is anything.
     """
 
     answers: Logits
     network: nn.Module | None = None
+    swift: Logits | None = None
 
     def __post_init__(self) -> None:
         """Nothing is known yet."""
         self._tapes: list[Tape] = []
-        self._windowed = False
+        self._windowed = self._swiftly = False
+        # Sides of a window -> whether a change there reaches so little that it pays to know the rest.
+        self._paying: dict[tuple[int, int], bool] = {}
 
     def look(self, kept: Tensor, tried: Tensor, window: Window | None) -> Tensor:
         """The logits of images that differ from the kept ones in a window, or anywhere: (N, K).
@@ -44,19 +50,19 @@ class Asker:
             kept: (N, C, H, W), as `keep` was told. tried: like `kept`.
         """
         with torch.no_grad():
-            self._windowed = self.network is not None and window is not None and _small(window, tried)
+            self._windowed = self.network is not None and window is not None and self._pays(window, tried)
             if not self._windowed or window is None:
-                return self.answers(tried)
+                return self._anew(tried)
             if self._tapes:
                 try:
                     return self._again(tried, window)
                 except Stale:
                     self._tapes = []
-            return self._again(tried, window) if self._written(kept, tried, window) else self.answers(tried)
+            return self._again(tried, window) if self._written(kept, tried, window) else self._anew(tried)
 
     def sure(self, tried: Tensor, rows: Tensor, answer: Tensor) -> Tensor:
         """The answer with these rows, bool (N,), as the network itself gives them."""
-        if self._windowed and bool(rows.any()):
+        if (self._windowed or self._swiftly) and bool(rows.any()):
             answer = answer.clone()
             with torch.no_grad():
                 answer[rows] = self.answers(tried[rows])
@@ -91,6 +97,15 @@ class Asker:
         self.network, self._tapes, self._windowed = None, [], False
         return False
 
+    def _anew(self, tried: Tensor) -> Tensor:
+        """The answer about whole images, as `swift` gives it where that is there."""
+        self._windowed, self._swiftly = False, self.swift is not None
+        return self.answers(tried) if self.swift is None else full(self.swift(tried))
+
+    def _pays(self, window: Window, tried: Tensor) -> bool:
+        """Whether less is done for a window of this size, as the first one of it has shown."""
+        return _small(window, tried) and self._paying.get(_sides(window), True)
+
     def _again(self, tried: Tensor, window: Window) -> Tensor:
         parts = list(zip(self._tapes, _parts(tried, len(self._tapes)), strict=True))
 
@@ -98,9 +113,18 @@ class Asker:
             with torch.no_grad():
                 return full(part[0].look(part[1], window))
 
+        self._swiftly = False
         if isinstance(self.network, Lanes) and len(parts) > 1:
-            return torch.cat(self.network.each(parts, work))
-        return torch.cat([work(None, part) for part in parts])
+            found = self.network.each(parts, work)
+        else:
+            found = [work(None, part) for part in parts]
+        if self.swift is not None and _sides(window) not in self._paying:
+            self._paying[_sides(window)] = self._tapes[0].share() <= MOST_OF_IT
+        return torch.cat(found)
+
+
+def _sides(window: Window) -> tuple[int, int]:
+    return window.bottom - window.top, window.right - window.left
 
 
 def _small(window: Window, x: Tensor) -> bool:

@@ -1,0 +1,112 @@
+"""What ONNX Runtime answers for a network, and a search that asks it: the same verdicts, or none where it differs."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.attacks import square
+from edgeprune.nn.asking import asking
+from edgeprune.nn.lanes import in_lanes
+from edgeprune.nn.onnx_answers import swift
+from edgeprune.nn.perturb import Ball
+from edgeprune.nn.tape import record
+from edgeprune.nn.tape_rules import Window
+from edgeprune.nn.windows import Asker
+
+
+class Odd(nn.Module):
+    """Answers otherwise every second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.times += 1
+        return x.flatten(1)[:, :5] * (1 if self.times % 2 else -1)
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "depthwise"])
+def test_it_answers_as_the_network_does_for_any_number_of_images(name: str) -> None:
+    network = nets.build(name).eval()
+    answers = swift(network, nets.example(4))
+    assert answers is not None
+    for count in (1, 3, 7):
+        x = torch.rand(count, *nets.example(1).shape[1:])
+        with torch.no_grad():
+            assert torch.allclose(answers(x), network(x), atol=1e-5)
+
+
+def test_on_lanes_it_answers_in_the_order_of_the_images() -> None:
+    network, x = nets.build("residual").eval(), torch.rand(9, *nets.example(1).shape[1:])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with in_lanes(network, x) as lanes:
+            answers = swift(lanes, x)
+            assert answers is not None
+            with torch.no_grad():
+                assert torch.allclose(answers(x), network(x), atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_network_that_can_not_be_written_down_is_asked_itself() -> None:
+    assert swift(Odd().eval(), nets.example(4)) is None
+
+
+def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = nets.build("residual").eval(), nets.example(12)
+    with torch.no_grad():
+        # Every class is as likely as the others, so that little decides.
+        last = network.get_submodule("fc")
+        assert isinstance(last, nn.Linear)
+        last.bias -= network(x).mean(0)
+        y = network(x).argmax(1)
+
+    def found(least: int) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr(square, "SWIFT_FROM", least)
+        attack = square.Square(queries=200)
+        generator = torch.Generator().manual_seed(3)
+        return attack.perturb(network, x, y, Ball("Linf", 0.01), generator, lambda _: None)
+
+    (images, queries), (anew, again) = found(1), found(10**9)
+    assert queries.tolist() == again.tolist()
+    assert torch.allclose(images, anew, atol=1e-6)
+    with torch.no_grad():
+        assert 0 < int((network(images).argmax(1) != y).sum()) < 12, "or nothing was compared"
+
+
+def test_a_tape_says_how_much_of_the_work_a_look_does_again() -> None:
+    # 4 channels of 8 x 8 from 3 by 3 x 3: 4 * 64 * 27; of which 5 x 5 positions see a change of 3 x 3. Then 5 outputs.
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 5)).eval()
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        tape = record(network, x)
+        changed = x.clone()
+        changed[:, :, 2:5, 2:5] = 0
+        tape.look(changed, Window(2, 5, 2, 5))
+    whole, again = 4 * 64 * 27 + 256 * 5, 4 * 25 * 27 + 256 * 5
+    assert tape.share() == pytest.approx(again / whole)
+
+
+def test_windows_that_reach_most_of_the_work_are_left_to_what_is_swift() -> None:
+    network, x = nets.build("residual").eval(), nets.example(6)
+    swiftly: list[int] = []
+
+    def answers(images: Tensor) -> Tensor:
+        swiftly.append(len(images))
+        with torch.no_grad():
+            return network(images)
+
+    asker = Asker(asking(network), network, answers)
+    for _ in range(3):
+        tried = x.clone()
+        tried[:, :, 2:4, 2:4] = 0
+        answer = asker.look(x, tried, Window(2, 4, 2, 4))
+        with torch.no_grad():
+            assert torch.allclose(answer, network(tried), atol=1e-5)
+    assert swiftly == [6, 6], "the first look showed that nearly everything is done again"
