@@ -54,6 +54,10 @@ from edgeprune.tabling import clock
 from edgeprune.workdir import STAGES, Workdir
 
 FORCEABLE = ("load", *STAGES)
+SIZE_OF_FLOATS = (
+    "With --precision auto the network is cut until its fp32 file has the size of the budget, for fp32 may ship; "
+    "--precision int8 counts the int8 file, and keeps about four times as many parameters."
+)
 TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
 
 
@@ -173,6 +177,8 @@ def _prune(step: Step) -> None:
     run, prune = step.run, stage("prune")
     words = f"{run.recipe.tune.epochs} epochs of training, " if run.trains else ""
     run.say(f"prune: {run.method}, {words}{_budget_words(run)}")
+    if run.quantizes:
+        stage("quantize").check_skipped(step.folders["dense"] / "dense.onnx", run.recipe.quantize.skip)
     images = labels = None
     if run.trainable:
         data = torch_part("data")
@@ -188,6 +194,8 @@ def _prune(step: Step) -> None:
         clock=clock(run, step.folders["dense"] / "dense.onnx"), file_share=run.file_share,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
+    if run.quantizes and "size" in run.budget.limits and run.recipe.export.precision == "auto":
+        chosen = replace(chosen, notes=(*chosen.notes, SIZE_OF_FLOATS))
     prune.write(chosen, step.out)
 
 

@@ -391,3 +391,22 @@ def test_a_budget_on_robust_accuracy_is_minded_when_a_precision_is_made(
     assert [r["conditions"]["stage"] for r in report["ledger"]][-1] == "quantized"
     robust = next(r for r in report["after"] if r["metric"] == "robust_accuracy")
     assert 0 <= robust["value"] <= robust["conditions"]["transfer_only"]["value"]
+
+
+def test_a_layer_to_skip_that_is_none_is_refused_before_anything_takes_long(
+    weights: Path, images: Path, tmp_path: Path
+) -> None:
+    wish = ["--data", str(images), "--epochs", "1", "--set", 'quantize.skip=["dawn*"]', "--precision", "int8"]
+    done = runner.invoke(app, command(weights, tmp_path / "run", *wish))
+    assert done.exit_code == 2 and "quantize.skip names 'dawn*'" in done.stderr
+    assert not list((tmp_path / "run").glob("2-prune/*/chosen.json"))
+
+
+def test_a_size_for_a_precision_that_is_not_known_yet_is_that_of_the_floats_and_said(
+    weights: Path, images: Path, tmp_path: Path
+) -> None:
+    done = runner.invoke(
+        app, command(weights, tmp_path / "run", "--data", str(images), "--budget", "size=80 %", "--json")
+    )
+    assert done.exit_code == 0, done.output
+    assert any("until its fp32 file" in note for note in json.loads(done.stdout)["report"]["notes"])

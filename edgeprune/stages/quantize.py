@@ -13,14 +13,14 @@ from edgeprune.quantities import suggest
 from edgeprune.stages import quantize_fp16, quantize_int8
 from edgeprune.stages.quantize_candidates import FLOAT, Field, entries, of_dense, rows, timed
 from edgeprune.stages.quantize_choice import Pick, pick
-from edgeprune.stages.quantize_floats import floats
+from edgeprune.stages.quantize_floats import check_skipped, floats
 from edgeprune.stages.quantize_job import Built, Job, Material, Quantized, Timer
 from edgeprune.stages.quantize_judge import judged
 from edgeprune.stages.quantize_ship import Shipped, finish
 
 __all__ = [
-    "FILE", "RECORD", "RESULT_VERSION", "Job", "Material", "Quantized", "Timer", "check_asked", "judged", "read", "run",
-    "shipped", "wants_images",
+    "FILE", "RECORD", "RESULT_VERSION", "Job", "Material", "Quantized", "Timer", "check_asked", "check_skipped",
+    "judged", "read", "run", "shipped", "wants_images",
 ]  # fmt: skip
 
 RESULT_VERSION = 1

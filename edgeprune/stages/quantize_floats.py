@@ -130,6 +130,16 @@ def floats(path: Path, job: Job) -> Floats:
     )  # fmt: skip
 
 
+def check_skipped(path: Path, patterns: Sequence[str]) -> None:
+    """See before anything takes long that every pattern of `quantize.skip` is about a layer of an exported file.
+
+    Raises:
+        UsageError: one is not. UnsupportedModel, ModelError: the file can't be read or prepared.
+    """
+    if patterns:
+        _skipped(quantizable(prepare(load(path)[1])), patterns)
+
+
 def about(exported: ModelProto) -> dict[str, str]:
     """What the exported file's metadata says of it."""
     return {entry.key: entry.value for entry in exported.metadata_props if entry.key.startswith(METADATA)}
