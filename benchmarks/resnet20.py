@@ -1,6 +1,7 @@
 """A trained ResNet-20 for CIFAR-10 at half of its multiply-accumulates, through the command line alone.
 
     python benchmarks/resnet20.py WEIGHTS DATA [-o DIR] [--method taylor] [--epochs 2]
+        [--precision fp32]
 
 WEIGHTS is a state dict for examples/resnet20_cifar10.py, DATA the images in class folders (or a tar of them). Prints
 what stands in BENCHMARKS.md, from the report of the run.
@@ -28,13 +29,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", default=None)
     parser.add_argument("--method", default="taylor")
     parser.add_argument("--epochs", default="2")
+    parser.add_argument("--precision", default="fp32")
     given = parser.parse_args()
     folder = given.output or tempfile.mkdtemp(prefix="edgeprune-resnet20-")
     command = [
         sys.executable, "-m", "edgeprune", "compress", given.weights, "--arch", f"{EXAMPLE}:resnet20",
         "--input", "3x32x32", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--data", given.data,
         "--method", given.method, "--budget", "macs=50 %", "--epochs", given.epochs, "--target", "local",
-        "-o", folder, "--json",
+        "--precision", given.precision, "-o", folder, "--json",
     ]  # fmt: skip
     answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     report = answer["report"]
