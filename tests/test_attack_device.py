@@ -224,7 +224,9 @@ def test_a_connection_that_is_lost_in_the_middle_is_said_and_the_attack_goes_on_
 
 
 HOLD = """
-import sys
+import signal, sys
+# What was started in the background of a shell would pass over Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 from edgeprune import agent_frames as frames
 from edgeprune.devices import device_from_url

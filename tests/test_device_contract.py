@@ -185,7 +185,9 @@ def test_one_may_wait_for_the_other(device: Attached) -> None:
 
 
 HOLD = """
-import os, sys, time
+import os, signal, sys, time
+# What was started in the background of a shell would pass over Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from edgeprune.devices import device_from_url
 device = device_from_url(sys.argv[1])
 with device.folder() as folder, device.exclusively():
