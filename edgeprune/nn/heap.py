@@ -1,7 +1,7 @@
 """The C library keeps freed memory for the next tensor, where it would give it back to the system after each operator.
 
 Memory that was given back comes in pages that are empty and new: the system clears each, and stops every thread of the
-process for a moment. On two threads a network answers in four fifths of the time without that.
+process for a moment. Where nothing else runs that costs little; on a busy machine the threads wait for each other.
 """
 
 from __future__ import annotations

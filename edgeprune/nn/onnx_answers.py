@@ -1,4 +1,4 @@
-"""A network's answers by ONNX Runtime, where nobody wants gradients: torch takes a third longer for the same logits."""
+"""A network's answers by ONNX Runtime, where nobody wants gradients: it fuses what torch does step by step."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ __all__ = ["Asker", "Window"]
 
 # Of a larger window little is saved, and most of the tape would have to be written anew.
 LARGEST = 0.3
-# Of the multiply-accumulates: where more must be done again, whole images cost less where something swift answers. (A
-# ResNet-20 at 32 pixels does 0.6 of them again for the smallest windows, which takes 1.3 times as long as that.)
+# Of the multiply-accumulates: where more must be done again, whole images cost less where something swift answers,
+# for each of those that is done in a window takes longer than one that is done whole.
 MOST_OF_IT = 0.3
 # Between the answers of the tape and of the network, relative to the largest logit.
 TOLERANCE = 1e-4
