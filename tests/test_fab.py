@@ -207,3 +207,20 @@ def test_logits_that_are_no_number_end_the_search_for_that_image_alone() -> None
 
     found = nearest(broken, Task(x, zeros, zeros + 1), "Linf", steps=4, enough=0.2)
     assert found.distance.isfinite().all() and found.images.isfinite().all()
+
+
+def test_what_only_looks_wrong_is_not_found() -> None:
+    x = torch.rand(3, 1, 2, 2, generator=seeded())
+    zeros = torch.zeros(3, dtype=torch.int64)
+    asked: list[int] = []
+
+    def right(at: Tensor) -> Tensor:
+        asked.append(len(at))
+        return torch.stack([torch.full((len(at),), 9.0), at.flatten(1).sum(1)], 1)
+
+    def hasty(at: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(len(at)), torch.ones(len(at))], 1)
+
+    found = nearest(right, Task(x, zeros, zeros + 1), "Linf", steps=3, enough=1.0, look=hasty)
+    assert found.distance.tolist() == [torch.inf] * 3 and torch.equal(found.images, x)
+    assert asked == [3] * 6, "three slopes, and each time the look is checked"

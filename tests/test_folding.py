@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+from edgeprune.attacks import Attack
 from edgeprune.attacks.apgd_ce import ApgdCe
+from edgeprune.attacks.apgd_t import ApgdT
 from edgeprune.attacks.fab_t import FabT
 from edgeprune.errors import ModelError
+from edgeprune.nn import asking
 from edgeprune.nn.folding import folded
 from edgeprune.nn.lanes import LEAST_IMAGES, Lanes, in_lanes
 from edgeprune.nn.perturb import Ball
@@ -250,9 +253,12 @@ def test_a_network_cut_off_from_its_input_has_the_gradient_zero(two_threads: obj
         assert gradient(lanes, x).abs().max() == 0
 
 
-@pytest.mark.parametrize("attack", [ApgdCe(steps=8), FabT(steps=4, classes=2)])
+@pytest.mark.parametrize("attack", [ApgdCe(steps=8), ApgdT(steps=8, classes=2), FabT(steps=4, classes=2)])
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.01), ("L2", 0.1)])
-def test_attacks_find_the_same_on_one_thread_and_on_two(attack: ApgdCe | FabT, norm: str, eps: float) -> None:
+def test_attacks_find_the_same_on_one_thread_and_on_two(
+    attack: Attack, norm: str, eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "ROWS", 5)  # so that a lane takes its images in three goes
     network, x = nets.build("residual"), nets.example(24, seed=5)
     with torch.no_grad():
         network.fc.bias -= network(x).mean(0)  # so that every class is some image's

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.attacks import square
+from edgeprune.attacks import fab_t, square
+from edgeprune.nn import onnx_answers
 from edgeprune.nn.asking import asking
 from edgeprune.nn.lanes import in_lanes
 from edgeprune.nn.onnx_answers import swift
@@ -15,6 +16,9 @@ from edgeprune.nn.perturb import Ball
 from edgeprune.nn.tape import record
 from edgeprune.nn.tape_rules import Window
 from edgeprune.nn.windows import Asker
+
+# Questions that are worth the time it takes to be ready.
+MANY = 10**9
 
 
 class Odd(nn.Module):
@@ -32,7 +36,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise"])
 def test_it_answers_as_the_network_does_for_any_number_of_images(name: str) -> None:
     network = nets.build(name).eval()
-    answers = swift(network, nets.example(4))
+    answers = swift(network, nets.example(4), MANY)
     assert answers is not None
     for count in (1, 3, 7):
         x = torch.rand(count, *nets.example(1).shape[1:])
@@ -46,7 +50,7 @@ def test_on_lanes_it_answers_in_the_order_of_the_images() -> None:
     torch.set_num_threads(2)
     try:
         with in_lanes(network, x) as lanes:
-            answers = swift(lanes, x)
+            answers = swift(lanes, x, MANY)
             assert answers is not None
             with torch.no_grad():
                 assert torch.allclose(answers(x), network(x), atol=1e-5)
@@ -55,7 +59,7 @@ def test_on_lanes_it_answers_in_the_order_of_the_images() -> None:
 
 
 def test_a_network_that_can_not_be_written_down_is_asked_itself() -> None:
-    assert swift(Odd().eval(), nets.example(4)) is None
+    assert swift(Odd().eval(), nets.example(4), MANY) is None
 
 
 def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +72,7 @@ def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPa
         y = network(x).argmax(1)
 
     def found(least: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr(square, "SWIFT_FROM", least)
+        monkeypatch.setattr(onnx_answers, "SWIFT_FROM", least)
         attack = square.Square(queries=200)
         generator = torch.Generator().manual_seed(3)
         return attack.perturb(network, x, y, Ball("Linf", 0.01), generator, lambda _: None)
@@ -110,3 +114,42 @@ def test_windows_that_reach_most_of_the_work_are_left_to_what_is_swift() -> None
         with torch.no_grad():
             assert torch.allclose(answer, network(tried), atol=1e-5)
     assert swiftly == [6, 6], "the first look showed that nearly everything is done again"
+
+
+def test_the_boundary_is_searched_to_the_same_end_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = nets.build("residual").eval(), nets.example(8)
+    with torch.no_grad():
+        last = network.get_submodule("fc")
+        assert isinstance(last, nn.Linear)
+        last.bias -= network(x).mean(0)
+        y = network(x).argmax(1)
+    ready: list[bool] = []
+
+    def found(least: int) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr(onnx_answers, "SWIFT_FROM", least)
+        attack, generator = fab_t.FabT(classes=3, steps=20), torch.Generator().manual_seed(0)
+        ready.append(onnx_answers.alone(network, x, 8 * 3 * 20) is not None)
+        return attack.perturb(network, x, y, Ball("Linf", 0.02), generator, lambda _: None)
+
+    (images, queries), (anew, again) = found(1), found(10**9)
+    assert ready == [True, False]
+    assert queries.tolist() == again.tolist()
+    assert torch.allclose(images, anew, atol=1e-5)
+    assert 0 < int((queries == queries.max()).sum()) < 8, "or nothing was compared"
+
+
+def test_a_network_that_takes_a_branch_by_what_it_sees_is_asked_itself() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :5] * (2 if bool(x.mean() > 0.1) else 1)
+
+    assert swift(Branch().eval(), nets.example(4), MANY) is None, (
+        "one exporter would follow a branch and not say so"
+    )
+
+
+def test_few_questions_and_what_is_no_network_are_left_alone() -> None:
+    network, x = nets.build("plain").eval(), nets.example(2)
+    assert swift(network, x, onnx_answers.SWIFT_FROM - 1) is None
+    assert swift(network.forward, x, MANY) is None
+    assert swift(network, x, onnx_answers.SWIFT_FROM) is not None

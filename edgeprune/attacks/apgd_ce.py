@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgeprune.attacks import Attack
 from edgeprune.errors import UsageError
 from edgeprune.nn.apgd import Task, climb, cross_entropies
-from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn
+from edgeprune.nn.asking import Advance, Logits, Tried, in_turn
 from edgeprune.nn.perturb import Ball
 
 
@@ -51,11 +51,11 @@ class ApgdCe(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """Run; the images that still stand run again."""
-        ask, task = asking(model), Task(x, y, y)
+        task = Task(x, y, y)
 
         def run(rows: Tensor) -> Tried:
             return climb(
-                ask,
+                model,
                 task.only(rows),
                 ball,
                 loss=cross_entropies,

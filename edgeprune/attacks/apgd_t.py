@@ -54,13 +54,12 @@ class ApgdT(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """Run towards the second likeliest class; the images that still stand, towards the third; and so on."""
-        ask = asking(model)
         with torch.no_grad():
-            ranked = targets(ask(x), y, self.classes)
+            ranked = targets(asking(model)(x), y, self.classes)
 
         def run(target: Tensor, rows: Tensor) -> Tried:
             return climb(
-                ask,
+                model,
                 Task(x, y, target).only(rows),
                 ball,
                 loss=targeted_dlr,

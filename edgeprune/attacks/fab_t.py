@@ -19,6 +19,7 @@ from edgeprune.errors import UsageError
 from edgeprune.nn.apgd import Task, targets
 from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn, side_by_side
 from edgeprune.nn.fab import nearest
+from edgeprune.nn.onnx_answers import alone
 from edgeprune.nn.perturb import Ball
 
 
@@ -52,13 +53,13 @@ class FabT(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """Search at each target's boundary until an image in the ball is found."""
-        ask = asking(model)
         with torch.no_grad():
-            ranked = targets(ask(x), y, self.classes)
+            ranked = targets(asking(model)(x), y, self.classes)
+        look = alone(model, x, ranked.numel() * self.steps)
 
         def search(target: Tensor, one: nn.Module | Logits, rows: Tensor) -> Tried:
             task = Task(x, y, target).only(rows)
-            found = nearest(asking(one), task, ball.norm, steps=self.steps, enough=ball.eps)
+            found = nearest(asking(one), task, ball.norm, steps=self.steps, enough=ball.eps, look=look)
             return Tried(found.images, found.distance <= ball.eps, found.queries)
 
         def run(target: Tensor, rows: Tensor) -> Tried:

@@ -21,9 +21,6 @@ from edgeprune.nn.perturb import Ball
 from edgeprune.nn.square import search
 from edgeprune.nn.windows import Asker
 
-# From so many questions on it is worth the seconds that another runtime takes to be ready.
-SWIFT_FROM = 20_000
-
 
 @dataclass(frozen=True)
 class Square(Attack):
@@ -58,9 +55,8 @@ class Square(Attack):
     ) -> tuple[Tensor, Tensor]:
         """Search until an image is broken or the queries are spent."""
         network = model if isinstance(model, nn.Module) and x.device.type == "cpu" else None
-        worth = network is not None and len(x) * self.queries >= SWIFT_FROM
         tried = search(
-            Asker(asking(model), network, swift(network, x) if worth and network is not None else None),
+            Asker(asking(model), network, swift(model, x, len(x) * self.queries)),
             x,
             y,
             ball,

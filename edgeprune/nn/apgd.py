@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.nn.asking import Logits, Tried, by_image, lengths, slope, wrong
+from edgeprune.nn.asking import Logits, Tried, asking, by_image, lengths, side_by_side, slope, wrong
 from edgeprune.nn.perturb import Ball
 
 __all__ = ["Task", "climb", "cross_entropies", "targeted_dlr", "targets"]
@@ -97,7 +97,7 @@ def targets(answer: Tensor, y: Tensor, count: int) -> Tensor:
 
 
 def climb(  # noqa: PLR0913
-    answers: Logits,
+    model: nn.Module | Logits,
     task: Task,
     ball: Ball,
     *,
@@ -109,7 +109,7 @@ def climb(  # noqa: PLR0913
     """One run of algorithm 1 from a random point of the ball's surface.
 
     Args:
-        answers: pixels to logits; gradients pass.
+        model: pixels to logits; gradients pass. On lanes, each takes a part of the images all the way.
         task: images, labels and targets.
         ball: how far the images may go.
         loss: what is to become large.
@@ -120,10 +120,19 @@ def climb(  # noqa: PLR0913
     Returns:
         Of a broken image the point that broke it, of others the one with the largest loss.
     """
-    found = task.x.clone()
+    start = _surface(task.x, ball, generator)
+
+    def part(one: nn.Module | Logits, rows: Tensor) -> Tried:
+        return _climbed(asking(one), _start(task.only(rows), ball, start[rows]), ball, loss, steps, rho)
+
+    return side_by_side(model, torch.arange(len(start), device=start.device), part)
+
+
+def _climbed(answers: Logits, walk: _Walk, ball: Ball, loss: Loss, steps: int, rho: float) -> Tried:
+    """From where the walk begins to the last step."""
+    found = walk.x.clone()
     broken = torch.zeros(len(found), dtype=torch.bool, device=found.device)
     queries = torch.zeros(len(found), dtype=torch.int64, device=found.device)
-    walk = _start(task, ball, generator)
     period, since = max(int(FIRST_PERIOD * steps), 1), 0
     for step in range(steps + 1):
         if step:
@@ -158,9 +167,9 @@ def _look(answers: Logits, walk: _Walk, loss: Loss, uphill: bool) -> tuple[Tenso
     return answer, torch.where(losses.isnan(), -torch.inf, losses), gradient
 
 
-def _start(task: Task, ball: Ball, generator: torch.Generator) -> _Walk:
+def _start(task: Task, ball: Ball, at: Tensor) -> _Walk:
+    """A walk of which no step is taken, `at` its first points."""
     x, count = task.x, len(task.x)
-    at = _surface(x, ball, generator)
     none = torch.zeros(count, device=x.device)
     yes = torch.ones(count, dtype=torch.bool, device=x.device)
     row = torch.arange(count, device=x.device)

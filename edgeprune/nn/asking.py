@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ __all__ = [
     "slope",
     "wrong",
 ]
+
+# On the processor so many images at a time go through an attempt: what is known of them stays in its caches.
+ROWS = 32
 
 Logits = Callable[[Tensor], Tensor]
 Advance = Callable[[int], None]
@@ -128,6 +131,8 @@ def side_by_side(
 ) -> Tried:
     """An attempt in which no image depends on another one and no chance is drawn, on every lane of a network.
 
+    Each lane takes its images to the end, some at a time, and waits for no other lane before.
+
     Args:
         model: `Lanes`, or what has one lane.
         rows: int64 (n,). attempt: answers for the rows that it gets.
@@ -137,13 +142,22 @@ def side_by_side(
     count = model.count(len(rows))
     # Neighbours are often of one class and alike hard: they are dealt out.
     places = [torch.arange(lane, len(rows), count, device=rows.device) for lane in range(count)]
-    found = model.each([rows[place] for place in places], attempt)
+
+    def some_at_a_time(one: nn.Module, mine: Tensor) -> Tried:
+        return _joined([attempt(one, part) for part in mine.tensor_split(-(-len(mine) // ROWS))])
+
+    found = _joined(model.each([rows[place] for place in places], some_at_a_time))
     back = torch.cat(places).argsort()
-    images, broken, queries = (
-        torch.cat(parts)[back]
-        for parts in zip(*((t.images, t.broken, t.queries) for t in found), strict=True)
+    return Tried(found.images[back], found.broken[back], found.queries[back])
+
+
+def _joined(tried: Sequence[Tried]) -> Tried:
+    """What several attempts on different images came to, one behind the other."""
+    return Tried(
+        torch.cat([one.images for one in tried]),
+        torch.cat([one.broken for one in tried]),
+        torch.cat([one.queries for one in tried]),
     )
-    return Tried(images, broken, queries)
 
 
 def by_image(numbers: Tensor, like: Tensor) -> Tensor:
