@@ -43,3 +43,14 @@ def fixed_chance() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(20)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch takes two threads, as it would on a larger machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -33,14 +33,6 @@ def gradient(network: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(functional.cross_entropy(network(point), torch.zeros(len(x)).long()), point)[0]
 
 
-@pytest.fixture
-def two_threads() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 # Folding
 
 
@@ -184,7 +176,7 @@ def test_a_copy_that_answers_otherwise_is_not_used() -> None:
 
 
 @pytest.mark.parametrize("count", [2 * LEAST_IMAGES, 9, 16])
-def test_lanes_give_the_same_answers_and_gradients(count: int, two_threads: object) -> None:
+def test_lanes_give_the_same_answers_and_gradients(count: int, two_threads: None) -> None:
     network, x = nets.build("residual").requires_grad_(False), nets.example(count)
     with in_lanes(network, x) as lanes:
         assert isinstance(lanes, Lanes) and torch.get_num_threads() == 1
@@ -196,7 +188,7 @@ def test_lanes_give_the_same_answers_and_gradients(count: int, two_threads: obje
 
 
 def test_one_thread_a_few_images_or_a_network_that_can_not_be_copied_have_no_lanes(
-    two_threads: object,
+    two_threads: None,
 ) -> None:
     network, x = nets.build("plain"), nets.example(2 * LEAST_IMAGES)
     with in_lanes(network, x[1:]) as same:
@@ -214,7 +206,7 @@ def test_one_thread_a_few_images_or_a_network_that_can_not_be_copied_have_no_lan
         assert same is network
 
 
-def test_lanes_share_tensors_and_not_what_layers_keep_while_they_run(two_threads: object) -> None:
+def test_lanes_share_tensors_and_not_what_layers_keep_while_they_run(two_threads: None) -> None:
     class Keeping(nn.Module):
         """Keeps its input between two layers: two threads in one would mix them up."""
 
@@ -235,14 +227,14 @@ def test_lanes_share_tensors_and_not_what_layers_keep_while_they_run(two_threads
             assert torch.allclose(lanes(x), network(x), atol=1e-6)
 
 
-def test_what_fails_in_a_lane_fails_outside_of_it_and_the_threads_are_given_back(two_threads: object) -> None:
+def test_what_fails_in_a_lane_fails_outside_of_it_and_the_threads_are_given_back(two_threads: None) -> None:
     x = nets.example(16)
     with pytest.raises(ModelError, match="fails on a batch"), in_lanes(nets.build("plain"), x) as lanes:
         lanes(torch.rand(16, 4, 8, 8))
     assert torch.get_num_threads() == 2
 
 
-def test_a_network_cut_off_from_its_input_has_the_gradient_zero(two_threads: object) -> None:
+def test_a_network_cut_off_from_its_input_has_the_gradient_zero(two_threads: None) -> None:
     network, x = nets.build("plain").requires_grad_(False), nets.example(16)
 
     class Cut(nn.Module):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import nets
 import pytest
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from edgeprune.attacks import fab_t, square
 from edgeprune.nn import onnx_answers
 from edgeprune.nn.asking import asking
 from edgeprune.nn.lanes import in_lanes
-from edgeprune.nn.onnx_answers import swift
+from edgeprune.nn.onnx_answers import Swift, swift
 from edgeprune.nn.perturb import Ball
 from edgeprune.nn.tape import record
 from edgeprune.nn.tape_rules import Window
@@ -44,18 +45,13 @@ def test_it_answers_as_the_network_does_for_any_number_of_images(name: str) -> N
             assert torch.allclose(answers(x), network(x), atol=1e-5)
 
 
-def test_on_lanes_it_answers_in_the_order_of_the_images() -> None:
+def test_on_lanes_it_answers_in_the_order_of_the_images(two_threads: None) -> None:
     network, x = nets.build("residual").eval(), torch.rand(9, *nets.example(1).shape[1:])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with in_lanes(network, x) as lanes:
-            answers = swift(lanes, x, MANY)
-            assert answers is not None
-            with torch.no_grad():
-                assert torch.allclose(answers(x), network(x), atol=1e-5)
-    finally:
-        torch.set_num_threads(threads)
+    with in_lanes(network, x) as lanes:
+        answers = swift(lanes, x, MANY)
+        assert answers is not None
+        with torch.no_grad():
+            assert torch.allclose(answers(x), network(x), atol=1e-5)
 
 
 def test_a_network_that_can_not_be_written_down_is_asked_itself() -> None:
@@ -106,7 +102,7 @@ def test_windows_that_reach_most_of_the_work_are_left_to_what_is_swift() -> None
         with torch.no_grad():
             return network(images)
 
-    asker = Asker(asking(network), network, answers)
+    asker = Asker(asking(network), network, Swift(answers, ModelProto()))
     for _ in range(3):
         tried = x.clone()
         tried[:, :, 2:4, 2:4] = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
@@ -12,10 +14,12 @@ from edgeprune.nn.asking import Logits, asking
 from edgeprune.nn.calling import CALL_ERRORS
 from edgeprune.nn.lanes import Lanes
 from edgeprune.nn.onnx_export import Exported, candidates, check_size
+from edgeprune.nn.onnx_tail import tail_at
 from edgeprune.nn.parity import open_onnx
+from edgeprune.nn.tape import Tape
 from edgeprune.records import InputSpec
 
-__all__ = ["SWIFT_FROM", "TOLERANCE", "alone", "swift"]
+__all__ = ["SWIFT_FROM", "TOLERANCE", "Swift", "alone", "swift"]
 
 # From so many questions on it is worth the second that another runtime takes to be ready.
 SWIFT_FROM = 20_000
@@ -26,22 +30,37 @@ OPSET = 17
 TOLERANCE = 1e-4
 
 
-def swift(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None:
+@dataclass(frozen=True, eq=False)
+class Swift:
+    """What answers as a network does. answers: pixels (N, C, H, W) to logits (N, K). model: the same as ONNX."""
+
+    answers: Logits
+    model: ModelProto
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits float32 (N, K), rounded in another order than the network's."""
+        return self.answers(x)
+
+    def behind(self, tape: Tape, slot: int) -> Logits | None:
+        """As `onnx_tail.tail_at`, for a tape of the network: in the thread that asks."""
+        return tail_at(self.model, tape, slot)
+
+
+def swift(model: nn.Module | Logits, x: Tensor, questions: int) -> Swift | None:
     """What answers as a network does, without gradients, on as many lanes; None where it can't be had or does not pay.
 
     Args:
         model: pixels (N, C, H, W) to logits (N, K): a network in evaluation mode, or `Lanes` of one.
         x: images to compare the answers on.
         questions: how many are to come, in images.
-
-    Returns:
-        Pixels to logits float32 (N, K): rounded in another order than the network's.
     """
-    answers = alone(model, x, questions)
-    return _shared_out(answers, model) if answers is not None and isinstance(model, Lanes) else answers
+    one = alone(model, x, questions)
+    if one is None or not isinstance(model, Lanes):
+        return one
+    return Swift(_shared_out(one.answers, model), one.model)
 
 
-def alone(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None:
+def alone(model: nn.Module | Logits, x: Tensor, questions: int) -> Swift | None:
     """As `swift`, but in the thread that asks: for one who is a lane."""
     if not isinstance(model, nn.Module) or x.device.type != "cpu" or questions < SWIFT_FROM:
         return None
@@ -53,20 +72,21 @@ def alone(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None
     try:
         check_size(one)
         for make in reversed([*candidates(one, spec, OPSET, dynamic_batch=True)]):
-            answers = _opened(make)
-            if answers is None:
+            made = _opened(make)
+            if made is None:
                 continue
-            found = answers(x)
+            found = made(x)
             if found.shape == known.shape and bool((found - known).abs().max() <= TOLERANCE * scale):
-                return answers
+                return made
     except (UnsupportedModel, UsageError, ModelError, *CALL_ERRORS):
         pass
     return None
 
 
-def _opened(make: Callable[[], Exported]) -> Logits | None:
+def _opened(make: Callable[[], Exported]) -> Swift | None:
     try:
-        return open_onnx(make().model)
+        model = make().model
+        return Swift(open_onnx(model), model)
     except UnsupportedModel:
         return None
 

@@ -70,30 +70,55 @@ class Tape:
         self.kept.add(0)
         self._looks: _Looks | None = None
         self._rows: Tensor | None = None
+        self._end = answer
         self._stale: set[int] = set()
 
-    def look(self, images: Tensor, window: Window) -> Tensor:
+    def look(self, images: Tensor, window: Window, until: int | None = None) -> Tensor:
         """The logits of images that differ from the kept ones in the window alone: (N, K).
+
+        Args:
+            until: a slot of `places`: that value is asked for instead, and nothing behind it is computed.
 
         Raises:
             Stale: as it says.
         """
         self._write()
         looks = _Looks(self.values, {0: (images[:, :, window.rows, window.columns], window)}, self._stale)
+        wanted = self.answer if until is None else until
         for step in self.steps:
             used = [slot for slot in step.reads if slot in looks.changes]
             if used:
                 _again(step, looks, used)
-        self._looks = looks
-        return looks.whole(self.answer)
+            if wanted in step.outs:
+                break
+        self._looks, self._end = looks, wanted
+        return looks.whole(wanted)
 
     def keep(self, rows: Tensor) -> None:
         """From now on the images of the last look are the kept ones, in these rows (int64)."""
         self._rows = rows
 
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Kept slots (N, C, H, W) in their order behind which nothing reads what was before them."""
+        last = {slot: i for i, step in enumerate(self.steps) for slot in step.reads}
+        alive, found = {0}, []
+        for i, step in enumerate(self.steps):
+            alive = {slot for slot in (*alive, *step.outs) if slot is not None and last.get(slot, -1) > i}
+            slot = min(alive, default=0)
+            if len(alive) == 1 and slot in step.outs and slot in self.kept and self.values[slot].ndim == 4:
+                found.append(slot)
+        return tuple(found)
+
     def share(self) -> float:
         """How much of the work of its weighted operators the last look did again, in [0, 1]."""
-        done = whole = 0.0
+        works = self.works().values()
+        whole = sum(work for work, _ in works)
+        return sum(again for _, again in works) / whole if whole else 1.0
+
+    def works(self) -> dict[int, tuple[float, float]]:
+        """Slot of each weighted operator, in their order -> its work, and how much of that the last look did again."""
+        found = {}
         for step in self.steps:
             slot = step.outs[0]
             if name_of(step.func) not in WEIGHTED or slot is None:
@@ -101,12 +126,12 @@ class Tape:
             weights = max((arg.numel() for arg in step.args if isinstance(arg, Tensor)), default=0)
             size = self.values[slot].shape
             # Each output of a channel reads as many weights as the channel has.
-            work = float(size.numel() * weights / size[1])
-            whole += work
+            work, again = float(size.numel() * weights / size[1]), 0.0
             if self._looks is not None and slot in self._looks.changes:
                 window = self._looks.changes[slot][1]
-                done += work if window is None else work * window.area / (size[-2] * size[-1])
-        return done / whole if whole else 1.0
+                again = work if window is None else work * window.area / (size[-2] * size[-1])
+            found[slot] = (work, again)
+        return found
 
     def _write(self) -> None:
         """Put what is kept of the last look in its place; what it computed everywhere is not worth that."""
@@ -116,6 +141,9 @@ class Tape:
                     self._stale.add(slot)
                 elif slot in self.kept and slot not in self._stale:
                     self.values[slot][:, :, window.rows, window.columns][self._rows] = new[self._rows]
+            if self._end != self.answer:
+                # What is behind the end of that look was not computed.
+                self._stale.update(range(self._end + 1, len(self.values)))
         self._looks = self._rows = None
 
 

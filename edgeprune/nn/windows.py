@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from edgeprune.errors import ModelError
 from edgeprune.nn.asking import Logits
 from edgeprune.nn.lanes import Lanes
+from edgeprune.nn.onnx_answers import Swift
 from edgeprune.nn.perturb import full
 from edgeprune.nn.tape import Stale, Tape, Unfit, record
 from edgeprune.nn.tape_rules import Window
@@ -18,11 +19,20 @@ __all__ = ["Asker", "Window"]
 
 # Of a larger window little is saved, and most of the tape would have to be written anew.
 LARGEST = 0.3
-# Of the multiply-accumulates: where more must be done again, whole images cost less where something swift answers,
-# for each of those that is done in a window takes longer than one that is done whole.
-MOST_OF_IT = 0.3
+# A multiply-accumulate in a window takes so many times as long as one of a whole image where something swift answers;
+# and of the whole image's time more than this is not worth the trouble.
+DEARER, WORTH = 4.0, 0.9
 # Between the answers of the tape and of the network, relative to the largest logit.
 TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a look at a window is had: on the tape or anew; and behind which slot of the tape by a tail, if at all."""
+
+    windowed: bool
+    slot: int = 0
+    tail: Logits | None = None
 
 
 @dataclass
@@ -35,14 +45,15 @@ class Asker:
 
     answers: Logits
     network: nn.Module | None = None
-    swift: Logits | None = None
+    swift: Swift | None = None
 
     def __post_init__(self) -> None:
         """Nothing is known yet."""
         self._tapes: list[Tape] = []
         self._windowed = self._swiftly = False
-        # Sides of a window -> whether a change there reaches so little that it pays to know the rest.
-        self._paying: dict[tuple[int, int], bool] = {}
+        # Sides of a window -> what costs least.
+        self._ways: dict[tuple[int, int], _Way] = {}
+        self._tails: dict[int, Logits | None] = {}
 
     def look(self, kept: Tensor, tried: Tensor, window: Window | None) -> Tensor:
         """The logits of images that differ from the kept ones in a window, or anywhere: (N, K).
@@ -92,8 +103,7 @@ class Asker:
             again, anew = self._again(tried, window), self.answers(tried)
         except (Unfit, ModelError):
             again, anew = kept.new_full((), torch.nan), kept.new_zeros(())
-        scale = float(anew.abs().max()) or 1.0
-        if bool((again - anew).abs().max() <= TOLERANCE * scale):
+        if _alike(again, anew):
             return True
         self.network, self._tapes, self._windowed = None, [], False
         return False
@@ -105,23 +115,56 @@ class Asker:
 
     def _pays(self, window: Window, tried: Tensor) -> bool:
         """Whether less is done for a window of this size, as the first one of it has shown."""
-        return _small(window, tried) and self._paying.get(_sides(window), True)
+        way = self._ways.get(_sides(window))
+        return _small(window, tried) and (way is None or way.windowed)
 
     def _again(self, tried: Tensor, window: Window) -> Tensor:
         parts = list(zip(self._tapes, _parts(tried, len(self._tapes)), strict=True))
+        way = self._ways.get(_sides(window), _Way(True))
 
         def work(_: object, part: tuple[Tape, Tensor]) -> Tensor:
             with torch.no_grad():
-                return full(part[0].look(part[1], window))
+                if way.tail is None:
+                    return full(part[0].look(part[1], window))
+                return full(way.tail(part[0].look(part[1], window, way.slot)))
 
         self._swiftly = False
         if isinstance(self.network, Lanes) and len(parts) > 1:
             found = self.network.each(parts, work)
         else:
             found = [work(None, part) for part in parts]
-        if self.swift is not None and _sides(window) not in self._paying:
-            self._paying[_sides(window)] = self._tapes[0].share() <= MOST_OF_IT
-        return torch.cat(found)
+        answer = torch.cat(found)
+        if self.swift is not None and _sides(window) not in self._ways:
+            self._ways[_sides(window)] = chosen = self._cheapest(self._tapes[0], self.swift)
+            if chosen.tail is not None and not _alike(self._again(tried, window), answer):
+                self._ways[_sides(window)] = _Way(False)
+        return answer
+
+    def _cheapest(self, tape: Tape, swift: Swift) -> _Way:
+        """What costs least for windows like the one that all of the tape was just asked about."""
+        works = tape.works()
+        whole = sum(work for work, _ in works.values())
+        costs: list[tuple[float, int]] = [(DEARER * sum(again for _, again in works.values()), 0)]
+        for slot in tape.places:
+            before = sum(again for made, (_, again) in works.items() if made <= slot)
+            behind = sum(work for made, (work, _) in works.items() if made > slot)
+            costs.append((DEARER * before + behind, slot))
+        for cost, slot in sorted(costs):
+            if cost > WORTH * whole:
+                break
+            if not slot:
+                return _Way(True)
+            if slot not in self._tails:
+                self._tails[slot] = swift.behind(tape, slot)
+            tail = self._tails[slot]
+            if tail is not None:
+                return _Way(True, slot, tail)
+        return _Way(False)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    scale = float(other.abs().max()) or 1.0
+    return bool((one - other).abs().max() <= TOLERANCE * scale)
 
 
 def _sides(window: Window) -> tuple[int, int]:
