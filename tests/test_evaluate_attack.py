@@ -22,6 +22,7 @@ from edgeprune.cli import app
 from edgeprune.errors import UsageError
 from edgeprune.nn.bundle import deployed, load_bundle
 from edgeprune.nn.data import in_memory
+from edgeprune.nn.onnx_batch import freed
 from edgeprune.recipe import ExportTable, ModelTable
 from edgeprune.stages import evaluate_doubts, export
 from edgeprune.stages.attack_file import open_file
@@ -270,6 +271,20 @@ def test_a_file_with_a_fixed_batch_is_asked_many_images_at_a_time_and_answers_th
     torch.testing.assert_close(answers(x), fast(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(UsageError, match="no file"):
         open_file(tmp_path / "none.onnx", tmp_path, 1)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_on_several_threads_every_image_gets_its_own_answer(free: bool, made: Path, tmp_path: Path) -> None:
+    path = made / "run" / "model.onnx"
+    if free:
+        onnx.save(freed(onnx.load(str(path))), str(tmp_path / "free.onnx"))
+        path = tmp_path / "free.onnx"
+    answers, fast = open_file(path, tmp_path, 3)
+    assert fast is not None
+    for count in (1, 2, 5, 9, 160):
+        x = torch.rand(count, 3, 8, 8)
+        torch.testing.assert_close(fast(x), answers(x), rtol=1e-5, atol=1e-5)
+    assert (open_file(path, tmp_path, 1)[1] is None) == free, "one thread gains nothing on a free batch"
 
 
 def test_the_same_seed_gives_the_same_verdicts_and_the_same_images(
