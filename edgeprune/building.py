@@ -141,7 +141,8 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
     original = folders["dense"] / "dense.onnx"
     found = {"dense": _file_victim(run, original, scratch, dense, {})}
     plan = store.load_plan(folders["cut"] / "plan.json")
-    for name, label in (("cut", "pruned"), ("repair", "repaired"), ("tune", "tuned")):
+    last = "tuned" if run.lesson.epochs else "bn recalibrated"
+    for name, label in (("cut", "pruned"), ("repair", "repaired"), ("tune", last)):
         if name in folders and (name != "tune" or run.lesson.epochs or run.lesson.recalibrate):
             weights = folders[name] / "weights.safetensors"
             module = deployed(store.restore(run.bundle, (plan,), weights))

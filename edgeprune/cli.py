@@ -251,9 +251,9 @@ def doctor(
         rows = queries.doctor(target, device or ["local"])
         if as_json:
             typer.echo(json.dumps({"checks": to_json(rows)}))
-            return 0
-        print_table(tables().doctor_table(rows))
-        return 0
+        else:
+            print_table(tables().doctor_table(rows))
+        return queries.doctor_status(rows)
 
     guard(work, as_json, debug)
 

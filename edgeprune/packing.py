@@ -14,7 +14,7 @@ _MAIN = "import sys\n\nfrom edgeprune.agent import main\n\nsys.exit(main())\n"
 # Zip files know no earlier time. With it, and in one order, the same sources give the same bytes.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 # Started as `python3 -c START`: the .pyz comes as the first line of the input, so that nothing is installed and, where
-# there are files in memory, nothing is left over even when the process is killed. Kept to what any Python 3 reads, to
+# there is /proc, nothing is left over even when the process is killed. Kept to what any Python 3 reads, to
 # say that one is too old. The current folder is taken off the path: somebody's numpy.py may lie there.
 START = r"""
 import base64, json, os, runpy, sys, tempfile
@@ -26,22 +26,21 @@ if sys.version_info < (3, 8):
 sys.path[:] = [p for p in sys.path if p]
 pyz = base64.b64decode(sys.stdin.readline())
 
-def place(folder):
-    if folder is None:
-        path = "/proc/self/fd/%d" % os.memfd_create("edgeprune.pyz")
-    else:
-        path = os.path.join(folder.name, "edgeprune.pyz")
+def placed(path):
     with open(path, "wb") as file:
         file.write(pyz)
     return path
 
 
-folder = None
 try:
-    path = place(folder)
-except (AttributeError, OSError):  # no files in memory
-    folder = tempfile.TemporaryDirectory(prefix="edgeprune-")
-    path = place(folder)
+    path = placed("/proc/self/fd/%d" % os.memfd_create("edgeprune.pyz"))
+except (AttributeError, OSError):  # no files in memory: one without a name, which ends with the process too
+    try:
+        nameless = tempfile.TemporaryFile()
+        path = placed("/proc/self/fd/%d" % nameless.fileno())
+    except OSError:  # no /proc
+        folder = tempfile.TemporaryDirectory(prefix="edgeprune-")
+        path = placed(os.path.join(folder.name, "edgeprune.pyz"))
 runpy.run_path(path, run_name="__main__")
 """
 

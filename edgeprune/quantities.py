@@ -45,6 +45,8 @@ USUAL_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
 # A larger radius was meant in levels of 255: an Linf ball of 1 is every image there is, and an L2 ball of 20
 # makes any photograph of 3x224x224 unrecognizable.
 LARGEST_EPS = {"Linf": 1.0, "L2": 20.0}
+# As far as levels of 255 can be meant: from half the range of pixels on, any image may become gray.
+MEANT_EPS = {"Linf": 0.5, "L2": 20.0}
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -159,6 +161,7 @@ def eps_of(text: str, norm: str) -> float:
         raise UsageError(f"eps = {text} must be more than 0", "for example 8/255")
     if value > LARGEST_EPS[norm]:
         found = f"eps = {text} is too large for {norm}: pixels are in [0, 1]"
-        meant = f"did you mean {value:g}/255?" if value <= 255 * LARGEST_EPS[norm] else "for example 8/255"
+        usual = f"for example {255 * USUAL_EPS[norm]:g}/255"
+        meant = f"did you mean {value:g}/255?" if value < 255 * MEANT_EPS[norm] else usual
         raise UsageError(f"{found}, accepted is at most {LARGEST_EPS[norm]:g}", meant)
     return value

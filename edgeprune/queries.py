@@ -13,7 +13,7 @@ from typing import Any
 from edgeprune import bundled, plugins
 from edgeprune import recipe as recipes
 from edgeprune.context import Result, Say, stage, torch_part
-from edgeprune.errors import MissingDependency, UsageError
+from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.pipeline import compress
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
@@ -158,6 +158,14 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
 def doctor(target: str | None, devices: Sequence[str]) -> Any:
     """What works here and on each device, and the line that installs what is missing."""
     return stage("doctor").run(bundled.target(target) if target else None, *dict.fromkeys(devices))
+
+
+def doctor_status(rows: Sequence[Any]) -> int:
+    """The exit status of doctor: 6 where a device does not answer as it must, 3 where something else is missing."""
+    missing = [row for row in rows if row.status == "missing"]
+    if any(row.name.startswith("device ") for row in missing):
+        return DeviceError.exit_code
+    return MissingDependency.exit_code if missing else 0
 
 
 def members(family: str) -> list[dict[str, str]]:

@@ -117,7 +117,8 @@ def doctor_table(rows: Sequence[Any]) -> Table:
     """What works, what is missing, and the line that installs it."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("", "what", "found", "what to do"):
-        table.add_column(name, no_wrap=name == "layer")
+        # Commands are there to be copied: whole ones, however narrow the terminal is.
+        table.add_column(name, overflow="fold")
     for r in rows:
         style = {"ok": "green", "missing": "red", "warning": "yellow"}.get(r.status, "dim")
         table.add_row(Text(r.status, style=style), Text(r.name), Text(r.found), Text(r.fix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from edgeprune.building import WAIT_S
 from edgeprune.context import Context, Say, stage, torch_part
+from edgeprune.errors import UsageError
 from edgeprune.keys import multiple_of
 from edgeprune.recipe import MeasureTable
 
@@ -22,7 +24,11 @@ def bench(device: Any, table: MeasureTable, say: Say, wait_s: float) -> Any:
 
     Args:
         device: `devices.Device`. wait_s: how long to wait for somebody else who measures there.
+
+    Raises:
+        UsageError: the folder of the tables can't be written. DeviceError: the device does not answer.
     """
+    folder = _folder()
     measure, facts = stage("measure"), device.facts()
     quick = replace(table, seconds=min(EACH_S, table.seconds))
     about = device.ask({"op": "about", "runtime": "onnxruntime"}, timeout_s=120.0)
@@ -40,7 +46,7 @@ def bench(device: Any, table: MeasureTable, say: Say, wait_s: float) -> Any:
     def nodes(file: Path) -> list[tuple[str, float]]:
         return [(node.name, node.seconds) for node in measure.node_times(file, device, quick)]
 
-    return torch_part("latency_survey").Bench(seconds, nodes, place, _folder(), say)
+    return torch_part("latency_survey").Bench(seconds, nodes, place, folder, say)
 
 
 def clock(run: Context, file: Path) -> Callable[[Any], Any] | None:
@@ -71,4 +77,16 @@ def clock(run: Context, file: Path) -> Callable[[Any], Any] | None:
 
 
 def _folder() -> Path:
-    return Path.home() / ".cache" / "edgeprune" / "tables"
+    """Where tables are kept: made, and tried by writing, since timing for minutes comes before the first table."""
+    folder = Path("~", ".cache", "edgeprune", "tables")
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\n")
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"latency tables are kept in {folder}, which can't be written: {error}",
+            "set HOME to a folder that can be written, as in HOME=/path/to/folder edgeprune ...",
+        ) from error
+    return folder

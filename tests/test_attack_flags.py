@@ -86,9 +86,15 @@ def images(count: int = 48) -> Split:
         return in_memory("test", pixels.to(torch.uint8), Plain()(pixels / 255).argmax(1))
 
 
-def said(network: nn.Module, tmp_path: Path, name: str = "pgd", split: Split | None = None) -> str:
+def said(
+    network: nn.Module,
+    tmp_path: Path,
+    name: str = "pgd",
+    split: Split | None = None,
+    ball: tuple[str, str] = ("Linf", "2/255"),
+) -> str:
     split = split or images()
-    job = attack.job(AttackTable(name=name, eps="2/255"), seed=0, data="some")
+    job = attack.job(AttackTable(name=name, norm=ball[0], eps=ball[1]), seed=0, data="some")
     few = {
         "pgd": {"steps": 10}, "apgd-ce": {"steps": 10}, "apgd-t": {"steps": 10, "classes": 3},
         "fab-t": {"steps": 5, "classes": 3}, "square": {"queries": 300},
@@ -163,3 +169,37 @@ def test_more_steps_that_help_the_model_are_seen(tmp_path: Path) -> None:
 
 def test_labels_in_another_order_are_seen(tmp_path: Path) -> None:
     assert "no better than guessing" in said(Behind(lambda a: a.roll(1, 1)), tmp_path)
+
+
+def test_where_no_gradient_is_it_is_said_truly_what_was_tried_and_square_is_asked(tmp_path: Path) -> None:
+    network = Behind(lambda a: a.detach())
+    alone, all_of_them = said(network, tmp_path), said(network, tmp_path, "standard")
+    assert "the attacks went in random directions" in alone and "queries of Square" in alone
+    assert "attacks without gradients alone were used" not in alone
+    assert "attacks without gradients alone were used" in all_of_them and "random" not in all_of_them
+
+
+@pytest.mark.parametrize(
+    ("broken", "n", "fires"), [(1, 39, False), (1, 5, False), (2, 39, False), (3, 39, True), (18, 1000, True)]
+)
+def test_a_few_images_that_square_broke_by_chance_are_no_sign(broken: int, n: int, fires: bool) -> None:
+    """The exact interval of 2 in 39 begins at 0.6 %, of 3 in 39 at 1.6 %, of 18 in 1000 at 1.07 %."""
+    job = attack.job(AttackTable(name="standard", eps="2/255"), seed=0, data="some")
+    by = ("square",) * broken + ("",) * (n - broken)
+    tried = dict.fromkeys(job.attacks, n)
+    found = attack.Verdicts(by, tried, tried, dict.fromkeys(job.attacks, 0.0), "white box", 8)
+    victim = attack.of_network("net", Plain().eval(), "s")
+    flags = attack.flags(victim, images(n), job, found)
+    assert any(f"square, which only asks, broke {broken} images" in flag for flag in flags) == fires
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "fires"),
+    [("Linf", "0.5", True), ("Linf", "0.49", False), ("L2", "5.2", True), ("L2", "5.19", False)],
+)
+def test_a_radius_that_reaches_gray_from_any_image_is_said(
+    tmp_path: Path, norm: str, eps: str, fires: bool
+) -> None:
+    """3x6x6 pixels: half the diagonal is 0.5 sqrt(108) = 5.196."""
+    found = said(Plain(), tmp_path, split=images(4), ball=(norm, eps))
+    assert ("may become gray all over" in found) == fires

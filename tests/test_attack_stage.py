@@ -22,6 +22,7 @@ from edgeprune.plugins import build
 from edgeprune.recipe import AttackTable
 from edgeprune.stages import attack
 from edgeprune.stages.attack_memory import batch_size
+from edgeprune.stages.attack_readings import told
 
 CLASSES, PIXELS = 4, 3 * 8 * 8
 EPS = 2 / 255
@@ -214,7 +215,7 @@ def test_what_gradients_of_the_twin_find_counts_only_where_the_artifact_errs(tmp
     itself = run(attack.of_network("net", artifact, "s"), job, tmp_path / "b", split)
     assert verdicts.how == "white box on the torch network, replayed on the file"
     assert verdicts.broken["pgd"] < itself.broken["pgd"]
-    assert list(verdicts.tried) == ["clean", "pgd", attack.TO_THE_END]
+    assert list(verdicts.tried) == ["clean", "pgd", "apgd-ce-to-the-end"]
 
 
 def test_images_made_against_the_dense_network_are_tried_too(tmp_path: Path) -> None:
@@ -366,7 +367,10 @@ def test_of_a_quantized_file_the_attacks_that_see_the_quantization_come_after_th
         job = quick(AttackTable(name=name, eps="2/255"))
         found = run(victim, job, tmp_path / name, split)
         both = [name, "pgd-to-the-end"] if name == "pgd" else [name]
-        assert list(found.steps) == [*both, *(f"{n}{attack.STRAIGHT}" for n in both)]
+        moved = ["pgd-from-dense"] if name == "pgd" else []
+        assert list(found.steps) == [*both, *moved, *(f"{n}{attack.STRAIGHT}" for n in both)]
+        used = attack.readings(victim, job, found, part="test")[1].conditions["also from"]
+        assert used == (["dense"] if moved else []), "only what was tried is claimed"
         assert found.broken[f"{name}{attack.STRAIGHT}"] > 10
         assert "transfer_only" in attack.readings(victim, job, found, part="test")[1].conditions
 
@@ -553,6 +557,20 @@ def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(
         ("dense", metrics[0]), ("dense", metrics[1]), ("pruned", metrics[0]), ("pruned", metrics[1]),
         ("exported", metrics[0]), ("exported", metrics[1]),
     ]  # fmt: skip
+    # Of all images and of those that were attacked: both stand there, stage by stage.
+    more = (replace(known[0], n=10_000), replace(known[0], n=10_000, conditions={"stage": "tuned"}))
+    merged = attack.merged(more, found.ledger)
+    assert [(r.conditions["stage"], r.metric, r.n) for r in merged][2:6] == [
+        ("pruned", metrics[0], 10_000), ("pruned", metrics[0], found.ledger[0].n),
+        ("pruned", metrics[1], found.ledger[0].n), ("tuned", metrics[0], 10_000),
+    ]  # fmt: skip
+
+
+def test_a_note_says_which_attack_broke_what() -> None:
+    verdicts = attack.Verdicts(
+        ("", "pgd", "clean", "pgd", "square"), {"clean": 5, "pgd": 4, "square": 2}, {}, {}, "", 1
+    )
+    assert told(verdicts) == "of 5 images 1 are wrong as they are; broken by pgd 2, square 1; 1 survive"
 
 
 def test_verdicts_are_compared_image_by_image() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nets
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from edgeprune.attacks.pgd import Pgd
 from edgeprune.intervals import binomial
+from edgeprune.nn.capture import quiet
 from edgeprune.nn.data import Split, in_memory
+from edgeprune.nn.onnx_twin import settled, twin
 from edgeprune.nn.perturb import Ball
 from edgeprune.stages.attack_certified import SHARES, certified, proven
 
@@ -161,3 +166,60 @@ def test_many_images_of_which_none_is_proven_are_left_alone_after_the_first() ->
     )
     assert found[0].value == 0 and found[0].n == 300
     assert sum(taken) <= 1 + 128
+
+
+def file_of(network: nn.Module, path: Path, x: Tensor, *, free: bool) -> onnx.ModelProto:
+    """As torch's older exporter writes it: group-norm in five nodes with sizes that the graph computes."""
+    with quiet():
+        torch.onnx.export(
+            network, (x,), path, input_names=["input"], opset_version=17, dynamo=False,
+            dynamic_axes={"input": {0: "batch"}} if free else None,
+        )  # fmt: skip
+    return onnx.load(path)
+
+
+class Clipped(nn.Module):
+    """Convolutions of every kind, a group-norm, a clip, a SiLU and an odd padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1)),
+            nn.Conv2d(4, 4, 2, groups=4), nn.SiLU(), nn.ConvTranspose2d(4, 3, 2), nn.Flatten(), nn.Linear(75, 4),
+        )  # fmt: skip
+        for number, weight in enumerate(self.parameters()):
+            nn.init.normal_(weight, std=0.3, generator=seeded(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_file_is_certified_as_the_network_that_it_was_made_from(tmp_path: Path, free: bool) -> None:
+    network = Clipped().eval()
+    images = pixels(24, (3, 4, 4))
+    split = right(network, images)
+    x = split.take(torch.arange(2))
+    found = twin(file_of(network, tmp_path / "net.onnx", x[: 1 if free else 2], free=free))
+    shares = (1, 1 / 4, 1 / 8)
+    read, wanted = (
+        [r.value for r in certified(n, split, Ball("Linf", 0.06), artifact="a", shares=shares)]
+        for n in (found, network)
+    )
+    assert read == wanted and 0 < sum(v or 0 for v in wanted) < 3, (read, wanted)
+    once = settled(found, x[:1])
+    torch.testing.assert_close(once(x[:1]), found(x[:1]), rtol=1e-6, atol=1e-6)
+    assert settled(network, x) is network
+
+
+def test_why_a_file_has_no_bound_is_one_short_sentence(tmp_path: Path) -> None:
+    class Hard(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.one_hot(x.flatten(1)[:, :4].argmax(1), 4).float()
+
+    split = right(Hard(), pixels(4))
+    x = split.take(torch.arange(1))
+    found = twin(file_of(Hard(), tmp_path / "net.onnx", x, free=True))
+    for reading in certified(found, split, Ball("Linf", 0.01), artifact="a"):
+        why = reading.conditions["why"]
+        assert reading.value is None and "argmax" in why and "\n" not in why and len(why) <= 160

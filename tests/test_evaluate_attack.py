@@ -131,10 +131,10 @@ def test_of_a_run_with_an_int8_file_the_reading_says_what_transferred_images_alo
     robust = rows["robust_accuracy"]["conditions"]
     assert robust["gradients"].startswith("white box on the torch network and on its straight-through twin")
     assert list(robust["broken"]) == [
-        "clean", "pgd", "pgd-to-the-end", "pgd-straight-through", "pgd-to-the-end-straight-through",
+        "clean", "pgd", "pgd-to-the-end", "pgd-from-dense", "pgd-straight-through", "pgd-to-the-end-straight-through",
     ]  # fmt: skip
     told = robust["transfer_only"]
-    assert told["right"] == robust["right"] + sum(list(robust["broken"].values())[3:])
+    assert told["right"] == robust["right"] + sum(list(robust["broken"].values())[4:])
     done = runner.invoke(app, ["evaluate", *pgd, "--data", "data.npz"])
     assert f"leave {100 * told['value']:.1f} % standing" in " ".join(done.stdout.split())
 

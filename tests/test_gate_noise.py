@@ -253,6 +253,8 @@ def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> Non
     doubtful = gate.run(unchecked, allowed, None, baseline_missing=False)
     assert doubtful.exit_code == 8
     assert "not validated" in doubtful.checks[0].detail
+    advice = next(line for line in gate.render(doubtful, "text").splitlines() if "To decide" in line)
+    assert "--device" in advice and "longer" not in advice, "no patience helps an estimate"
     allowed = replace(budget(latency_p50="50 %"), allow_estimates=True)
     measured = plain_report([reading("latency_p50", 2.0)], [guess])
     one = gate.run(measured, allowed, None, baseline_missing=False).checks[0]

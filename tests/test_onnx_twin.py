@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.capture import quiet
-from edgeprune.nn.onnx_twin import is_quantized, twin
+from edgeprune.nn.onnx_twin import is_quantized, settled, twin
 from edgeprune.nn.parity import open_onnx
+from edgeprune.nn.tracing import trace
 from edgeprune.recipe import ExportTable
 from edgeprune.records import InputSpec
 from edgeprune.stages import export
@@ -181,6 +182,11 @@ def test_older_operator_sets_say_axes_and_limits_in_attributes() -> None:
         agree(model([helper.make_node(operator, ["x"], ["y"], **attributes)], {}, opset=opset), wide())
 
 
+@pytest.mark.parametrize("attributes", [{}, {"alpha": 0.7}])
+def test_swish_of_the_newest_operator_set(attributes: dict[str, Any]) -> None:
+    agree(model([helper.make_node("Swish", ["x"], ["y"], **attributes)], {}, opset=24), wide())
+
+
 def test_sizes_that_the_graph_computes_are_followed() -> None:
     """As torch exports `x.reshape(len(x), -1)[:, ::2]` of a free batch, in parts and put together again."""
     nodes = [
@@ -244,6 +250,9 @@ def test_an_exported_network_answers_any_batch_as_its_file_and_has_the_gradients
         torch.autograd.grad(y.logsumexp(1).sum(), at)[0] for y, at in ((answer, point), (wanted, other))
     ]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-6)
+    once = settled(found, x[:1])
+    torch.testing.assert_close(once(x[:1]), answer[:1].detach(), rtol=1e-5, atol=1e-5)
+    assert trace(once, x[:1]).shape_of(trace(once, x[:1]).output) == tuple(answer[:1].shape)
     assert not list(found.parameters()) and list(found.buffers()) and not found.training
     last = copy.deepcopy(found).to(memory_format=torch.channels_last)
     torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), answer.detach())

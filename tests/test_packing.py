@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -94,14 +97,45 @@ def test_it_travels_as_a_line_of_input(python: str) -> None:
     assert done.stderr == ""
 
 
-def test_it_travels_to_a_system_without_files_in_memory(tmp_path: Path) -> None:
-    code = f"import os; del os.memfd_create\n{packing.START}"
+@pytest.mark.parametrize("proc", [True, False])
+def test_it_travels_to_a_system_without_files_in_memory(tmp_path: Path, proc: bool) -> None:
+    start = packing.START if proc else packing.START.replace("/proc/", "/no-proc/")
+    code = f"import os; del os.memfd_create\n{start}"
     done = subprocess.run(
         [sys.executable, "-c", code], input=packing.line() + ABOUT, capture_output=True, text=True, timeout=60,
         env={"TMPDIR": str(tmp_path)}, check=False,
     )  # fmt: skip
     assert json.loads(done.stdout)["runtime"].startswith("onnxruntime"), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_system_without_files_in_memory_keeps_nothing_of_one_that_was_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import os; del os.memfd_create\n{packing.START}"], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(packing.line().encode())
+    process.stdin.flush()
+    try:  # the agent runs, and waits for its request, once it has the .pyz open
+        until = time.monotonic() + 60
+        while (
+            not any(tmp_path.iterdir()) and not nameless(process.pid, tmp_path) and time.monotonic() < until
+        ):
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not list(tmp_path.iterdir())
+
+
+def nameless(pid: int, folder: Path) -> bool:
+    """Whether a process has a file of a folder open that has no name there any more."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(link))
+    return any(name.startswith(str(folder)) and name.endswith("(deleted)") for name in found)
 
 
 @pytest.mark.parametrize("path", packing.sources(), ids=lambda path: path.stem)

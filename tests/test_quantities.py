@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.errors import UsageError
-from edgeprune.quantities import limit, number, show, suggest
+from edgeprune.quantities import eps_of, limit, number, show, suggest
 from edgeprune.records import METRICS, Limit
 
 RELATIVE = 1e-12  # one multiplication of doubles
@@ -201,3 +201,20 @@ def test_a_close_name_is_suggested_and_a_far_one_gets_the_list() -> None:
     assert suggest("latency_p5", ["latency_p50", "macs"]) == "did you mean 'latency_p50'?"
     assert suggest("zzz", ["b", "a"]) == "accepted: a, b"
     assert suggest("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "hint"),
+    [
+        ("8", "Linf", "did you mean 8/255?"),
+        ("127", "Linf", "did you mean 127/255?"),
+        ("255", "Linf", "for example 8/255"),
+        ("128", "Linf", "for example 8/255"),
+        ("128", "L2", "did you mean 128/255?"),
+        ("9999", "L2", "for example 128/255"),
+    ],
+)
+def test_a_radius_in_levels_is_answered_with_what_was_likely_meant(text: str, norm: str, hint: str) -> None:
+    with pytest.raises(UsageError, match="too large") as caught:
+        eps_of(text, norm)
+    assert caught.value.hint == hint

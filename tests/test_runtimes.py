@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +18,12 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_files import save, write_one_conv
 
-from edgeprune.errors import ModelError, UnsupportedModel, UsageError
+from edgeprune import agent
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel, UsageError
+from edgeprune.runtimes import onnxruntime
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
+
+AGENT = "import sys; from edgeprune.agent import main; sys.exit(main())"
 
 
 @pytest.fixture
@@ -87,3 +99,110 @@ def test_building_copies_the_file_and_refuses_what_it_can_not_open(tmp_path: Pat
     with pytest.raises(ModelError):
         runtime.build(tmp_path / "bad.onnx", tmp_path / "x.onnx", "fp32")
     assert not (tmp_path / "x.onnx").exists()
+
+
+def profiling(net: Path, iterations: int) -> str:
+    """The request for the times of the layers."""
+    return json.dumps(
+        {"op": "profile", "runtime": "onnxruntime", "model": str(net), "threads": 1, "iterations": iterations}
+    )
+
+
+def test_a_killed_profile_leaves_all_it_wrote_in_the_folder_that_is_removed(
+    net: Path, tmp_path: Path
+) -> None:
+    (net.parent / ".keeper").write_text("1 1\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", AGENT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(elsewhere)},
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(profiling(net, 10**8).encode())
+    process.stdin.close()
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.rglob("profile*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert list(net.parent.glob("edgeprune-*/profile*"))
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_profile_leaves_nothing_and_writes_nothing_into_a_folder_of_somebodys_own(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    open_session = onnxruntime._session
+    seen: list[Path] = []
+
+    def session(path: Path, *, threads: int, profile_to: str = "") -> Any:
+        seen.extend([Path(profile_to).parent] if profile_to else [])
+        return open_session(path, threads=threads, profile_to=profile_to)
+
+    monkeypatch.setattr(onnxruntime, "_session", session)
+    assert OnnxRuntime().profile(net, 1, 3, None)
+    (net.parent / ".keeper").write_text("1 1\n")
+    assert OnnxRuntime().profile(net, 1, 3, None)
+    assert [folder.parent for folder in seen] == [scratch, net.parent]
+    assert not any(folder.exists() for folder in seen)
+
+
+def test_a_profile_that_is_cut_off_says_where_and_what_to_do(net: Path) -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+    done = subprocess.run(
+        [sys.executable, "-c", limited + AGENT], input=profiling(net, 20), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["kind"]) == (6, "DeviceError")
+    assert "profile of the layers can't be read: it is not whole: " in said["error"]
+    assert "3000 bytes were written to /" in said["error"]
+    assert said["hint"].startswith("free some space on the disk")
+
+
+@pytest.mark.parametrize(("free", "why"), [(4095, "the disk is full; 2 bytes"), (2**30, "it is not whole: ")])
+def test_a_full_disk_is_told_from_a_profile_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, why: str
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**30, 0, free))  # type: ignore[attr-defined]
+    (tmp_path / "profile.json").write_text("[{")
+    with pytest.raises(DeviceError, match=why) as caught:
+        onnxruntime._events(tmp_path / "profile.json")
+    assert f"{free} bytes are free there" in caught.value.message
+    with pytest.raises(DeviceError, match="0 bytes were written"):
+        onnxruntime._events(tmp_path / "absent.json")
+
+
+def test_a_disk_without_room_for_a_folder_is_a_device_error(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(DeviceError, match="no folder can be made for the profile of the layers"):
+        OnnxRuntime().profile(net, 1, 3, None)
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_where_the_system_forbids_pip_the_hint_makes_an_environment(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, managed: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    monkeypatch.setenv("HOME", "/home/pi")
+    if managed:
+        (tmp_path / "EXTERNALLY-MANAGED").write_text("[externally-managed]\n")
+    with pytest.raises(MissingDependency) as caught:
+        agent.handle(json.loads(profiling(net, 1)))
+    assert caught.value.hint == (
+        "there: /usr/bin/python3 -m venv /home/pi/edge && /home/pi/edge/bin/pip install onnxruntime; "
+        "then: --device 'URL?python=/home/pi/edge/bin/python'"
+        if managed
+        else "pip install onnxruntime"
+    )

@@ -442,3 +442,14 @@ def test_the_doctor_looks_at_every_device(monkeypatch: pytest.MonkeyPatch) -> No
     )
     names = [row["name"] for row in json.loads(done.stdout)["checks"]]
     assert names.count("fake cpu") == names.count("local cpu") == names.count("torch") == 1
+    assert done.exit_code == 0
+
+
+def test_the_doctor_s_exit_status_tells_a_device_that_is_away_from_a_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "_packages", lambda: [Finding("onnx", "missing", "not installed", "pip")])
+    assert runner.invoke(app, ["doctor", "--device", "fake"]).exit_code == 3
+    done = runner.invoke(app, ["doctor", "--device", "ssh://127.0.0.1:1", "--json"])
+    names = [row["name"] for row in json.loads(done.stdout)["checks"]]
+    assert done.exit_code == 6 and "onnx" in names, "and says all the same what else is missing"

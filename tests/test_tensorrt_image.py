@@ -16,6 +16,9 @@ from edgeprune.cli import app
 FILE = Path(__file__).resolve().parents[1] / "Dockerfile.jetson"
 BOARDS = ("JetPack 5", "JetPack 6", "JetPack 7.1")
 
+# TensorRT's bindings are the system's.
+SYSTEMS = "local://?python=/usr/bin/python3"
+
 
 @pytest.fixture(scope="module")
 def text() -> str:
@@ -89,7 +92,10 @@ def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> N
     for given, calls in (
         ([], [""]),
         (["doctor", "--target", "jetson"], ["doctor --target jetson"]),
-        (["profile", "my model.onnx"], ["doctor --target jetson", "profile my model.onnx"]),
+        (
+            ["profile", "my model.onnx"],
+            [f"doctor --target jetson --device {SYSTEMS}", "profile my model.onnx"],
+        ),
     ):
         (tmp_path / "calls").unlink(missing_ok=True)
         done = subprocess.run(
@@ -104,7 +110,7 @@ def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> N
 def test_it_runs_doctor_when_nothing_is_asked_for(text: str) -> None:
     found = dict(instructions(text))
     assert found["ENTRYPOINT"] == '["edgeprune-jetson"]'
-    assert found["CMD"] == '["doctor", "--target", "jetson"]'
+    assert found["CMD"] == f'["doctor", "--target", "jetson", "--device", "{SYSTEMS}"]'
 
 
 def test_it_is_free_of_lint(text: str) -> None:

@@ -209,6 +209,9 @@ class Device(ABC):
             kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
             if travels and hint.startswith("pip install "):
                 hint = f"on {self.name}: {argv[-3]} -m {hint}"
+            # What runs there does not know how we call it.
+            url = self.name if "://" in self.name else f"{self.name}://"
+            hint = hint.replace("'URL?", f"'{url}?")
             raise kind(f"{data['error']} (on {self.name})", hint)
         if answer.status != 0 or not isinstance(data, dict):
             raise _failed(self.name, argv, answer)

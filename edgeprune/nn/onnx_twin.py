@@ -6,6 +6,7 @@ dequantizing is computed as in the file, with gradients that pass the rounding (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,12 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.onnx_twin_node import Node
-from edgeprune.nn.onnx_twin_plan import Plan, compute, is_quantized, plan
+from edgeprune.nn import onnx_twin_plan
+from edgeprune.nn.onnx_twin_node import KNOWN, Node, need
+from edgeprune.nn.onnx_twin_plan import SHAPED, Plan, Step, compute, is_quantized, plan
 
-__all__ = ["is_quantized", "twin"]
+__all__ = ["is_quantized", "settled", "twin"]
 
-# Nodes whose second input is a shape, with the file's batch in it where that is fixed.
-SHAPED = ("Reshape", "Expand")
 # How far answers in a batch may be from those one by one: a share of how far the images are from each other, and,
 # where all are answered alike, of the largest logit.
 APART, ROUNDING = 1e-3, 1e-5
@@ -46,6 +46,21 @@ def twin(model: ModelProto, *, rounding: bool = True) -> nn.Module:
     smooth = found if not rounding else _Twin(plan(model, rounding=False))
     found.alone = found.batch > 0 and not _takes_batches(smooth)
     return found.eval()
+
+
+def settled(network: nn.Module, x: Tensor) -> nn.Module:
+    """A twin for batches such as x alone, where all sizes are fixed, so that torch.export can trace it.
+
+    A network that is no twin is given back as it is.
+
+    Raises:
+        UnsupportedModel: a node fails on x.
+    """
+    if not isinstance(network, _Twin):
+        return network
+    found = _Twin(network.settled(x))
+    found.alone = network.alone
+    return found.to(x.device).train(network.training)
 
 
 class _Layer(nn.Module):
@@ -84,18 +99,53 @@ class _Twin(nn.Module):
         filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
         return torch.cat([self._at_once(part) for part in filled.split(self.batch)])[: len(x)]
 
-    def _at_once(self, x: Tensor) -> Tensor:
-        values: dict[str, Tensor] = {self.plan.input: x, **self.sizes}
-        values.update({name: self.get_buffer(place) for name, place in self.places.items()})
+    @torch.no_grad()
+    def settled(self, x: Tensor) -> Plan:
+        """The plan for batches of the size of x."""
+        filled = x.new_zeros(self.batch, *x.shape[1:]) if self.alone else x
+        values = self._values(filled)
+        known = {name: tensor for name, tensor in values.items() if name != self.plan.input}
+        steps: list[Step] = []
         for step, layer in zip(self.plan.steps, self.layers, strict=True):
-            given = [values[name] if name else None for name in step.inputs]
-            if self.batch and step.node.op in SHAPED and step.inputs[1] in self.sizes:
-                given[1] = self._scaled(self.sizes[step.inputs[1]], len(x))
+            given = self._given(step, values, len(filled))
             made = layer(*given)
+            outputs = dict(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False))
+            values.update(outputs)
+            if step.node.op in ("Shape", "Size") or all(name in known for name in step.inputs if name):
+                known.update(outputs)
+            elif self._is_scaled(step):
+                name = f"{step.outputs[0]}.shape"
+                known[name] = need(given, 1)
+                steps.append(replace(step, inputs=(step.inputs[0], name)))
+            else:
+                steps.append(step)
+        return onnx_twin_plan.settled(replace(self.plan, steps=tuple(steps)), known)
+
+    def _values(self, x: Tensor) -> dict[str, Tensor]:
+        """What is there before the first step."""
+        numbers = {name: self.get_buffer(place) for name, place in self.places.items()}
+        return {self.plan.input: x, **self.sizes, **numbers}
+
+    def _given(self, step: Step, values: Mapping[str, Tensor], images: int) -> list[Tensor | None]:
+        given = [values[name] if name else None for name in step.inputs]
+        if self._is_scaled(step):
+            given[1] = self._scaled(self.sizes[step.inputs[1]], images)
+        return given
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        values = self._values(x)
+        for step, layer in zip(self.plan.steps, self.layers, strict=True):
+            made = layer(*self._given(step, values, len(x)))
             values.update(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False))
             for name in step.done:
                 del values[name]
         return values[self.plan.output]
+
+    def _is_scaled(self, step: Step) -> bool:
+        """Whether it reads a shape that was written for the file's batch."""
+        known = step.node.get(KNOWN, {})
+        shaped = self.batch > 0 and step.node.op in SHAPED
+        return shaped and 1 not in known and step.inputs[1] in self.sizes
 
     def _scaled(self, shape: Tensor, images: int) -> Tensor:
         """A shape that was written for the file's batch, for so many images: they are what changes slowest."""

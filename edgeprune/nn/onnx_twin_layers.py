@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, at, ints, need, refuse
+from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, at, ints, need, read, refuse
 
 __all__ = ["LAYERS"]
 
 Pool = Callable[..., Tensor]
+CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
 
 
 def _window(node: Node, kernel: list[int]) -> tuple[list[int], list[int]]:
@@ -53,20 +55,18 @@ def _conv(node: Node, x: Inputs) -> Tensor:
     (strides, dilations), (begin, end) = _window(node, kernel), _pads(node, image, kernel)
     if begin != end:
         image, begin = _padded(image, (begin, end)), [0] * len(kernel)
-    groups = node.get("group", 1)
-    return torch.convolution(
-        image, weight, at(x, 2), strides, begin, dilations, False, [0] * len(kernel), groups
-    )
+    convolve = _by_rank(node, kernel, CONVOLUTIONS)
+    return convolve(image, weight, at(x, 2), strides, begin, dilations, node.get("group", 1))
 
 
 def _conv_transpose(node: Node, x: Inputs) -> Tensor:
     image, weight = need(x, 0), need(x, 1)
     kernel = list(weight.shape[2:])
     strides, dilations = _window(node, kernel)
-    none, extra = [0] * len(kernel), list(node.get("output_padding", [0] * len(kernel)))
+    extra = list(node.get("output_padding", [0] * len(kernel)))
     # torch wants less than a stride of it, so it is added by hand.
-    whole = torch.convolution(
-        image, weight, at(x, 2), strides, none, dilations, True, none, node.get("group", 1)
+    whole = _by_rank(node, kernel, TRANSPOSED)(
+        image, weight, at(x, 2), strides, groups=node.get("group", 1), dilation=dilations
     )
     if any(extra):
         whole = _grown(whole, extra, at(x, 2))
@@ -98,10 +98,11 @@ def _gemm(node: Node, x: Inputs) -> Tensor:
     a, b, c = need(x, 0), need(x, 1), at(x, 2)
     alpha, beta = node.get("alpha", 1.0), node.get("beta", 1.0)
     a = a.T if node.get("transA", 0) else a
-    b = b.T if node.get("transB", 0) else b
-    if alpha == beta == 1.0 and (c is None or (c.ndim == 1 and len(c) == b.shape[1])):
-        return functional.linear(a, b.T, c)
-    product = alpha * (a @ b)
+    # Outputs by inputs, as a linear layer has it.
+    b = b if node.get("transB", 0) else b.T
+    if alpha == beta == 1.0 and (c is None or (c.ndim == 1 and len(c) == len(b))):
+        return functional.linear(a, b, c)
+    product = alpha * (a @ b.T)
     return product if c is None else product + beta * c
 
 
@@ -185,9 +186,9 @@ def _by_rank(node: Node, kernel: list[int], pools: tuple[Pool, Pool, Pool]) -> P
 
 def _resize(node: Node, x: Inputs) -> Tensor:
     """Nearest, linear and cubic, of the axes behind the channels."""
-    image, scales = need(x, 0), at(x, 1 if node.opset < 11 else 2)
+    image, scales = need(x, 0), read(node, x, 1 if node.opset < 11 else 2)
     sizes, mode = ints(node, x, 3, "sizes"), node.get("mode", b"nearest").decode()
-    given = [float(s) for s in scales.reshape(-1).tolist()] if scales is not None else []
+    given = [float(s) for s in scales or []]
     if node.get("axes", None) is not None or not (sizes or given):
         raise refuse(node, "axes, or neither scales nor sizes")
     have = image.shape[2:]

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from edgeprune.errors import UnsupportedModel
 
-__all__ = ["Inputs", "Node", "Operator", "at", "ints", "need", "refuse"]
+__all__ = ["KNOWN", "Inputs", "Node", "Operator", "at", "ints", "need", "number", "read", "refuse"]
+
+# What is noted at a node: inputs that no image changes, place -> their numbers as Python has them. To read them out of
+# tensors would wait for a GPU, and torch.export can't.
+KNOWN = "twin.known"
 
 Inputs = Sequence[Tensor | None]
 
@@ -53,7 +57,22 @@ def need(x: Inputs, place: int) -> Tensor:
 
 def ints(node: Node, x: Inputs, place: int, option: str) -> list[int] | None:
     """Whole numbers that are an input in newer operator sets and an attribute in older ones; None: left out."""
-    found = at(x, place)
+    found = read(node, x, place)
     if found is not None:
-        return [int(n) for n in found.reshape(-1).tolist()]
+        return [int(n) for n in found]
     return None if option not in node.options else [int(n) for n in node.options[option]]
+
+
+def read(node: Node, x: Inputs, place: int) -> list[Any] | None:
+    """An input's numbers, one after the other, as Python has them; None: left out."""
+    known = node.get(KNOWN, {})
+    found = at(x, place)
+    return known[place] if place in known else None if found is None else found.reshape(-1).tolist()
+
+
+def number(node: Node, x: Inputs, place: int) -> Any:
+    """An input that is one number, as Python has it; None: left out."""
+    found = read(node, x, place)
+    if found is not None and len(found) != 1:
+        raise ValueError(f"input {place} is {len(found)} numbers, accepted is one")
+    return None if found is None else found[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, at, ints, need, refuse
+from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, ints, need, number, refuse
 
 __all__ = ["OPERATORS"]
 
@@ -36,7 +36,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 def _clip(node: Node, x: Inputs) -> Tensor:
     low, high = (
-        limit if (limit := at(x, place)) is not None else node.get(option, None)
+        limit if (limit := number(node, x, place)) is not None else node.get(option, None)
         for place, option in ((1, "min"), (2, "max"))
     )
     found = need(x, 0)
@@ -45,6 +45,11 @@ def _clip(node: Node, x: Inputs) -> Tensor:
         if limit is not None:
             found = clamp(found, float(limit) if found.is_floating_point() else int(limit))
     return found
+
+
+def _swish(node: Node, x: Inputs) -> Tensor:
+    whole, alpha = need(x, 0), node.get("alpha", 1.0)
+    return functional.silu(whole) if alpha == 1.0 else whole * torch.sigmoid(alpha * whole)
 
 
 def _softmax(node: Node, x: Inputs) -> Tensor:
@@ -113,6 +118,7 @@ ACTIVATIONS: Mapping[str, Operator] = {
     "Sigmoid": _unary(torch.sigmoid),
     "HardSigmoid": lambda n, x: (n.get("alpha", 0.2) * need(x, 0) + n.get("beta", 0.5)).clamp(0, 1),
     "HardSwish": _unary(functional.hardswish),
+    "Swish": _swish,
     "Tanh": _unary(torch.tanh),
     "Gelu": lambda n, x: functional.gelu(need(x, 0), approximate=n.get("approximate", b"none").decode()),
     "Mish": _unary(functional.mish),

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, at, need, refuse
+from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, at, need, read, refuse
 
 __all__ = ["BACK", "LIMITS", "QUANTIZERS", "SMOOTH", "limited"]
 
@@ -86,19 +86,16 @@ def _quantize(node: Node, x: Inputs) -> Tensor:
     if zero is not None:
         # The zero point is a whole number: to cut off before it is added comes to the same.
         shift = _along(zero, node, whole)
-        shift = float(shift) if shift.ndim == 0 else shift.to(whole)
+        shift = float((read(node, x, 2) or [0])[0]) if shift.ndim == 0 else shift.to(whole)
         low, high = low - shift, high - shift
     back = bool(node.get(BACK, False))
     if node.get(SMOOTH, False):
-        found = torch.clamp(whole, *_ends(low * scale, high * scale))
+        step = float((read(node, x, 1) or [1])[0]) if scale.ndim == 0 else scale
+        found = torch.clamp(whole, low * step, high * step)
         found = found if back else found / scale
     else:
         found: Tensor = _StraightThrough.apply(whole, scale, low, high, back)  # pyright: ignore[reportAssignmentType]
     return found if back or zero is None else found + _along(zero, node, whole).to(whole)
-
-
-def _ends(low: Tensor, high: Tensor) -> tuple[Any, Any]:
-    return (float(low), float(high)) if low.ndim == 0 else (low, high)
 
 
 def _dequantize(node: Node, x: Inputs) -> Tensor:

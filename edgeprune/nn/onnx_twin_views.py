@@ -12,7 +12,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, at, ints, need, refuse
+from edgeprune.nn.onnx_twin_node import Inputs, Node, Operator, ints, need, number, refuse
 
 __all__ = ["VIEWS"]
 
@@ -52,7 +52,7 @@ def _concat(node: Node, x: Inputs) -> Tensor:
 
 def _pad(node: Node, x: Inputs) -> Tensor:
     whole, pads = need(x, 0), ints(node, x, 1, "pads") or []
-    value, mode = at(x, 2), node.get("mode", b"constant").decode()
+    value, mode = number(node, x, 2), node.get("mode", b"constant").decode()
     axes = ints(node, x, 3, "axes") or list(range(whole.ndim))
     sides = [(0, 0)] * whole.ndim
     for place, axis in enumerate(axes):
@@ -139,8 +139,8 @@ def _filled(node: Node, x: Inputs) -> Tensor:
 
 
 def _range(node: Node, x: Inputs) -> Tensor:
-    start, limit, step = (need(x, place) for place in range(3))
-    return torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype)
+    start, limit, step = (number(node, x, place) for place in range(3))
+    return torch.arange(start, limit, step, dtype=need(x, 0).dtype)
 
 
 def _cast(node: Node, x: Inputs) -> Tensor:
@@ -169,7 +169,7 @@ def _space_to_depth(node: Node, x: Inputs) -> Tensor:
 
 
 def _one_hot(node: Node, x: Inputs) -> Tensor:
-    index, depth, values = need(x, 0).long(), int(need(x, 1)), need(x, 2)
+    index, depth, values = need(x, 0).long(), int(number(node, x, 1)), need(x, 2)
     hot = functional.one_hot(index % depth, depth).to(torch.bool)
     found = torch.where(hot, values[1].to(index.device), values[0].to(index.device))
     axis = node.get("axis", -1)

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
-from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
 if TYPE_CHECKING:
@@ -29,6 +44,11 @@ _PROVIDER = "CPUExecutionProvider"
 _SUFFIX = "_kernel_time"
 # The profiler was seen to add 1.6 to 1.9 us to each node; more than this is noise of the machine.
 _MOST_PROFILER_S = 5e-6
+# What `channels` writes into a folder that it keeps and removes, whatever becomes of us.
+_KEPT = ".keeper"
+# A disk with less room than this is full: bytes.
+_FULL = 2**20
+_ROOM = "free some space on the disk of its temporary folder (TMPDIR there says which), then start again"
 
 
 @dataclass(frozen=True)
@@ -54,10 +74,14 @@ class OnnxRuntime(Runtime):
     def profile(
         self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]
     ) -> List[NodeTime]:
-        """As Runtime.profile."""
+        """As Runtime.profile.
+
+        Raises:
+            DeviceError: the disk is full, so that what ONNX Runtime writes of the layers can't be read.
+        """
         warmup = max(1, runs // 10)
-        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-            inner = _session(built, threads=threads, profile_to=str(Path(folder) / "profile"))
+        with _scratch(built) as folder:
+            inner = _session(built, threads=threads, profile_to=str(folder / "profile"))
             profiled, plain = _wrap(inner, built), _wrap(_session(built, threads=threads), built)
             x = plain.image(shape)
             seconds = []
@@ -66,7 +90,7 @@ class OnnxRuntime(Runtime):
                 start = time.perf_counter()
                 plain.infer(x)
                 seconds.append(time.perf_counter() - start)
-            events = json.loads(Path(inner.end_profiling()).read_text(encoding="utf-8"))
+            events = _events(Path(inner.end_profiling()))
         return _without_profiler(_node_times(events, warmup), statistics.median(seconds[warmup:]))
 
 
@@ -101,8 +125,58 @@ def _library() -> Any:
         import onnxruntime
     except ImportError as error:
         message = f"ONNX Runtime can't be imported by {sys.executable}: {error}"
-        raise MissingDependency(message, "pip install onnxruntime") from error
+        raise MissingDependency(message, _install()) from error
     return onnxruntime
+
+
+def _install() -> str:
+    """The line that installs it for this Python: pip, or an environment where the system forbids pip (PEP 668)."""
+    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    if sys.prefix != sys.base_prefix or not marker.is_file():
+        return "pip install onnxruntime"
+    python, home = shlex.quote(sys.executable), shlex.quote(str(Path(os.path.expanduser("~"), "edge")))
+    return (
+        f"there: {python} -m venv {home} && {home}/bin/pip install onnxruntime; "
+        f"then: --device 'URL?python={home}/bin/python'"
+    )
+
+
+@contextmanager
+def _scratch(built: Path) -> Iterator[Path]:
+    """An empty folder for what a profile writes.
+
+    It lies beside the file where that folder is kept, so that it goes with it when this process is killed; a folder of
+    somebody's own is left alone.
+
+    Raises:
+        DeviceError: it can't be made.
+    """
+    kept = built.parent if (built.parent / _KEPT).is_file() else None
+    try:
+        made = tempfile.TemporaryDirectory(prefix="edgeprune-", dir=kept)
+    except OSError as error:
+        raise DeviceError(f"no folder can be made for the profile of the layers: {error}", _ROOM) from error
+    with made as folder:
+        yield Path(folder)
+
+
+def _events(profile: Path) -> List[Dict[str, Any]]:
+    """What ONNX Runtime wrote of a run; it does not say when it could not write all of it.
+
+    Raises:
+        DeviceError: it is not whole.
+    """
+    try:
+        return json.loads(profile.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        free = shutil.disk_usage(profile.parent).free
+        size = profile.stat().st_size if profile.is_file() else 0
+        why = "the disk is full" if free < _FULL else f"it is not whole: {error}"
+        raise DeviceError(
+            f"ONNX Runtime's profile of the layers can't be read: {why}; {size} bytes were written to "
+            f"{profile.parent}, {free} bytes are free there",
+            _ROOM,
+        ) from error
 
 
 def _errors() -> Tuple[Type[Exception], ...]:

@@ -22,10 +22,9 @@ from edgeprune.stages.attack_flags import flags
 from edgeprune.stages.attack_job import CLEAN, RESULT_VERSION, Job, Verdicts, Victim, ask, job, wrong
 from edgeprune.stages.attack_memory import batch_size
 from edgeprune.stages.attack_proof import proven
-from edgeprune.stages.attack_readings import compare, ledger, merged, readings
+from edgeprune.stages.attack_readings import compare, ledger, merged, readings, told
 from edgeprune.stages.attack_steps import (
     STRAIGHT,
-    TO_THE_END,
     Reach,
     Step,
     how_words,
@@ -44,7 +43,7 @@ from edgeprune.stages.attack_victims import (
 )
 
 __all__ = [
-    "CLEAN", "RESULT_VERSION", "STRAIGHT", "TO_THE_END", "Attacked", "Job", "There", "Verdicts", "Victim", "bounded",
+    "CLEAN", "RESULT_VERSION", "STRAIGHT", "Attacked", "Job", "There", "Verdicts", "Victim", "bounded",
     "compare", "elsewhere", "flags", "job", "ledger", "merged", "of_bundle", "of_file", "of_network", "of_run",
     "on_device", "proven", "readings", "run", "run_stages",
 ]  # fmt: skip
@@ -150,8 +149,9 @@ def run_stages(victims: Mapping[str, Victim], split: Split, job: Job, *, scratch
     after = replace(rows[last], conditions={**rows[last].conditions, "paired": pair["robust_accuracy"]})
     notes = [f"Accuracy under attack, dense to {last}: {pair['robust_accuracy']['words']}."]
     for stage in dict.fromkeys((first, last)):
-        told = (*rows[stage].conditions["flags"], *rows[stage].conditions["notes"])
-        notes += [f"{rows[stage].artifact}: {line}" for line in told]
+        notes.append(f"{rows[stage].artifact} under {job.table.name}: {told(found[stage])}.")
+        more = (*rows[stage].conditions["flags"], *rows[stage].conditions["notes"])
+        notes += [f"{rows[stage].artifact}: {line}" for line in more]
     sure = {stage: bounded(victims[stage], split, job, rows[stage].artifact) for stage in rows}
     return Attacked((rows[first], *sure[first]), (after, *sure[last]), tuple(lines), tuple(notes))
 

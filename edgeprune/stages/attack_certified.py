@@ -19,6 +19,7 @@ from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.bounds import Interval, activation_bounds
 from edgeprune.nn.bounds_walk import Bounds
 from edgeprune.nn.data import Split
+from edgeprune.nn.onnx_twin import settled
 from edgeprune.nn.perturb import Ball
 from edgeprune.nn.tracing import Call, Program, Ref, Weight, trace
 from edgeprune.records import Reading
@@ -32,6 +33,8 @@ BUDGET_BYTES = 2**29
 MOST = 64
 # Where none of so many images is proven at the smallest radius, the others are left alone.
 ENOUGH = 64
+# Letters of a reason that stand in a table.
+LONGEST = 160
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +75,9 @@ def certified(
     try:
         counts = _counts(network, split, radii)
     except UnsupportedModel as error:
-        return tuple(_reading(None, split, ball.norm, radius, artifact, error.message) for radius in radii)
+        return tuple(
+            _reading(None, split, ball.norm, radius, artifact, _short(error.message)) for radius in radii
+        )
     return tuple(_reading(counts[radius], split, ball.norm, radius, artifact, "") for radius in radii)
 
 
@@ -105,6 +110,7 @@ def _counts(network: nn.Module, split: Split, radii: Sequence[float]) -> dict[fl
 
 
 def _opened(network: nn.Module, x: Tensor) -> _Proof:
+    network = settled(network, x[:1])
     program = trace(network, x[:1].cpu())
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     return _Proof(program, state, program.call(program.output))
@@ -190,6 +196,13 @@ def _reading(count: int | None, split: Split, norm: str, radius: float, artifact
         return Reading(METRIC, None, "fraction", n, None, HOW, artifact, {**conditions, "why": why})
     spread = intervals.binomial(count, n)
     return Reading(METRIC, count / n, "fraction", n, spread, HOW, artifact, {**conditions, "right": count})
+
+
+def _short(message: str) -> str:
+    """The first sentence of a message."""
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    sentence = line.partition(". ")[0].rstrip(".")
+    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 3]}..."
 
 
 def _in_255ths(radius: float) -> str:

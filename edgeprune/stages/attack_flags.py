@@ -21,6 +21,7 @@ from edgeprune.nn.lanes import in_lanes
 from edgeprune.nn.perturb import Ball, crafting, cross_entropy, full, pgd
 from edgeprune.nn.placement import Placement
 from edgeprune.nn.schedule import chance
+from edgeprune.quantities import USUAL_EPS
 from edgeprune.stages.attack_job import Job, Verdicts, Victim, ask, wrong
 from edgeprune.stages.attack_steps import NO_GRADIENT, placed, reaches
 
@@ -32,6 +33,11 @@ FEW = 0.1
 SLIGHT = 0.01
 STEPS, MANY_STEPS = 10, 100
 PROBE_QUERIES = 200
+# What is said instead of NO_GRADIENT where nothing that only asks was among the attacks.
+AT_RANDOM = (
+    "No gradient reaches the network's input (detach, argmax or rounding in its forward): the attacks went in random "
+    "directions, which overstates robustness. Take --attack standard, which asks without gradients too."
+)
 # The same batch answered twice, relative to the largest logit.
 NOISE = 1e-5
 
@@ -59,16 +65,17 @@ def flags(victim: Victim, split: Split, job: Job, verdicts: Verdicts) -> tuple[s
     """
     rows = [row for row, right in enumerate(verdicts.clean_right) if right][:LOOKED_AT]
     if not rows:
-        return tuple(_guessing(split, victim, verdicts))
+        return (*_guessing(split, victim, verdicts), *_everything(split, job))
     with placed(victim, split) as placement:
         x = placement.images(split.take(torch.tensor(rows)))
         probe = _Probe(victim, job, verdicts, x, split.labels[rows], placement)
-        found = [*_guessing(split, victim, verdicts), *_random(probe), *_probabilities(probe)]
-        found += _black_box(probe)
+        found = [*_guessing(split, victim, verdicts), *_everything(split, job)]
+        found += [*_random(probe), *_probabilities(probe), *_black_box(probe)]
         if victim.twin is None:
             return tuple(found)
         if not reaches(victim.twin, x[:1]):
-            return (*found, NO_GRADIENT)
+            asked = any(not attack.gradients for attack in job.attacks.values())
+            return (*found, NO_GRADIENT if asked else AT_RANDOM, *_queries(probe))
         checks: Sequence[Callable[[_Probe], list[str]]] = (_zero_gradients, _other_attacks, _queries)
         return (*found, *(line for check in checks for line in check(probe)))
 
@@ -82,6 +89,20 @@ def _guessing(split: Split, victim: Victim, verdicts: Verdicts) -> list[str]:
     return [
         f"Without an attack {victim.name} is right on {right} of {n} images, no better than guessing: look at the "
         "normalization (--mean, --std) and at the order of the classes."
+    ]
+
+
+def _everything(split: Split, job: Job) -> list[str]:
+    """A radius so large that every image may become one and the same, gray all over."""
+    channels, height, width = split.take(torch.arange(1)).shape[1:]
+    norm, eps = job.ball.norm, job.ball.eps
+    gray = 0.5 if norm == "Linf" else 0.5 * (channels * height * width) ** 0.5
+    if eps < gray:
+        return []
+    return [
+        f"{norm} eps {eps:.4g} is so large that any image of {channels}x{height}x{width} may become gray all over, "
+        f"which is at most {gray:.3g} away: no model can tell them apart then, so the accuracy under attack says "
+        f"nothing. Pixels are in [0, 1]; a usual radius is {255 * USUAL_EPS[norm]:g}/255."
     ]
 
 
@@ -113,12 +134,17 @@ def _black_box(probe: _Probe) -> list[str]:
     with_gradients = [n for n, a in probe.job.attacks.items() if a.gradients and n in probe.verdicts.tried]
     asking = [n for n, a in probe.job.attacks.items() if not a.gradients]
     broken = sum(probe.verdicts.broken.get(name, 0) for name in asking)
-    if not with_gradients or broken <= SLIGHT * len(probe.verdicts.by):
+    # One or two of a few images say nothing: the whole interval of the share must lie above.
+    if not with_gradients or binomial(broken, len(probe.verdicts.by))[0] <= SLIGHT:
         return []
     return [
-        f"{', '.join(asking)}, which only asks, broke {broken} images that the attacks with gradients left: the "
+        f"{', '.join(asking)}, which only asks, broke {_images(broken)} that the attacks with gradients left: the "
         "gradients are masked, so a stronger attack may break more."
     ]
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _zero_gradients(probe: _Probe) -> list[str]:
@@ -191,7 +217,7 @@ def _queries(probe: _Probe) -> list[str]:
             chance(probe.job.seed, "flags", "square"),
         )  # fmt: skip
     broken = int(wrong(victim.answers, found.images, y).sum())
-    if broken <= FEW * len(left):
+    if broken <= max(1, FEW * len(left)):
         return []
     names = ", ".join(probe.job.attacks)
     return [

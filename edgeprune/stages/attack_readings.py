@@ -9,10 +9,10 @@ from typing import Any
 from edgeprune import intervals
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.attack_job import CLEAN, Job, Verdicts, Victim
-from edgeprune.stages.attack_steps import STRAIGHT
+from edgeprune.stages.attack_steps import STRAIGHT, from_
 
-# The stage that comes before all that measure themselves.
-FIRST = "dense"
+# The stages of a run, in their order.
+STAGES = ("dense", "pruned", "repaired", "bn recalibrated", "tuned", "exported", "quantized")
 
 
 def readings(
@@ -53,15 +53,27 @@ def ledger(stage: str, victim: Victim, job: Job, verdicts: Verdicts, *, part: st
 def merged(clean: Sequence[Reading], attacked: Sequence[Reading]) -> tuple[Reading, ...]:
     """One ledger of what stages measured themselves and of what was measured under attack.
 
-    Of a stage that measured its accuracy on all images, the one on the attacked images is left out.
+    Stage by stage: the accuracy on all images where it was measured, and, when these were fewer, that on the attacked
+    ones, which stands beside the accuracy under attack.
 
     Args:
         clean: lines of `ledger.reading`. attacked: lines of `ledger` of each stage, in their order.
     """
-    known = {reading.conditions["stage"] for reading in clean}
-    more = [r for r in attacked if r.metric != "clean_accuracy" or r.conditions["stage"] not in known]
-    first = [r for r in more if r.conditions["stage"] == FIRST]
-    return (*first, *clean, *(r for r in more if r.conditions["stage"] != FIRST))
+    same = {(r.conditions["stage"], r.metric, r.n) for r in clean}
+    more = [r for r in attacked if (r.conditions["stage"], r.metric, r.n) not in same]
+
+    def place(reading: Reading) -> int:
+        stage = reading.conditions["stage"]
+        return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+    return tuple(sorted((*clean, *more), key=place))
+
+
+def told(verdicts: Verdicts) -> str:
+    """Which attack broke what, in a sentence."""
+    n, clean, left = len(verdicts.by), sum(verdicts.clean_right), sum(verdicts.survived)
+    broken = ", ".join(f"{name} {count}" for name, count in verdicts.broken.items())
+    return f"of {n} images {n - clean} are wrong as they are; broken by {broken or 'nothing'}; {left} survive"
 
 
 def compare(dense: Verdicts, compressed: Verdicts) -> dict[str, dict[str, Any]]:
@@ -132,7 +144,9 @@ def _conditions(victim: Victim, job: Job, verdicts: Verdicts, part: str) -> dict
         "seed": job.seed,
         "limit": table.limit,
         "gradients": verdicts.how,
-        "also from": sorted(victim.others),
+        "also from": [
+            name for name in sorted(victim.others) if any(s.endswith(from_(name)) for s in verdicts.steps)
+        ],
         "parameters": job.parameters,
         "batch": verdicts.batch,
         "seconds": sum(verdicts.seconds.values()),

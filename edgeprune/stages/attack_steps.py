@@ -20,9 +20,8 @@ from edgeprune.stages.attack_to_the_end import Advance, Craft, apgd_ce, pgd
 
 # Attacks stop at the first image that the network in torch gets wrong, which a file that rounds otherwise, or another
 # network, may still get right. What is to be replayed there comes from attacks that go on to the end.
-TO_THE_END = "apgd-ce-to-the-end"
-GO_ON = {"standard": (TO_THE_END, apgd_ce), "pgd": ("pgd-to-the-end", pgd)}
-FROM = "apgd-ce-from-"
+TO_THE_END = "-to-the-end"
+GO_ON = {"standard": ("apgd-ce", apgd_ce), "pgd": ("pgd", pgd)}
 # What attacks are called that have their gradients from the straight-through twin of a quantized file.
 STRAIGHT = "-straight-through"
 NO_GRADIENT = (
@@ -98,7 +97,7 @@ def steps_of(victim: Victim, job: Job, placement: Placement, reach: Reach) -> tu
 
     First those with gradients of the network in torch, then, for a quantized file, those with gradients of its
     straight-through twin, then those that only ask. A file also gets what PGD, or in the standard evaluation APGD-CE,
-    finds when it goes on to the end; in the standard evaluation every victim gets what that finds on the others.
+    finds when it goes on to the end, and every victim gets what that finds on the others.
 
     An attack with gradients is left out where there are none; where the network is cut off from its input, it is left
     out if another one only asks, and goes where chance leads otherwise.
@@ -106,11 +105,12 @@ def steps_of(victim: Victim, job: Job, placement: Placement, reach: Reach) -> tu
     Raises:
         UsageError: nothing is left to attack with.
     """
-    standard, white = job.table.name == "standard", _with_gradients(job)
+    white = _with_gradients(job)
     found: list[Step] = []
-    if standard and white:
+    if white and job.table.name in GO_ON:
+        attack, craft = GO_ON[job.table.name]
         found = [
-            Step(f"{FROM}{name}", apgd_ce(network, job), placement.images)
+            Step(f"{attack}{from_(name)}", craft(network, job), placement.images)
             for name, network in victim.others.items()
         ]
     if victim.twin is not None and (reach.twin or len(white) == len(job.attacks)):
@@ -128,6 +128,11 @@ def steps_of(victim: Victim, job: Job, placement: Placement, reach: Reach) -> tu
     return (Step(CLEAN, _as_they_are, placement.images), *found)
 
 
+def from_(name: str) -> str:
+    """What the names of attacks end in whose images were made on another network."""
+    return f"-from-{name}"
+
+
 def _with_gradients(job: Job) -> dict[str, Attack]:
     return {name: attack for name, attack in job.attacks.items() if attack.gradients}
 
@@ -143,7 +148,7 @@ def _climbing(
     more: list[Step] = []
     if goes_on and job.table.name in GO_ON:
         name, craft = GO_ON[job.table.name]
-        more = [Step(name, craft(network, job), placement.images)]
+        more = [Step(f"{name}{TO_THE_END}", craft(network, job), placement.images)]
     return [*found[:1], *more, *then, *found[1:]]
 
 

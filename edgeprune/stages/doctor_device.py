@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,9 @@ def look(device: Device, target: Target | None) -> list[Finding]:
             *_target(target, device, {}),
         ]
     jetson = "l4t" in facts or "power_mode" in facts or "Jetson" in str(facts.get("board", ""))
-    tensorrt = jetson or (target is not None and target.runtime == "tensorrt" and device.name != "local")
+    # Of this very Python the rows above have said it already.
+    own = device.name == "local" and device.agent()[0] == sys.executable
+    tensorrt = jetson or (target is not None and target.runtime == "tensorrt" and not own)
     rows = [_runtime(device, "onnxruntime", needed=target is None or target.runtime == "onnxruntime")]
     if tensorrt:
         rows += [_runtime(device, "tensorrt", needed=target is not None and target.runtime == "tensorrt")]

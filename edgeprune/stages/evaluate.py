@@ -11,11 +11,12 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from edgeprune import intervals
-from edgeprune.errors import ParityError, UsageError
+from edgeprune.errors import MissingDependency, ModelError, ParityError, UsageError
 from edgeprune.nn import train
 from edgeprune.nn.bundle import deployed
 from edgeprune.nn.data import Split
 from edgeprune.records import Bundle, InputSpec, Reading
+from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
 
 def balanced(split: Split, limit: int, seed: int) -> Split:
@@ -65,8 +66,11 @@ def of_network(bundle: Bundle, split: Split, name: str) -> Reading:
 def input_of(path: Path) -> InputSpec:
     """What an ONNX classifier eats and how many classes it answers, from its one input and its first output.
 
+    Where the file leaves the number of classes open, it is asked about one image.
+
     Raises:
-        UsageError: not an ONNX file, or not one image in and logits out.
+        UsageError: not an ONNX file, or not one image in and logits out; or the number of classes is open, and ONNX
+            Runtime can't be asked.
         ParityError: a scale of its quantization is not finite or not above 0; names the node.
     """
     hint = (
@@ -86,12 +90,31 @@ def input_of(path: Path) -> InputSpec:
         len(inputs) != 1
         or len(shapes) < 2
         or len(shapes[0]) != 4
-        or len(shapes[1]) != 2
+        or len(shapes[1]) not in (0, 2)
         or not all(shapes[0][1:])
     ):
         raise UsageError(f"{path} must take (N, C, H, W) and answer (N, classes), found {shapes}")
     channels, height, width = shapes[0][1:]
-    return InputSpec((channels, height, width), shapes[1][1])
+    known = shapes[1][1] if shapes[1] else 0
+    return InputSpec((channels, height, width), known or _answered(path, shapes[0]))
+
+
+def _answered(path: Path, shape: list[int]) -> int:
+    """How many logits a file answers an image with. shape: (N, C, H, W) of its input, N 0 where it is free."""
+    rows = shape[0] or 1
+    try:
+        answer = OnnxRuntime().open(path, 1).infer(np.full((rows, *shape[1:]), 0.5, np.float32))
+    except (MissingDependency, ModelError) as error:
+        raise UsageError(
+            f"{path} does not say how many classes it answers, and can't be asked: {error.message}",
+            "write the number into the shape of its output: (N, classes)",
+        ) from error
+    if answer.ndim != 2 or answer.shape[0] != rows or answer.shape[1] < 1:
+        raise UsageError(
+            f"{path} must answer (N, classes), it answers {rows} of its images with {answer.shape}",
+            "end it with the logits of every image",
+        )
+    return int(answer.shape[1])
 
 
 def _check_scales(path: Path, graph: onnx.GraphProto) -> None:

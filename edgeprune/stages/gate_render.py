@@ -176,6 +176,8 @@ def _advice(check: Check) -> list[str]:
             else "measure longer, on an idle machine"
         )
         where = "measure both on the same machine" if "not comparable" in check.detail else more
+        if "estimate" in check.detail:
+            where = "measure it on the device itself (--device): no measurement here says how far off the estimate is"
         return [f"To decide {check.metric}: {where}."]
     return []
 

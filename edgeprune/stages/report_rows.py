@@ -130,9 +130,10 @@ def how_had(reading: Reading) -> str:
     """How and where: "measured on local x86_64", "counted", "computed: ...", "estimated: ...", "not available: ..."."""
     if value_of(reading) is None:
         return f"not available: {reading.conditions.get('why') or 'no reason was recorded'}"
-    if reading.where.startswith(("counted", "computed", "estimated")) or not reading.where:
-        return reading.where or "unknown"
-    return f"measured on {reading.where}"
+    how = reading.where or "unknown"
+    if reading.where and not reading.where.startswith(("counted", "computed", "estimated")):
+        how = f"measured on {how}"
+    return how + _radius(reading.conditions)
 
 
 def change(before: Reading, after: Reading) -> tuple[str, bool | None]:
@@ -204,6 +205,8 @@ def facts(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             flat += facts(value, f"{name}.")
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Mapping) for v in value):
+            flat += facts({str(i + 1): v for i, v in enumerate(value)}, f"{name}.")
         elif isinstance(value, (list, tuple)):
             flat += [(name, ", ".join(_fact(v) for v in value))] if value else []
         elif value is not None and value != "":
@@ -290,6 +293,15 @@ def _ledger_row(reading: Reading) -> LedgerRow:
         text,
         how_had(reading),
     )
+
+
+def _radius(conditions: Mapping[str, Any]) -> str:
+    """Of what was read under attack or for a ball: what and how far."""
+    if not conditions.get("eps") or not conditions.get("norm"):
+        return ""
+    attack = conditions.get("attack")
+    words = f"{conditions['norm']} {conditions['eps']}"
+    return f", under {attack}, {words}" if attack else f", within {words}"
 
 
 def _count(value: float | None, unit: str) -> str:
