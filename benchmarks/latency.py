@@ -269,16 +269,19 @@ def accuracies(given: argparse.Namespace, folder: Path) -> list[str]:
             time_ = seconds(
                 {"dense": it.network.file, "cut": write(small, bundle, folder / "cut.onnx")}, THOROUGH
             )
+            torch.set_num_threads(given.threads)
             tuned, _ = tune.run(
                 replace(bundle, module=small), images, TuneTable(epochs=given.epochs), calibration="default",
                 teacher=bundle, seed=seed, scratch=folder / f"tune-{way}-{seed}",
             )  # fmt: skip
             reading = evaluate.of_network(tuned, images.held_out, way)
+            torch.set_num_threads(1)
             macs = costs.total_macs(small, it.image) / costs.total_macs(bundle.module, it.image)
             rows.append([time_["cut"] / time_["dense"], macs, reading.value])
             path.write_text(json.dumps(rows))
         time_s, macs, right = (statistics.mean(r[i] for r in rows) for i in range(3))
-        out.append(f"| {way} | {100 * time_s:.1f} % | {100 * macs:.1f} % | {100 * right:.2f} % |")
+        each = ", ".join(f"{100 * r[2]:.2f}" for r in rows)
+        out.append(f"| {way} | {100 * time_s:.1f} % | {100 * macs:.1f} % | {100 * right:.2f} % ({each}) |")
     return out
 
 
@@ -299,6 +302,7 @@ def main() -> None:
     parser.add_argument("--weights", default="")
     parser.add_argument("--data", default="")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for training")
     parser.add_argument(
         "--budget", type=float, default=0.6, help="for the accuracies, a share of the dense time"
     )
