@@ -240,3 +240,13 @@ def test_the_ledger_s_dots_lie_inside_their_intervals(tmp_path: Path) -> None:
         low, middle, high = (float(v.rstrip("%")) for v in (whisker["x1"], dot["cx"], whisker["x2"]))
         assert 0 <= low < middle < high <= 100
         assert middle - low == pytest.approx(high - middle, abs=0.01)
+
+
+def test_accuracies_on_other_images_are_drawn_apart(tmp_path: Path) -> None:
+    report = sample()
+    few = replace(report.ledger[-1], n=100, value=0.5, spread=(0.4, 0.6))
+    page = html_of(replace(report, ledger=(*report.ledger, few)), tmp_path)
+    assert "<h3>clean_accuracy, 100 images</h3>" in page
+    assert f"<h3>clean_accuracy, {report.ledger[-1].n} images</h3>" in page
+    assert "<h3>clean_accuracy</h3>" not in page
+    assert page.index("clean_accuracy, 100 images</h3>") < page.index("Time of one image")

@@ -182,13 +182,17 @@ def _ledger(report: Report) -> Markup:
     rows = ledger(report)
     if not rows:
         return _absent("No accuracies were taken after the stages of this run.")
-    metrics = list(dict.fromkeys(row.metric for row in rows))
-    return join([_ledger_of(metric, [row for row in rows if row.metric == metric]) for metric in metrics])
+    # What was read on other images is drawn apart: side by side it would look like a change.
+    kinds = sorted(dict.fromkeys((row.metric, row.n) for row in rows), key=lambda kind: kind[0])
+    return join([_ledger_of(kind, [r for r in rows if (r.metric, r.n) == kind], kinds) for kind in kinds])
 
 
-def _ledger_of(metric: str, rows: Sequence[LedgerRow]) -> Markup:
+def _ledger_of(kind: tuple[str, int], rows: Sequence[LedgerRow], kinds: Sequence[tuple[str, int]]) -> Markup:
+    metric, images = kind
+    several = sum(other == metric for other, _ in kinds) > 1
+    title = f"{metric}, {images} images" if several else metric
     how = "; ".join(dict.fromkeys(row.how for row in rows if row.value is not None))
-    return join(element("h3", metric), element("p", how, class_="fine"), plots.intervals(metric, rows))
+    return join(element("h3", title), element("p", how, class_="fine"), plots.intervals(title, rows))
 
 
 def _layer_plot(report: Report, column: str, what: str, unit: str) -> Markup:
