@@ -259,7 +259,7 @@ def accuracies(given: argparse.Namespace, folder: Path) -> list[str]:
         path, rows = folder / name, []
         if path.exists():
             rows = json.loads(path.read_text())
-        for seed in range(len(rows), SEEDS):
+        for seed in range(len(rows), given.seeds):
             more: dict[str, Any] = {
                 "images": data.calibration_images(images, "default"), "labels": images.train.labels[chosen],
             }  # fmt: skip
@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--weights", default="")
     parser.add_argument("--data", default="")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for training")
     parser.add_argument(
         "--budget", type=float, default=0.6, help="for the accuracies, a share of the dense time"
