@@ -34,6 +34,16 @@ class Odd(nn.Module):
         return x.flatten(1)[:, :5] * (1 if self.times % 2 else -1)
 
 
+def undecided(count: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network for which every class is as likely as the others, so that little decides; images and its answers."""
+    network, x = nets.build("residual").eval(), nets.example(count)
+    last = network.get_submodule("fc")
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias -= network(x).mean(0)
+        return network, x, network(x).argmax(1)
+
+
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise"])
 def test_it_answers_as_the_network_does_for_any_number_of_images(name: str) -> None:
     network = nets.build(name).eval()
@@ -59,13 +69,7 @@ def test_a_network_that_can_not_be_written_down_is_asked_itself() -> None:
 
 
 def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, x = nets.build("residual").eval(), nets.example(12)
-    with torch.no_grad():
-        # Every class is as likely as the others, so that little decides.
-        last = network.get_submodule("fc")
-        assert isinstance(last, nn.Linear)
-        last.bias -= network(x).mean(0)
-        y = network(x).argmax(1)
+    network, x, y = undecided(12)
 
     def found(least: int) -> tuple[Tensor, Tensor]:
         monkeypatch.setattr(onnx_answers, "SWIFT_FROM", least)
@@ -113,12 +117,7 @@ def test_windows_that_reach_most_of_the_work_are_left_to_what_is_swift() -> None
 
 
 def test_the_boundary_is_searched_to_the_same_end_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, x = nets.build("residual").eval(), nets.example(8)
-    with torch.no_grad():
-        last = network.get_submodule("fc")
-        assert isinstance(last, nn.Linear)
-        last.bias -= network(x).mean(0)
-        y = network(x).argmax(1)
+    network, x, y = undecided(8)
     ready: list[bool] = []
 
     def found(least: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ __all__ = ["SWIFT_FROM", "TOLERANCE", "Swift", "alone", "swift"]
 
 # From so many questions on it is worth the second that another runtime takes to be ready.
 SWIFT_FROM = 20_000
-# Torch has two exporters for it, and the older one is four times as fast.
+# Torch has two exporters that make this one; the older of them takes less time.
 OPSET = 17
 
 # Between its answers and the network's, relative to the largest logit.
