@@ -43,7 +43,8 @@ def answer(request: Mapping[str, Any], runtime: Runtime, process: Path = PROCESS
         why = "the import of the runtime took more memory than the model, and /proc/self/clear_refs can't be written"
         return {"peak": None, "why": why, "runtime": version}
     added = {f"{key}_added": now[key] - old_parts[key] for key in now if key in old_parts}
-    found = {"peak": peak - before, "at_load": max(0, loaded - before), "baseline": before, **added}
+    # The kernel counts pages in lots: a model that takes less than one can seem to give some back.
+    found = {"peak": max(0, peak - before), "at_load": max(0, loaded - before), "baseline": before, **added}
     return {**found, **(gpu.added(found["peak"]) if gpu else {}), "runtime": version}
 
 

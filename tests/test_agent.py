@@ -211,6 +211,12 @@ def test_memory_is_absent_when_an_earlier_peak_hides_the_model(tmp_path: Path, n
     assert "clear_refs" in answer["why"]
 
 
+def test_a_process_that_seems_to_shrink_has_added_nothing(tmp_path: Path, net: Path) -> None:
+    (tmp_path / "status").write_text("VmHWM:\t90 kB\nVmRSS:\t100 kB\n")
+    answer = agent_memory.answer({"model": str(net), "threads": 1}, OnnxRuntime(), tmp_path)
+    assert (answer["peak"], answer["at_load"], answer["baseline"]) == (0, 0, 100 * 1024)
+
+
 def test_memory_tells_what_of_it_is_private(net: Path) -> None:
     if not Path("/proc/self/smaps_rollup").is_file():
         pytest.skip("the kernel has no smaps_rollup")
