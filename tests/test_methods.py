@@ -16,7 +16,7 @@ from edgeprune import plugins
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
 from edgeprune.methods import Method, PruneTask, ScoreMethod, Survey, SurveyMethod, counts
 from edgeprune.nn import costs, graph, surgery
-from edgeprune.nn.allocate import Rules, allocate, keep_largest, levels, losses_of
+from edgeprune.nn.allocate import Rules, allocate, keep_largest, levels, losses_of, timed_levels
 from edgeprune.nn.units import channel_sums
 from edgeprune.records import Group, InputSpec, Masks, Member
 
@@ -43,6 +43,21 @@ def test_levels_are_multiples_never_zero_and_never_below_the_floor() -> None:
     assert levels(5, 1, 0.5) == (5, 4, 3)
     assert levels(1, 8, 0.0) == (1,)
     assert levels(70, 16, 0.1) == (70, 64, 48, 32, 16)
+
+
+def test_where_times_are_known_a_group_has_eight_steps_at_least() -> None:
+    assert timed_levels(16, 16, 0.1) == (16, 14, 12, 10, 8, 6, 4, 2)
+    assert timed_levels(64, 16, 0.3) == (64, 56, 48, 40, 32, 24)
+    assert timed_levels(48, 16, 0.5) == (48, 44, 40, 36, 32, 28, 24)
+    assert timed_levels(512, 16, 0.9) == levels(512, 16, 0.9) == (512, 496, 480, 464)
+    assert timed_levels(64, 4, 0.75) == (64, 60, 56, 52, 48)
+    assert timed_levels(6, 16, 0.5) == (6, 5, 4, 3)
+    assert timed_levels(1, 16, 0.1) == (1,)
+    for channels in range(1, 300):
+        # The multiples are among them.
+        assert set(timed_levels(channels, 16, 0.1)) >= {
+            k for k in range(16, channels, 16) if k >= 0.1 * channels
+        }
 
 
 def test_exactly_so_many_are_kept_whatever_ties() -> None:
@@ -214,6 +229,78 @@ def test_taylor_predicts_the_change_of_the_loss_to_first_order() -> None:
     x, loss = images.double(), nn.functional.cross_entropy
     change = (loss(masked(x), labels) - loss(deepcopy(network).double()(x), labels)).item()
     assert abs(change) > 0 and score == pytest.approx(change**2, rel=0.04)
+
+
+def test_taylor_measures_what_layers_with_batch_norm_can_miss() -> None:
+    """The loss at a count is the cut network's, with batch-norm going by the same images, above the dense one's."""
+    network, task = task_for("residual", {"macs": 0.5})
+    method = plugins.build("methods", "taylor", {})
+    before = deepcopy(network.state_dict())
+    scores = method.scores(network, task)
+    found = method.survey(network, task).losses
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+    def loss(net: nn.Module) -> float:
+        with torch.no_grad():
+            assert task.images is not None and task.labels is not None
+            return float(nn.functional.cross_entropy(deepcopy(net).train()(task.images), task.labels))
+
+    for group in task.groups:
+        rises = {group.channels: 0.0}
+        for kept in range(1, group.channels):
+            small = deepcopy(network)
+            masks = {group.name: keep_largest(scores[group.name], kept)}
+            surgery.cut(small, surgery.removed_positions(task.groups, {**full_masks(task), **masks}))
+            rises[kept] = loss(small) - loss(network)
+        for kept in (group.channels // 2, group.channels // 4):
+            expected = max(v for k, v in rises.items() if k >= kept and k % (group.channels // 8) == 0)
+            assert float(found[group.name][kept]) == pytest.approx(expected, abs=2e-5)
+
+
+def full_masks(task: PruneTask) -> dict[str, torch.Tensor]:
+    return {g.name: torch.ones(g.channels, dtype=torch.bool) for g in task.groups}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "cuts"),
+    [("residual", {"measured": False}, None), ("residual", {}, {}), ("unnormed", {}, None)],
+)
+def test_taylor_goes_by_the_scores_where_nothing_is_to_be_measured(
+    name: str, options: dict[str, object], cuts: dict[str, float] | None
+) -> None:
+    if name == "unnormed":
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+        )
+        groups = graph.find_groups(network, nets.example()).groups
+        model = costs.cost_model(network, groups, nets.example())
+        labels = torch.arange(40) % 3
+        task = PruneTask(groups, model, Rules({}), call, nets.example(40), labels)
+    else:
+        network, task = task_for(name, {"macs": 0.5}, cuts=cuts)
+    found = plugins.build("methods", "taylor", options).survey(network, task)
+    expected = losses_of(found.detail)
+    assert all(torch.equal(v, expected[g]) for g, v in found.losses.items())
+
+
+def test_taylor_says_when_a_network_does_not_take_batch_norm_without_statistics() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nets.build("plain")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) + 0 * self.net.a[1].running_mean.sum()
+
+    network = Own().eval()
+    found = graph.find_groups(network, nets.example()).groups
+    task = PruneTask(
+        found, costs.cost_model(network, found, nets.example()), Rules({}),
+        call, nets.example(40), torch.zeros(40, dtype=torch.int64),
+    )  # fmt: skip
+    survey = plugins.build("methods", "taylor", {}).survey(network, task)
+    assert all(torch.equal(v, losses_of(survey.detail)[g]) for g, v in survey.losses.items())
+    assert any("by their scores" in note for note in task.notes)
 
 
 def test_taylor_without_images_says_what_to_do() -> None:

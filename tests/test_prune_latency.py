@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,11 +154,12 @@ def test_profiling_a_table_gives_every_layer_at_its_counts_alone_and_in_its_plac
     wish = table.Wish(multiple_of=4)
     found = table.run(bundle, latency_files.exported(NAME), device.bench(tmp_path), wish)
     rows = [row for row in found.rows if row.layer == "one.0"]
-    assert [row.makes for row in rows] == [16, 12, 8, 4] and {row.reads for row in rows} == {8}
-    assert [r.seconds for r in rows] == sorted((r.seconds for r in rows), reverse=True)
-    alone = [row.alone for row in rows]
+    assert [row.makes for row in rows] == [16, 14, 12, 10, 8, 6, 4, 2] and {row.reads for row in rows} == {8}
+    assert all(more.seconds >= 0.99 * fewer.seconds for more, fewer in itertools.pairwise(rows))
+    alone = [row for row in rows if row.alone]
+    assert [row.makes for row in alone] == [16, 12, 8, 4]
     # On this device a layer takes as long alone as in its place.
-    assert all(a == pytest.approx(r.seconds, rel=0.1) for a, r in zip(alone, rows, strict=True))
+    assert all(row.alone == pytest.approx(row.seconds, rel=0.1) for row in alone)
     assert found.dense == pytest.approx(dense_seconds()) and Path(found.path).is_file()
     assert [w.seconds for w in found.wholes] == sorted((w.seconds for w in found.wholes), reverse=True)
     assert found.wholes[0].seconds == pytest.approx(dense_seconds(), rel=0.03) and found.measured

@@ -20,6 +20,8 @@ from edgeprune.quantities import show
 # to a few channels chokes all that passes through it. (A ResNet-20 at half of its multiply-accumulates, tuned for two
 # epochs: the same accuracy within noise as with the hard floor alone, 85.3 % and 85.2 %, and faster, 1.53x and 1.46x.)
 BOTTLENECK = 0.3
+# Steps that a group has at least where the time of each is known.
+STEPS = 8
 # So many proportions of two limits are tried, less one.
 WEIGHINGS = 8
 
@@ -74,6 +76,15 @@ def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
     return (channels, *down)
 
 
+def timed_levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
+    """Counts for where it is known what each takes: at least eight steps, of a power of two where they are finer.
+
+    The multiples are among them, where they are powers of two themselves.
+    """
+    finest = 1 << max(0, (channels // STEPS).bit_length() - 1)
+    return levels(channels, min(max(1, multiple_of), finest), floor)
+
+
 def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Allocation:
     """Choose how many channels each group keeps.
 
@@ -96,9 +107,13 @@ def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Alloca
 
 
 def fitting_levels(
-    groups: Mapping[str, object], costs: Costs, rules: Rules
+    groups: Mapping[str, object], costs: Costs, rules: Rules, *, timed: bool = False
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """The coarsest levels that can meet the limits: rather finer ones than a bottleneck, rather that than none.
+
+    Args:
+        timed: the time of each count is known. What stands in for that elsewhere, multiples and a comfortable floor,
+            is not needed then.
 
     Returns:
         What they are multiples of; group -> levels, descending from all channels.
@@ -108,10 +123,11 @@ def fitting_levels(
     """
     wish = max(1, rules.multiple_of)
     halves = [wish >> k for k in range(wish.bit_length())]
-    comfortable = [(m, max(BOTTLENECK, rules.floor)) for m in halves[:2]]
+    comfortable = [] if timed else [(m, max(BOTTLENECK, rules.floor)) for m in halves[:2]]
+    choices = timed_levels if timed else levels
     steps: dict[str, tuple[int, ...]] = {}
     for multiple, floor in [*comfortable, *((m, rules.floor) for m in halves)]:
-        steps = {g: levels(costs.channels[g], multiple, floor) for g in groups}
+        steps = {g: choices(costs.channels[g], multiple, floor) for g in groups}
         if _fits(costs.cost({g: s[-1] for g, s in steps.items()}), rules.limits):
             return multiple, steps
     raise _infeasible(costs, {g: s[-1] for g, s in steps.items()}, rules)

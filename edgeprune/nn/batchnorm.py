@@ -78,7 +78,12 @@ class _Moments:
 
 def remembers(module: nn.Module) -> bool:
     """Whether any layer keeps statistics of its inputs, which can be recalibrated."""
-    return any(_has_statistics(layer) for layer in module.modules())
+    return bool(normalizers(module))
+
+
+def normalizers(module: nn.Module) -> list[nn.Module]:
+    """The layers that keep statistics of their inputs."""
+    return [layer for layer in module.modules() if _has_statistics(layer)]
 
 
 def _has_statistics(layer: nn.Module) -> bool:

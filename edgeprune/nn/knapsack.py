@@ -33,7 +33,7 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     Raises:
         InfeasibleBudget: even the floor of every group is predicted to take longer; says how far it got.
     """
-    multiple, steps = fitting_levels(losses, costs, rules)
+    multiple, steps = fitting_levels(losses, costs, rules, timed=rules.cuts is None)
     if rules.cuts is not None:
         kept = by_shares(steps, costs, rules.limits, rules.cuts)
         return Allocation(kept, costs.cost(kept), multiple)

@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from edgeprune.errors import DeviceError, ModelError
-from edgeprune.nn.allocate import levels
+from edgeprune.nn.allocate import timed_levels
 from edgeprune.nn.costs import CostModel
 from edgeprune.nn.latency_parts import Part, charge, network_key, parts
 from edgeprune.nn.latency_shapes import Resizer, resizer
@@ -148,7 +148,7 @@ def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Ite
                 kept[group] = max(1, min(count, round(share * count)))
             else:
                 kept[group] = min(
-                    levels(count, multiple_of, floor), key=lambda k, s=share * count: abs(k - s)
+                    timed_levels(count, multiple_of, floor), key=lambda k, s=share * count: abs(k - s)
                 )
         # Small networks have few cuts, and twice the same tells nothing.
         if tuple(kept.values()) not in seen:

@@ -1,20 +1,24 @@
-"""What it costs to thin each group out: the measured change of the answers, with its readers solved anew.
+"""What it costs to thin each group out: the measured change of the answers, with what follows set right again.
 
-Every group is thinned alone, in the order of its elimination, to a few widths; at each the readers are solved in
-closed form on the dense network's moments, and the divergence of the answers from the dense ones is measured. Between
-those widths the elimination's own error says how the divergence grows.
+Every group is thinned alone, in the order in which its units go, to a few widths. What training would mend is mended
+first: without labels the readers of the group are solved in closed form on the dense network's moments, and the
+divergence of the answers from the dense ones is measured (`losses`); with labels batch-norm takes the statistics that
+it then sees, and the rise of the loss is measured (`renormalized`). Between those widths the order's own error says
+how it grows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.nn.batchnorm import normalizers
 from edgeprune.nn.calling import logits
 from edgeprune.nn.elimination import Order
 from edgeprune.nn.moments import positions
@@ -84,20 +88,66 @@ def losses(
     for group in track(groups, len(groups), "what each layer can miss"):
         order = orders[group.name]
         knots = {group.channels: 0.0}
-        for share in range(1, widths + 1):
-            kept = max(1, round(group.channels * (1 - share / (widths + 1))))
-            if kept not in knots:
-                gone = order.units[: group.channels - kept]
-                with _Thinned(plant, group, readers[group.name], gone), torch.no_grad():
-                    knots[kept] = min(WORST, divergence(dense, logits(plant.network, used)))
+        for kept in _tried(group.channels, widths):
+            gone = order.units[: group.channels - kept]
+            with _Thinned(plant, group, readers[group.name], gone), torch.no_grad():
+                knots[kept] = min(WORST, divergence(dense, logits(plant.network, used)))
         found[group.name] = curve(order, knots)
     return found
 
 
-def effort(groups: int, macs: float) -> tuple[int, int]:
-    """How many images, and widths of each group, `WORK` pays for."""
-    share = WORK / (max(1, groups) * macs)
-    images = int(min(MOST_IMAGES, max(LEAST_IMAGES, share / MOST_WIDTHS)))
+def renormalized(
+    network: nn.Module,
+    loss: Callable[[nn.Module], float],
+    groups: Sequence[Group],
+    orders: Mapping[str, Order],
+    widths: int,
+) -> dict[str, Tensor]:
+    """Rise of the loss when a group keeps so many units and batch-norm goes by the statistics that it then sees.
+
+    So it is measured what the cut takes away, not that layers behind it are off scale, which training mends at once.
+
+    Args:
+        network: with batch-norm; not changed. loss: of a network, on images in one batch, of which batch-norm takes its
+            statistics. widths: how many of a group are tried.
+
+    Returns:
+        As `losses`.
+    """
+    twin = deepcopy(network).eval()
+    for layer in normalizers(twin):
+        # Without them it takes those of the batch, whatever mode it is put in.
+        layer.running_mean = layer.running_var = None  # type: ignore[assignment]
+    tensors = tensors_of(twin)
+    found = {}
+    with torch.no_grad():
+        dense = loss(twin)
+        for group in track(groups, len(groups), "what each layer can miss"):
+            order = orders[group.name]
+            knots = {group.channels: 0.0}
+            for kept in _tried(group.channels, widths):
+                before = _without(tensors, group, order.units[: group.channels - kept])
+                knots[kept] = _bounded(loss(twin) - dense)
+                for tensor, values in before:
+                    tensor.copy_(values)
+            found[group.name] = curve(order, knots)
+    return found
+
+
+def _bounded(rise: float) -> float:
+    return min(WORST, rise) if math.isfinite(rise) else WORST
+
+
+def _tried(channels: int, widths: int) -> list[int]:
+    """So many counts below all channels, evenly, each once."""
+    shares = (1 - share / (widths + 1) for share in range(1, widths + 1))
+    return [k for k in dict.fromkeys(max(1, round(channels * share)) for share in shares) if k < channels]
+
+
+def effort(groups: int, macs: float, work: float = WORK, most: int = MOST_IMAGES) -> tuple[int, int]:
+    """How many images, and widths of each group, so many multiply-accumulates pay for."""
+    share = work / (max(1, groups) * macs)
+    images = int(min(most, max(LEAST_IMAGES, share / MOST_WIDTHS)))
     return images, int(min(MOST_WIDTHS, max(LEAST_WIDTHS, share / images)))
 
 
@@ -173,13 +223,22 @@ class _Thinned:
 
     def _blind(self, solved: Set[str]) -> None:
         """The others don't see the units any more: grouped and transposed convolutions, very wide layers."""
-        tensors = tensors_of(self._plant.bare)
-        for member in self._group.members:
-            if member.role == "consumer" and member.tensor not in solved:
-                self._remember(tensors[member.tensor])
-                lost = sorted({p for unit in self._gone for p in member.positions[unit]})
-                with torch.no_grad():
-                    tensors[member.tensor].index_fill_(member.axis, torch.tensor(lost, dtype=torch.int64), 0)
+        self._before += _without(tensors_of(self._plant.bare), self._group, self._gone, solved)
 
     def _remember(self, tensor: Tensor) -> None:
         self._before.append((tensor, tensor.detach().clone()))
+
+
+def _without(
+    tensors: Mapping[str, Tensor], group: Group, gone: Sequence[int], but: Set[str] = frozenset()
+) -> list[tuple[Tensor, Tensor]]:
+    """Let what reads a group, `but` some tensors, not see some units any more: each tensor, and what it was."""
+    before = []
+    for member in group.members:
+        if member.role == "consumer" and member.tensor not in but:
+            tensor = tensors[member.tensor]
+            before.append((tensor, tensor.detach().clone()))
+            lost = sorted({p for unit in gone for p in member.positions[unit]})
+            with torch.no_grad():
+                tensor.index_fill_(member.axis, torch.tensor(lost, dtype=torch.int64), 0)
+    return before

@@ -33,7 +33,7 @@ __all__ = [
     "write",
 ]  # fmt: skip
 
-RESULT_VERSION = 4
+RESULT_VERSION = 5
 # A budget with one of these says itself how small or fast it is to become.
 SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
 
@@ -105,7 +105,7 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     masks, notes = _search(network, method, task, (budget, _light(budget, task, material)), material)
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
         notes = (*notes, "The dense model already meets the budget: nothing was removed.")
-    notes = (*notes, *_unaligned(masks, material.multiple_of))
+    notes = (*notes, *_unaligned(masks, material.multiple_of, "latency" in task.record))
     if task.weights is not None:
         task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
     return Chosen(task.groups, masks, left_out, notes, _edited(bundle.module, network), task.record)
@@ -205,15 +205,20 @@ def _edited(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in after.state_dict().items() if not torch.equal(v, old[k])}
 
 
-def _unaligned(masks: Masks, multiple_of: int) -> tuple[str, ...]:
+def _unaligned(masks: Masks, multiple_of: int, timed: bool) -> tuple[str, ...]:
     cut = {g: int(keep.sum()) for g, keep in masks.channels.items() if not bool(keep.all())}
     off = {g: kept for g, kept in cut.items() if kept % multiple_of}
     if not off:
         return ()
     name, kept = next(iter(off.items()))
+    why = (
+        "where the latency table says what it saves"
+        if timed
+        else "because they are too narrow for it or the budget could not be met otherwise"
+    )
     return (
         f"{len(off)} of {len(cut)} cut groups keep a count that is not a multiple of {multiple_of} ({name}: {kept}), "
-        "because they are too narrow for it or the budget could not be met otherwise.",
+        f"{why}.",
     )
 
 

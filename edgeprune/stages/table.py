@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 
-from edgeprune.nn.allocate import levels
+from edgeprune.nn.allocate import timed_levels
 from edgeprune.nn.costs import cost_model, normalized_example
 from edgeprune.nn.graph import find_groups, provable_groups
 from edgeprune.nn.latency_parts import Part
@@ -120,7 +120,7 @@ def _counts(part: Part, network: Subject, wish: Wish) -> Sequence[Mapping[str, i
     first = next(n for n in network.resizer.model.graph.node if n.name == part.layer)
     if first.op_type not in WEIGHTED or not part.makes.per:
         return [full] if first.op_type in WEIGHTED and part.groups else []
-    own = {g: levels(full[g], wish.multiple_of, wish.floor) for g in part.makes.per}
+    own = {g: timed_levels(full[g], wish.multiple_of, wish.floor) for g in part.makes.per}
     longest = max(len(steps) for steps in own.values())
     return [
         {**full, **{g: steps[min(i, len(steps) - 1)] for g, steps in own.items()}} for i in range(longest)
@@ -131,7 +131,7 @@ def _wholes(clock: Predictor, wish: Wish) -> tuple[Predicted, ...]:
     found = []
     for share in WHOLES:
         kept = {
-            g: min(levels(c, wish.multiple_of, wish.floor), key=lambda k, s=share * c: (abs(k - s), k))
+            g: min(timed_levels(c, wish.multiple_of, wish.floor), key=lambda k, s=share * c: (abs(k - s), k))
             for g, c in clock.channels.items()
         }
         found.append(Predicted(share, kept, clock.seconds(kept)))
