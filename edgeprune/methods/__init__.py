@@ -154,10 +154,16 @@ class PruneTask:
 
 @dataclass(frozen=True)
 class Survey:
-    """losses: group -> float64 (C + 1,), what it costs to keep so many; detail: the method's own, for `choose`."""
+    """What counts cost.
+
+    losses: group -> float64 (C + 1,), what it costs to keep so many of it alone. detail: for `choose`.
+    together: counts of all groups -> what these cost together, where it can be measured; and how often it may be.
+    """
 
     losses: Mapping[str, Tensor]
     detail: Any = None
+    together: Callable[[Mapping[str, int]], float] | None = None
+    tries: int = 0
 
 
 class Method(ABC):
@@ -228,14 +234,12 @@ class ScoreMethod(SurveyMethod):
             EdgepruneError: a score is not finite (the method's bug, or a network that computes NaN).
         """
         scores = _finite(self.scores(network, task))
-        return Survey(self.losses(network, task, scores), scores)
+        return self.weigh(network, task, scores)
 
-    def losses(
-        self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """Group -> float64 (C + 1,), what it costs to keep the k largest scores; from the scores alone here."""
+    def weigh(self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]) -> Survey:
+        """What it costs to keep the largest scores, which are its `detail`; here the scores alone tell."""
         del network, task
-        return losses_of(scores)
+        return Survey(losses_of(scores), scores)
 
     @final
     def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, ScoreMethod, need_images
+from edgeprune.methods import PruneTask, ScoreMethod, Survey, need_images
 from edgeprune.nn import sensitivity
 from edgeprune.nn.allocate import losses_of
 from edgeprune.nn.batchnorm import normalizers
@@ -31,6 +31,8 @@ from edgeprune.nn.progress import track
 
 # Images on which it is measured what a layer can miss; of fewer than the second number the scores know more.
 MOST, LEAST = 512, 16
+# Counts of all layers that are measured together, at most.
+TRIES = 60
 # Pixels of one channel that are looked at in one batch, which has to fit in memory.
 PIXELS = 2**22
 # Multiply-accumulates of a forward and a backward pass, over those of a forward pass.
@@ -69,30 +71,30 @@ class Taylor(ScoreMethod):
         network.zero_grad(set_to_none=True)
         return {name: value / len(images) for name, value in total.items()}
 
-    def losses(
-        self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """Measured where that can be done: with batch-norm, on enough images, at no more work than the scores took."""
+    def weigh(self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]) -> Survey:
+        """Measured where that can be done: with batch-norm, on enough images."""
         images, labels = need_images("taylor", task)
         macs = task.costs.cost({})["macs"]
         work = max(sensitivity.WORK, PASSES * self.images * macs)
         count, widths = sensitivity.effort(len(task.groups), macs, work, MOST)
         count = min(count, len(images), max(LEAST, PIXELS // images[0, 0].numel()))
-        shared = task.rules.cuts is not None
-        if not self.measured or shared or count < LEAST or not normalizers(network):
-            return losses_of(scores)
-        orders = {group: _order(values) for group, values in scores.items()}
+        told = Survey(losses_of(scores), scores)
+        if not self.measured or task.rules.cuts is not None or count < LEAST or not normalizers(network):
+            return told
         rows = positions(len(images), count)
         x, y = images[rows], labels[rows]
 
         def loss(thinned: nn.Module) -> float:
             return float(functional.cross_entropy(task.logits(thinned, x), y))
 
+        orders = {group: _order(values) for group, values in scores.items()}
         try:
-            return sensitivity.renormalized(network, loss, task.groups, orders, widths)
+            plant = sensitivity.Renormalized(network, loss, task.groups, orders)
+            tries = min(TRIES, int(work / (count * macs)))
+            return Survey(plant.losses(widths), scores, plant.rise, tries)
         except CALL_ERRORS as error:
             task.notes.append(f"Channels were shared out by their scores, not by what layers miss: {error}.")
-            return losses_of(scores)
+            return told
 
 
 def _order(scores: Tensor) -> Order:

@@ -37,7 +37,7 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     if rules.cuts is not None:
         kept = by_shares(steps, costs, rules.limits, rules.cuts)
         return Allocation(kept, costs.cost(kept), multiple)
-    state = _State(dict(costs.channels), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    state = State(dict(costs.channels), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
     finer = {g: _finer(costs.channels[g], s, multiple, rules.floor) for g, s in steps.items()}
     best: tuple[float, dict[str, int]] | None = None
     for start in _starts(state, steps):
@@ -52,7 +52,7 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     return Allocation(best[1], costs.cost(best[1]), multiple)
 
 
-def _starts(state: _State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+def _starts(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
     """Choices that fit, to be improved: by a greedy descent, and by prices of time that are just high enough."""
     dense = {g: counts[0] for g, counts in steps.items()}
     state.put(dense)
@@ -76,7 +76,7 @@ def _starts(state: _State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[st
     return [found[0], *[kept for kept in list(unique.values())[::-1] if kept != found[0]][:STARTS]]
 
 
-def _relax(state: _State, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
+def _relax(state: State, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
     """One group after the other to its best count at a price of what is limited, until none changes."""
     for _ in range(SWEEPS):
         changed = False
@@ -95,8 +95,8 @@ def _relax(state: _State, steps: Mapping[str, tuple[int, ...]], price: float) ->
 
 
 @dataclass
-class _State:
-    """The counts now, what they cost, and what another count of one group would cost."""
+class State:
+    """A choice that is being made: the counts now, what they cost, and what another count of one group would cost."""
 
     kept: dict[str, int]
     losses: Mapping[str, list[float]]
@@ -144,7 +144,7 @@ class _State:
         self.kept[group] = count
 
 
-def _descend(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
+def _descend(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
     """Always the jump with the least importance lost per (relative) cost saved, until everything fits."""
     while not state.fits(state.now):
         over = {m: limit for m, limit in state.limits.items() if state.now[m] > limit}
@@ -167,7 +167,7 @@ def _descend(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
         state.move(best[2], best[1])
 
 
-def _give_back(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
+def _give_back(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
     """Raise what still fits, dearest importance first; of equal ones what costs no time."""
     while True:
         best: tuple[float, int, str] | None = None
@@ -181,7 +181,7 @@ def _give_back(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
         state.move(best[2], best[1])
 
 
-def _exchange(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
+def _exchange(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
     """One group a step up, another one down, as long as less importance is lost and it fits."""
     for _ in range(EXCHANGES):
         best: tuple[float, str, int, str, int] | None = None
@@ -201,7 +201,7 @@ def _exchange(state: _State, steps: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _cheapest(
-    state: _State, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
+    state: State, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
 ) -> tuple[float, str, int] | None:
     """What another group can give so that the raised one fits: importance lost in all (< 0), group, count."""
     best: tuple[float, str, int] | None = None

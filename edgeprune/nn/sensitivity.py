@@ -3,7 +3,7 @@
 Every group is thinned alone, in the order in which its units go, to a few widths. What training would mend is mended
 first: without labels the readers of the group are solved in closed form on the dense network's moments, and the
 divergence of the answers from the dense ones is measured (`losses`); with labels batch-norm takes the statistics that
-it then sees, and the rise of the loss is measured (`renormalized`). Between those widths the order's own error says
+it then sees, and the rise of the loss is measured (`Renormalized`). Between those widths the order's own error says
 how it grows.
 """
 
@@ -96,46 +96,58 @@ def losses(
     return found
 
 
-def renormalized(
-    network: nn.Module,
-    loss: Callable[[nn.Module], float],
-    groups: Sequence[Group],
-    orders: Mapping[str, Order],
-    widths: int,
-) -> dict[str, Tensor]:
-    """Rise of the loss when a group keeps so many units and batch-norm goes by the statistics that it then sees.
+class Renormalized:
+    """The rise of the loss when groups are thinned and batch-norm goes by the statistics that it then sees.
 
     So it is measured what the cut takes away, not that layers behind it are off scale, which training mends at once.
-
-    Args:
-        network: with batch-norm; not changed. loss: of a network, on images in one batch, of which batch-norm takes its
-            statistics. widths: how many of a group are tried.
-
-    Returns:
-        As `losses`.
     """
-    twin = deepcopy(network).eval()
-    for layer in normalizers(twin):
-        # Without them it takes those of the batch, whatever mode it is put in.
-        layer.running_mean = layer.running_var = None  # type: ignore[assignment]
-    tensors = tensors_of(twin)
-    found = {}
-    with torch.no_grad():
-        dense = loss(twin)
-        for group in track(groups, len(groups), "what each layer can miss"):
-            order = orders[group.name]
-            knots = {group.channels: 0.0}
-            for kept in _tried(group.channels, widths):
-                before = _without(tensors, group, order.units[: group.channels - kept])
-                knots[kept] = _bounded(loss(twin) - dense)
-                for tensor, values in before:
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Callable[[nn.Module], float],
+        groups: Sequence[Group],
+        orders: Mapping[str, Order],
+    ) -> None:
+        """Measure the dense network.
+
+        Args:
+            network: with batch-norm; not changed. loss: of a network, on images in one batch, of which batch-norm takes
+                its statistics. orders: group -> in which order its units go.
+        """
+        self._twin, self._loss, self._groups, self._orders = deepcopy(network).eval(), loss, groups, orders
+        for layer in normalizers(self._twin):
+            # Without them it takes those of the batch, whatever mode it is put in.
+            layer.running_mean = layer.running_var = None  # type: ignore[assignment]
+        self._tensors = tensors_of(self._twin)
+        self._known: dict[tuple[int, ...], float] = {}
+        with torch.no_grad():
+            self._dense = loss(self._twin)
+
+    def rise(self, kept: Mapping[str, int]) -> float:
+        """Of the loss when groups keep so many units, all at once; those that are missing keep all."""
+        counts = tuple(kept.get(g.name, g.channels) for g in self._groups)
+        if counts not in self._known:
+            before = []
+            for group, count in zip(self._groups, counts, strict=True):
+                gone = self._orders[group.name].units[: group.channels - count]
+                if gone:
+                    before += _without(self._tensors, group, gone)
+            with torch.no_grad():
+                rise = self._loss(self._twin) - self._dense
+                for tensor, values in reversed(before):
                     tensor.copy_(values)
-            found[group.name] = curve(order, knots)
-    return found
+            self._known[counts] = min(WORST, rise) if math.isfinite(rise) else WORST
+        return self._known[counts]
 
-
-def _bounded(rise: float) -> float:
-    return min(WORST, rise) if math.isfinite(rise) else WORST
+    def losses(self, widths: int) -> dict[str, Tensor]:
+        """As `losses`: each group thinned alone, to so many widths."""
+        found = {}
+        for group in track(self._groups, len(self._groups), "what each layer can miss"):
+            tried = _tried(group.channels, widths)
+            knots = {kept: self.rise({group.name: kept}) for kept in tried}
+            found[group.name] = curve(self._orders[group.name], {group.channels: 0.0, **knots})
+        return found
 
 
 def _tried(channels: int, widths: int) -> list[int]:

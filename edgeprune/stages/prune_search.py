@@ -115,7 +115,7 @@ def _by_table(
     def read(kept: Mapping[str, int]) -> dict[str, float]:
         return _read(network, task.groups, first(task.groups, kept), tools.probes, targets)
 
-    found = prune_latency.search(task, survey.losses, clock, wanted, read)
+    found = prune_latency.search(task, survey, clock, wanted, read)
     task.record["latency"] = found.record
     return dict(found.kept), found.notes
 
