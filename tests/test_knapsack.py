@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import latency_files
@@ -16,6 +17,7 @@ from edgeprune.nn.allocate import Rules, levels, losses_of
 from edgeprune.nn.knapsack import allocate_timed
 from edgeprune.nn.latency_survey import survey
 from edgeprune.nn.latency_table import TIME, TimedCosts
+from edgeprune.nn.refine import refine
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,44 @@ def test_shares_that_a_recipe_gives_are_kept_in_time_too(costs: TimedCosts) -> N
 def test_less_time_than_the_floors_need_is_infeasible(costs: TimedCosts) -> None:
     with pytest.raises(InfeasibleBudget, match="latency: asked for at most"):
         allocate_timed(losses(costs, 0), costs, Rules({TIME: 1e-9}, 4, 0.3))
+
+
+def apart(kept: Mapping[str, int]) -> float:
+    """Costs that no sum over groups has: the more the groups differ in the share that goes, the dearer."""
+    shares = [kept[g] / c for g, c in latency_files.subject_of("residual").channels.items()]
+    return (max(shares) - min(shares)) + 0.1 * sum(1 - s for s in shares)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.8, 0.6])
+def test_refined_counts_hold_the_limits_and_cost_less_together(
+    costs: TimedCosts, seed: int, share: float
+) -> None:
+    rules = Rules({TIME: share * costs.cost({})[TIME]}, 1, 0.1)
+    lost = losses(costs, seed)
+    start = allocate_timed(lost, costs, rules).kept
+    asked: list[dict[str, int]] = []
+
+    def together(kept: Mapping[str, int]) -> float:
+        asked.append(dict(kept))
+        return apart(kept)
+
+    found = refine(start, (lost, costs, rules), together, 40)
+    assert costs.cost(found)[TIME] <= rules.limits[TIME]
+    assert apart(found) == min(apart(kept) for kept in asked) <= apart(start)
+    # The start, and so many tries at most.
+    assert len(asked) <= 41 and asked[0] == start
+    assert all(costs.cost(kept)[TIME] <= rules.limits[TIME] for kept in asked)
+
+
+def test_refining_finds_what_the_sum_can_not_see(costs: TimedCosts) -> None:
+    rules = Rules({TIME: 0.7 * costs.cost({})[TIME]}, 1, 0.1)
+    lost = losses(costs, 0)
+    start = allocate_timed(lost, costs, rules).kept
+    assert apart(refine(start, (lost, costs, rules), apart, 200)) < 0.8 * apart(start)
+
+
+def test_without_tries_the_start_stays(costs: TimedCosts) -> None:
+    lost, rules = losses(costs, 0), Rules({TIME: 0.7 * costs.cost({})[TIME]}, 1, 0.1)
+    start = allocate_timed(lost, costs, rules).kept
+    assert refine(start, (lost, costs, rules), apart, 0) == start

@@ -17,7 +17,10 @@ from latency_files import MadeUp
 from torch import nn
 
 from edgeprune.errors import InfeasibleBudget, UnsupportedModel
+from edgeprune.methods import PruneTask
+from edgeprune.methods.taylor import Taylor
 from edgeprune.nn import costs
+from edgeprune.nn.allocate import Rules
 from edgeprune.nn.bundle import from_module
 from edgeprune.nn.latency_survey import clock_on
 from edgeprune.quantities import limit
@@ -45,9 +48,11 @@ def material(folder: Path, read: Read | None = None, **probes: prune.Probe) -> p
     return prune.Material(None, None, probes, 1, 0, clock=clock)
 
 
-def chosen(given: prune.Material, method: str = "magnitude", **limits: str) -> prune.Chosen:
+def chosen(
+    given: prune.Material, method: str = "magnitude", options: dict[str, Any] | None = None, **limits: str
+) -> prune.Chosen:
     bundle = from_module(nets.build(NAME), nets.example())
-    return prune.run(bundle, PruneTable(method=method), budget(**limits), given)
+    return prune.run(bundle, PruneTable(method=method, options=options or {}), budget(**limits), given)
 
 
 def measured(found: prune.Chosen) -> list[float]:
@@ -63,6 +68,33 @@ def test_the_time_lands_just_below_the_budget(method: str, share: int, tmp_path:
     true = sum(s for _, s in latency_files.node_seconds(latency_files.subject_of(NAME).resizer.file(kept)))
     assert 0.9 * target <= true <= target
     assert any(t == pytest.approx(true) for t in measured(found))
+
+
+@pytest.mark.parametrize("share", [75, 60])
+def test_what_is_chosen_with_labels_costs_no_more_together_than_without_looking(
+    share: int, tmp_path: Path
+) -> None:
+    images = nets.example(64, seed=3)
+    bundle = from_module(nets.build(NAME), nets.example())
+    with torch.no_grad():
+        labels = bundle.module(images).argmax(1)
+    given = replace(material(tmp_path), images=images, labels=labels)
+    found = {
+        measured: chosen(given, "taylor", {"measured": measured}, latency_p50=f"{share} %")
+        for measured in (True, False)
+    }
+    assert all(min(measured(f)) <= share / 100 * dense_seconds() for f in found.values())
+    counted = latency_files.subject_of(NAME).resizer.costs
+    task = PruneTask(
+        found[True].groups, counted, Rules({}), lambda net, x: net(x), images, labels
+    )  # fmt: skip
+    survey = Taylor().survey(bundle.module, task)
+    assert survey.together is not None
+    costs_ = {
+        way: survey.together({g: int(keep.sum()) for g, keep in f.masks.channels.items()})
+        for way, f in found.items()
+    }
+    assert costs_[True] <= costs_[False] + 1e-6
 
 
 def test_a_table_that_errs_is_corrected_by_the_device(tmp_path: Path) -> None:

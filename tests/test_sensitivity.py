@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import nets
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tracing_once import traced
 
-from edgeprune.nn import graph, sensitivity
+from edgeprune.nn import graph, sensitivity, surgery
 from edgeprune.nn.elimination import Order, Reader, eliminate
 from edgeprune.nn.moments import input_moments
 from edgeprune.nn.readers import GroupReader, output_scale, readers_of
-from edgeprune.nn.sensitivity import Plant, curve, divergence, effort, losses
+from edgeprune.nn.sensitivity import Plant, Renormalized, curve, divergence, effort, losses
 from edgeprune.records import Group
 
 
@@ -195,3 +196,45 @@ def test_answers_that_are_no_numbers_are_the_worst_and_a_finite_loss() -> None:
     order = Order((0, 1, 2), (0.0, 1.0, 2.0, 3.0))
     found = losses(given, groups, {"a": order}, readers, images, 1e6)["a"]
     assert found.tolist() == [math.inf, sensitivity.WORST, sensitivity.WORST, sensitivity.WORST, 0]
+
+
+def test_the_rise_of_several_groups_is_that_of_the_cut_network_and_measured_once() -> None:
+    images, labels = nets.example(32), torch.arange(32) % 5
+    network = nets.build("residual")
+    groups = graph.provable_groups(
+        network, graph.find_groups(network, nets.example()), nets.example(), 0
+    ).groups
+    orders = {
+        g.name: Order(tuple(range(g.channels - 1)), tuple(map(float, range(g.channels)))) for g in groups
+    }
+    calls = 0
+
+    def loss(net: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        return float(nn.functional.cross_entropy(net(images), labels))
+
+    before = deepcopy(network.state_dict())
+    plant = Renormalized(network, loss, groups, orders)
+    kept = {g.name: g.channels - 3 - i for i, g in enumerate(groups)}
+    small = deepcopy(network)
+    masks = {g.name: torch.arange(g.channels) >= g.channels - kept[g.name] for g in groups}
+    surgery.cut(small, surgery.removed_positions(groups, masks))
+    with torch.no_grad():
+        expected = loss(small.train()) - loss(deepcopy(network).train())
+    calls = 0
+    assert plant.rise(kept) == pytest.approx(expected, abs=1e-5)
+    assert plant.rise(dict(kept)) == plant.rise(kept) and calls == 1
+    assert plant.rise({}) == 0
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_a_loss_that_is_no_number_is_the_worst() -> None:
+    network = nets.build("plain")
+    groups = graph.find_groups(network, nets.example()).groups
+    orders = {
+        g.name: Order(tuple(range(g.channels - 1)), tuple(map(float, range(g.channels)))) for g in groups
+    }
+    values = iter([1.0, math.nan])
+    plant = Renormalized(network, lambda _net: next(values), groups, orders)
+    assert plant.rise({groups[0].name: 3}) == sensitivity.WORST
