@@ -45,13 +45,14 @@ def test_levels_are_multiples_never_zero_and_never_below_the_floor() -> None:
     assert levels(70, 16, 0.1) == (70, 64, 48, 32, 16)
 
 
-def test_where_times_are_known_a_group_has_eight_steps_at_least() -> None:
-    assert timed_levels(16, 16, 0.1) == (16, 14, 12, 10, 8, 6, 4, 2)
+def test_where_times_are_known_steps_are_finer() -> None:
+    assert timed_levels(16, 16, 0.1) == (16, 12, 8, 4)
     assert timed_levels(64, 16, 0.3) == (64, 56, 48, 40, 32, 24)
     assert timed_levels(48, 16, 0.5) == (48, 44, 40, 36, 32, 28, 24)
     assert timed_levels(512, 16, 0.9) == levels(512, 16, 0.9) == (512, 496, 480, 464)
     assert timed_levels(64, 4, 0.75) == (64, 60, 56, 52, 48)
-    assert timed_levels(6, 16, 0.5) == (6, 5, 4, 3)
+    assert timed_levels(6, 16, 0.3) == (6, 4, 2)
+    assert timed_levels(16, 1, 0.8) == (16, 15, 14, 13)
     assert timed_levels(1, 16, 0.1) == (1,)
     for channels in range(1, 300):
         # The multiples are among them.
