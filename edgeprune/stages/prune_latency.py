@@ -74,14 +74,23 @@ class _Hunt:
 
     def propose(self) -> dict[str, int] | None:
         """Counts that are predicted to hold and were not tried; None when there are none."""
-        for _ in range(NUDGES):
+        before = self.correction
+        for nudge in self._nudges():
+            self.correction = before * nudge
             kept = self._allocated()
             if not any(t.kept == kept for t in self.trials):
                 return kept
-            if self.trials[-1].worst[1] <= HIGH or kept == self._floors():
-                return None
-            self.correction *= NUDGE
+            if self.trials[-1].worst[1] > HIGH and kept == self._floors():
+                break
+        self.correction = before
         return None
+
+    def _nudges(self) -> list[float]:
+        """How much tighter to ask where the same cut comes again: one way when it is too slow, else both ways."""
+        tighter = [NUDGE**k for k in range(NUDGES + 1)]
+        if not self.trials or self.trials[-1].worst[1] > HIGH:
+            return tighter
+        return [1.0, *(n for k in range(1, NUDGES // 2 + 1) for n in (NUDGE**-k, NUDGE**k))]
 
     def refined(self) -> dict[str, int]:
         """Counts that are predicted to be just within the limits, and were measured to cost little together."""
