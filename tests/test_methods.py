@@ -47,7 +47,8 @@ def test_levels_are_multiples_never_zero_and_never_below_the_floor() -> None:
 
 def test_where_times_are_known_steps_are_finer() -> None:
     assert timed_levels(16, 16, 0.1) == (16, 12, 8, 4)
-    assert timed_levels(64, 16, 0.3) == (64, 56, 48, 40, 32, 24)
+    assert timed_levels(64, 16, 0.7) == (64, 60, 56, 52, 48)
+    assert timed_levels(128, 16, 0.8) == (128, 120, 112, 104)
     assert timed_levels(48, 16, 0.5) == (48, 44, 40, 36, 32, 28, 24)
     assert timed_levels(512, 16, 0.9) == levels(512, 16, 0.9) == (512, 496, 480, 464)
     assert timed_levels(64, 4, 0.75) == (64, 60, 56, 52, 48)

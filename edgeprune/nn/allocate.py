@@ -21,7 +21,7 @@ from edgeprune.quantities import show
 # epochs: the same accuracy within noise as with the hard floor alone, 85.3 % and 85.2 %, and faster, 1.53x and 1.46x.)
 BOTTLENECK = 0.3
 # Steps that a group has where the time of each is known, and channels of a step at least.
-STEPS, FINEST = 8, 4
+STEPS, FINEST = 16, 4
 # So many proportions of two limits are tried, less one.
 WEIGHINGS = 8
 
@@ -77,7 +77,7 @@ def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
 
 
 def timed_levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
-    """Counts for where it is known what each takes: eight steps of a group or more, where multiples are coarser.
+    """Counts for where it is known what each takes: sixteen steps of a group, where multiples are coarser.
 
     But none below `FINEST` channels: widths that are no multiples of a small vector leave runtimes' fast layouts.
     """
