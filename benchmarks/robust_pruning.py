@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cifar_networks import NETWORKS
 from linf import fgsm, pgd, right
+from robust_rows import Row, rows
 
 from edgeprune.nn import train
 from edgeprune.nn.bundle import deployed, from_module
@@ -48,21 +49,6 @@ CALIBRATION = "small"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: a method with its options and a budget. share: epochs, times those of the setting."""
-
-    part: str
-    name: str
-    method: str
-    granularity: str
-    density: float
-    options: dict[str, Any] = field(default_factory=dict)
-    tuned: bool = False
-    share: int = 1
-    natural: bool = False
-
-
-@dataclass(frozen=True)
 class Setting:
     """What all rows of a table share."""
 
@@ -75,62 +61,6 @@ class Setting:
     attack: int
     folder: str
     mixed: str
-
-
-def rows() -> list[Row]:
-    """Every row of every part."""
-    out = []
-    for density in (0.1, 0.05):
-        part = f"weights, {density:.0%} of them"
-        out += [
-            Row(part, name, name, "weight", density, tuned=True)
-            for name in ("magnitude", "taylor", "uniform-random")
-        ]
-        out += [
-            Row(part, "sap", "sap", "weight", density, {"variant": "tune", "scope": "layer"}),
-            Row(part, "dnr", "dnr", "weight", density, SAME),
-            Row(part, "dnr, half of the loss on clean images", "dnr", "weight", density),
-            Row(part, "dnr, scratch", "dnr", "weight", density, {"start": "scratch", **SAME}, share=2),
-            Row(part, "static random mask, scratch", "dnr", "weight", density,
-                {"start": "scratch", "rate": 0.0, **SAME}, share=2),
-            Row(part, "deadwooding", "deadwooding", "weight", density),
-        ]  # fmt: skip
-    part = "Deadwooding without a part of it, 10% of the weights"
-    for name, options in ABLATIONS.items():
-        out.append(Row(part, name, "deadwooding", "weight", 0.1, options))
-    part = "channels, 50% of the parameters"
-    out += [
-        Row(part, name, name, "channel", 0.5, tuned=True)
-        for name in ("magnitude", "taylor", "uniform-random")
-    ]
-    out += [
-        Row(part, name, name, "channel", 0.5, options)
-        for name, options in (("sap", {"variant": "tune"}), ("dnr", SAME), ("deadwooding", {}))
-    ]
-    for density in (0.1, 0.05):
-        part = (
-            f"SAP and its baselines, natural training from scratch, rewinding, {density:.0%} of the weights"
-        )
-        for name, options in BASELINES.items():
-            given = {"variant": "paper", "start": "scratch", **options}
-            out.append(Row(part, name, "sap", "weight", density, given, share=3, natural=True))
-    return out
-
-
-# The objective of all other rows: adversarial images alone. By itself DNR takes clean images for half of its loss.
-SAME = {"beta": 0.0}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "without stage A": {"stage_a": 0.0},
-    "without stage B's constraints": {"rho_kd": 0.0, "init_kd": 0.0, "rho_adv": 0.0, "init_adv": 0.0},
-    "without distillation": {"rho_kd": 0.0},
-    "without the robust constraint": {"rho_adv": 0.0, "init_adv": 0.0},
-}
-BASELINES: dict[str, dict[str, Any]] = {
-    "sap, layer": {"scope": "layer"},
-    "sap, global": {"scope": "global"},
-    "lottery ticket": {"scope": "global", "ratio": 0.2},
-    "one-shot magnitude": {"scope": "global", "ratio": 0.2, "from_dense": True},
-}
 
 
 def main() -> None:
