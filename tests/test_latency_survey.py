@@ -13,6 +13,7 @@ import pytest
 from latency_files import MadeUp
 
 from edgeprune.errors import DeviceError, WorkdirError
+from edgeprune.nn.allocate import levels
 from edgeprune.nn.latency_survey import BATCH, LEAST, MOST, clock_on, survey
 from edgeprune.nn.latency_table import Predictor, load, table_path
 from edgeprune.nn.progress import track
@@ -48,11 +49,11 @@ def test_what_was_timed_once_is_not_timed_again(tmp_path: Path) -> None:
 def test_a_survey_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     network = latency_files.subject_of("residual")
     whole = survey(network, MadeUp().bench(tmp_path / "a"))
-    killed, later = MadeUp(fails_at=1), MadeUp()
+    killed, later = MadeUp(fails_at=2), MadeUp()
     with pytest.raises(KeyboardInterrupt):
         survey(network, killed.bench(tmp_path / "b"))
     again = survey(network, later.bench(tmp_path / "b"))
-    assert killed.calls == 1 and later.calls == -(-len(whole.wholes) // BATCH) - 1
+    assert killed.calls == 2 and later.calls == 2 * (-(-len(whole.wholes) // BATCH) - 1)
     assert again.wholes == whole.wholes
 
 
@@ -68,6 +69,25 @@ def test_a_machine_that_gets_slower_in_between_changes_nothing(tmp_path: Path) -
     steady = survey(network, MadeUp().bench(tmp_path / "a"))
     drifting = survey(network, MadeUp(speed=(1.0, 1.7, 0.6)).bench(tmp_path / "b"))
     assert drifting.seconds({}) == pytest.approx(steady.seconds({}), rel=1e-6)
+
+
+def test_what_disturbs_a_file_at_one_moment_changes_nothing(tmp_path: Path) -> None:
+    network = latency_files.subject_of("residual")
+    steady = survey(network, MadeUp().bench(tmp_path / "a"))
+    disturbed = MadeUp(disturbed={0: "cut3", 1: "dense", 3: "cut0"})
+    found = survey(network, disturbed.bench(tmp_path / "b"))
+    assert found.wholes == steady.wholes and found.dense == steady.dense
+
+
+def test_most_cuts_of_a_survey_are_aligned_and_some_are_not(tmp_path: Path) -> None:
+    """Cuts that gain time are multiples of a vector; those between and odd ones have to be known too."""
+    network = latency_files.subject_of("residual")
+    wholes = survey(network, MadeUp().bench(tmp_path), multiple_of=8).wholes[1:]
+    aligned = [
+        sum(all(k in levels(network.channels[g], m, 0.1) for g, k in w.kept.items()) for w in wholes)
+        for m in (8, 4, 1)
+    ]
+    assert len(wholes) / 3 < aligned[0] < aligned[1] < aligned[2] == len(wholes)
 
 
 def test_every_place_has_a_table_of_its_own(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from edgeprune.errors import DeviceError, ModelError
-from edgeprune.nn.allocate import timed_levels
+from edgeprune.nn.allocate import levels, timed_levels
 from edgeprune.nn.costs import CostModel
 from edgeprune.nn.latency_parts import Part, charge, network_key, parts
 from edgeprune.nn.latency_shapes import Resizer, resizer
@@ -32,8 +32,10 @@ LEAST = 16
 MOST = 32
 # The survey ends when, of a batch, the median error and the largest but one are below these.
 GOOD, STRAY = 0.03, 0.07
-# Every so many of a batch keep counts that are no multiples of anything: such cuts exist, and cost more.
-UNALIGNED = 4
+# Of what the counts of one cut after the other are multiples. Most are aligned, as the cuts are that gain time; some
+# have the finer steps between, and some are multiples of nothing: such cuts exist, and cost more.
+ALIGNED, FINE, ANY = "aligned", "fine", "any"
+KINDS = (ALIGNED, ALIGNED, FINE, ANY, ALIGNED, ALIGNED, FINE, ANY)
 # Two sessions of one file differ by up to 2 %, and all cuts of a batch are compared with the dense one.
 DENSE = ("dense", "dense again")
 _SEED = 3
@@ -144,16 +146,19 @@ def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Ite
         kept = {}
         for group, count in channels.items():
             share = min(1.0, max(floor, common + spread * draw.uniform(-1, 1)))
-            if number % UNALIGNED == UNALIGNED - 1:
-                kept[group] = max(1, min(count, round(share * count)))
-            else:
-                kept[group] = min(
-                    timed_levels(count, multiple_of, floor), key=lambda k, s=share * count: abs(k - s)
-                )
+            steps = _steps(KINDS[number % len(KINDS)], count, multiple_of, floor)
+            kept[group] = min(steps, key=lambda k, s=share * count: abs(k - s))
         # Small networks have few cuts, and twice the same tells nothing.
         if tuple(kept.values()) not in seen:
             seen.add(tuple(kept.values()))
             yield kept
+
+
+def _steps(kind: str, count: int, multiple_of: int, floor: float) -> tuple[int, ...]:
+    """The counts of a group that a cut of this kind may have."""
+    if kind == FINE:
+        return timed_levels(count, multiple_of, floor)
+    return levels(count, multiple_of if kind == ALIGNED else 1, floor)
 
 
 def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], bench: Bench) -> Table:
@@ -161,27 +166,41 @@ def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], b
     known = table.networks.get(network.key)
     before = predictor(table, network.parts, network.key, network.channels) if known else None
     with TemporaryDirectory(prefix="edgeprune-table-") as folder:
-        files = {DENSE[0]: network.file}
-        for number, kept in enumerate(batch):
-            files[f"cut{number}"] = Path(folder, f"cut{number}.onnx")
-            onnx.save(network.resizer.file(kept), files[f"cut{number}"])
-        files[DENSE[1]] = network.file
-        seconds = bench.time(files)
-        _check(seconds, files)
-        dense = statistics.mean(seconds[name] for name in DENSE)
-        # The machine may be faster or slower than it was at first; the dense file says by how much.
-        speed = known.dense / dense if known else 1.0
-        for number, kept in enumerate(track(batch, len(batch), "time every layer")):
-            whole = seconds[f"cut{number}"] * speed
-            spent = charge(network.parts, bench.nodes(files[f"cut{number}"]))
-            total = sum(spent)
-            if total <= 0:
-                raise DeviceError(f"the device said of no layer of {network.file} how long it takes")
-            shares = [(part, whole * s / total) for part, s in zip(network.parts, spent, strict=True)]
-            predicted = before.seconds(kept) if before else 0.0
-            first = known.dense if known else dense
-            table = table.learn(network.key, first, Whole(dict(kept), whole, predicted), shares)
+        cuts = [Path(folder, f"cut{number}.onnx") for number in range(len(batch))]
+        for kept, path in zip(batch, cuts, strict=True):
+            onnx.save(network.resizer.file(kept), path)
+        seconds, nodes = _timed(network, cuts, bench)
+    dense = statistics.mean(seconds[name] for name in DENSE)
+    # The machine may be faster or slower than it was at first; the dense file says by how much.
+    speed = known.dense / dense if known else 1.0
+    first = known.dense if known else dense
+    for kept, path, spent in zip(batch, cuts, nodes, strict=True):
+        whole = seconds[path.stem] * speed
+        shares = [(part, whole * s / sum(spent)) for part, s in zip(network.parts, spent, strict=True)]
+        predicted = before.seconds(kept) if before else 0.0
+        table = table.learn(network.key, first, Whole(dict(kept), whole, predicted), shares)
     return table
+
+
+def _timed(
+    network: Subject, cuts: Sequence[Path], bench: Bench
+) -> tuple[dict[str, float], list[list[float]]]:
+    """Seconds of each file, and of each of its parts.
+
+    Files are timed at two moments, before their layers and after, and the lower time counts: what else goes on in a
+    machine only makes it slower, some files by a fifth where others lose nothing.
+    """
+    files = {DENSE[0]: network.file, **{path.stem: path for path in cuts}, DENSE[1]: network.file}
+    first = bench.time(files)
+    _check(first, files)
+    nodes = []
+    for path in track(cuts, len(cuts), "time every layer"):
+        nodes.append(charge(network.parts, bench.nodes(path)))
+        if sum(nodes[-1]) <= 0:
+            raise DeviceError(f"the device said of no layer of {network.file} how long it takes")
+    again = bench.time(files)
+    _check(again, files)
+    return {name: min(first[name], again[name]) for name in files}, nodes
 
 
 def _check(seconds: Mapping[str, float], files: Mapping[str, Path]) -> None:
