@@ -112,6 +112,25 @@ def test_a_table_that_errs_is_corrected_by_the_device(tmp_path: Path) -> None:
     assert any("asked for, after" in note and "predicted" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("share", [74, 77, 80])
+def test_a_cut_that_is_faster_than_it_must_be_is_followed_by_one_nearer_to_the_budget(
+    share: int, tmp_path: Path
+) -> None:
+    """The same cut would come again: what is asked for goes both ways then, not only down."""
+    dense = dense_seconds()
+    first = measured(chosen(material(tmp_path), latency_p50=f"{share} %"))[0]
+    target = share / 100 * dense
+    factor = 0.955 * target / first
+
+    def read(net: nn.Module) -> float:
+        seconds = latency_files.seconds_of(NAME, net)
+        return seconds if seconds >= dense else factor * seconds
+
+    found = measured(chosen(material(tmp_path, read), latency_p50=f"{share} %"))
+    assert found[0] == pytest.approx(0.955 * target)
+    assert max(found[1:]) <= target and found[-1] > 0.965 * target
+
+
 def test_predicted_and_measured_stand_side_by_side(tmp_path: Path) -> None:
     found = chosen(material(tmp_path), latency_p50="60 %")
     record = found.record["latency"]
