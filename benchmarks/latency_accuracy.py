@@ -1,7 +1,7 @@
 """The accuracy of a trained ResNet-20 at one measured latency, whichever way its channels were shared out.
 
-The uniform cut comes first, because it knows few steps; what it takes is the most that the two others may take. Each is
-tuned in the same way, and at the end the files that would ship are timed in turn in one session.
+The uniform cut comes first, because it knows few steps; the two others aim at what it takes. Each is tuned in the same
+way, and at the end the files that would ship are timed in turn in one session.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgeprune.nn.bundle import deployed, from_module
 from edgeprune.recipe import DataTable, PruneTable, TuneTable
 from edgeprune.records import Bundle
 from edgeprune.stages import evaluate, tune
+from edgeprune.stages.prune_latency import AIM
 
 UNIFORM, TABLE, MACS = "uniform", "by the table", "by multiply-accumulates"
 WAYS = {
@@ -90,7 +91,8 @@ def accuracies(given: argparse.Namespace, folder: Path) -> list[str]:
         for way in WAYS:
             file = folder / f"accuracy-{given.budget:g}-{given.epochs}-{seed}-{way.replace(' ', '-')}.onnx"
             if not file.with_suffix(".json").exists():
-                row(given, here, (way, share, seed), file)
+                # The table aims below its budget; halving multiply-accumulates goes as near as it can.
+                row(given, here, (way, share / AIM if way == TABLE else share, seed), file)
             files[way, seed] = file
             if way == UNIFORM:
                 share = json.loads(file.with_suffix(".json").read_text())["time"]
