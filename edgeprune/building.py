@@ -13,9 +13,9 @@ from typing import Any
 from edgeprune import plugins
 from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage, torch_part
+from edgeprune.errors import UsageError
 from edgeprune.nn import team
 from edgeprune.quantities import show
-from edgeprune.recipe import MeasureTable
 from edgeprune.records import Bundle, Reading
 from edgeprune.workdir import digest
 
@@ -48,26 +48,33 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> An
     return quantize.Job(
         table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
         scheme=run.target.int8, material=_material(run, folders), scratch=scratch, say=run.say,
-        timer=_timer(run) if run.on_target else None, limits=run.budget.limits,
+        timer=_timer(run), limits=run.budget.limits,
         dense=folders["dense"] / "dense.onnx",
     )  # fmt: skip
 
 
-def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]]:
+def trials(run: Context) -> Any:
+    """How files are timed while the run decides (`stages.measure_trial.Trials`)."""
+    sparse = run.recipe.prune.granularity == "2:4"
+    return stage("measure_trial").Trials(run.device, run.target, run.say, WAIT_S, sparse)
+
+
+def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] | None:
+    """What times files to choose among them; None where the target is not at hand or only emulated."""
+    if not run.on_target:
+        return None
+    there = trials(run)
+    if there.emulated:
+        return None
+
     def times(files: Mapping[str, Path]) -> dict[str, Reading]:
         table = run.recipe.measure
-        found = _latency(run, files, replace(table, seconds=min(CHOICE_S, table.seconds)))
+        found = there.latency(files, replace(table, seconds=min(CHOICE_S, table.seconds)))
         return {
             name: next(r for r in rows if r.metric == "latency_p50") for name, rows in found.readings.items()
         }
 
     return times
-
-
-def _latency(run: Context, files: Mapping[str, Path], table: MeasureTable) -> Any:
-    """Files timed in turn, with nobody else of ours measuring on the device."""
-    with run.device.exclusively(wait_s=WAIT_S, say=run.say):
-        return stage("measure").latency(files, run.device, table)
 
 
 def _material(run: Context, folders: Mapping[str, Path]) -> Any:
@@ -212,22 +219,35 @@ def engine_script(run: Context, artifact: Any, out: Path) -> None:
 
 
 def probes(run: Context, dense: Path) -> dict[str, Any]:
-    """Readings that are only had by building the file: its size, and its time on the device."""
+    """Readings that are only had by building the file: its size, and its time on the device.
+
+    Raises:
+        UsageError: a time is limited on a device whose processor is emulated.
+    """
     found: dict[str, Any] = {}
     probe = stage("prune").Probe
     if "size" in run.budget.limits or run.file_share:
         found["size"] = probe(
             float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
         )
-    for metric in ("latency_p50", "latency_p90", "latency_p99"):
-        if metric in run.budget.limits:
-            first = _latency(run, {"dense": dense / "dense.onnx"}, run.recipe.measure)
-            reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
+    timed = [
+        metric for metric in ("latency_p50", "latency_p90", "latency_p99") if metric in run.budget.limits
+    ]
+    there = trials(run)
+    if timed and there.emulated:
+        raise UsageError(
+            f"a budget on {timed[0]} can't be held on {run.device.where()}: its processor is emulated, and times there "
+            "follow the number of instructions",
+            "give a budget on macs, params or size, or the device itself as --device",
+        )
+    for metric in timed:
+        first = there.latency({"dense": dense / "dense.onnx"}, run.recipe.measure)
+        reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
 
-            def read(net: Any, metric: str = metric, reference: float = reference) -> float:
-                return _built_time(run, net, dense, metric) * reference
+        def read(net: Any, metric: str = metric, reference: float = reference) -> float:
+            return _built_time(run, there, (net, dense), metric) * reference
 
-            found[metric] = probe(reference, read)
+        found[metric] = probe(reference, read)
     return found
 
 
@@ -252,8 +272,13 @@ def _built_size(run: Context, network: Any) -> int:
         return artifact.size_bytes
 
 
-def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
-    """The time of a cut network as a share of the dense one's, timed alternately."""
+def _built_time(run: Context, there: Any, pair: tuple[Any, Path], metric: str) -> float:
+    """The time of a cut network as a share of the dense one's, timed alternately.
+
+    Args:
+        there: `trials`. pair: the cut network, and the folder of the dense one's file.
+    """
+    network, dense = pair
     with TemporaryDirectory(prefix="edgeprune-") as folder:
         path = Path(folder, "probe.onnx")
         export_onnx(run, replace(run.bundle, module=network), path, parent="")
@@ -261,7 +286,7 @@ def _built_time(run: Context, network: Any, dense: Path, metric: str) -> float:
         if precision in ("int8", "fp16"):
             model = stage("quantize_size").rough(path, precision, run.target.int8)
             path.write_bytes(model.SerializeToString())
-        timed = _latency(run, {"dense": dense / "dense.onnx", "compressed": path}, run.recipe.measure)
+        timed = there.latency({"dense": dense / "dense.onnx", "compressed": path}, run.recipe.measure)
     found = stage("measure").speedup(timed)
     if metric == "latency_p50" and found is not None:
         share = 1.0 / found[1].value

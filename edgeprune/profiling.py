@@ -82,7 +82,9 @@ def table(recipe: Recipe, *, say: Say) -> Any:
     say(f"load: {recipe.model.path}")
     bundle, target = stage("load").run(recipe.model), bundled.target(recipe.target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device, target.setup)
-    there = bench(device, recipe.measure, say, wait_s=PATIENCE_S)
+    # The device is held from the first file to the last: layers of one table are timed by one who is alone.
+    trials = stage("measure_trial").Trials(device, target, say, None)
+    there = bench(trials, recipe.measure, say)
     prune, module = recipe.prune, stage("table")
     wish = module.Wish(prune.multiple_of or target.multiple_of["fp32"], prune.floor, prune.skip, recipe.seed)
     with TemporaryDirectory(prefix="edgeprune-") as folder:
@@ -91,7 +93,8 @@ def table(recipe: Recipe, *, say: Say) -> Any:
             torch_part("bundle").deployed(bundle), bundle.input, file, opset=recipe.export.opset or target.opset,
             table=recipe.export, meta={}, real=None,
         )  # fmt: skip
-        return module.run(bundle, file, there, wish)
+        with device.exclusively(wait_s=PATIENCE_S, say=say):
+            return module.run(bundle, file, there, wish)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.building import WAIT_S
-from edgeprune.context import Context, Say, stage, torch_part
+from edgeprune.building import trials
+from edgeprune.context import Context, Say, torch_part
 from edgeprune.errors import UsageError
 from edgeprune.keys import multiple_of
 from edgeprune.recipe import MeasureTable
@@ -19,32 +19,31 @@ EACH_S = 2.0
 TIMED = ("latency_p50", "latency_p90", "latency_p99")
 
 
-def bench(device: Any, table: MeasureTable, say: Say, wait_s: float) -> Any:
+def bench(trials: Any, table: MeasureTable, say: Say) -> Any:
     """A device as `nn.latency_survey.Bench`. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables.
 
     Args:
-        device: `devices.Device`. wait_s: how long to wait for somebody else who measures there.
+        trials: `stages.measure_trial.Trials`, how files are timed there.
 
     Raises:
         UsageError: the folder of the tables can't be written. DeviceError: the device does not answer.
     """
     folder = _folder()
-    measure, facts = stage("measure"), device.facts()
+    facts = trials.device.facts()
     quick = replace(table, seconds=min(EACH_S, table.seconds))
-    about = device.ask({"op": "about", "runtime": "onnxruntime"}, timeout_s=120.0)
     processor = f"{facts.get('board', '')} {facts.get('cpu', '')}".strip()
-    place = f"{device.where()}, {processor}, {about['runtime']}, {table.threads} thread(s), fp32"
+    where = f"{trials.device.where()}{' (emulated)' if trials.emulated else ''}"
+    place = f"{where}, {processor}, {trials.version}, {table.threads} thread(s), fp32"
 
     def seconds(files: Mapping[str, Path]) -> dict[str, float]:
-        with device.exclusively(wait_s=wait_s, say=say):
-            timed = measure.latency(files, device, quick)
+        timed = trials.latency(files, quick)
         rows = {n: next(r for r in rows if r.metric == TIMED[0]) for n, rows in timed.readings.items()}
         # One clock for all of a table: the thread's own where there is one, which other work does not disturb.
         own = all(r.conditions.get("cpu_p50") for r in rows.values())
         return {n: float(r.conditions["cpu_p50"] if own else r.value) for n, r in rows.items()}
 
     def nodes(file: Path) -> list[tuple[str, float]]:
-        return [(node.name, node.seconds) for node in measure.node_times(file, device, quick)]
+        return [(node.name, node.seconds) for node in trials.nodes(file, quick)]
 
     return torch_part("latency_survey").Bench(seconds, nodes, place, folder, say)
 
@@ -69,7 +68,7 @@ def clock(run: Context, file: Path) -> Callable[[Any], Any] | None:
 
     def predictor(costs: Any) -> Any:
         survey = torch_part("latency_survey")
-        there = bench(run.device, run.recipe.measure, run.say, wait_s=WAIT_S)
+        there = bench(trials(run), run.recipe.measure, run.say)
         floor = run.recipe.prune.floor
         return survey.survey(survey.subject(file, costs), there, multiple_of=multiple_of(run), floor=floor)
 

@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 
+from edgeprune import bundled
 from edgeprune.errors import UsageError
 from edgeprune.recipe import MeasureTable
+from edgeprune.stages.measure_trial import Trials
 from edgeprune.tabling import bench
 
 
 class Asked:
     """A device that says what little a bench asks it, and counts how often."""
 
-    def __init__(self) -> None:
+    name = "board"
+
+    def __init__(self, **facts: Any) -> None:
         self.times = 0
+        self.about = facts
 
     def facts(self) -> dict[str, Any]:
         self.times += 1
-        return {"cpu": "made up"}
+        return {"cpu": "made up", **self.about}
 
     def ask(self, _request: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         self.times += 1
@@ -29,6 +34,10 @@ class Asked:
 
     def where(self) -> str:
         return "board x"
+
+
+def trials(device: Any) -> Trials:
+    return Trials(device, bundled.target("local"), lambda _line: None, 0.0)
 
 
 def test_a_cache_folder_that_can_not_be_written_is_refused_before_the_device_is_asked(
@@ -40,7 +49,7 @@ def test_a_cache_folder_that_can_not_be_written_is_refused_before_the_device_is_
     with pytest.raises(
         UsageError, match=r"file/\.cache/edgeprune/tables, which can't be written: "
     ) as caught:
-        bench(device, MeasureTable(), lambda _line: None, 0.0)
+        bench(trials(device), MeasureTable(), lambda _line: None)
     assert caught.value.exit_code == 2
     assert "HOME" in caught.value.hint
     assert device.times == 0
@@ -50,7 +59,15 @@ def test_a_new_cache_folder_is_made_and_nothing_is_left_of_the_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "new"))
-    found = bench(Asked(), MeasureTable(), lambda _line: None, 0.0)
+    found = bench(trials(Asked()), MeasureTable(), lambda _line: None)
     assert found.folder == tmp_path / "new" / ".cache" / "edgeprune" / "tables"
     assert not list(found.folder.iterdir())
     assert found.place == "board x, made up, onnxruntime 1.0, 1 thread(s), fp32"
+
+
+def test_a_table_of_an_emulated_processor_says_so_and_is_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = bench(trials(Asked(emulated=True)), MeasureTable(), lambda _line: None)
+    assert found.place.startswith("board x (emulated), made up, ")

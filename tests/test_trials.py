@@ -1,0 +1,70 @@
+"""Trials: what a run decides by is timed by the runtime that it measures with in the end, by one who is alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tensorrt_stubs as stubs
+from onnx_files import write_net
+
+from edgeprune import agent_cuda, bundled
+from edgeprune.devices import device_from_url
+from edgeprune.errors import DeviceError
+from edgeprune.recipe import MeasureTable
+from edgeprune.stages.measure_trial import Trials
+
+TABLE = MeasureTable(iterations=20, warmup=1, seconds=2.0)
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> stubs.Board:
+    gpu = stubs.Gpu()
+    monkeypatch.setattr(agent_cuda, "load", gpu.cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", gpu))
+    return stubs.Board()
+
+
+def trials(board: stubs.Board) -> Trials:
+    return Trials(board, bundled.target("jetson-orin-nano"), lambda _line: None, 0.0)
+
+
+def test_on_a_board_with_tensorrt_trials_are_of_engines(board: stubs.Board, tmp_path: Path) -> None:
+    files = {
+        "dense": write_net(tmp_path / "dense.onnx", 32), "compressed": write_net(tmp_path / "cut.onnx", 16),
+    }  # fmt: skip
+    there = trials(board)
+    timed = there.latency(files, TABLE)
+    rows = {name: next(r for r in rows if r.metric == "latency_p50") for name, rows in timed.readings.items()}
+    assert {r.conditions["runtime"] for r in rows.values()} == {"tensorrt 10.3.0"}
+    assert there.version == "tensorrt 10.3.0"
+    names = {node.name for node in there.nodes(files["compressed"], TABLE)}
+    assert names >= {"stem", "block.conv", "fc"}, "layers have the names that the file has for them"
+    assert not [line for line in board.asked if "onnxruntime" in line], "nothing ran on the board's CPU"
+
+
+def test_an_engine_is_built_once_while_it_is_asked_for(board: stubs.Board, tmp_path: Path) -> None:
+    there = trials(board)
+    dense = write_net(tmp_path / "dense.onnx", 32)
+    for width in (16, 24):
+        there.latency({"dense": dense, "compressed": write_net(tmp_path / f"{width}.onnx", width)}, TABLE)
+    assert sum(line.startswith("build") for line in board.asked) == 3
+    assert len(list(there._folder.glob("*.engine"))) == 2, "those of other files are gone"
+    folder = there._folder
+    del there
+    assert not folder.exists()
+
+
+def test_layers_are_timed_by_one_who_is_alone(tmp_path: Path) -> None:
+    """While somebody else measures on the machine, neither files nor layers are timed."""
+    device = device_from_url("local")
+    there = Trials(device_from_url("local"), bundled.target("local"), lambda _line: None, 0.0)
+    path = write_net(tmp_path / "net.onnx", 8)
+    assert there.nodes(path, TABLE)
+    with device.exclusively():
+        for timing in (lambda: there.nodes(path, TABLE), lambda: there.latency({"net": path}, TABLE)):
+            with pytest.raises(DeviceError, match="in use"):
+                timing()
+        alone = Trials(device, bundled.target("local"), lambda _line: None, None)
+        assert alone.nodes(path, TABLE), "who holds the device may go on"
