@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgeprune.building import trials
-from edgeprune.context import Context, Say, torch_part
+from edgeprune.context import Context, Say, stage, torch_part
 from edgeprune.errors import UsageError
 from edgeprune.keys import multiple_of
 from edgeprune.recipe import MeasureTable
@@ -19,11 +20,35 @@ EACH_S = 2.0
 TIMED = ("latency_p50", "latency_p90", "latency_p99")
 
 
-def bench(trials: Any, table: MeasureTable, say: Say) -> Any:
+@dataclass(frozen=True)
+class Written:
+    """The precision that files are timed in. rewrite: from a float file to the bytes of one in it, None as it is."""
+
+    precision: str = "fp32"
+    rewrite: Callable[[Path], bytes] | None = None
+
+    @contextmanager
+    def files(self, files: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+        """The files in that precision, gone afterwards."""
+        if self.rewrite is None:
+            yield files
+            return
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            found = {}
+            for number, (name, path) in enumerate(files.items()):
+                found[name] = Path(folder, f"{number}.onnx")
+                found[name].write_bytes(self.rewrite(path))
+            yield found
+
+
+AS_EXPORTED = Written()
+
+
+def bench(trials: Any, table: MeasureTable, say: Say, written: Written = AS_EXPORTED) -> Any:
     """A device as `nn.latency_survey.Bench`. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables.
 
     Args:
-        trials: `stages.measure_trial.Trials`, how files are timed there.
+        trials: `stages.measure_trial.Trials`, how files are timed there. written: in which precision.
 
     Raises:
         UsageError: the folder of the tables can't be written. DeviceError: the device does not answer.
@@ -33,46 +58,66 @@ def bench(trials: Any, table: MeasureTable, say: Say) -> Any:
     quick = replace(table, seconds=min(EACH_S, table.seconds))
     processor = f"{facts.get('board', '')} {facts.get('cpu', '')}".strip()
     where = f"{trials.device.where()}{' (emulated)' if trials.emulated else ''}"
-    place = f"{where}, {processor}, {trials.version}, {table.threads} thread(s), fp32"
+    place = f"{where}, {processor}, {trials.version}, {table.threads} thread(s), {written.precision}"
 
     def seconds(files: Mapping[str, Path]) -> dict[str, float]:
-        timed = trials.latency(files, quick)
-        rows = {n: next(r for r in rows if r.metric == TIMED[0]) for n, rows in timed.readings.items()}
-        # One clock for all of a table: the thread's own where there is one, which other work does not disturb.
-        own = all(r.conditions.get("cpu_p50") for r in rows.values())
-        return {n: float(r.conditions["cpu_p50"] if own else r.value) for n, r in rows.items()}
+        with written.files(files) as there:
+            return medians(trials.latency(there, quick))
 
     def nodes(file: Path) -> list[tuple[str, float]]:
-        return [(node.name, node.seconds) for node in trials.nodes(file, quick)]
+        with written.files({"model": file}) as there:
+            return [(node.name, node.seconds) for node in trials.nodes(there["model"], quick)]
 
     return torch_part("latency_survey").Bench(seconds, nodes, place, folder, say)
+
+
+def medians(timed: Any) -> dict[str, float]:
+    """Seconds of each file of a `stages.measure.Latency`.
+
+    One clock for all: the thread's own where there is one, which other work does not disturb.
+    """
+    rows = {n: next(r for r in rows if r.metric == TIMED[0]) for n, rows in timed.readings.items()}
+    own = all(r.conditions.get("cpu_p50") for r in rows.values())
+    return {n: float(r.conditions["cpu_p50"] if own else r.value) for n, r in rows.items()}
 
 
 def clock(run: Context, file: Path) -> Callable[[Any], Any] | None:
     """From the costs of a run's network to what predicts the time of its cuts, by a table that is filled where it must.
 
-    None where no latency is in the budget, where the method trains, or where the file will have another precision: the
-    table is of fp32 files.
+    The table is of the precision that the file will have where it is named, else of fp32. None where no latency is in
+    the budget or where the method trains.
 
     Args:
         file: the dense network, as exported.
     """
     timed = any(metric in run.budget.limits for metric in TIMED)
-    if (
-        not timed
-        or run.trains
-        or run.device.name == "fake"
-        or run.recipe.export.precision not in ("auto", "fp32")
-    ):
+    if not timed or run.trains or run.device.name == "fake":
         return None
 
     def predictor(costs: Any) -> Any:
-        survey = torch_part("latency_survey")
-        there = bench(trials(run), run.recipe.measure, run.say)
+        survey, there = torch_part("latency_survey"), trials(run)
+        written = _written(run)
+        bench_ = bench(there, run.recipe.measure, run.say, written)
         floor = run.recipe.prune.floor
-        return survey.survey(survey.subject(file, costs), there, multiple_of=multiple_of(run), floor=floor)
+        found = survey.survey(survey.subject(file, costs), bench_, multiple_of=multiple_of(run), floor=floor)
+        if written is AS_EXPORTED:
+            return found
+        with written.files({"written": file}) as files:
+            seconds = medians(there.latency({"dense": file, **files}, run.recipe.measure))
+        return replace(found, of_dense=seconds["written"] / seconds["dense"])
 
     return predictor
+
+
+def _written(run: Context) -> Written:
+    precision, scheme = run.recipe.export.precision, run.target.int8
+    if precision in ("auto", "fp32"):
+        return AS_EXPORTED
+
+    def rewrite(path: Path) -> bytes:
+        return stage("quantize_size").rough(path, precision, scheme).SerializeToString()
+
+    return Written(precision, rewrite)
 
 
 def _folder() -> Path:

@@ -113,7 +113,8 @@ class Predictor:
     """Seconds of a network at any counts that its groups keep.
 
     dense: measured seconds of the dense file. wholes: files that were timed; those with a prediction made before they
-    were learned from say how good it is. path: where the table is kept.
+    were learned from say how good it is. path: where the table is kept. of_dense: what the dense file in the precision
+    of the table takes, over the file that budgets are shares of.
     """
 
     parts: tuple[Part, ...]
@@ -123,6 +124,7 @@ class Predictor:
     wholes: tuple[Whole, ...] = ()
     place: str = ""
     path: str = ""
+    of_dense: float = 1.0
 
     @cached_property
     def _memory(self) -> dict[tuple[str, int, int], float]:

@@ -177,7 +177,7 @@ def search(
     Raises:
         InfeasibleBudget: no cut that was tried keeps them; says how near the nearest came.
     """
-    hunt = _Hunt(task, survey, clock, wanted, read)
+    hunt = _Hunt(task, survey, clock, wanted, read, correction=clock.of_dense)
     for _ in range(ROUNDS):
         kept = hunt.propose()
         if kept is None:
@@ -231,7 +231,7 @@ def _notes(best: _Trial, hunt: _Hunt) -> tuple[str, ...]:
             words += f", {show(_predicted(best, hunt, metric), 's')} predicted"
         limit = show(wanted.target, METRICS[metric].unit)
         said.append(f"{words}, at most {limit} asked for, after {_times(len(hunt.trials))}.")
-    if best.worst[1] < LOW:
+    if best.worst[1] < LOW and not hunt.dense_fits():
         said.append(
             f"The cut takes {100 * best.worst[1]:.0f} % of what the budget allows: between this one and the next "
             "step of the device no other was found."
@@ -254,7 +254,7 @@ def about(clock: Predictor) -> str:
 
 def _predicted(trial: _Trial, hunt: _Hunt, metric: str) -> float:
     """Seconds that the table alone says, at the speed of the dense reading."""
-    return trial.predicted / hunt.clock.dense * hunt.wanted[metric].dense
+    return trial.predicted / hunt.clock.dense * hunt.clock.of_dense * hunt.wanted[metric].dense
 
 
 def _record(hunt: _Hunt) -> dict[str, Any]:
