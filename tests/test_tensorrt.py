@@ -319,6 +319,22 @@ def test_memory_has_the_gpus_share(
     assert (answer["peak"], answer["shared"]) == (expected, integrated)
 
 
+def test_what_cudas_context_takes_is_not_added_by_the_model(
+    install: Any, gpu: stubs.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call that asks the GPU makes the context, here of 300 bytes; the model adds 50."""
+    install()
+    request = {"model": str(write_net(tmp_path / "net.onnx")), "threads": 1}
+
+    def resident(key: str, process: Path) -> int:
+        context = 300 if "cudaMemGetInfo" in gpu.calls else 0
+        return 700 + context + (50 if "cudaMalloc" in gpu.calls else 0)
+
+    monkeypatch.setattr(agent_memory, "status", resident)
+    answer = agent_memory.answer(request, TensorRT(), tmp_path)
+    assert (answer["baseline"], answer["host"], answer["at_load"]) == (1000, 50, 50)
+
+
 def test_memory_that_runs_out_is_said_in_cudas_words(install: Any, gpu: stubs.Gpu, tmp_path: Path) -> None:
     install()
     gpu.free = 100
