@@ -1,0 +1,60 @@
+"""TensorRT's own objects: what it logs, what its profiler tells, and how it starts.
+
+Light: runs on the device. TensorRT is handed in, never imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List
+
+from edgeprune.errors import DeviceError
+
+_LOG_LINES = 8
+
+
+def logger(trt: Any, lines: List[str]) -> Any:
+    """A logger that keeps TensorRT's errors and warnings, the last few of them."""
+    loud = {trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING}
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in loud:
+                lines.append(msg)
+                del lines[:-_LOG_LINES]
+
+    return Log()
+
+
+def profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
+    """A profiler that notes what each layer took, in ms, name -> one number for each run."""
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
+
+
+def last(log: List[str]) -> str:
+    """What TensorRT said in the end, on one line."""
+    return " | ".join(line.strip() for line in log[-3:]) or "it gave no reason"
+
+
+def started(make: Callable[[], Any], log: List[str]) -> Any:
+    """A builder or a runtime.
+
+    Raises:
+        DeviceError: there is no usable GPU. The bindings raise TypeError then, since the library makes none.
+    """
+    try:
+        return make()
+    except TypeError as error:
+        raise DeviceError(
+            f"TensorRT can't start: {last(log)} ({error})", "nvidia-smi says whether there is a GPU"
+        ) from error
