@@ -18,6 +18,8 @@ from typing import Any, Mapping, Sequence
 from edgeprune.errors import ModelError, ParityError
 
 SCHEMA = "edgeprune.engine/1"
+# What `counted` counts beside precisions: parts that are not opened, and layers without a type.
+UNTOLD = ("closed", "unknown")
 _CHUNK = 2**20
 # What the inspector calls data types: "Half", "FP16", "Row major linear FP16 format", "Int8", "BFloat16", "Float".
 _TYPES = (
@@ -126,25 +128,32 @@ def layers(information: str) -> list[Layer]:
 
 
 def counted(found: Sequence[Layer]) -> dict[str, int]:
-    """How many of the layers that multiply run in which precision; "closed": parts that are not told."""
+    """How many of the layers that multiply run in which precision, and how many parts are not told (`UNTOLD`)."""
     counts = Counter(layer.precision or "unknown" for layer in found if layer.multiplies and not layer.closed)
     closed = sum(layer.closed for layer in found)
     return {**counts, **({"closed": closed} if closed else {})}
 
 
-def judge(found: Sequence[Layer], asked: str, engine: str) -> None:
+def judge(found: Sequence[Layer], asked: str, engine: str, whole: int) -> None:
     """Hold the layers against the precision that was asked for.
 
+    Parts that are not told are given the benefit of the doubt only where they hold most of what multiplies.
+
+    Args:
+        whole: how many layers multiply in the network that the engine was built from.
+
     Raises:
-        ParityError: int8 or fp16 was asked for, and no layer that multiplies runs in it, though all are told.
+        ParityError: int8 or fp16 was asked for, and no layer that multiplies and is told runs in it.
     """
     counts = counted(found)
-    untold = not counts or counts.get("closed") or counts.get("unknown")
-    if asked in ("", "fp32") or counts.get(asked) or untold:
+    dark = sum(counts.pop(key, 0) for key in UNTOLD)
+    if asked in ("", "fp32") or not counts or asked in counts:
+        return
+    if dark and 2 * sum(counts.values()) < whole:
         return
     said = ", ".join(f"{count} in {name}" for name, count in counts.items())
     raise ParityError(
-        f"{engine} was to run in {asked}, and none of its layers does: {said}",
+        f"{engine} was to run in {asked}, and none of its layers does: {said}{f', {dark} not told' if dark else ''}",
         f"the ONNX file says the precision: is it the {asked} one, with Q/DQ or half-precision weights?",
     )
 

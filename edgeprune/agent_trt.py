@@ -1,4 +1,4 @@
-"""TensorRT's own objects: what it logs, what its profiler tells, and how it starts.
+"""TensorRT's own objects: what it logs, what its profiler tells, what a network holds, and how it starts.
 
 Light: runs on the device. TensorRT is handed in, never imported.
 """
@@ -39,6 +39,13 @@ def profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
             times.setdefault(layer_name, []).append(ms)
 
     return Profiler()
+
+
+def multiplying(trt: Any, network: Any) -> int:
+    """How many layers of a network that was read are convolutions or matrix products."""
+    kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    return sum(layer.type in kinds for layer in layers)
 
 
 def last(log: List[str]) -> str:

@@ -186,6 +186,33 @@ def test_a_silent_float_engine_is_a_parity_error_and_is_not_kept(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_one_closed_part_does_not_hide_a_silent_float_engine(
+    install: Any, tmp_path: Path, version: str
+) -> None:
+    """Two of the three layers that multiply are told, and run in float32."""
+    install(version, silent=True, told=2)
+    with pytest.raises(ParityError) as error:
+        TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "int8")
+    assert error.value.exit_code == 5
+    assert error.value.message.endswith("none of its layers does: 2 in fp32, 1 not told")
+    assert not (tmp_path / "net.engine").exists()
+
+
+def test_an_engine_that_is_mostly_closed_is_kept(install: Any, tmp_path: Path) -> None:
+    """One of the three layers that multiply is told: the others may run in int8."""
+    install(silent=True, told=1)
+    engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "int8")
+    assert json.loads(agent_engines.beside(engine).read_text())["layers"] == {"fp32": 1, "closed": 1}
+
+
+def test_layers_that_were_made_one_are_not_taken_for_closed_parts() -> None:
+    rows = [{"Name": "a || b || c", "LayerType": "CaskConvolution", "Inputs": [{"Datatype": "Float"}]}]
+    found = agent_engines.layers(json.dumps({"Layers": rows}))
+    with pytest.raises(ParityError, match="none of its layers does: 1 in fp32$"):
+        agent_engines.judge(found, "int8", "net.onnx", 3)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_half_precision_is_found_in_the_layers(install: Any, tmp_path: Path, version: str) -> None:
     install(version)
     file = stubs.write_half(tmp_path / "net.onnx")
@@ -382,8 +409,8 @@ def test_parts_that_are_not_told_are_not_judged() -> None:
     }
     found = agent_engines.layers(json.dumps({"Layers": [row]}))
     assert agent_engines.counted(found) == {"closed": 1}
-    agent_engines.judge(found, "int8", "net.onnx")
-    agent_engines.judge(agent_engines.layers('{"Layers": ["only", "names"]}'), "fp16", "net.onnx")
+    agent_engines.judge(found, "int8", "net.onnx", 1)
+    agent_engines.judge(agent_engines.layers('{"Layers": ["only", "names"]}'), "fp16", "net.onnx", 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "7"])

@@ -131,6 +131,20 @@ def test_a_silent_float_engine_on_the_board_is_a_parity_error(
 
 
 @pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"int8": 52, "fp32": 1}, "52 in int8, 1 in fp32."),
+        ({"int8": 52, "closed": 2, "unknown": 1}, "52 in int8, 3 not told."),
+        ({"fp32": 1, "closed": 4}, "1 in fp32, 4 not told, so whether it runs in int8 is not known."),
+        ({}, "not told, so whether it runs in int8 is not known."),
+    ],
+)
+def test_a_report_says_of_an_engine_what_is_not_told(counts: dict[str, int], said: str) -> None:
+    engine = measure_build.Engine(Path("a.engine"), Path("a.onnx"), "int8", {"layers": counts})
+    assert engine.words.endswith(f"; layers that multiply: {said}")
+
+
+@pytest.mark.parametrize(
     ("precision", "noise", "good"),
     [
         ("fp32", 1e-3, True),

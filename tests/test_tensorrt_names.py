@@ -33,6 +33,7 @@ HOLDS = {
     "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
     "error": "ParserError", "tensor": "ITensor", "profile": "IOptimizationProfile", "runtime": "Runtime",
     "engine": "ICudaEngine", "context": "IExecutionContext", "inspector": "EngineInspector", "learned": "ITimingCache",
+    "layer": "ILayer",
 }  # fmt: skip
 # Module-level names that are no classes.
 PLAIN = {"__version__"}

@@ -81,7 +81,7 @@ class TensorRT(Runtime):
         data = bytes(serialized)
         runtime = agent_trt.started(lambda: trt.Runtime(logger), log)
         found = agent_engines.layers(_information(trt, _deserialized(trt, runtime, data, log)))
-        agent_engines.judge(found, precision, onnx.name)
+        agent_engines.judge(found, precision, onnx.name, agent_trt.multiplying(trt, network))
         facts = {
             **_machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name, "precision": precision,
             "layers": agent_engines.counted(found), "workspace_bytes": workspace, "sparse": self.sparse,

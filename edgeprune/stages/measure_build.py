@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgeprune.agent_engines import beside, digest
+from edgeprune.agent_engines import UNTOLD, beside, digest
 from edgeprune.devices import Device, device_from_url
 from edgeprune.engine_script import workspace_mib
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError
@@ -59,8 +59,12 @@ class Engine:
     @property
     def words(self) -> str:
         """One sentence for a report: from what, by which version, in which precisions its layers run."""
-        counts = self.facts.get("layers") or {}
-        layers = ", ".join(f"{count} in {name}" for name, count in counts.items()) or "not told"
+        counts = dict(self.facts.get("layers") or {})
+        dark = sum(counts.pop(key, 0) for key in UNTOLD)
+        told = [f"{count} in {name}" for name, count in counts.items()]
+        layers = ", ".join([*told, f"{dark} not told"] if dark else told) or "not told"
+        if self.precision != "fp32" and self.precision not in counts:
+            layers += f", so whether it runs in {self.precision} is not known"
         return (
             f"{self.onnx.name} ({self.precision}) was built by TensorRT {self.facts.get('tensorrt')} on "
             f"{self.facts.get('gpu')}; layers that multiply: {layers}."
