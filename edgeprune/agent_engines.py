@@ -21,6 +21,11 @@ SCHEMA = "edgeprune.engine/1"
 # What `counted` counts beside precisions: parts that are not opened, and layers without a type.
 UNTOLD = ("closed", "unknown")
 _CHUNK = 2**20
+# What must be here as it was where the engine was built. Orins of all sizes share a name and a compute capability.
+_FITS = {
+    "tensorrt": "TensorRT {}", "gpu": "the GPU {}", "compute_capability": "compute capability {}",
+    "multiprocessors": "{} multiprocessors", "board": "the board {}",
+}  # fmt: skip
 # What the inspector calls data types: "Half", "FP16", "Row major linear FP16 format", "Int8", "BFloat16", "Float".
 _TYPES = (
     ("int8", re.compile(r"int8", re.IGNORECASE)), ("fp8", re.compile(r"fp8|float8", re.IGNORECASE)),
@@ -87,25 +92,24 @@ def write(engine: Path, data: bytes, facts: Mapping[str, Any]) -> None:
         raise ModelError(f"the engine {engine} can't be written: {error}", "is there space left?") from error
 
 
-def fresh(engine: Path, machine: Mapping[str, str], onnx: Path | None = None) -> dict[str, Any]:
+def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) -> dict[str, Any]:
     """What is known of an engine that this machine may load.
 
     Args:
-        machine: "tensorrt", "gpu" and "compute_capability" as they are here.
+        machine: `agent_trt.machine`, as it is here.
         onnx: the file that it should be made from, or None for the one of that name beside it, if there is one.
 
     Raises:
-        ModelError: it is stale: of another version, another GPU, another ONNX file, or changed; or nothing is known.
+        ModelError: it is stale: of another version, GPU, board or ONNX file, or changed; or too little is known.
     """
     facts = _facts(engine)
-    for key, what in (
-        ("tensorrt", "TensorRT"),
-        ("gpu", "the GPU"),
-        ("compute_capability", "compute capability"),
-    ):
-        if facts.get(key) != machine.get(key):
-            found = f"it was built for {what} {facts.get(key)}, here is {machine.get(key)}"
-            raise _stale(engine, found)
+    for key, what in _FITS.items():
+        if key not in facts:
+            raise _stale(engine, f"{beside(engine).name} does not say {key}")
+        # A container often hides the board's name; the GPU's own numbers are told everywhere.
+        told = key != "board" or (facts[key] and machine.get(key))
+        if told and facts[key] != machine.get(key):
+            raise _stale(engine, f"it was built for {what.format(facts[key])}, here is {machine.get(key)}")
     source = onnx or engine.with_name(str(facts.get("onnx_name") or "?"))
     if source.is_file() and digest(source) != facts.get("onnx"):
         raise _stale(engine, f"it was built from another {source.name} than the one that is here now")

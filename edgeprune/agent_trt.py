@@ -1,4 +1,4 @@
-"""TensorRT's own objects: what it logs, what its profiler tells, what a network holds, and how it starts.
+"""TensorRT's own objects: its log, its profiler, what an engine of it fits, what a network holds, and how it starts.
 
 Light: runs on the device. TensorRT is handed in, never imported.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List
 
+from edgeprune import agent_cuda, agent_sensors
 from edgeprune.errors import DeviceError
 
 _LOG_LINES = 8
@@ -39,6 +40,14 @@ def profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
             times.setdefault(layer_name, []).append(ms)
 
     return Profiler()
+
+
+def machine(trt: Any, cuda: agent_cuda.Cuda) -> Dict[str, Any]:
+    """What an engine fits: the "tensorrt" here, "gpu", "compute_capability", "multiprocessors", and "board" or ""."""
+    return {
+        "tensorrt": trt.__version__, "gpu": cuda.name(), "compute_capability": cuda.capability(),
+        "multiprocessors": cuda.multiprocessors(), "board": agent_sensors.board(),
+    }  # fmt: skip
 
 
 def multiplying(trt: Any, network: Any) -> int:

@@ -38,6 +38,7 @@ class Gpu:
     name: str = "Orin"
     capability: tuple[int, int] = (8, 7)
     integrated: bool = True
+    multiprocessors: int = 8
     free: int = 6 * 2**30
     total: int = 8 * 2**30
     captures: bool = True
@@ -135,7 +136,9 @@ class Gpu:
         return 0
 
     def _cudaDeviceGetAttribute(self, value: Any, which: int, device: int) -> int:
-        value._obj.value = {75: self.capability[0], 76: self.capability[1], 18: int(self.integrated)}[which]
+        value._obj.value = {
+            75: self.capability[0], 76: self.capability[1], 18: int(self.integrated), 16: self.multiprocessors,
+        }[which]  # fmt: skip
         return 0
 
     def _cudaGetDeviceProperties(self, properties: int, device: int) -> int:

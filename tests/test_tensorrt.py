@@ -14,7 +14,7 @@ import tensorrt_stubs as stubs
 from onnx import TensorProto, helper
 from onnx_files import save, write_net, write_one_conv
 
-from edgeprune import agent, agent_cuda, agent_engines, agent_memory, plugins
+from edgeprune import agent, agent_cuda, agent_engines, agent_memory, agent_sensors, plugins
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError, UnsupportedModel
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.runtimes.tensorrt import TensorRT
@@ -120,6 +120,9 @@ def test_the_timing_cache_is_read_again_by_the_next_build(install: Any, tmp_path
         ("version", "TensorRT 10.3.0, here is 10.13.3.9"),
         ("gpu", "the GPU Orin, here is NVIDIA Thor"),
         ("capability", "compute capability 8.7, here is 11.0"),
+        ("multiprocessors", "8 multiprocessors, here is 16"),
+        ("board", "the board NVIDIA Jetson Orin Nano, here is NVIDIA Jetson AGX Orin"),
+        ("older facts", "net.engine.json does not say multiprocessors"),
         ("onnx", "another net.onnx than the one that is here now"),
         ("engine", "has changed since it was built"),
         ("no facts", "net.engine.json, which says what it was built for, can't be read"),
@@ -127,9 +130,10 @@ def test_the_timing_cache_is_read_again_by_the_next_build(install: Any, tmp_path
     ],
 )
 def test_a_stale_engine_is_refused_with_the_reason(
-    install: Any, gpu: stubs.Gpu, tmp_path: Path, change: str, said: str
+    install: Any, gpu: stubs.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, said: str
 ) -> None:
     install("10.3.0")
+    monkeypatch.setattr(agent_sensors, "board", lambda: "NVIDIA Jetson Orin Nano")
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
     TensorRT().open(engine, 1)
     if change == "version":
@@ -138,6 +142,14 @@ def test_a_stale_engine_is_refused_with_the_reason(
         gpu.name = "NVIDIA Thor"
     elif change == "capability":
         gpu.capability = (11, 0)
+    elif change == "multiprocessors":
+        gpu.multiprocessors = 16
+    elif change == "board":
+        monkeypatch.setattr(agent_sensors, "board", lambda: "NVIDIA Jetson AGX Orin")
+    elif change == "older facts":
+        facts = json.loads(agent_engines.beside(engine).read_text())
+        del facts["multiprocessors"]
+        agent_engines.beside(engine).write_text(json.dumps(facts))
     elif change == "onnx":
         write_net(tmp_path / "net.onnx", 8)
     elif change == "engine":
@@ -150,6 +162,18 @@ def test_a_stale_engine_is_refused_with_the_reason(
         TensorRT().open(engine, 1)
     assert said in refused.value.message
     assert refused.value.hint == "build it again from the ONNX file"
+
+
+def test_a_board_that_is_told_only_here_or_there_makes_no_engine_stale(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container hides it, the system outside does not."""
+    install()
+    for there, here in (("NVIDIA Jetson Orin Nano", ""), ("", "NVIDIA Jetson Orin Nano")):
+        monkeypatch.setattr(agent_sensors, "board", lambda name=there: name)
+        engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
+        monkeypatch.setattr(agent_sensors, "board", lambda name=here: name)
+        assert TensorRT().open(engine, 1).input_shape == (1, 3, 8, 8)
 
 
 def test_an_engine_of_an_interrupted_write_is_refused(
@@ -271,7 +295,9 @@ def test_a_file_that_is_no_engine_is_a_model_error(install: Any, tmp_path: Path)
         TensorRT().open(tmp_path / "net.engine", 1)
 
 
-MACHINE = {"tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}
+MACHINE = {
+    "tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7", "multiprocessors": 8, "board": "",
+}  # fmt: skip
 
 
 def test_without_tensorrt_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

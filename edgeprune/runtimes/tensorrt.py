@@ -83,9 +83,9 @@ class TensorRT(Runtime):
         found = agent_engines.layers(_information(trt, _deserialized(trt, runtime, data, log)))
         agent_engines.judge(found, precision, onnx.name, agent_trt.multiplying(trt, network))
         facts = {
-            **_machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name, "precision": precision,
-            "layers": agent_engines.counted(found), "workspace_bytes": workspace, "sparse": self.sparse,
-            "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
+            **agent_trt.machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name,
+            "precision": precision, "layers": agent_engines.counted(found), "workspace_bytes": workspace,
+            "sparse": self.sparse, "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
         }  # fmt: skip
         agent_engines.write(out, data, facts)
         learned = config.get_timing_cache()
@@ -134,10 +134,10 @@ class TensorRT(Runtime):
         if built.suffix == ".onnx":
             onnx, built = built, built.with_name(built.name + ".engine")
             try:
-                agent_engines.fresh(built, _machine(trt, cuda), onnx)
+                agent_engines.fresh(built, agent_trt.machine(trt, cuda), onnx)
             except ModelError:
                 self.make(onnx, built, "")
-        agent_engines.fresh(built, _machine(trt, cuda))
+        agent_engines.fresh(built, agent_trt.machine(trt, cuda))
         runtime = agent_trt.started(lambda: trt.Runtime(logger), log)
         engine = _deserialized(trt, runtime, built.read_bytes(), log)
         found = agent_engines.layers(_information(trt, engine))
@@ -286,10 +286,6 @@ def _deserialized(trt: Any, runtime: Any, data: bytes, log: List[str]) -> Any:
 def _information(trt: Any, engine: Any) -> str:
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _machine(trt: Any, cuda: agent_cuda.Cuda) -> Dict[str, str]:
-    return {"tensorrt": trt.__version__, "gpu": cuda.name(), "compute_capability": cuda.capability()}
 
 
 def _library() -> Any:
