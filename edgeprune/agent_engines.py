@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -86,10 +87,26 @@ def write(engine: Path, data: bytes, facts: Mapping[str, Any]) -> None:
     try:
         if beside(engine).exists():
             beside(engine).unlink()
-        _replace(engine, data)
-        _replace(beside(engine), (json.dumps(full, indent=1) + "\n").encode())
     except OSError as error:
-        raise ModelError(f"the engine {engine} can't be written: {error}", "is there space left?") from error
+        raise _unwritten(engine, error) from error
+    write_whole(engine, data)
+    write_whole(beside(engine), (json.dumps(full, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also where two processes do so at once.
+
+    Raises:
+        ModelError: it can't be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _unwritten(path, error) from error
 
 
 def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) -> dict[str, Any]:
@@ -204,7 +221,5 @@ def _stale(engine: Path, why: str) -> ModelError:
     return ModelError(f"the engine {engine.name} is not loaded: {why}", "build it again from the ONNX file")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def _unwritten(path: Path, why: OSError) -> ModelError:
+    return ModelError(f"{path} can't be written: {why}", "is there space left?")

@@ -5,6 +5,7 @@ Light: runs on the device. TensorRT is handed in, never imported.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from edgeprune import agent_cuda, agent_sensors
@@ -55,6 +56,17 @@ def multiplying(trt: Any, network: Any) -> int:
     kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
     layers = (network.get_layer(i) for i in range(network.num_layers))
     return sum(layer.type in kinds for layer in layers)
+
+
+def use_timings(config: Any, cache: Path) -> None:
+    """Let a build use what was timed before, and note what it times itself.
+
+    Args:
+        cache: need not be there. What another GPU or version timed is not taken, nor what can't be read.
+    """
+    known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+    if known is None or not config.set_timing_cache(known, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def last(log: List[str]) -> str:

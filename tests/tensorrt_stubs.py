@@ -298,11 +298,13 @@ class Config:
         self.profiles.append(profile)
         return 0
 
-    def create_timing_cache(self, data: bytes) -> Cache:
-        return Cache(data)
+    def create_timing_cache(self, data: bytes) -> Cache | None:
+        return None if data.startswith(b"broken") else Cache(data)
 
     def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
+        if cache.startswith(b"of another GPU"):
+            return False
         self.cache = cache
         return True
 

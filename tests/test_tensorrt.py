@@ -114,6 +114,35 @@ def test_the_timing_cache_is_read_again_by_the_next_build(install: Any, tmp_path
     assert (tmp_path / "timing.cache").read_bytes() == b"++"
 
 
+@pytest.mark.parametrize("found", [b"broken", b"of another GPU"])
+def test_a_timing_cache_that_tensorrt_refuses_is_begun_anew(
+    install: Any, tmp_path: Path, found: bytes
+) -> None:
+    install()
+    (tmp_path / "timing.cache").write_bytes(found)
+    TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
+    assert (tmp_path / "timing.cache").read_bytes() == b"+"
+
+
+def test_a_timing_cache_is_written_whole_or_not_at_all(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
+    real = agent_engines.os.replace
+
+    def full(source: Any, to: Any) -> None:
+        if str(to).endswith("timing.cache"):
+            raise OSError("No space left on device")
+        real(source, to)
+
+    monkeypatch.setattr(agent_engines.os, "replace", full)
+    with pytest.raises(ModelError, match=r"timing\.cache can't be written: No space left"):
+        TensorRT().build(tmp_path / "net.onnx", engine, "fp32")
+    assert (tmp_path / "timing.cache").read_bytes() == b"+", "the one before"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

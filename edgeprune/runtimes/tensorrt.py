@@ -70,9 +70,7 @@ class TensorRT(Runtime):
             config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
         _one_image(builder, network, config, onnx)
         cache = out.with_name(CACHE)
-        known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        # False: what another GPU or version timed is not taken.
-        config.set_timing_cache(known, False)
+        agent_trt.use_timings(config, cache)
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             raise ModelError(
@@ -89,7 +87,7 @@ class TensorRT(Runtime):
         }  # fmt: skip
         agent_engines.write(out, data, facts)
         learned = config.get_timing_cache()
-        cache.write_bytes(bytes(learned.serialize()))
+        agent_engines.write_whole(cache, bytes(learned.serialize()))
 
     def open(self, built: Path, threads: int) -> Session:
         """As Runtime.open; an ONNX file is first built into an engine beside it, unless a fresh one is there."""
