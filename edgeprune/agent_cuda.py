@@ -14,7 +14,7 @@ from edgeprune.errors import DeviceError, MissingDependency
 
 NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
-_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # cudaDeviceAttr
+_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS = 75, 76, 18, 16  # cudaDeviceAttr
 # Only calls of this thread may disturb a capture: TensorRT's own threads may do as they like.
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 # The structure grows from version to version; in all of them it starts with the name, 256 bytes.
@@ -128,6 +128,10 @@ class Cuda:
     def capability(self) -> str:
         """Compute capability, as in "8.7"."""
         return f"{self._attribute(_MAJOR)}.{self._attribute(_MINOR)}"
+
+    def multiprocessors(self) -> int:
+        """How many streaming multiprocessors the GPU has; it tells boards of one name apart, as those with an Orin."""
+        return self._attribute(_MULTIPROCESSORS)
 
     def name(self) -> str:
         """What the GPU is called, as in "Orin"."""

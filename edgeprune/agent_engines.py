@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -18,7 +19,14 @@ from typing import Any, Mapping, Sequence
 from edgeprune.errors import ModelError, ParityError
 
 SCHEMA = "edgeprune.engine/1"
+# What `counted` counts beside precisions: parts that are not opened, and layers without a type.
+UNTOLD = ("closed", "unknown")
 _CHUNK = 2**20
+# What must be here as it was where the engine was built. Orins of all sizes share a name and a compute capability.
+_FITS = {
+    "tensorrt": "TensorRT {}", "gpu": "the GPU {}", "compute_capability": "compute capability {}",
+    "multiprocessors": "{} multiprocessors", "board": "the board {}",
+}  # fmt: skip
 # What the inspector calls data types: "Half", "FP16", "Row major linear FP16 format", "Int8", "BFloat16", "Float".
 _TYPES = (
     ("int8", re.compile(r"int8", re.IGNORECASE)), ("fp8", re.compile(r"fp8|float8", re.IGNORECASE)),
@@ -79,31 +87,46 @@ def write(engine: Path, data: bytes, facts: Mapping[str, Any]) -> None:
     try:
         if beside(engine).exists():
             beside(engine).unlink()
-        _replace(engine, data)
-        _replace(beside(engine), (json.dumps(full, indent=1) + "\n").encode())
     except OSError as error:
-        raise ModelError(f"the engine {engine} can't be written: {error}", "is there space left?") from error
+        raise _unwritten(engine, error) from error
+    write_whole(engine, data)
+    write_whole(beside(engine), (json.dumps(full, indent=1) + "\n").encode())
 
 
-def fresh(engine: Path, machine: Mapping[str, str], onnx: Path | None = None) -> dict[str, Any]:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also where two processes do so at once.
+
+    Raises:
+        ModelError: it can't be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _unwritten(path, error) from error
+
+
+def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) -> dict[str, Any]:
     """What is known of an engine that this machine may load.
 
     Args:
-        machine: "tensorrt", "gpu" and "compute_capability" as they are here.
+        machine: `agent_trt.machine`, as it is here.
         onnx: the file that it should be made from, or None for the one of that name beside it, if there is one.
 
     Raises:
-        ModelError: it is stale: of another version, another GPU, another ONNX file, or changed; or nothing is known.
+        ModelError: it is stale: of another version, GPU, board or ONNX file, or changed; or too little is known.
     """
     facts = _facts(engine)
-    for key, what in (
-        ("tensorrt", "TensorRT"),
-        ("gpu", "the GPU"),
-        ("compute_capability", "compute capability"),
-    ):
-        if facts.get(key) != machine.get(key):
-            found = f"it was built for {what} {facts.get(key)}, here is {machine.get(key)}"
-            raise _stale(engine, found)
+    for key, what in _FITS.items():
+        if key not in facts:
+            raise _stale(engine, f"{beside(engine).name} does not say {key}")
+        # A container often hides the board's name; the GPU's own numbers are told everywhere.
+        told = key != "board" or (facts[key] and machine.get(key))
+        if told and facts[key] != machine.get(key):
+            raise _stale(engine, f"it was built for {what.format(facts[key])}, here is {machine.get(key)}")
     source = onnx or engine.with_name(str(facts.get("onnx_name") or "?"))
     if source.is_file() and digest(source) != facts.get("onnx"):
         raise _stale(engine, f"it was built from another {source.name} than the one that is here now")
@@ -126,25 +149,32 @@ def layers(information: str) -> list[Layer]:
 
 
 def counted(found: Sequence[Layer]) -> dict[str, int]:
-    """How many of the layers that multiply run in which precision; "closed": parts that are not told."""
+    """How many of the layers that multiply run in which precision, and how many parts are not told (`UNTOLD`)."""
     counts = Counter(layer.precision or "unknown" for layer in found if layer.multiplies and not layer.closed)
     closed = sum(layer.closed for layer in found)
     return {**counts, **({"closed": closed} if closed else {})}
 
 
-def judge(found: Sequence[Layer], asked: str, engine: str) -> None:
+def judge(found: Sequence[Layer], asked: str, engine: str, whole: int) -> None:
     """Hold the layers against the precision that was asked for.
 
+    Parts that are not told are given the benefit of the doubt only where they hold most of what multiplies.
+
+    Args:
+        whole: how many layers multiply in the network that the engine was built from.
+
     Raises:
-        ParityError: int8 or fp16 was asked for, and no layer that multiplies runs in it, though all are told.
+        ParityError: int8 or fp16 was asked for, and no layer that multiplies and is told runs in it.
     """
     counts = counted(found)
-    untold = not counts or counts.get("closed") or counts.get("unknown")
-    if asked in ("", "fp32") or counts.get(asked) or untold:
+    dark = sum(counts.pop(key, 0) for key in UNTOLD)
+    if asked in ("", "fp32") or not counts or asked in counts:
+        return
+    if dark and 2 * sum(counts.values()) < whole:
         return
     said = ", ".join(f"{count} in {name}" for name, count in counts.items())
     raise ParityError(
-        f"{engine} was to run in {asked}, and none of its layers does: {said}",
+        f"{engine} was to run in {asked}, and none of its layers does: {said}{f', {dark} not told' if dark else ''}",
         f"the ONNX file says the precision: is it the {asked} one, with Q/DQ or half-precision weights?",
     )
 
@@ -191,7 +221,5 @@ def _stale(engine: Path, why: str) -> ModelError:
     return ModelError(f"the engine {engine.name} is not loaded: {why}", "build it again from the ONNX file")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def _unwritten(path: Path, why: OSError) -> ModelError:
+    return ModelError(f"{path} can't be written: {why}", "is there space left?")

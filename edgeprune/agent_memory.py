@@ -1,4 +1,4 @@
-"""Memory on the device: the most that a model adds to a process that has loaded the bare runtime.
+"""Memory on the device: the most that a model adds to a process that has started the bare runtime.
 
 Light: runs on the device.
 """
@@ -23,10 +23,11 @@ _PARTS = {"pss": "Pss", "private_dirty": "Private_Dirty"}
 def answer(request: Mapping[str, Any], runtime: Runtime, process: Path = PROCESS) -> dict[str, Any]:
     """What the operation "memory" answers; `agent.handle` says what it asks and gets."""
     version = runtime.version()
+    # Asking the GPU makes CUDA's context: a hundred MB or more that any model takes, so it comes before all readings.
+    gpu = _Gpu(agent_cuda.load()) if runtime.on_gpu else None
     before = status("VmRSS", process)
     if before is None:
         return {"peak": None, "why": "this system has no /proc/self/status", "runtime": version}
-    gpu = _Gpu(agent_cuda.load()) if runtime.on_gpu else None
     # VmHWM starts again from here; where that is not allowed, the check below notices if it matters.
     with suppress(OSError):
         (process / "clear_refs").write_text("5")
@@ -40,7 +41,7 @@ def answer(request: Mapping[str, Any], runtime: Runtime, process: Path = PROCESS
             gpu.look()
     peak, now = status("VmHWM", process) or 0, parts(process)
     if peak <= old_peak and old_peak > before:
-        why = "the import of the runtime took more memory than the model, and /proc/self/clear_refs can't be written"
+        why = "the start of the runtime took more memory than the model, and /proc/self/clear_refs can't be written"
         return {"peak": None, "why": why, "runtime": version}
     added = {f"{key}_added": now[key] - old_parts[key] for key in now if key in old_parts}
     # The kernel counts pages in lots: a model that takes less than one can seem to give some back.

@@ -56,6 +56,11 @@ def state(*, gpu: bool, root: Path = ROOT, ask: Callable[[Sequence[str]], str] =
     return {key: value for key, value in found.items() if value not in (None, "")}
 
 
+def board(root: Path = ROOT) -> str:
+    """The board's model as the device tree calls it; "" where it is not told, as on PCs and in most containers."""
+    return _line(root / "proc/device-tree/model").strip("\0 ")
+
+
 def _clock(root: Path) -> float | None:
     names = root.glob(f"{_CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq")
     clocks = [c for c in (_scaled(_line(path), 1e3) for path in names) if c]

@@ -48,7 +48,7 @@ error cudaEventRecord(event e, stream s) { *(double *)e = launched; return 0; }
 error cudaEventSynchronize(event e) { return 0; }
 error cudaEventElapsedTime(float *ms, event a, event b) { *ms = 0.25f * (*(double *)b - *(double *)a); return 0; }
 error cudaDeviceGetAttribute(int *v, int which, int device) {
-  *v = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? 1 : -1; return device; }
+  *v = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? 1 : which == 16 ? 4 : -1; return device; }
 error cudaGetDeviceProperties(void *p, int device) { memset(p, 1, 4096); strcpy(p, "Orin"); return device; }
 error cudaRuntimeGetVersion(int *v) { *v = 12060; return 0; }
 """
@@ -104,6 +104,7 @@ def test_the_gpu_says_what_it_is(cuda: agent_cuda.Cuda) -> None:
         True,
         "12.6",
     )
+    assert cuda.multiprocessors() == 4
     assert (cuda.in_use(), cuda.memory()) == (3 << 32, 8 << 32)
 
 

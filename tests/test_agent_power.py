@@ -202,6 +202,13 @@ def answers(text: dict[str, str]) -> Any:
     return lambda argv: text.get(argv[0], "")
 
 
+def test_a_board_is_called_as_its_device_tree_says(tmp_path: Path) -> None:
+    assert agent_sensors.board(tmp_path) == ""
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson Orin Nano Developer Kit\0")
+    assert agent_sensors.board(tmp_path) == "NVIDIA Jetson Orin Nano Developer Kit"
+
+
 def test_the_state_of_a_board_is_what_its_files_say(tmp_path: Path) -> None:
     said = {"nvpmodel": "NV Power Mode: 15W\n0\n"}
     assert agent_sensors.state(gpu=False, root=tree(tmp_path, BOARD), ask=answers(said)) == {

@@ -14,7 +14,7 @@ import tensorrt_stubs as stubs
 from onnx import TensorProto, helper
 from onnx_files import save, write_net, write_one_conv
 
-from edgeprune import agent, agent_cuda, agent_engines, agent_memory, plugins
+from edgeprune import agent, agent_cuda, agent_engines, agent_memory, agent_sensors, plugins
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError, UnsupportedModel
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.runtimes.tensorrt import TensorRT
@@ -114,12 +114,44 @@ def test_the_timing_cache_is_read_again_by_the_next_build(install: Any, tmp_path
     assert (tmp_path / "timing.cache").read_bytes() == b"++"
 
 
+@pytest.mark.parametrize("found", [b"broken", b"of another GPU"])
+def test_a_timing_cache_that_tensorrt_refuses_is_begun_anew(
+    install: Any, tmp_path: Path, found: bytes
+) -> None:
+    install()
+    (tmp_path / "timing.cache").write_bytes(found)
+    TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
+    assert (tmp_path / "timing.cache").read_bytes() == b"+"
+
+
+def test_a_timing_cache_is_written_whole_or_not_at_all(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
+    real = agent_engines.os.replace
+
+    def full(source: Any, to: Any) -> None:
+        if str(to).endswith("timing.cache"):
+            raise OSError("No space left on device")
+        real(source, to)
+
+    monkeypatch.setattr(agent_engines.os, "replace", full)
+    with pytest.raises(ModelError, match=r"timing\.cache can't be written: No space left"):
+        TensorRT().build(tmp_path / "net.onnx", engine, "fp32")
+    assert (tmp_path / "timing.cache").read_bytes() == b"+", "the one before"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("version", "TensorRT 10.3.0, here is 10.13.3.9"),
         ("gpu", "the GPU Orin, here is NVIDIA Thor"),
         ("capability", "compute capability 8.7, here is 11.0"),
+        ("multiprocessors", "8 multiprocessors, here is 16"),
+        ("board", "the board NVIDIA Jetson Orin Nano, here is NVIDIA Jetson AGX Orin"),
+        ("older facts", "net.engine.json does not say multiprocessors"),
         ("onnx", "another net.onnx than the one that is here now"),
         ("engine", "has changed since it was built"),
         ("no facts", "net.engine.json, which says what it was built for, can't be read"),
@@ -127,9 +159,10 @@ def test_the_timing_cache_is_read_again_by_the_next_build(install: Any, tmp_path
     ],
 )
 def test_a_stale_engine_is_refused_with_the_reason(
-    install: Any, gpu: stubs.Gpu, tmp_path: Path, change: str, said: str
+    install: Any, gpu: stubs.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, said: str
 ) -> None:
     install("10.3.0")
+    monkeypatch.setattr(agent_sensors, "board", lambda: "NVIDIA Jetson Orin Nano")
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
     TensorRT().open(engine, 1)
     if change == "version":
@@ -138,6 +171,14 @@ def test_a_stale_engine_is_refused_with_the_reason(
         gpu.name = "NVIDIA Thor"
     elif change == "capability":
         gpu.capability = (11, 0)
+    elif change == "multiprocessors":
+        gpu.multiprocessors = 16
+    elif change == "board":
+        monkeypatch.setattr(agent_sensors, "board", lambda: "NVIDIA Jetson AGX Orin")
+    elif change == "older facts":
+        facts = json.loads(agent_engines.beside(engine).read_text())
+        del facts["multiprocessors"]
+        agent_engines.beside(engine).write_text(json.dumps(facts))
     elif change == "onnx":
         write_net(tmp_path / "net.onnx", 8)
     elif change == "engine":
@@ -150,6 +191,18 @@ def test_a_stale_engine_is_refused_with_the_reason(
         TensorRT().open(engine, 1)
     assert said in refused.value.message
     assert refused.value.hint == "build it again from the ONNX file"
+
+
+def test_a_board_that_is_told_only_here_or_there_makes_no_engine_stale(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container hides it, the system outside does not."""
+    install()
+    for there, here in (("NVIDIA Jetson Orin Nano", ""), ("", "NVIDIA Jetson Orin Nano")):
+        monkeypatch.setattr(agent_sensors, "board", lambda name=there: name)
+        engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
+        monkeypatch.setattr(agent_sensors, "board", lambda name=here: name)
+        assert TensorRT().open(engine, 1).input_shape == (1, 3, 8, 8)
 
 
 def test_an_engine_of_an_interrupted_write_is_refused(
@@ -183,6 +236,33 @@ def test_a_silent_float_engine_is_a_parity_error_and_is_not_kept(
     assert error.value.exit_code == 5
     assert error.value.message == f"net.onnx was to run in {asked}, and none of its layers does: 1 in fp32"
     assert not (tmp_path / "net.engine").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_one_closed_part_does_not_hide_a_silent_float_engine(
+    install: Any, tmp_path: Path, version: str
+) -> None:
+    """Two of the three layers that multiply are told, and run in float32."""
+    install(version, silent=True, told=2)
+    with pytest.raises(ParityError) as error:
+        TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "int8")
+    assert error.value.exit_code == 5
+    assert error.value.message.endswith("none of its layers does: 2 in fp32, 1 not told")
+    assert not (tmp_path / "net.engine").exists()
+
+
+def test_an_engine_that_is_mostly_closed_is_kept(install: Any, tmp_path: Path) -> None:
+    """One of the three layers that multiply is told: the others may run in int8."""
+    install(silent=True, told=1)
+    engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "int8")
+    assert json.loads(agent_engines.beside(engine).read_text())["layers"] == {"fp32": 1, "closed": 1}
+
+
+def test_layers_that_were_made_one_are_not_taken_for_closed_parts() -> None:
+    rows = [{"Name": "a || b || c", "LayerType": "CaskConvolution", "Inputs": [{"Datatype": "Float"}]}]
+    found = agent_engines.layers(json.dumps({"Layers": rows}))
+    with pytest.raises(ParityError, match="none of its layers does: 1 in fp32$"):
+        agent_engines.judge(found, "int8", "net.onnx", 3)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -244,7 +324,9 @@ def test_a_file_that_is_no_engine_is_a_model_error(install: Any, tmp_path: Path)
         TensorRT().open(tmp_path / "net.engine", 1)
 
 
-MACHINE = {"tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7"}
+MACHINE = {
+    "tensorrt": "10.3.0", "gpu": "Orin", "compute_capability": "8.7", "multiprocessors": 8, "board": "",
+}  # fmt: skip
 
 
 def test_without_tensorrt_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +401,22 @@ def test_memory_has_the_gpus_share(
     assert (answer["peak"], answer["shared"]) == (expected, integrated)
 
 
+def test_what_cudas_context_takes_is_not_added_by_the_model(
+    install: Any, gpu: stubs.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call that asks the GPU makes the context, here of 300 bytes; the model adds 50."""
+    install()
+    request = {"model": str(write_net(tmp_path / "net.onnx")), "threads": 1}
+
+    def resident(key: str, process: Path) -> int:
+        context = 300 if "cudaMemGetInfo" in gpu.calls else 0
+        return 700 + context + (50 if "cudaMalloc" in gpu.calls else 0)
+
+    monkeypatch.setattr(agent_memory, "status", resident)
+    answer = agent_memory.answer(request, TensorRT(), tmp_path)
+    assert (answer["baseline"], answer["host"], answer["at_load"]) == (1000, 50, 50)
+
+
 def test_memory_that_runs_out_is_said_in_cudas_words(install: Any, gpu: stubs.Gpu, tmp_path: Path) -> None:
     install()
     gpu.free = 100
@@ -366,8 +464,8 @@ def test_parts_that_are_not_told_are_not_judged() -> None:
     }
     found = agent_engines.layers(json.dumps({"Layers": [row]}))
     assert agent_engines.counted(found) == {"closed": 1}
-    agent_engines.judge(found, "int8", "net.onnx")
-    agent_engines.judge(agent_engines.layers('{"Layers": ["only", "names"]}'), "fp16", "net.onnx")
+    agent_engines.judge(found, "int8", "net.onnx", 1)
+    agent_engines.judge(agent_engines.layers('{"Layers": ["only", "names"]}'), "fp16", "net.onnx", 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "7"])

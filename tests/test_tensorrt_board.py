@@ -25,6 +25,13 @@ TABLE = MeasureTable(iterations=20, warmup=1, seconds=5.0)
 SPEC = InputSpec((3, 8, 8), 10)
 
 
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a user's timings are kept; not this user's."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> stubs.Gpu:
     found = stubs.Gpu()
@@ -81,7 +88,7 @@ def test_everything_is_read_off_engines_that_were_built_on_the_board(
     assert "Nothing has been measured on" not in text
     assert found.notes[0].startswith("Speed: NOT faster: 1.00x")
     assert sorted(p.name for p in kept.iterdir()) == [
-        "compressed.engine", "compressed.engine.json", "dense.engine", "dense.engine.json", "timing.cache",
+        "compressed.engine", "compressed.engine.json", "dense.engine", "dense.engine.json",
     ]  # fmt: skip
 
 
@@ -103,6 +110,29 @@ def test_engines_are_taken_to_the_board_again_and_a_stale_one_is_refused_there(
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.13.3.9", gpu))
     with pytest.raises(ModelError, match=r"it was built for TensorRT 10\.3\.0, here is 10\.13\.3\.9"):
         measure_build.compare(engine, SPEC, images, board)
+
+
+def test_what_tensorrt_timed_is_used_by_the_next_run_on_the_device(
+    gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in's cache grows by one at each build; another version has one of its own."""
+    one = {"dense": pair["dense"]}
+    began = []
+    for version in ("10.3.0", "10.13.3.9", "10.3.0", "10.13.3.9", "10.3.0"):
+        trt = stubs.module(version, gpu)
+        monkeypatch.setitem(sys.modules, "tensorrt", trt)
+        measure_run.run(wanted(orin, stubs.Board()), one, None)
+        began.append(bytes(trt.configs[0].cache))
+    assert began == [b"", b"", b"+", b"+", b"++"]
+    assert sorted(p.suffix for p in (home / ".cache/edgeprune/timings").iterdir()) == [".cache", ".cache"]
+
+
+def test_a_home_that_can_not_be_written_costs_only_the_timings(
+    gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    home.write_text("a file")
+    built = measure_build.engines(pair, measure_build.Place(stubs.Board(), orin, tmp_path))
+    assert set(built) == {"dense", "compressed"}
 
 
 @pytest.mark.parametrize(("offset", "said"), [(1.0, "should be within 5e-03"), (float("nan"), "not finite")])
@@ -128,6 +158,20 @@ def test_a_silent_float_engine_on_the_board_is_a_parity_error(
     with pytest.raises(ParityError, match="was to run in fp16, and none of its layers does") as error:
         measure_run.run(wanted(orin, stubs.Board()), files, None)
     assert error.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"int8": 52, "fp32": 1}, "52 in int8, 1 in fp32."),
+        ({"int8": 52, "closed": 2, "unknown": 1}, "52 in int8, 3 not told."),
+        ({"fp32": 1, "closed": 4}, "1 in fp32, 4 not told, so whether it runs in int8 is not known."),
+        ({}, "not told, so whether it runs in int8 is not known."),
+    ],
+)
+def test_a_report_says_of_an_engine_what_is_not_told(counts: dict[str, int], said: str) -> None:
+    engine = measure_build.Engine(Path("a.engine"), Path("a.onnx"), "int8", {"layers": counts})
+    assert engine.words.endswith(f"; layers that multiply: {said}")
 
 
 @pytest.mark.parametrize(

@@ -21,18 +21,19 @@ from typing import Any
 
 import pytest
 
-from edgeprune import agent_cuda
+from edgeprune import agent_cuda, agent_trt
 from edgeprune.errors import DeviceError
 from edgeprune.runtimes import tensorrt as module
 
 DATA = Path(__file__).parent / "data" / "tensorrt"
 VERSIONS = sorted(path.stem for path in DATA.glob("*.json"))
-SOURCE = Path(module.__file__)
-# What each variable of the source holds.
+SOURCES = (Path(module.__file__), Path(agent_trt.__file__))
+# What each variable of the sources holds.
 HOLDS = {
     "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
     "error": "ParserError", "tensor": "ITensor", "profile": "IOptimizationProfile", "runtime": "Runtime",
     "engine": "ICudaEngine", "context": "IExecutionContext", "inspector": "EngineInspector", "learned": "ITimingCache",
+    "layer": "ILayer",
 }  # fmt: skip
 # Module-level names that are no classes.
 PLAIN = {"__version__"}
@@ -43,9 +44,9 @@ def api(version: str) -> dict[str, Any]:
 
 
 def chains() -> set[tuple[str, ...]]:
-    """Every dotted name of the source: ("trt", "ILogger", "Severity", "ERROR")."""
+    """Every dotted name of the sources: ("trt", "ILogger", "Severity", "ERROR")."""
     found = set()
-    for node in ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8"))):
+    for node in (n for path in SOURCES for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
         parts: list[str] = []
         inner: ast.AST = node
         while isinstance(inner, ast.Attribute):
@@ -100,7 +101,7 @@ def test_a_name_that_is_not_there_would_be_noticed(monkeypatch: pytest.MonkeyPat
     wrong.write_text(
         "x = trt.BuilderFlag.FP16\nengine.device_memory_size\ntrt.Nothing\ntrt.ILogger.Severity.LOUD\n"
     )
-    monkeypatch.setattr(sys.modules[__name__], "SOURCE", wrong)
+    monkeypatch.setattr(sys.modules[__name__], "SOURCES", (wrong,))
     assert missing("11.4.0.106") == [
         "ICudaEngine.device_memory_size", "trt.BuilderFlag.FP16", "trt.ILogger.Severity.LOUD", "trt.Nothing",
     ]  # fmt: skip
@@ -123,12 +124,12 @@ for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
     ctypes.CDLL(f"{folder}/lib{library}.so.{major}", mode=ctypes.RTLD_GLOBAL)
 import tensorrt_bindings as trt
 from edgeprune.errors import DeviceError
-from edgeprune.runtimes import tensorrt
+from edgeprune import agent_trt
 log = []
-logger = tensorrt._logger(trt, log)
-tensorrt._profiler(trt, {})
+logger = agent_trt.logger(trt, log)
+agent_trt.profiler(trt, {})
 try:
-    tensorrt._started(lambda: trt.Builder(logger), log)
+    agent_trt.started(lambda: trt.Builder(logger), log)
 except DeviceError as error:
     said = error.message
 found = {name: [a for a in dir(getattr(trt, name)) if not a.startswith("_")] for name in wanted["classes"]}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
-from edgeprune import agent_cuda, agent_engines
-from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
+from edgeprune import agent_cuda, agent_engines, agent_trt
+from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _WORKSPACE_SHARE = 4
 _LEAST_WORKSPACE = 64 * 2**20
 # What trtexec builds with when it is not told.
 _LEVEL = 3
-_LOG_LINES = 8
 # The first whose strongly typed networks have all that is used here: that of JetPack 6.
 OLDEST = (10, 3)
 # Of all engines in a folder: what was timed for one helps the next.
@@ -58,8 +57,8 @@ class TensorRT(Runtime):
         """
         trt, cuda, start = _new_enough(), agent_cuda.load(), time.perf_counter()
         log: List[str] = []
-        logger = _logger(trt, log)
-        builder = _started(lambda: trt.Builder(logger), log)
+        logger = agent_trt.logger(trt, log)
+        builder = agent_trt.started(lambda: trt.Builder(logger), log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         _parse(trt, network, logger, onnx)
         config = builder.create_builder_config()
@@ -71,24 +70,24 @@ class TensorRT(Runtime):
             config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
         _one_image(builder, network, config, onnx)
         cache = out.with_name(CACHE)
-        known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
-        # False: what another GPU or version timed is not taken.
-        config.set_timing_cache(known, False)
+        agent_trt.use_timings(config, cache)
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
-            raise ModelError(f"TensorRT {trt.__version__} can't build an engine of {onnx.name}: {_last(log)}")
+            raise ModelError(
+                f"TensorRT {trt.__version__} can't build an engine of {onnx.name}: {agent_trt.last(log)}"
+            )
         data = bytes(serialized)
-        runtime = _started(lambda: trt.Runtime(logger), log)
+        runtime = agent_trt.started(lambda: trt.Runtime(logger), log)
         found = agent_engines.layers(_information(trt, _deserialized(trt, runtime, data, log)))
-        agent_engines.judge(found, precision, onnx.name)
+        agent_engines.judge(found, precision, onnx.name, agent_trt.multiplying(trt, network))
         facts = {
-            **_machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name, "precision": precision,
-            "layers": agent_engines.counted(found), "workspace_bytes": workspace, "sparse": self.sparse,
-            "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
+            **agent_trt.machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name,
+            "precision": precision, "layers": agent_engines.counted(found), "workspace_bytes": workspace,
+            "sparse": self.sparse, "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
         }  # fmt: skip
         agent_engines.write(out, data, facts)
         learned = config.get_timing_cache()
-        cache.write_bytes(bytes(learned.serialize()))
+        agent_engines.write_whole(cache, bytes(learned.serialize()))
 
     def open(self, built: Path, threads: int) -> Session:
         """As Runtime.open; an ONNX file is first built into an engine beside it, unless a fresh one is there."""
@@ -101,7 +100,7 @@ class TensorRT(Runtime):
         """As Runtime.profile: TensorRT's own profiler, which times each layer of the engine on the GPU."""
         session, found = self._open(built)
         times: Dict[str, List[float]] = {}
-        profiler = _profiler(_library(), times)
+        profiler = agent_trt.profiler(_library(), times)
         context = session.context
         context.profiler = profiler
         x, warmup = session.image(shape), max(1, runs // 10)
@@ -129,15 +128,15 @@ class TensorRT(Runtime):
     def _open(self, built: Path) -> Tuple[_EngineSession, List[agent_engines.Layer]]:
         trt, cuda = _new_enough(), agent_cuda.load()
         log: List[str] = []
-        logger = _logger(trt, log)
+        logger = agent_trt.logger(trt, log)
         if built.suffix == ".onnx":
             onnx, built = built, built.with_name(built.name + ".engine")
             try:
-                agent_engines.fresh(built, _machine(trt, cuda), onnx)
+                agent_engines.fresh(built, agent_trt.machine(trt, cuda), onnx)
             except ModelError:
                 self.make(onnx, built, "")
-        agent_engines.fresh(built, _machine(trt, cuda))
-        runtime = _started(lambda: trt.Runtime(logger), log)
+        agent_engines.fresh(built, agent_trt.machine(trt, cuda))
+        runtime = agent_trt.started(lambda: trt.Runtime(logger), log)
         engine = _deserialized(trt, runtime, built.read_bytes(), log)
         found = agent_engines.layers(_information(trt, engine))
         # The engine calls the logger as long as it lives.
@@ -276,58 +275,15 @@ def _one_image(builder: Any, network: Any, config: Any, onnx: Path) -> None:
 def _deserialized(trt: Any, runtime: Any, data: bytes, log: List[str]) -> Any:
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise ModelError(f"TensorRT {trt.__version__} can't load the engine: {_last(log)}", "build it again")
+        raise ModelError(
+            f"TensorRT {trt.__version__} can't load the engine: {agent_trt.last(log)}", "build it again"
+        )
     return engine
 
 
 def _information(trt: Any, engine: Any) -> str:
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _machine(trt: Any, cuda: agent_cuda.Cuda) -> Dict[str, str]:
-    return {"tensorrt": trt.__version__, "gpu": cuda.name(), "compute_capability": cuda.capability()}
-
-
-def _logger(trt: Any, lines: List[str]) -> Any:
-    """A logger that keeps TensorRT's errors and warnings, the last few of them."""
-    loud = {trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING}
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in loud:
-                lines.append(msg)
-                del lines[:-_LOG_LINES]
-
-    return Log()
-
-
-def _profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
-    class Profiler(trt.IProfiler):
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            times.setdefault(layer_name, []).append(ms)
-
-    return Profiler()
-
-
-def _last(log: List[str]) -> str:
-    return " | ".join(line.strip() for line in log[-3:]) or "it gave no reason"
-
-
-def _started(make: Callable[[], Any], log: List[str]) -> Any:
-    """A builder or a runtime; the bindings raise TypeError when the library makes none, as without a GPU."""
-    try:
-        return make()
-    except TypeError as error:
-        raise DeviceError(
-            f"TensorRT can't start: {_last(log)} ({error})", "nvidia-smi says whether there is a GPU"
-        ) from error
 
 
 def _library() -> Any:

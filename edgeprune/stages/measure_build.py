@@ -13,19 +13,19 @@ import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgeprune.agent_engines import beside, digest
+from edgeprune.agent_engines import UNTOLD, beside, digest
 from edgeprune.devices import Device, device_from_url
 from edgeprune.engine_script import workspace_mib
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError
 from edgeprune.records import Artifact, InputSpec, Target
 from edgeprune.runtimes.tensorrt import OLDEST
 from edgeprune.stages.measure_answers import RUNTIME, Logits, predict
+from edgeprune.stages.measure_timings import timings
 
 TENSORRT = "tensorrt"
 # Tactics of a large network on a small board are tried for a quarter of an hour.
 _BUILD_S = 3600.0
 _ASK_S = 120.0
-_CACHE = "timing.cache"
 # Largest difference of a logit, as a share of the largest logit, from ONNX Runtime's for the same file: TF32 keeps
 # 10 bits of a factor, half precision 11 bits of everything, and int8 rounds at other places.
 TOLERANCE = {"fp32": 5e-3, "fp16": 2e-2, "int8": 1e-1}
@@ -59,8 +59,12 @@ class Engine:
     @property
     def words(self) -> str:
         """One sentence for a report: from what, by which version, in which precisions its layers run."""
-        counts = self.facts.get("layers") or {}
-        layers = ", ".join(f"{count} in {name}" for name, count in counts.items()) or "not told"
+        counts = dict(self.facts.get("layers") or {})
+        dark = sum(counts.pop(key, 0) for key in UNTOLD)
+        told = [f"{count} in {name}" for name, count in counts.items()]
+        layers = ", ".join([*told, f"{dark} not told"] if dark else told) or "not told"
+        if self.precision != "fp32" and self.precision not in counts:
+            layers += f", so whether it runs in {self.precision} is not known"
         return (
             f"{self.onnx.name} ({self.precision}) was built by TensorRT {self.facts.get('tensorrt')} on "
             f"{self.facts.get('gpu')}; layers that multiply: {layers}."
@@ -118,8 +122,8 @@ def engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
     """Build an engine of each ONNX file on the device.
 
     Returns:
-        Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. The timing cache is kept
-        there too, and makes the next build faster.
+        Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. What TensorRT timed is
+        kept for the next run (`measure_timings`).
 
     Raises:
         UsageError, DeviceError, MissingDependency: as for `measure.latency`.
@@ -127,15 +131,10 @@ def engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
         ModelError: TensorRT can't build it.
         ParityError: no layer runs in the precision of the file.
     """
-    device, cache = place.device, place.folder / _CACHE
+    device = place.device
     options = {"workspace_mib": workspace_mib(place.target.memory_bytes), "sparse": place.sparse}
-    with device.holding(files) as paths:
-        there = str(Path(next(iter(paths.values()))).parent)
-        if cache.is_file():
-            device.put(cache, f"{there}/{_CACHE}")
-        found = {name: _built(name, files[name], path, place, options) for name, path in paths.items()}
-        device.get(f"{there}/{_CACHE}", cache)
-    return found
+    with device.holding(files) as paths, timings(device, str(Path(next(iter(paths.values()))).parent)):
+        return {name: _built(name, files[name], path, place, options) for name, path in paths.items()}
 
 
 def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping[str, Any]) -> Engine:

@@ -30,7 +30,8 @@ _PARTS = {
 
 
 def peak_memory(path: Path, device: Device, *, name: str = "", runtime: str = RUNTIME) -> Reading:
-    """The most memory that opening and running a model adds to a process that has loaded the bare runtime.
+    """The most memory that opening and running a model adds to a process that has started the bare runtime,
+    CUDA's context included.
 
     The median of three fresh processes, each with one thread; `conditions` has their lowest and highest, what of it
     was proportional (PSS) and private, and on a GPU the GPU's share: added to the host's where the GPU has memory of
