@@ -131,6 +131,21 @@ def test_a_cut_that_is_faster_than_it_must_be_is_followed_by_one_nearer_to_the_b
     assert max(found[1:]) <= target and found[-1] > 0.965 * target
 
 
+@pytest.mark.parametrize(("share", "all_kept"), [(30, False), (45, True)])
+def test_a_table_of_another_precision_knows_what_that_alone_saves(
+    share: int, all_kept: bool, tmp_path: Path
+) -> None:
+    """In int8 the whole network takes 40 %: what is left to save decides how many channels go."""
+    dense = dense_seconds()
+    given = material(tmp_path, lambda net: 0.4 * latency_files.seconds_of(NAME, net))
+    clock: Any = given.clock
+    given = replace(given, clock=lambda counted: replace(clock(counted), of_dense=0.4))
+    found = chosen(given, latency_p50=f"{share} %")
+    assert 0.9 * min(share, 40) / 100 * dense <= measured(found)[0] <= share / 100 * dense
+    assert found.record["latency"]["predicted"][0] == pytest.approx(measured(found)[0], rel=0.1)
+    assert all_kept == all(bool(keep.all()) for keep in found.masks.channels.values())
+
+
 def test_predicted_and_measured_stand_side_by_side(tmp_path: Path) -> None:
     found = chosen(material(tmp_path), latency_p50="60 %")
     record = found.record["latency"]

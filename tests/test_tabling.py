@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import latency_files
 import pytest
 
 from edgeprune import bundled
+from edgeprune.devices import device_from_url
 from edgeprune.errors import UsageError
+from edgeprune.nn.latency_parts import charge
 from edgeprune.recipe import MeasureTable
+from edgeprune.stages import quantize_size
 from edgeprune.stages.measure_trial import Trials
-from edgeprune.tabling import bench
+from edgeprune.tabling import Written, bench
 
 
 class Asked:
@@ -71,3 +75,29 @@ def test_a_table_of_an_emulated_processor_says_so_and_is_one_of_its_own(
     monkeypatch.setenv("HOME", str(tmp_path))
     found = bench(trials(Asked(emulated=True)), MeasureTable(), lambda _line: None)
     assert found.place.startswith("board x (emulated), made up, ")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_files_are_timed_in_the_precision_that_is_asked_for_and_every_layer_is_told(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[str] = []
+
+    def rewrite(path: Path) -> bytes:
+        model = quantize_size.rough(path, precision, "u8")
+        seen.append(path.name)
+        return model.SerializeToString()
+
+    there = Trials(device_from_url("local"), bundled.target("local"), lambda _line: None, 0.0)
+    quick = MeasureTable(iterations=10, warmup=1, seconds=1.0)
+    found = bench(there, quick, lambda _line: None, Written(precision, rewrite))
+    assert found.place.endswith(f", 1 thread(s), {precision}")
+    network = latency_files.subject_of("residual")
+    assert found.time({"dense": network.file})["dense"] > 0
+    spent = dict(
+        zip((p.layer for p in network.parts), charge(network.parts, found.nodes(network.file)), strict=True)
+    )
+    layers = [n.name for n in network.resizer.model.graph.node if n.op_type in ("Conv", "Gemm")]
+    assert all(spent[name] > 0 for name in layers), spent
+    assert seen == [network.file.name] * 2

@@ -104,7 +104,7 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
         unfreeze(network)
     masks, notes = _search(network, method, task, (budget, _light(budget, task, material)), material)
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
-        notes = (*notes, "The dense model already meets the budget: nothing was removed.")
+        notes = (*notes, "The network meets the budget with all of its channels: nothing was removed.")
     notes = (*notes, *_unaligned(masks, material.multiple_of, "latency" in task.record))
     if task.weights is not None:
         task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
