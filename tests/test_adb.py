@@ -13,7 +13,7 @@ from adb_stand_in import SERIAL
 from onnx_files import write_net
 
 from edgeprune import perf_test
-from edgeprune.devices import Device, device_from_url
+from edgeprune.devices import Answer, Device, device_from_url
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 
 # As the sources of ONNX Runtime write it: the folder of the model, seconds with six digits, bytes, %, number; then the
@@ -144,7 +144,16 @@ def test_a_phone_without_python_names_both_ways_out(phone: Path) -> None:
     stand_in.write_text(stand_in.read_text().replace("export TMPDIR", f"PATH={phone}/only\nexport TMPDIR", 1))
     with pytest.raises(MissingDependency, match="adb:// has no python3") as caught:
         device_from_url("adb://").ask({"op": "about", "runtime": "onnxruntime"}, timeout_s=60)
-    assert "benchmark" in caught.value.hint
+    assert "benchmark" in caught.value.hint and "Termux" in caught.value.hint
+    assert "sudo" not in caught.value.hint and "?python=" not in caught.value.hint
+
+
+def test_pip_is_no_way_to_onnx_runtime_on_a_phone() -> None:
+    phone = device_from_url("adb://")
+    said = {"error": "no onnxruntime", "kind": "MissingDependency", "hint": "pip install onnxruntime"}
+    with pytest.raises(MissingDependency, match="no onnxruntime") as caught:
+        phone.told(phone.agent(), Answer(3, json.dumps(said), ""))
+    assert "benchmark" in caught.value.hint and "-m pip" not in caught.value.hint
 
 
 def test_rows_of_a_result_file_become_seconds() -> None:
