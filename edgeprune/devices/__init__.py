@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type
 
 from edgeprune import facts as machine_facts
-from edgeprune import packing, plugins
+from edgeprune import packing, perf_test, plugins
 from edgeprune.channels import SLOWEST, START_S, Answer, Line, Talk
 from edgeprune.errors import (
     DeviceError,
@@ -86,6 +86,11 @@ class Device(ABC):
     @abstractmethod
     def agent(self) -> List[str]:
         """The command that starts `edgeprune.agent` on the device."""
+
+    @property
+    def times_alone(self) -> str:
+        """Why it neither answers images nor tells the times of layers, or "" where it does."""
+        return perf_test.TIMES_ALONE if self.agent()[-1] == perf_test.AGENT else ""
 
     def facts(self) -> Dict[str, Any]:
         """What the machine says about itself; what it does not say is absent.
