@@ -9,6 +9,7 @@ EdgepruneError                     70 unless a subclass says otherwise
 │   └── InfeasibleBudget               no cut of this model meets the budget; says how far it got
 ├── ParityError                     5  an exported or built file answers differently from its source
 ├── DeviceError                     6  a device can't be reached, or a command on it failed
+│   └── NoLayerTimes                   it does not tell how long each layer takes
 └── WorkdirError                    7  the run directory is locked, corrupt or of another model
 """
 
@@ -69,6 +70,10 @@ class DeviceError(EdgepruneError):
     """A device can't be reached, took too long, or a command on it failed."""
 
     exit_code = 6
+
+
+class NoLayerTimes(DeviceError):
+    """A device does not tell how long each layer takes, so that it has no latency table."""
 
 
 class WorkdirError(EdgepruneError):

@@ -15,8 +15,12 @@ from edgeprune.channels import Answer
 from edgeprune.errors import DeviceError, EdgepruneError, UsageError
 
 PROGRAM = "onnxruntime_perf_test"
-# Models take turns in so many rounds; the first runs of each find out how long one takes.
-ROUNDS = 8
+# The command that stands for it in the agent's place, and what it leaves open.
+AGENT = "edgeprune-native-benchmark"
+TIMES_ALONE = f"{PROGRAM} tells the times of whole files alone"
+# Models take turns in so many rounds, each of them a block of runs: `measure` compares medians of blocks, and wants so
+# many. The first runs of each model find out how long one takes.
+ROUNDS = 12
 _FIRST = 5
 _START_S = 60.0
 
@@ -41,7 +45,7 @@ def respond(text: str, folder: str, run: Run) -> Answer:
         if op not in answers:
             raise UsageError(
                 f"{PROGRAM} can't do {op!r}: it tells latency alone",
-                "leave --data away: answers need Python there",
+                "answers need Python there",
             )
         return Answer(0, json.dumps(answers[op]()), "")
     except EdgepruneError as error:
@@ -80,22 +84,24 @@ def _time(request: Mapping[str, Any], folder: str, run: Run) -> dict[str, Any]:
     iterations, warmup = int(request["iterations"]), int(request.get("warmup", 0))
     first = {name: _runs(folder, path, threads, _FIRST, run, _START_S) for name, path in models.items()}
     slowest = {name: max(times) for name, times in first.items()}
-    wall: dict[str, list[float]] = {name: [] for name in models}
+    # One number of runs for all models, or blocks of one round would not stand side by side in their lists.
+    share = seconds * len(models) / sum(slowest.values())
+    block = min(math.ceil(iterations / ROUNDS), max(2, int(share / ROUNDS)))
+    # A process of its own each time: its first runs are no more counted than ours.
+    unsettled = min(math.ceil(warmup / ROUNDS), block)
+    wall: dict[str, list[int]] = {name: [] for name in models}
     order = list(models)
     for _ in range(ROUNDS):
         for name in order:
-            cap = min(math.ceil(iterations / ROUNDS), max(2, int(seconds / ROUNDS / slowest[name])))
-            # A process of its own each time: its first runs are no more counted than ours.
-            unsettled = min(math.ceil(warmup / ROUNDS), cap)
-            limit = _START_S + 10.0 * slowest[name] * (cap + unsettled)
-            wall[name] += _runs(folder, models[name], threads, cap + unsettled, run, limit)[unsettled:]
+            limit = _START_S + 10.0 * slowest[name] * (block + unsettled)
+            times = _runs(folder, models[name], threads, block + unsettled, run, limit)
+            wall[name] += [round(t * 1e9) for t in times[unsettled:]]
         order.reverse()
-    done = {name: [round(t * 1e9) for t in times] for name, times in wall.items()}
-    full = all(len(times) >= iterations for times in done.values())
+    # The program does not tell how many images one run is: whoever asks has the file.
     return {
-        "models": {name: {"wall_ns": times, "cpu_ns": [], "batch": 1} for name, times in done.items()},
-        "stopped": "iterations" if full else "seconds", "warmup": warmup, "runtime": PROGRAM, "clock": "wall",
-        "block": min(len(times) for times in done.values()) // ROUNDS, "priority": "normal", "load": None,
+        "models": {name: {"wall_ns": times, "cpu_ns": []} for name, times in wall.items()},
+        "stopped": "iterations" if block * ROUNDS >= iterations else "seconds", "warmup": warmup,
+        "runtime": PROGRAM, "clock": "wall", "block": block, "priority": "normal", "load": None,
     }  # fmt: skip
 
 
@@ -121,7 +127,10 @@ def _runs(folder: str, model: str, threads: int, count: int, run: Run, timeout_s
     if done.status != 0:
         last = " | ".join((done.stderr + done.stdout).strip().splitlines()[-3:])
         raise DeviceError(f"{PROGRAM} ended with status {done.status}: {last or 'it said nothing'}")
-    return samples(run(["cat", result], _START_S).stdout)[0]
+    times, _ = samples(run(["cat", result], _START_S).stdout)
+    if len(times) != count:
+        raise DeviceError(f"{PROGRAM} wrote {len(times)} times of {count} runs")
+    return times
 
 
 def _number(text: str) -> float | None:

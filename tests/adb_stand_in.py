@@ -9,6 +9,8 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
+from edgeprune.devices import Attached, device_from_url
+
 SERIAL = "R5CT10ABCDE"
 _SCRIPT = r"""#!/bin/sh
 fault='@FOLDER@/fault'
@@ -38,6 +40,43 @@ push | pull)
     ;;
 esac
 """
+
+
+_BENCHMARK = r"""#!/bin/sh
+# Acts like onnxruntime_perf_test: one row a run, slower for the dense model; the first of a process is slow.
+echo "$0 $*" >>"$(dirname "$0")/../../calls"
+[ "$LD_LIBRARY_PATH" = "$(dirname "$0")" ] || exit 9
+while [ $# -gt 2 ]; do
+    [ "$1" = -r ] && runs=$2
+    shift
+done
+[ -f "$1" ] || { echo "Load model from $1 failed:Load model $1 failed. File doesn't exist" >&2; exit 1; }
+[ "${1%few.onnx}" = "$1" ] || runs=$((runs - 1))
+case $1 in
+*broken*) echo "Invalid model" >&2; exit 1 ;;
+*-slow.onnx) time=0.02 ;;
+*dense*) time=0.004 ;;
+*) time=0.002 ;;
+esac
+i=0
+while [ "$i" -lt "$runs" ]; do
+    [ "$i" -eq 0 ] && t=0.009 || t=$time
+    echo "m,$t,30000000,90,$i" >>"$2"
+    i=$((i + 1))
+done
+printf '\nP50 Latency: %s s\n' "$time" >>"$2"
+echo "Session creation time cost: 0.01 s"
+"""
+
+
+def native(folder: Path) -> Attached:
+    """The phone with the benchmark program, which lies in a new folder with a library here."""
+    folder.mkdir()
+    (folder / "onnxruntime_perf_test").write_text(_BENCHMARK)
+    (folder / "libonnxruntime.so").write_text("")
+    device = device_from_url(f"adb://{SERIAL}", {"benchmark": str(folder), "cores": 2})
+    assert isinstance(device, Attached)
+    return device
 
 
 def install(folder: Path) -> Path:

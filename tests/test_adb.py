@@ -9,12 +9,13 @@ from typing import Any
 
 import adb_stand_in
 import pytest
-from adb_stand_in import SERIAL
-from onnx_files import write_net
+from onnx_files import write_net, write_one_conv
 
 from edgeprune import perf_test
-from edgeprune.devices import Device, device_from_url
-from edgeprune.errors import DeviceError, MissingDependency, UsageError
+from edgeprune.devices import Answer, Device, device_from_url
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, UsageError
+from edgeprune.recipe import MeasureTable
+from edgeprune.stages import measure
 
 # As the sources of ONNX Runtime write it: the folder of the model, seconds with six digits, bytes, %, number; then the
 # statistics.
@@ -24,25 +25,6 @@ a, b,1.85739e-05,36700160,97,2
 
 Min Latency: 1.85739e-05 s
 P50 Latency: 0.0102016 s
-"""
-PROGRAM = r"""#!/bin/sh
-# Acts like onnxruntime_perf_test: one row a run, slower for the dense model; the first is slow as caches are cold.
-echo "$0 $*" >>"$(dirname "$0")/../../calls"
-[ "$LD_LIBRARY_PATH" = "$(dirname "$0")" ] || exit 9
-while [ $# -gt 2 ]; do
-    [ "$1" = -r ] && runs=$2
-    shift
-done
-[ -f "$1" ] || { echo "Load model from $1 failed:Load model $1 failed. File doesn't exist" >&2; exit 1; }
-case $1 in *broken*) echo "Invalid model" >&2; exit 1 ;; *dense*) time=0.004 ;; *) time=0.002 ;; esac
-i=0
-while [ "$i" -lt "$runs" ]; do
-    [ "$i" -eq 0 ] && t=0.009 || t=$time
-    echo "m,$t,30000000,90,$i" >>"$2"
-    i=$((i + 1))
-done
-printf '\nP50 Latency: %s s\n' "$time" >>"$2"
-echo "Session creation time cost: 0.01 s"
 """
 
 
@@ -144,7 +126,16 @@ def test_a_phone_without_python_names_both_ways_out(phone: Path) -> None:
     stand_in.write_text(stand_in.read_text().replace("export TMPDIR", f"PATH={phone}/only\nexport TMPDIR", 1))
     with pytest.raises(MissingDependency, match="adb:// has no python3") as caught:
         device_from_url("adb://").ask({"op": "about", "runtime": "onnxruntime"}, timeout_s=60)
-    assert "benchmark" in caught.value.hint
+    assert "benchmark" in caught.value.hint and "Termux" in caught.value.hint
+    assert "sudo" not in caught.value.hint and "?python=" not in caught.value.hint
+
+
+def test_pip_is_no_way_to_onnx_runtime_on_a_phone() -> None:
+    phone = device_from_url("adb://")
+    said = {"error": "no onnxruntime", "kind": "MissingDependency", "hint": "pip install onnxruntime"}
+    with pytest.raises(MissingDependency, match="no onnxruntime") as caught:
+        phone.told(phone.agent(), Answer(3, json.dumps(said), ""))
+    assert "benchmark" in caught.value.hint and "-m pip" not in caught.value.hint
 
 
 def test_rows_of_a_result_file_become_seconds() -> None:
@@ -163,23 +154,20 @@ def test_a_result_file_without_times_is_a_device_error(rows: str) -> None:
 
 @pytest.fixture
 def native(phone: Path, tmp_path: Path) -> Device:
-    """A phone with the benchmark program, which lies in a folder with a library here."""
-    (tmp_path / "built").mkdir()
-    (tmp_path / "built" / "onnxruntime_perf_test").write_text(PROGRAM)
-    (tmp_path / "built" / "libonnxruntime.so").write_text("")
-    return device_from_url(f"adb://{SERIAL}", {"benchmark": str(tmp_path / "built"), "cores": 2})
+    """A phone with the benchmark program."""
+    return adb_stand_in.native(tmp_path / "built")
 
 
 def test_the_benchmark_program_times_models_in_turns(native: Device, phone: Path, tmp_path: Path) -> None:
     files = {"dense": write_net(tmp_path / "dense.onnx"), "compressed": write_net(tmp_path / "model.onnx")}
     with native.holding(files) as paths:
-        request = {"op": "time", "runtime": "onnxruntime", "models": paths, "threads": 2, "iterations": 40}
-        answer = native.ask({**request, "warmup": 8, "seconds": 10.0}, timeout_s=60)
-    assert answer["models"]["dense"]["wall_ns"] == [4_000_000] * 40, (
+        request = {"op": "time", "runtime": "onnxruntime", "models": paths, "threads": 2, "iterations": 48}
+        answer = native.ask({**request, "warmup": 12, "seconds": 10.0}, timeout_s=60)
+    assert answer["models"]["dense"]["wall_ns"] == [4_000_000] * 48, (
         "the first run of a process is not counted"
     )
-    assert answer["models"]["compressed"]["wall_ns"] == [2_000_000] * 40
-    assert (answer["stopped"], answer["block"], answer["clock"]) == ("iterations", 5, "wall")
+    assert answer["models"]["compressed"]["wall_ns"] == [2_000_000] * 48
+    assert (answer["stopped"], answer["block"], answer["clock"]) == ("iterations", 4, "wall")
     calls = (phone / "calls").read_text().splitlines()
     assert ["dense" in call for call in calls[2:8]] == [True, False, False, True, True, False]
     assert all(" -I -m times -r " in call and " -x 2 -o 99 " in call for call in calls)
@@ -189,10 +177,46 @@ def test_the_benchmark_program_times_models_in_turns(native: Device, phone: Path
 def test_the_benchmark_program_stops_when_its_time_is_up(native: Device, phone: Path, tmp_path: Path) -> None:
     with native.holding({"dense": write_net(tmp_path / "dense.onnx")}) as paths:
         request = {"op": "time", "runtime": "onnxruntime", "models": paths, "threads": 1, "iterations": 10**6}
-        answer = native.ask({**request, "warmup": 0, "seconds": 0.36}, timeout_s=60)
-    # 0.36 s in 8 rounds of runs that take up to 9 ms: 5 in each.
-    assert len(answer["models"]["dense"]["wall_ns"]) == 40
+        answer = native.ask({**request, "warmup": 0, "seconds": 0.55}, timeout_s=60)
+    # 0.55 s in 12 rounds of runs that take up to 9 ms: 5 in each.
+    assert len(answer["models"]["dense"]["wall_ns"]) == 60
     assert answer["stopped"] == "seconds"
+
+
+def test_a_slow_and_a_fast_model_are_compared_round_by_round(native: Device, tmp_path: Path) -> None:
+    files = {"dense": write_net(tmp_path / "slow.onnx"), "compressed": write_net(tmp_path / "model.onnx")}
+    timed = measure.latency(files, native, MeasureTable(iterations=1000, seconds=0.9, warmup=12))
+    # 0.9 s of each, in 12 rounds of 20 and 9 ms: 5 of each in a round.
+    assert {name: len(times) for name, times in timed.samples.items()} == {"dense": 60, "compressed": 60}
+    ratio = timed.ratios["wall"]
+    assert ratio.n == perf_test.ROUNDS >= measure.LEAST_BLOCKS
+    assert ratio.value == pytest.approx(10.0)
+
+
+def test_the_time_of_a_file_with_a_batch_is_that_of_one_image(native: Device, tmp_path: Path) -> None:
+    files = {f"b{n}": write_one_conv(tmp_path / f"m{n}.onnx", batch=n) for n in (1, 8)}
+    files["free"] = write_one_conv(tmp_path / "m.onnx", batch="N")
+    timed = measure.latency(files, native, MeasureTable(iterations=12, seconds=1.0, warmup=12))
+    rows = {name: readings[0] for name, readings in timed.readings.items()}
+    assert {name: row.value for name, row in rows.items()} == pytest.approx(
+        {"b1": 0.002, "b8": 0.00025, "free": 0.002}
+    )
+    assert [row.conditions["batch"] for row in rows.values()] == [1, 8, 1]
+
+
+def test_a_file_that_is_no_onnx_is_not_taken_for_one_image(native: Device, tmp_path: Path) -> None:
+    (tmp_path / "model.ort").write_bytes(b"ORTM")
+    with pytest.raises(ModelError, match="not a readable ONNX file"):
+        measure.latency({"a": tmp_path / "model.ort"}, native, MeasureTable(iterations=12, seconds=1.0))
+
+
+def test_a_benchmark_program_that_leaves_runs_out_is_a_device_error(native: Device, tmp_path: Path) -> None:
+    request = {"op": "time", "threads": 1, "iterations": 12, "warmup": 0, "seconds": 1.0}
+    with (
+        native.holding({"dense": write_net(tmp_path / "few.onnx")}) as models,
+        pytest.raises(DeviceError, match="wrote 4 times of 5 runs"),
+    ):
+        native.ask({**request, "models": models}, timeout_s=60)
 
 
 def test_what_the_benchmark_program_does_not_tell_is_absent_and_says_why(native: Device) -> None:

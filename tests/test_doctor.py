@@ -71,9 +71,15 @@ def test_an_unknown_device_is_a_usage_error() -> None:
         doctor.run(None, "ftp://somewhere")
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, facts: str, agent: Answer | None = None) -> None:
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, facts: str, agent: Answer | None = None, name: str = "scripted"
+) -> None:
     @dataclass(frozen=True)
     class Told(Scripted):
+        @property
+        def name(self) -> str:
+            return name
+
         def run(self, argv: Any, stdin: str, timeout_s: float) -> Answer:
             return self.answer if argv == self.agent() else Answer(0, facts, "")
 
@@ -94,6 +100,18 @@ def test_a_busy_machine_with_a_saving_governor_is_warned_of(monkeypatch: pytest.
     )  # fmt: skip
     assert found["scripted vectors"].found == "none that speed this up"
     assert "scripted memory" not in found
+
+
+def test_what_helps_on_android_is_what_works_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = "cores=8\ngovernor=schedutil\nclock_khz=600000\nclock_max_khz=2000000\ndisk_free_kb=1000\n"
+    scripted(monkeypatch, facts, name="adb://phone")
+    found = by_name(doctor.run(None, "told"))
+    governor = found["adb://phone governor"]
+    assert (governor.status, governor.found) == ("warning", "schedutil")
+    assert "only root may hold it" in governor.fix and "adb shell su -c" in governor.fix
+    assert found["adb://phone clock"].fix == "the governor raises it under load"
+    assert found["adb://phone disk"].fix == "free some space there"
+    assert "sudo" not in " ".join(f.fix for name, f in found.items() if name.startswith("adb:"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from latency_files import MadeUp
 
-from edgeprune.errors import DeviceError, WorkdirError
+from edgeprune.errors import DeviceError, NoLayerTimes, WorkdirError
 from edgeprune.nn.allocate import levels
 from edgeprune.nn.latency_survey import BATCH, LEAST, MOST, clock_on, survey
 from edgeprune.nn.latency_table import Predictor, load, table_path
@@ -126,8 +126,13 @@ def test_a_device_that_tells_no_times_is_an_error(tmp_path: Path) -> None:
             latency_files.subject_of("residual"),
             replace(bench, time=lambda _: {"dense": 1.0, "dense again": 1.0}),
         )
-    with pytest.raises(DeviceError, match="of no layer"):
-        survey(latency_files.subject_of("residual"), replace(bench, nodes=lambda _: []))
+
+
+def test_a_device_that_tells_no_times_of_layers_is_known_before_anything_is_timed(tmp_path: Path) -> None:
+    device = MadeUp()
+    with pytest.raises(NoLayerTimes, match="made-up says of no layer of residual.onnx"):
+        survey(latency_files.subject_of("residual"), replace(device.bench(tmp_path), nodes=lambda _: []))
+    assert device.calls == 0
 
 
 def test_the_clock_of_a_file_runs_the_survey_when_it_is_asked(tmp_path: Path) -> None:

@@ -208,6 +208,14 @@ def test_without_a_table_for_the_network_shares_are_tried_and_it_is_said(tmp_pat
     assert any("Searched by building the file" in n for n in found.notes)
 
 
+def test_on_a_device_without_times_of_layers_shares_are_tried_and_it_is_said(tmp_path: Path) -> None:
+    bench = replace(MadeUp().bench(tmp_path), nodes=lambda _: [])
+    given = replace(material(tmp_path), clock=clock_on(latency_files.exported(NAME), bench))
+    found = chosen(given, latency_p50="60 %")
+    assert found.notes[0].startswith("No latency table (made-up says of no layer")
+    assert "Searched by building" in " ".join(found.notes)
+
+
 def test_the_choice_with_its_record_survives_the_disk(tmp_path: Path) -> None:
     found = chosen(material(tmp_path / "tables"), latency_p50="60 %")
     prune.write(found, tmp_path)

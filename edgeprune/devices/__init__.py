@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type
 
 from edgeprune import facts as machine_facts
-from edgeprune import packing, plugins
+from edgeprune import packing, perf_test, plugins
 from edgeprune.channels import SLOWEST, START_S, Answer, Line, Talk
 from edgeprune.errors import (
     DeviceError,
@@ -40,9 +40,11 @@ _WRITTEN = {
 }
 # What a shell says of a program that is not there, or that it may not start.
 _NO_PROGRAM = (126, 127)
-_PYTHON = (
-    "install it there (sudo apt install python3), or name another: --device 'ssh://HOST?python=/path/to/python3'; for "
-    "a phone, name its onnxruntime_perf_test as benchmark in the target's [setup]"
+_PYTHON = "install it there (sudo apt install python3), or name another: --device 'ssh://HOST?python=/path/to/python3'"
+# adb's shell may not enter the folders of apps, where Termux has its Python; and PyPI has no ONNX Runtime for Android.
+_PHONE = (
+    "name an onnxruntime_perf_test that was built for it as benchmark in the target's [setup]; or go by ssh to Termux "
+    "on it: pkg install openssh python-onnxruntime, start sshd, --device ssh://PHONE:8022"
 )
 _ERRORS: Dict[str, Type[EdgepruneError]] = {
     e.__name__: e for e in (MissingDependency, ModelError, ParityError, UnsupportedModel, UsageError)
@@ -84,6 +86,11 @@ class Device(ABC):
     @abstractmethod
     def agent(self) -> List[str]:
         """The command that starts `edgeprune.agent` on the device."""
+
+    @property
+    def times_alone(self) -> str:
+        """Why it neither answers images nor tells the times of layers, or "" where it does."""
+        return perf_test.TIMES_ALONE if self.agent()[-1] == perf_test.AGENT else ""
 
     def facts(self) -> Dict[str, Any]:
         """What the machine says about itself; what it does not say is absent.
@@ -198,9 +205,10 @@ class Device(ABC):
         Raises:
             As `ask`.
         """
-        travels = argv[-1] == packing.START
+        travels, phone = argv[-1] == packing.START, self.name.startswith("adb:")
         if travels and answer.status in _NO_PROGRAM and not answer.stdout.strip():
-            raise MissingDependency(f"{self.name} has no {argv[-3]}: {_last(answer.stderr)}", _PYTHON)
+            message = f"{self.name} has no {argv[-3]}: {_last(answer.stderr)}"
+            raise MissingDependency(message, _PHONE if phone else _PYTHON)
         try:
             data = json.loads(answer.stdout)
         except (ValueError, RecursionError):
@@ -208,7 +216,7 @@ class Device(ABC):
         if isinstance(data, dict) and isinstance(data.get("error"), str):
             kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
             if travels and hint.startswith("pip install "):
-                hint = f"on {self.name}: {argv[-3]} -m {hint}"
+                hint = _PHONE if phone else f"on {self.name}: {argv[-3]} -m {hint}"
             # What runs there does not know how we call it.
             url = self.name if "://" in self.name else f"{self.name}://"
             hint = hint.replace("'URL?", f"'{url}?")

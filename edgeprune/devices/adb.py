@@ -16,7 +16,6 @@ from edgeprune.errors import DeviceError, UsageError
 
 # As adb devices lists them: serial numbers, HOST:PORT, adb-XXX._adb-tls-connect._tcp, emulator-5554.
 _SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]%-]*")
-_NATIVE = "edgeprune-native-benchmark"
 # What adb says -> what is wrong, and what to do. The first that fits.
 _FAULTS = (
     (
@@ -85,7 +84,7 @@ class Adb(Attached):
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run; what asks for the agent is answered by the benchmark program, where one is named."""
-        if argv[-1] == _NATIVE:
+        if argv[-1] == perf_test.AGENT:
             return self._measured(stdin, timeout_s)
         return self.line.run(argv, stdin.encode(), timeout_s)
 
@@ -116,7 +115,7 @@ class Adb(Attached):
 
     def agent(self) -> List[str]:
         """As Device.agent."""
-        return [_NATIVE] if self.benchmark else ["python3", "-c", packing.START]
+        return [perf_test.AGENT] if self.benchmark else ["python3", "-c", packing.START]
 
     def _attached(self, argv: Sequence[str]) -> List[str]:
         # adb hands one string to the phone's shell; every word is quoted for it. -T: bytes as they are.

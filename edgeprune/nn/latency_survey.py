@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgeprune.errors import DeviceError, ModelError
+from edgeprune.errors import DeviceError, ModelError, NoLayerTimes
 from edgeprune.nn.allocate import levels, timed_levels
 from edgeprune.nn.costs import CostModel
 from edgeprune.nn.latency_parts import Part, charge, network_key, parts
@@ -100,7 +100,8 @@ def survey(network: Subject, bench: Bench, *, multiple_of: int = 1, floor: float
         multiple_of, floor: of the counts that will be asked for.
 
     Raises:
-        UnsupportedModel: a cut has no file. DeviceError, ModelError: a file can't be timed.
+        UnsupportedModel: a cut has no file. NoLayerTimes: the device tells the time of no layer.
+        DeviceError, ModelError: a file can't be timed.
         WorkdirError: the table is not readable.
     """
     path = table_path(bench.folder, bench.place)
@@ -190,17 +191,23 @@ def _timed(
     Files are timed at two moments, before their layers and after, and the lower time counts: what else goes on in a
     machine only makes it slower, some files by a fifth where others lose nothing.
     """
+    # The first one before anything is timed for minutes: not every device tells the times of layers.
+    nodes = [_layers(network, cuts[0], bench)]
     files = {DENSE[0]: network.file, **{path.stem: path for path in cuts}, DENSE[1]: network.file}
     first = bench.time(files)
     _check(first, files)
-    nodes = []
-    for path in track(cuts, len(cuts), "time every layer"):
-        nodes.append(charge(network.parts, bench.nodes(path)))
-        if sum(nodes[-1]) <= 0:
-            raise DeviceError(f"the device said of no layer of {network.file} how long it takes")
+    nodes += [_layers(network, path, bench) for path in track(cuts[1:], len(cuts) - 1, "time every layer")]
     again = bench.time(files)
     _check(again, files)
     return {name: min(first[name], again[name]) for name in files}, nodes
+
+
+def _layers(network: Subject, path: Path, bench: Bench) -> list[float]:
+    """Seconds of each part of a file."""
+    seconds = charge(network.parts, bench.nodes(path))
+    if sum(seconds) <= 0:
+        raise NoLayerTimes(f"{bench.place} says of no layer of {network.file.name} how long it takes")
+    return seconds
 
 
 def _check(seconds: Mapping[str, float], files: Mapping[str, Path]) -> None:

@@ -117,7 +117,8 @@ def on_device(victim: Victim, path: Path, spec: InputSpec, there: There) -> Vict
     """The same file judged by a device: whatever an attack finds counts when the device errs on it.
 
     Attacks that only ask, as Square, ask the device too: a session there stays open, and one at a time has it. A device
-    whose agent can't stay open is only asked for verdicts, and Square asks this machine's copy of the file.
+    whose agent can't stay open is only asked for verdicts, and Square asks this machine's copy of the file. Of one that
+    gives no answers at all, the file stays judged here, and the notes say so.
 
     Args:
         victim: of that file, on this machine. path: the file. spec: what it eats.
@@ -126,6 +127,9 @@ def on_device(victim: Victim, path: Path, spec: InputSpec, there: There) -> Vict
         DeviceError: the device does not answer.
     """
     device = there.device
+    if device.times_alone:
+        note = f"Every verdict is that of ONNX Runtime on this machine, not of {device.name}: {device.times_alone}."
+        return replace(victim, notes=(*victim.notes, note))
     runtime, notes = choose(there.target, device) if there.target else (RUNTIME, ())
 
     def file() -> Path:

@@ -19,6 +19,13 @@ LITTLE_DISK = 10**9
 # Below this share of its highest clock a core is saving power.
 SLOW_CLOCK = 0.9
 _DEVICE_S = 120.0
+# What sets the clock of the cores for as long as one measures. Android has no sudo, and lets only root do it.
+_STEADY = "sudo cpupower frequency-set -g performance  # for steady timings"
+_STEADY_JETSON = "sudo jetson_clocks  # for steady timings"
+_STEADY_ANDROID = (
+    "Android sets the clock and only root may hold it, so mind how far the times spread; on a rooted phone: "
+    "adb shell su -c 'for f in /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor; do echo performance >$f; done'"
+)
 _TRTEXEC = """
 for path in "$(command -v trtexec)" /usr/src/tensorrt/bin/trtexec; do
     [ -x "$path" ] && echo "$path" && exit 0
@@ -104,7 +111,8 @@ def _machine(name: str, facts: Mapping[str, Any]) -> list[Finding]:
     if "disk_free_bytes" in facts:
         little = facts["disk_free_bytes"] < LITTLE_DISK
         found = f"{show(facts['disk_free_bytes'], 'B')} free for temporary files"
-        fix = "free some space there, or set TMPDIR for its logins to a larger disk" if little else ""
+        else_there = "" if _is_android(name) else ", or set TMPDIR for its logins to a larger disk"
+        fix = f"free some space there{else_there}" if little else ""
         rows.append(Finding(f"{name} disk", "warning" if little else "ok", found, fix))
     return rows
 
@@ -119,19 +127,7 @@ def _clocks(name: str, facts: Mapping[str, Any]) -> list[Finding]:
             "" if full else "sudo nvpmodel -m 0  # all cores at full power; nvpmodel -q says which there are"
         )
         rows.append(Finding(f"{name} power mode", "ok" if full else "warning", str(facts["power_mode"]), fix))
-    if "governor" in facts:
-        steady = facts["governor"] == "performance"
-        command = (
-            "sudo jetson_clocks" if "power_mode" in facts else "sudo cpupower frequency-set -g performance"
-        )
-        fix = "" if steady else f"{command}  # for steady timings"
-        rows.append(Finding(f"{name} governor", "ok" if steady else "warning", str(facts["governor"]), fix))
-    if "clock_hz" in facts:
-        most = facts.get("clock_max_hz")
-        slow = most is not None and facts["clock_hz"] < SLOW_CLOCK * most
-        found = f"{facts['clock_hz'] / 1e9:.2f} GHz" + (f" of {most / 1e9:.2f} GHz" if most else "")
-        fix = "the governor raises it under load; hold it there for steady timings" if slow else ""
-        rows.append(Finding(f"{name} clock", "ok", found, fix))
+    rows += _speed(name, facts)
     if "load" in facts:
         busy = facts["load"] > BUSY * cores
         fix = (
@@ -144,6 +140,28 @@ def _clocks(name: str, facts: Mapping[str, Any]) -> list[Finding]:
     if "temperature_c" in facts:
         rows.append(Finding(f"{name} temperature", "ok", f"{facts['temperature_c']:.0f} °C"))
     return rows
+
+
+def _speed(name: str, facts: Mapping[str, Any]) -> list[Finding]:
+    """The governor and the clock, and what holds them where the device lets anybody."""
+    rows: list[Finding] = []
+    if "governor" in facts:
+        steady = facts["governor"] == "performance"
+        command = _STEADY_JETSON if "power_mode" in facts else _STEADY
+        fix = "" if steady else _STEADY_ANDROID if _is_android(name) else command
+        rows.append(Finding(f"{name} governor", "ok" if steady else "warning", str(facts["governor"]), fix))
+    if "clock_hz" in facts:
+        most = facts.get("clock_max_hz")
+        slow = most is not None and facts["clock_hz"] < SLOW_CLOCK * most
+        found = f"{facts['clock_hz'] / 1e9:.2f} GHz" + (f" of {most / 1e9:.2f} GHz" if most else "")
+        hold = "" if _is_android(name) else "; hold it there for steady timings"
+        fix = f"the governor raises it under load{hold}" if slow else ""
+        rows.append(Finding(f"{name} clock", "ok", found, fix))
+    return rows
+
+
+def _is_android(name: str) -> bool:
+    return name.startswith("adb:")
 
 
 def _use(device: Device) -> list[Finding]:

@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx
+from google.protobuf.message import DecodeError
+
 from edgeprune import intervals
 from edgeprune.devices import Device
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, ModelError
+from edgeprune.nn.onnx_batch import batch_of
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.measure_answers import accuracy, agreement, predict
@@ -119,7 +123,7 @@ def latency(
             },
             timeout_s=_START_S + 10.0 * table.seconds * len(models),
         )  # fmt: skip
-    timed = {name: _timed(answer, name, device.name) for name in models}
+    timed = {name: _timed(answer, name, device.name, path) for name, path in models.items()}
     conditions = {
         "threads": table.threads, "warmup": answer.get("warmup"), "clock": answer.get("clock") or "wall",
         "load": answer.get("load"), "runtime": answer.get("runtime"), "priority": answer.get("priority"),
@@ -257,12 +261,12 @@ def _ratio(dense: Sequence[float], compressed: Sequence[float], block: int) -> R
     return Ratio(intervals.quantile(ordered, 0.5), low, high, len(ordered))
 
 
-def _timed(answer: Mapping[str, Any], name: str, device: str) -> _Timed:
+def _timed(answer: Mapping[str, Any], name: str, device: str, path: Path) -> _Timed:
     models = answer.get("models")
     row = models.get(name) if isinstance(models, dict) else None
     if not isinstance(row, dict):
         raise DeviceError(f"the agent on {device} answered no times for {name!r}: {answer!r:.200}")
-    batch = row.get("batch", 1)
+    batch = row["batch"] if "batch" in row else _batch(path)
     wall, cpu = (row.get(key, []) for key in ("wall_ns", "cpu_ns"))
     good = (
         isinstance(batch, int)
@@ -274,6 +278,14 @@ def _timed(answer: Mapping[str, Any], name: str, device: str) -> _Timed:
     if not good or len(cpu) not in (0, len(wall)) or not all(_is_time(v) for v in (*wall, *cpu)):
         raise DeviceError(f"the agent on {device} answered times for {name!r} that are none: {row!r:.200}")
     return _Timed([v * 1e-9 / batch for v in wall], [v * 1e-9 / batch for v in cpu], batch)
+
+
+def _batch(path: Path) -> int:
+    """How many images one run of a file takes, where the device does not tell: as its input says, 1 if it is free."""
+    try:
+        return batch_of(onnx.load(path, load_external_data=False)) or 1
+    except (OSError, DecodeError, ValueError) as error:
+        raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
 
 
 def _is_time(value: Any) -> bool:

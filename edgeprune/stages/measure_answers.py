@@ -92,6 +92,11 @@ def accuracy(
     return reading, logits
 
 
+def absent(metric: str, unit: str, device: Device, name: str) -> Reading:
+    """A reading of a file's answers on a device that gives none: without a value, and why."""
+    return Reading(metric, None, unit, 0, None, device.where(), name, {"why": device.times_alone})
+
+
 def agreement(dense: Logits, compressed: Logits) -> Reading:
     """The share of images on which both name the same class; logits (N, K) of the same images in the same order.
 
@@ -124,9 +129,13 @@ def predict(
         total, label: of the progress bar, in images.
 
     Raises:
-        UsageError: the file is not there, or the images have another shape than it eats.
+        UsageError: the file is not there, the images have another shape than it eats, or the device gives no answers.
         DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
+    if device.times_alone:
+        raise UsageError(
+            f"{device.name} answers no images: {device.times_alone}", "--device local answers them here"
+        )
     parts: list[Logits] = []
     chunk = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (4 * prod(artifact.input.shape))))
     with (

@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune import bundled
 from edgeprune.devices import Device
 from edgeprune.recipe import MeasureTable
-from edgeprune.records import Artifact, InputSpec, Plan, Reading, Target
+from edgeprune.records import METRICS, Artifact, InputSpec, Plan, Reading, Target
 from edgeprune.stages import measure, measure_answers, measure_build, measure_layers, measure_speed
 
 RESULT_VERSION = 3
@@ -222,9 +222,11 @@ def _file_readings(
 def _with_answers(
     wanted: Wanted, subject: _Subject, readings: Mapping[str, tuple[Reading, ...]]
 ) -> dict[str, tuple[Reading, ...]]:
-    """Add the accuracy of each file, and how far they agree, where there are held-out images."""
+    """Add the accuracy of each file, and how far they agree, where there are held-out images; or why it is not had."""
     if wanted.images is None:
         return dict(readings)
+    if wanted.device.times_alone:
+        return {name: (*rows, *_absent(wanted.device, subject, name)) for name, rows in readings.items()}
     out, logits = {}, {}
     for name, path in subject.files.items():
         wanted.say(f"measure: accuracy of {path.name} on {len(wanted.images)} held-out images")
@@ -237,6 +239,13 @@ def _with_answers(
         same = replace(same, artifact="compressed", where=wanted.device.where())
         out["compressed"] = (*out["compressed"], same)
     return out
+
+
+def _absent(device: Device, subject: _Subject, name: str) -> tuple[Reading, ...]:
+    """What `_with_answers` adds of a file on a device that gives no answers."""
+    pair = name == "compressed" and "dense" in subject.files
+    metrics = ("clean_accuracy", "agreement") if pair else ("clean_accuracy",)
+    return tuple(measure_answers.absent(m, METRICS[m].unit, device, name) for m in metrics)
 
 
 def artifact(path: Path, spec: InputSpec) -> Artifact:

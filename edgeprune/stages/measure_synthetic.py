@@ -14,7 +14,7 @@ from torch import Tensor
 from edgeprune.devices import Device
 from edgeprune.errors import UsageError
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading
-from edgeprune.stages.measure_answers import BATCH, RUNTIME, Logits, agreement, predict
+from edgeprune.stages.measure_answers import BATCH, RUNTIME, Logits, absent, agreement, predict
 from edgeprune.stages.measure_bound import bound
 
 RESAMPLES = 2000
@@ -52,12 +52,18 @@ def run(
     Args:
         networks: the dense and the compressed one. files: "dense" and "compressed" -> their ONNX file.
         pictures: the synthetic images, if there are any; without them there is only the bound.
+        device: where the files answer; of one that gives no answers the readings are absent, with the reason.
 
     Raises:
         UsageError, DeviceError, MissingDependency, ModelError: as for `measure_answers.predict`.
     """
     readings, logits = (), None
-    if pictures is not None:
+    if pictures is not None and device.times_alone:
+        about = {"images": "synthetic", "fitted": pictures.fitted}
+        units = {"synthetic_agreement": "fraction", "synthetic_kl": "nats"}
+        missing = (absent(metric, unit, device, "compressed") for metric, unit in units.items())
+        readings = tuple(replace(r, conditions={**about, **r.conditions}) for r in missing)
+    elif pictures is not None:
         say(f"measure: dense and compressed on {len(pictures.images)} synthetic images")
         readings, logits = answers(files, networks[0].input, pictures, device)
     say("measure: bound the change of the logits over all inputs")

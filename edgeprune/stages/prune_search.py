@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from edgeprune.errors import InfeasibleBudget, UnsupportedModel, UsageError
+from edgeprune.errors import InfeasibleBudget, NoLayerTimes, UnsupportedModel, UsageError
 from edgeprune.methods import Method, PruneTask, Survey, SurveyMethod, TrainingMethod, counts, verify
 from edgeprune.nn import surgery
 from edgeprune.nn.costs import CostModel
@@ -110,6 +110,8 @@ def _by_table(
         clock = tools.clock(task.costs)
     except UnsupportedModel as error:
         return None, (f"No latency table for this network ({error.message}): searched by trying shares.",)
+    except NoLayerTimes as error:
+        return None, (f"No latency table ({error.message}): searched by trying shares.",)
     wanted = {m: prune_latency.Wanted(tools.probes[m].dense, target) for m, target in targets.items()}
 
     def read(kept: Mapping[str, int]) -> dict[str, float]:
