@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeprune import abreast, bundled, queries
 from edgeprune.context import Say, stage, torch_part
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
 from edgeprune.tabling import bench
@@ -77,8 +77,20 @@ def table(recipe: Recipe, *, say: Say) -> Any:
     """Time the layers of a model over their channel counts on the recipe's device (`stages.table.LatencyTable`).
 
     Raises:
-        ModelError: the model can't be loaded or cut. DeviceError: the device failed.
+        UsageError: several devices, images or an attack are named. ModelError: the model can't be loaded or cut.
+        DeviceError: the device failed.
     """
+    surplus = {
+        "a second --device": bool(recipe.measure.beside),
+        "--data": bool(recipe.data.path),
+        "--attack": recipe.attack.name not in ("none", "auto"),
+    }
+    named = [what for what, given in surplus.items() if given]
+    if named:
+        raise UsageError(
+            f"profile --table times the layers of a model on one device, but {' and '.join(named)} was given",
+            "ask for the table of each device by itself, and leave out --data and --attack",
+        )
     say(f"load: {recipe.model.path}")
     bundle, target = stage("load").run(recipe.model), bundled.target(recipe.target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device, target.setup)

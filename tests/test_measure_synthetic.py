@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import latency_files
+import nets
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,8 @@ from onnx_files import Mirror, write_mirror
 
 from edgeprune import intervals
 from edgeprune.devices.local import Local
-from edgeprune.errors import UsageError
+from edgeprune.errors import MissingDependency, UsageError
+from edgeprune.nn.bundle import from_module
 from edgeprune.records import METRICS, InputSpec
 from edgeprune.stages import measure_synthetic
 from edgeprune.stages.measure_synthetic import Pictures, answers, divergence
@@ -92,6 +97,27 @@ def test_both_files_are_run_on_the_device_and_the_readings_say_what_they_are_not
         assert reading.conditions["images"] == "synthetic"
         assert reading.conditions["synthesis"] == {"steps": 9} and reading.conditions["fitted"] is True
         assert reading.metric not in METRICS
+
+
+def test_a_board_without_onnxruntime_leaves_the_answers_to_this_machine(tmp_path: Path) -> None:
+    class Bare(Local):
+        def ask(self, request: Mapping[str, Any], **_more: Any) -> dict[str, Any]:
+            raise MissingDependency(f"no onnxruntime for {request['op']}", "pip install onnxruntime")
+
+        def where(self) -> str:
+            return "ssh://board aarch64"
+
+    network = from_module(nets.build("plain"), nets.example())
+    path = latency_files.exported("plain")
+    pictures = Pictures(nets.example(6), {}, fitted=False)
+    said: list[str] = []
+    found = measure_synthetic.run(
+        (network, network), {"dense": path, "compressed": path}, pictures, Bare(), said.append
+    )
+    rows = {r.metric: r for r in found}
+    assert rows["synthetic_agreement"].value == 1.0
+    assert rows["synthetic_agreement"].where == Local().where()
+    assert any("ssh://board aarch64 has no ONNX Runtime: asked on this machine" in line for line in said)
 
 
 def test_images_are_run_in_their_order_a_few_at_a_time(

@@ -7,8 +7,10 @@ from typing import Any
 
 import latency_files
 import pytest
+from typer.testing import CliRunner
 
 from edgeprune import bundled
+from edgeprune.cli import app
 from edgeprune.devices import device_from_url
 from edgeprune.errors import UsageError
 from edgeprune.nn.latency_parts import charge
@@ -101,3 +103,15 @@ def test_files_are_timed_in_the_precision_that_is_asked_for_and_every_layer_is_t
     layers = [n.name for n in network.resizer.model.graph.node if n.op_type in ("Conv", "Gemm")]
     assert all(spent[name] > 0 for name in layers), spent
     assert seen == [network.file.name] * 2
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (["--device", "local", "--device", "fake"], "a second --device"),
+        (["--data", "x", "--attack", "pgd"], "--data and --attack"),
+    ],
+)
+def test_what_a_table_has_no_use_for_is_refused_before_anything_is_loaded(more: list[str], what: str) -> None:
+    done = CliRunner().invoke(app, ["profile", "no-such-model.pt2", "--table", *more])
+    assert done.exit_code == 2 and f"but {what} was given" in " ".join(done.output.split())

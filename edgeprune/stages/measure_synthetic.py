@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from edgeprune.devices import Device
-from edgeprune.errors import UsageError
+from edgeprune.devices import Device, device_from_url
+from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading
 from edgeprune.stages.measure_answers import BATCH, RUNTIME, Logits, absent, agreement, predict
 from edgeprune.stages.measure_bound import bound
@@ -52,10 +52,11 @@ def run(
     Args:
         networks: the dense and the compressed one. files: "dense" and "compressed" -> their ONNX file.
         pictures: the synthetic images, if there are any; without them there is only the bound.
-        device: where the files answer; of one that gives no answers the readings are absent, with the reason.
+        device: where the files answer; of one that gives no answers the readings are absent, with the reason, and for
+            one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
 
     Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure_answers.predict`.
+        UsageError, DeviceError, ModelError: as for `measure_answers.predict`.
     """
     readings, logits = (), None
     if pictures is not None and device.times_alone:
@@ -65,7 +66,11 @@ def run(
         readings = tuple(replace(r, conditions={**about, **r.conditions}) for r in missing)
     elif pictures is not None:
         say(f"measure: dense and compressed on {len(pictures.images)} synthetic images")
-        readings, logits = answers(files, networks[0].input, pictures, device)
+        try:
+            readings, logits = answers(files, networks[0].input, pictures, device)
+        except MissingDependency:
+            say(f"measure: {device.where()} has no ONNX Runtime: asked on this machine")
+            readings, logits = answers(files, networks[0].input, pictures, device_from_url("local"))
     say("measure: bound the change of the logits over all inputs")
     return (*readings, bound(*networks, logits))
 
