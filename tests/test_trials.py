@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tensorrt_stubs as stubs
 from onnx_files import write_net
 
-from edgeprune import agent_cuda, bundled
-from edgeprune.devices import device_from_url
-from edgeprune.errors import DeviceError
-from edgeprune.recipe import MeasureTable
+from edgeprune import agent_cuda, building, bundled
+from edgeprune.devices import Device, device_from_url
+from edgeprune.devices.local import Local
+from edgeprune.errors import DeviceError, UsageError
+from edgeprune.quantities import limit
+from edgeprune.recipe import MeasureTable, PruneTable
+from edgeprune.records import Budget
 from edgeprune.stages.measure_trial import Trials
 
 TABLE = MeasureTable(iterations=20, warmup=1, seconds=2.0)
@@ -68,3 +73,27 @@ def test_layers_are_timed_by_one_who_is_alone(tmp_path: Path) -> None:
                 timing()
         alone = Trials(device, bundled.target("local"), lambda _line: None, None)
         assert alone.nodes(path, TABLE), "who holds the device may go on"
+
+
+class Emulated(Local):
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "emulated": True}
+
+
+def run_on(device: Device) -> Any:
+    return SimpleNamespace(
+        device=device, target=bundled.target("local"), say=lambda _line: None, on_target=True, file_share=0.0,
+        budget=Budget({"latency_p90": limit("latency_p90", "50 %")}),
+        recipe=SimpleNamespace(prune=PruneTable(), measure=TABLE),
+    )  # fmt: skip
+
+
+def test_nothing_is_decided_by_the_times_of_an_emulated_processor(tmp_path: Path) -> None:
+    write_net(tmp_path / "dense.onnx", 8)
+    with pytest.raises(
+        UsageError, match="a budget on latency_p90 can't be held .* its processor is emulated"
+    ):
+        building.probes(run_on(Emulated()), tmp_path)
+    assert building._timer(run_on(Emulated())) is None
+    assert building.probes(run_on(Local()), tmp_path)["latency_p90"].dense > 0
+    assert building._timer(run_on(Local())) is not None
