@@ -10,6 +10,7 @@ from reports import HERE, budget, check, plain_report, reading
 
 from edgeprune.records import Report
 from edgeprune.stages import gate
+from edgeprune.stages.report import summary_lines
 
 LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
 
@@ -111,6 +112,70 @@ def test_two_models_timed_in_turn_are_told_apart_by_their_ratios() -> None:
     assert check(made, "latency_p50", "47 %").status == "fail"
     assert check(made, "latency_p50", "90 ms").status == "inconclusive"
     assert check(made, "latency_p50", "50 %", made).status == "inconclusive"
+
+
+def side_by_side(low: float, value: float, high: float, **says: Any) -> Report:
+    paired = {"speedup": {"value": value, "low": low, "high": high, "pairs": 20}, **says}
+    dense = [reading(metric, 0.100, spread=(0.099, 0.101)) for metric in LATENCIES]
+    after = [reading("latency_p50", 0.1 / value, spread=(0.1 / high, 0.1 / low), conditions=paired)]
+    return plain_report(
+        dense, [*after, *(replace(after[0], metric=m, conditions=says) for m in LATENCIES[1:])]
+    )
+
+
+NONE_FASTER = {
+    "less than two processes of one file differ by": side_by_side(1.005, 1.01, 1.015),
+    "less than files of the same work differ by": side_by_side(1.02, 1.03, 1.04, same_work=True),
+    "slower": side_by_side(0.90, 0.91, 0.92),
+    "as fast": side_by_side(0.998, 1.0, 1.002),
+    "nothing removed, and noise": side_by_side(0.8, 1.1, 1.3, same_work=True, nothing_removed=True),
+}
+
+
+@pytest.mark.parametrize("metric", LATENCIES)
+@pytest.mark.parametrize("limit", ["100 %", "500 %"])
+@pytest.mark.parametrize("made", NONE_FASTER.values(), ids=NONE_FASTER)
+def test_a_model_that_is_not_faster_meets_no_limit_on_a_time_in_percent(
+    made: Report, limit: str, metric: str
+) -> None:
+    verdict = gate.run(made, budget(**{metric: limit}), None, baseline_missing=False)
+    assert (verdict.exit_code, verdict.checks[0].status) == (1, "fail")
+    assert verdict.checks[0].detail.startswith("not faster: ")
+    assert "not faster: " in gate.render(verdict, "junit").split("message=", 1)[1]
+    held = gate.run(made, budget(**{metric: limit}), made, baseline_missing=False)
+    assert held.exit_code == 1, "against a baseline too"
+    assert check(made, metric, "1 s").status == "pass", "an absolute limit asks for no gain"
+    line = next(line for line in summary_lines(made) if "faster" in line)
+    assert line.startswith("NOT faster"), "the report and the gate agree"
+
+
+def test_what_is_not_shown_to_be_faster_is_undecided_where_its_numbers_would_do() -> None:
+    unsure = side_by_side(0.9, 1.05, 1.3)
+    assert check(unsure, "latency_p50", "150 %").status == "inconclusive"
+    assert check(unsure, "latency_p50", "150 %").detail.startswith("not shown to be faster: 1.050x")
+    assert check(unsure, "latency_p50", "50 %").status == "fail"
+    busy = side_by_side(0.99, 1.01, 1.03, contended=True, cpu_p50=0.09)
+    assert check(busy, "latency_p50", "150 %").status == "inconclusive"
+    assert check(side_by_side(1.03, 1.04, 1.05), "latency_p50", "98 %").status == "pass"
+    assert any(line.startswith("NOT shown to be faster") for line in summary_lines(unsure))
+
+
+def test_the_budget_of_a_run_is_held_by_its_numbers() -> None:
+    """Not faster is no failure of the run itself: it says so, and ends with 0."""
+    made = side_by_side(1.005, 1.01, 1.015)
+    verdict = gate.run(made, budget(latency_p50="150 %"), None, baseline_missing=False, must_be_faster=False)
+    assert verdict.exit_code == 0
+    assert verdict.checks[0].detail.startswith("not faster: ")
+
+
+def test_estimates_of_one_formula_that_are_alike_are_no_gain() -> None:
+    guess = reading("latency_p50", 0.5, where="estimated: roofline", spread=(0.3, 0.7))
+    allowed = replace(budget(latency_p50="300 %"), allow_estimates=True)
+    same = gate.run(plain_report([guess], [guess], "jetson"), allowed, None, baseline_missing=False)
+    assert same.exit_code == 1
+    less = replace(guess, value=0.2, spread=(0.12, 0.28))
+    found = gate.run(plain_report([guess], [less], "jetson"), allowed, None, baseline_missing=False)
+    assert found.exit_code == 0
 
 
 def test_ratios_that_contradict_the_two_times_decide_nothing() -> None:

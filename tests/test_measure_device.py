@@ -147,6 +147,20 @@ def test_an_idle_machine_that_shows_no_difference_is_conclusive(pair: dict[str, 
     assert measure.speed_words(result).startswith("NOT faster: 1.00x")
 
 
+def test_where_nothing_was_removed_no_difference_is_a_gain(pair: dict[str, Path]) -> None:
+    """Half the time, by chance: it is the same network in the same precision."""
+    device = Talking({"time": answer([1000, 1400] * 60, [500, 700] * 60)})
+    cuts = {"macs": (0, 1000), "weights": (50, 0), "nothing": (0, 0), "both": (50, 1000)}
+    plans = {name: Plan({}, {}, {}, {}, 100 - p, 1000 + m, 100, 1000) for name, (p, m) in cuts.items()}
+    marked = {}
+    for name, plan in plans.items():
+        found = measure_run.run(wanted(device), pair, plan)
+        times = [r.conditions for r in found.after if r.metric.startswith("latency")]
+        marked[name] = {c.get("nothing_removed") for c in times}
+        assert found.notes[0].startswith("Speed: NOT faster: 2.00x" if name == "nothing" else "Speed: 2.00x")
+    assert marked == {"macs": {None}, "weights": {None}, "nothing": {True}, "both": {None}}
+
+
 def test_an_emulated_processor_is_marked_and_never_compared(pair: dict[str, Path]) -> None:
     device = Talking({}, {"emulated": True})
     found = measure_run.run(wanted(device), pair, PLAN)

@@ -47,8 +47,9 @@ def test_a_small_gain_without_less_work_is_no_gain() -> None:
     assert same.startswith("NOT faster: 1.03x") and same.endswith("because no work is gone")
 
 
-def test_noise_is_called_inconclusive() -> None:
+def test_noise_is_called_inconclusive_but_where_nothing_was_removed() -> None:
     text = words(UNSURE, HERE)
+    assert words(UNSURE, HERE, Clues(nothing_removed=True)).startswith("NOT faster: 1.05x")
     assert text.startswith("NOT shown to be faster: 1.05x (95 % interval 0.90-1.30)")
     assert "inconclusive" in text
 

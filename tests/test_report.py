@@ -207,7 +207,9 @@ def test_the_summary_says_plainly_what_is_not_faster_and_what_is_unknown() -> No
         in stage.summary_lines(slow)
     )
     same = replace(sample(), after=(reading("latency_p50", 7.6e-4, spread=(7e-4, 8e-4)),))
-    assert any(line.startswith("NOT faster (within noise)") for line in stage.summary_lines(same))
+    assert any(line.startswith("NOT shown to be faster (within noise)") for line in stage.summary_lines(same))
+    near = replace(sample(), after=(reading("latency_p50", 7.6e-4, spread=(7.55e-4, 7.65e-4)),))
+    assert any(line.startswith("NOT faster (within noise)") for line in stage.summary_lines(near))
     few = replace(sample(), after=(reading("latency_p50", 3.8e-4),))
     assert any(
         line.startswith("Not known to be faster (2.00x, uncertain:") for line in stage.summary_lines(few)

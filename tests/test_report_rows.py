@@ -64,13 +64,16 @@ def test_speed_inside_the_noise_is_no_speed() -> None:
 
 
 def test_a_small_gain_of_a_file_that_does_the_same_work_is_none() -> None:
-    dense = reading("latency_p50", 0.0102, "dense", spread=(0.0102, 0.0102))
+    dense = reading("latency_p50", 0.0103, "dense", spread=(0.0103, 0.0103))
     same = {"same_work": True}
     after = reading("latency_p50", 0.0100, spread=(0.0100, 0.0100))
-    assert change(dense, after) == ("1.02x faster", True)
+    assert change(dense, after) == ("1.03x faster", True)
     assert change(dense, replace(after, conditions=same)) == ("unchanged", None)
+    assert change(dense, replace(after, value=0.0102, spread=(0.0102, 0.0102))) == ("unchanged", None)
     much = replace(after, value=0.0090, spread=(0.0090, 0.0090), conditions=same)
-    assert change(dense, much) == ("1.13x faster", True)
+    assert change(dense, much) == ("1.14x faster", True)
+    removed = replace(much, conditions={**same, "nothing_removed": True})
+    assert change(dense, removed) == ("unchanged", None), "what nothing was removed from is not faster"
 
 
 def test_speed_of_models_timed_in_turn_is_their_paired_ratio() -> None:

@@ -13,7 +13,7 @@ from edgeprune.choices import ALLOW_ESTIMATES
 from edgeprune.places import unread, views, where_of
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Budget, Check, Limit, Reading, Report, Verdict
-from edgeprune.stages import gate_pairs
+from edgeprune.stages import gate_pairs, gate_speed
 from edgeprune.stages.gate_budget import budget_from
 from edgeprune.stages.gate_devices import worst
 from edgeprune.stages.gate_pairs import find, value_of
@@ -36,12 +36,20 @@ class _Reference:
     remark: str = ""
 
 
-def run(report: Report, budget: Budget, baseline: Report | None, *, baseline_missing: bool) -> Verdict:
+def run(
+    report: Report,
+    budget: Budget,
+    baseline: Report | None,
+    *,
+    baseline_missing: bool,
+    must_be_faster: bool = True,
+) -> Verdict:
     """Check every limit against the compressed model's readings.
 
     Relative limits are relative to the baseline's compressed model when there is a baseline, else to the dense
     model of this report. baseline_missing: a baseline was named, and its file is not there yet. Of several devices
-    the one that comes off worst decides each limit.
+    the one that comes off worst decides each limit. must_be_faster: a limit on a time in % is missed by a model that
+    is not faster than the dense one, whatever the limit.
     """
     first, *further = views(report)
     if budget.allow_estimates:
@@ -51,7 +59,7 @@ def run(report: Report, budget: Budget, baseline: Report | None, *, baseline_mis
         worst(
             {
                 _place(limit.metric, view): _not_measured(limit, view, budget)
-                or _check(limit, view, _base(bases, view))
+                or _check(limit, view, _base(bases, view), must_be_faster)
                 for view in (
                     first,
                     *(v for v in further if value_of(find(v.after, limit.metric)) is not None),
@@ -111,7 +119,7 @@ def _not_measured(limit: Limit, report: Report, budget: Budget) -> Check | None:
     return Check(limit.metric, limit.text, "missing", value_of(after), None, None, why)
 
 
-def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
+def _check(limit: Limit, report: Report, baseline: Report | None, must_be_faster: bool) -> Check:
     after = find(report.after, limit.metric)
     value = value_of(after)
     reference = _reference(limit, report, baseline)
@@ -129,7 +137,9 @@ def _check(limit: Limit, report: Report, baseline: Report | None) -> Check:
         or _noise(limit, threshold, after, reference, report)
     )
     status = "inconclusive" if doubt else "pass" if margin >= 0 else "fail"
-    remarks += [doubt] if doubt else []
+    speed = gate_speed.of(limit, after, report)
+    status = gate_speed.status(status, speed) if must_be_faster else status
+    remarks += [text for text in (speed.words, doubt) if text]
     remarks += [str(after.conditions["no_interval"])] if after.conditions.get("no_interval") else []
     remarks += _where(limit.metric, after, report)
     return Check(limit.metric, limit.text, status, value, threshold, margin, "; ".join(remarks))

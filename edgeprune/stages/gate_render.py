@@ -104,7 +104,8 @@ def _junit(verdict: Verdict) -> str:
             ElementTree.SubElement(case, "system-out").text = said
             continue
         tag = "failure" if check.status == "fail" else "error"
-        message = _xml(_margin(check) if tag == "failure" else _detail(check))
+        missed = tag == "failure" and (check.margin is None or check.margin < 0)
+        message = _xml(_margin(check) if missed else _detail(check))
         ElementTree.SubElement(case, tag, {"type": check.status, "message": message}).text = said
     if verdict.notes:
         ElementTree.SubElement(suite, "system-out").text = _xml("\n".join(verdict.notes))

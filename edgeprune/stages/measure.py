@@ -21,13 +21,14 @@ from edgeprune.errors import DeviceError, ModelError
 from edgeprune.nn.onnx_batch import batch_of
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
+from edgeprune.speed import WIDE, Ratio
 from edgeprune.stages.measure_answers import accuracy, agreement, predict
 from edgeprune.stages.measure_files import held
 from edgeprune.stages.measure_layers import node_times, per_layer
 from edgeprune.stages.measure_memory import energy, peak_memory
 from edgeprune.stages.measure_place import EMULATED, Place, place
 from edgeprune.stages.measure_size import compressed_size, size
-from edgeprune.stages.measure_speed import WIDE, Clues, Ratio, clues, words
+from edgeprune.stages.measure_speed import Clues, clues, words
 
 __all__ = [
     "Clues", "Latency", "Ratio", "accuracy", "agreement", "clues", "compressed_size", "energy", "latency",

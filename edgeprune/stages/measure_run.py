@@ -16,7 +16,7 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Artifact, InputSpec, Plan, Reading, Target
 from edgeprune.stages import measure, measure_answers, measure_build, measure_layers, measure_speed
 
-RESULT_VERSION = 3
+RESULT_VERSION = 4
 # Somebody else's measuring is over in minutes; a run that has trained for hours is not given up for that.
 WAIT_S = 600.0
 # No more than this for the plots and for whoever reads report.json.
@@ -133,7 +133,7 @@ def _run(
     readings = {name: _file_readings(wanted, name, subject, timed) for name in subject.files}
     if plan is not None:
         readings = {
-            name: (*_counted(plan, name), *counted.get(name, ()), *_with_work(plan, name, rows))
+            name: (*_counted(plan, name), *counted.get(name, ()), *_with_work(plan, name, subject, rows))
             for name, rows in readings.items()
         }
     readings = _with_answers(wanted, subject, readings)
@@ -144,6 +144,7 @@ def _run(
             plan, _machine(wanted, subject), measure_build.precision_of(subject.onnx["compressed"]),
             nodes=nodes["compressed"], latency_s=median or 0.0,
         )  # fmt: skip
+        known = replace(known, nothing_removed=_nothing_removed(plan, subject))
         notes.insert(0, f"Speed: {measure.speed_words(timed, known)}.")
     names = list(subject.files)
     return Measured(
@@ -183,14 +184,20 @@ def _counted(plan: Plan, name: str) -> tuple[Reading, ...]:
     )
 
 
-def _with_work(plan: Plan, name: str, rows: tuple[Reading, ...]) -> tuple[Reading, ...]:
-    """Note at the times of a file that does exactly the dense file's work that a small gain is none."""
+def _with_work(plan: Plan, name: str, subject: _Subject, rows: tuple[Reading, ...]) -> tuple[Reading, ...]:
+    """Note at the times of a file that does exactly the dense file's work that a small gain is none, or any is."""
     if name == "dense" or plan.macs != plan.macs_before:
         return rows
-    same = {"same_work": True}
+    same = {"same_work": True, **({"nothing_removed": True} if _nothing_removed(plan, subject) else {})}
     return tuple(
         replace(r, conditions={**r.conditions, **same}) if r.metric.startswith("latency") else r for r in rows
     )
+
+
+def _nothing_removed(plan: Plan, subject: _Subject) -> bool:
+    """Whether both files are of one network in one precision."""
+    counts = (plan.params, plan.macs) == (plan.params_before, plan.macs_before)
+    return counts and len({measure_build.precision_of(path) for path in subject.onnx.values()}) == 1
 
 
 def _file_readings(

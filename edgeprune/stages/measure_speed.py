@@ -11,14 +11,8 @@ from dataclasses import dataclass, field
 
 from edgeprune.records import Plan, Target
 from edgeprune.runtimes import NodeTime
+from edgeprune.speed import FASTER, UNDECIDED, Ratio, verdict
 
-# Two sessions of the very same file differ by up to this factor from one process to the next: where their memory
-# lands decides. Less than that is no gain, however narrow the interval of one process is.
-SAME = 1.02
-# Where both files do the same work, as when only single weights were set to zero, a gain needs more than chance.
-SAME_WORK = 1.05
-# Wider than this, an interval round 1 says that the machine was too busy to tell.
-WIDE = 1.05
 # What ONNX Runtime takes for itself on a Zen 4 core: for each call, and for each node that does next to nothing
 # (0.2 to 0.7 us). On a slower machine it is more, so that the share below is a lower bound.
 CALL_S = 5e-6
@@ -37,23 +31,13 @@ CONVERTERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times faster the compressed model is: the median of n paired ratios, and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Clues:
     """What is known about a cut and about the machine that timed it; a field left at its default says nothing.
 
     macs_before, macs_after: counted. channels: layer -> channels that it kept. multiple_of: what the channels of a
     layer should be a multiple of on the machine that was timed. nodes: of the compressed file, as they ran.
-    latency_s: the compressed model's median. balance: multiply-accumulates per byte, and bandwidth: bytes per second
-    of that machine.
+    latency_s: the compressed model's median. nothing_removed: as for `speed.verdict`. balance:
+    multiply-accumulates per byte, and bandwidth: bytes per second of that machine.
     """
 
     macs_before: int = 0
@@ -62,6 +46,7 @@ class Clues:
     multiple_of: int = 1
     nodes: Sequence[NodeTime] = ()
     latency_s: float = 0.0
+    nothing_removed: bool = False
     balance: float = BALANCE
     bandwidth: float = BANDWIDTH
 
@@ -103,10 +88,11 @@ def words(ratio: Ratio, place: str, clues: Clues | None = None, *, unsure: bool 
     """
     clues = clues or Clues()
     interval = f"(95 % interval {ratio.low:.2f}-{ratio.high:.2f}) on {place}"
-    least = SAME_WORK if 0 < clues.macs_before == clues.macs_after else SAME
-    if ratio.low > 1.0 and ratio.value >= least:
+    same_work = 0 < clues.macs_before == clues.macs_after
+    found = verdict(ratio, same_work=same_work, nothing_removed=clues.nothing_removed, unsure=unsure)
+    if found == FASTER:
         return f"{ratio.value:.2f}x faster {interval}{_though(ratio, clues)}"
-    if ratio.low <= 1.0 <= ratio.high and (unsure or ratio.high / ratio.low > WIDE):
+    if found == UNDECIDED:
         return (
             f"NOT shown to be faster: {ratio.value:.2f}x {interval}: inconclusive, because the timings differ more "
             "than the models; measure again on an idle machine or with more iterations"

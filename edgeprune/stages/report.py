@@ -16,6 +16,7 @@ from edgeprune import codec
 from edgeprune.errors import UsageError
 from edgeprune.quantities import show
 from edgeprune.records import REPORT_SCHEMA, Report
+from edgeprune.speed import UNDECIDED, verdict_on
 from edgeprune.stages.report_build import SPARSE_NOTE
 from edgeprune.stages.report_html import page
 from edgeprune.stages.report_markdown import document
@@ -213,6 +214,8 @@ def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
         yield f"Not known to be faster ({row.change}: there is no 95 % interval): {times}."
     elif row.change == "not comparable":
         yield f"Dense and compressed were timed in different ways and can't be compared: {times}."
+    elif row.before is not None and verdict_on(row.before, after) == UNDECIDED:
+        yield f"NOT shown to be faster ({row.change}): {times}."
     else:
         yield f"NOT faster ({row.change}): {times}."
 

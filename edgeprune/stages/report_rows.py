@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune import places
+from edgeprune import places, speed
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Reading, Report
 
 SPEED = ("latency_p50", "latency_p90", "latency_p99")
 # What is read without labels is no accuracy and stands in a section of its own.
 UNLABELLED = ("synthetic_agreement", "synthetic_kl", "certified_logit_change")
-SAME_SPEED = 1.005
-# Of files that do the same work: where their memory lands makes more of a difference than this.
-SAME_WORK = 1.05
 # Measured without an interval: a change smaller than this share is neither better nor worse.
 WOBBLY = ("peak_memory", "energy")
 SAME_SHARE = 0.01
@@ -230,29 +227,20 @@ def _how(before: Reading | None, after: Reading | None) -> str:
 
 
 def _speed(before: Reading, after: Reading) -> tuple[str, bool | None]:
-    old, new = value_of(before), value_of(after)
-    if not old or not new or old < 0 or new < 0:
+    ratio = speed.ratio_of(before, after)
+    if ratio is None:
         return "-", None
-    # Runs that were timed side by side shared their noise, so their ratio says more than the two times.
-    paired = _speedup(after)
-    factor = paired[0] if paired else old / new
-    if not paired and not (interval_of(before) and interval_of(after)):
-        return f"{factor:.2f}x, uncertain", None
-    if (paired and paired[1] <= 1 <= paired[2]) or (not paired and _overlap(before, after)):
+    least = speed.least(same_work=after.conditions.get("same_work") is True)
+    timed = speed.speedup(after) or (speed.interval(before) and speed.interval(after))
+    if timed and ratio.low <= 1 <= ratio.high:
         return "within noise", None
-    least = SAME_WORK if after.conditions.get("same_work") is True else SAME_SPEED
-    if max(factor, 1 / factor) < least:
+    if max(ratio.value, 1 / ratio.value) < least or after.conditions.get("nothing_removed") is True:
         return "unchanged", None
-    return (f"{factor:.2f}x faster", True) if factor > 1 else (f"{1 / factor:.2f}x slower", False)
-
-
-def _speedup(after: Reading) -> tuple[float, float, float] | None:
-    """How many times faster, with its 95 % interval, when the two models were timed in turn."""
-    paired = after.conditions.get("speedup")
-    if not isinstance(paired, Mapping):
-        return None
-    value, low, high = (number_in(paired, key) for key in ("value", "low", "high"))
-    return (value, low, high) if value and low and high and low <= value <= high else None
+    if not timed:
+        return f"{ratio.value:.2f}x, uncertain", None
+    if ratio.value > 1:
+        return f"{ratio.value:.2f}x faster", True
+    return f"{1 / ratio.value:.2f}x slower", False
 
 
 def _overlap(before: Reading, after: Reading) -> bool:
