@@ -17,6 +17,7 @@ from edgeprune.nn.latency_parts import charge
 from edgeprune.recipe import MeasureTable
 from edgeprune.stages import quantize_size
 from edgeprune.stages.measure_trial import Trials
+from edgeprune.stages.table import ALONE
 from edgeprune.tabling import Written, bench
 
 
@@ -115,3 +116,12 @@ def test_files_are_timed_in_the_precision_that_is_asked_for_and_every_layer_is_t
 def test_what_a_table_has_no_use_for_is_refused_before_anything_is_loaded(more: list[str], what: str) -> None:
     done = CliRunner().invoke(app, ["profile", "no-such-model.pt2", "--table", *more])
     assert done.exit_code == 2 and f"but {what} was given" in " ".join(done.output.split())
+
+
+def test_the_page_names_the_shares_that_layers_are_timed_alone_at() -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "latency.md"
+    if not page.is_file():
+        pytest.skip("not in this checkout")
+    *first, last = (f"{100 * share:g}" for share in ALONE)
+    said = " ".join(page.read_text(encoding="utf-8").split())
+    assert f"a layer is timed at the counts nearest to {', '.join(first)} and {last} %" in said
