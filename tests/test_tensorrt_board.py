@@ -16,7 +16,7 @@ from edgeprune import agent_cuda, agent_engines, bundled
 from edgeprune.devices import Answer
 from edgeprune.devices.fake import Fake
 from edgeprune.devices.local import Local
-from edgeprune.errors import DeviceError, ModelError, ParityError
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import InputSpec, Plan, Target
 from edgeprune.stages import measure_build, measure_run
@@ -250,8 +250,23 @@ def test_the_runtime_is_the_targets_where_the_device_has_it(gpu: stubs.Gpu, orin
     assert measure_build.choose(orin, stubs.Board()) == ("tensorrt", ())
     assert measure_build.choose(orin, Fake()) == ("onnxruntime", ())
     assert measure_build.choose(bundled.target("local"), stubs.Board()) == ("onnxruntime", ())
-    runtime, notes = measure_build.choose(orin, Local())
-    assert notes == () and runtime in ("onnxruntime", "tensorrt")
+
+
+def test_this_machine_without_tensorrt_is_said_to_be_measured_without_it(
+    orin: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise MissingDependency("TensorRT's Python package can't be imported", "sudo apt install it")
+
+    monkeypatch.setattr(Local, "ask", missing)
+    runtime, (note,) = measure_build.choose(orin, Local())
+    assert runtime == "onnxruntime"
+    assert note == (
+        "Times are of ONNX Runtime on the CPU of this machine, not of TensorRT: TensorRT's Python package can't be "
+        "imported; sudo apt install it."
+    )
+    for name in ("local", "raspberry-pi-5"):
+        assert measure_build.choose(bundled.target(name), Local()) == ("onnxruntime", ())
 
 
 def test_the_precision_is_read_from_the_file(tmp_path: Path, pair: dict[str, Path]) -> None:

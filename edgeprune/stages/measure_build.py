@@ -85,10 +85,9 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
     try:
         about = device.ask({"op": "about", "runtime": TENSORRT}, timeout_s=_ASK_S)
     except MissingDependency as error:
-        if device.name == "local":
-            return RUNTIME, ()
         why = f"{error.message}; {error.hint}" if error.hint else error.message
-        return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {device.name}, not of its GPU: {why}.",)
+        what = "this machine, not of TensorRT" if device.name == "local" else f"{device.name}, not of its GPU"
+        return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {what}: {why}.",)
     found = re.match(rf"{TENSORRT} (\d+)\.(\d+)", str(about.get("runtime")))
     if found is None:
         return RUNTIME, ()
