@@ -119,16 +119,19 @@ def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Readin
         return {}, ()
     estimate = stage("measure_estimate")
     run.say(f"measure: estimate the time on {run.target.title}")
-    fit = estimate.validate({"dense": files["dense"]}, run.device, run.recipe.measure)
+    fit, unheld = estimate.validated({"dense": files["dense"]}, run.device, run.recipe.measure)
     precision_of = stage("measure_build").precision_of
     found = {
-        name: replace(estimate.estimate(path, run.target, precision_of(path), validation=fit), artifact=name)
+        name: replace(
+            estimate.estimate(path, run.target, precision_of(path), validation=fit, unheld=unheld),
+            artifact=name,
+        )
         for name, path in files.items()
     }
     if any(reading.value is None for reading in found.values()):
         return {}, ()
     times = ", ".join(f"{name} {show(reading.value, 's')}" for name, reading in found.items())
-    off = "; not validated: too few layers here take long enough to hold it against"
+    off = f"; not validated: {unheld}"
     if fit is not None:
         off = f"; the same formula was off by {100 * fit.error:.0f} % for a typical layer here"
     return found, (f"Estimated, not measured, on {run.target.title}: {times} (roofline of its facts{off}).",)

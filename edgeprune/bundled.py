@@ -25,7 +25,9 @@ _KINDS: Mapping[str, type] = {
     "opset": int,
     "int8": str,
     "setup": dict,
+    "board": str,
 }
+_OPTIONAL = {"setup", "board"}
 
 
 def folder(name: str) -> Path:
@@ -107,6 +109,7 @@ def target(name: str) -> Target:
         opset=_opset(path, table["opset"]),
         int8=_scheme(path, table["int8"]),
         setup=dict(table.get("setup", {})),
+        board=table.get("board", ""),
     )
 
 
@@ -127,7 +130,7 @@ def _check_keys(path: Path, table: Mapping[str, Any]) -> None:
             raise UsageError(f"{path}: unknown key {key!r}", suggest(key, _KINDS))
         if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
             raise UsageError(f"{path}: {key} = {value!r} must be of type {_KINDS[key].__name__}")
-    missing = sorted(set(_KINDS) - set(table) - {"setup"})
+    missing = sorted(set(_KINDS) - set(table) - _OPTIONAL)
     if missing:
         raise UsageError(
             f"{path}: missing {', '.join(missing)}", "targets/raspberry-pi-5.toml of edgeprune has them all"

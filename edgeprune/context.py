@@ -133,9 +133,8 @@ class Context:
 
     @property
     def on_target(self) -> bool:
-        """Whether what is timed here is timed on the target."""
-        far = not self.recipe.measure.device.startswith("local")
-        return far or self.target.device == "local"
+        """Whether what is timed here is timed on the target: see `stages.measure_place.on_target`."""
+        return stage("measure_place").on_target(self.target, self.device)
 
     @property
     def quantizes(self) -> bool:

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 # One script, so that a far machine is asked once; a line that can't be had is left out or empty. A program that is
-# run by an emulator sees a faked /proc/self, so the shell is looked at by its children.
+# run by an emulator sees a faked /proc/self, so the shell is looked at by its children. A container does not see the
+# device tree: those for a Jetson are commonly given its model in /tmp/nv_jetson_model.
 FACTS = r"""
 PATH=$PATH:/usr/sbin:/sbin
 say() { printf '%s=%s\n' "$1" "$2"; }
@@ -17,7 +18,7 @@ say machine "$machine"
 say system "$(uname -s)"
 say release "$(uname -r)"
 say cores "$(getconf _NPROCESSORS_ONLN 2>/dev/null || nproc 2>/dev/null)"
-say board "$(first /proc/device-tree/model)"
+say board "$(first /proc/device-tree/model /tmp/nv_jetson_model)"
 say board "$(getprop ro.product.model 2>/dev/null)"
 say cpu "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
 say flags "$(sed -n -e 's/^flags[^:]*: *//p' -e 's/^Features[^:]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"

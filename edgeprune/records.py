@@ -135,6 +135,7 @@ class Target:
     multiple_of, peak: per precision ("fp32", "fp16", "int8"); peak in operations per second.
     int8: the scheme that its runtime is fast with: "u8", unsigned asymmetric activations, or "s8", signed symmetric.
     setup: facts that only one runtime needs (TensorRT version, JetPack, threads).
+    board: what the model in such a machine's device tree has in it; "" where no machine says that it is this one.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Target:
     opset: int
     int8: str = "u8"
     setup: Mapping[str, Any] = field(default_factory=dict)
+    board: str = ""
 
 
 @dataclass(frozen=True)

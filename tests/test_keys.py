@@ -28,7 +28,7 @@ def keys(folder: Path, *, data: Any = None, model: Bundle = MODEL, **tables: Any
     """The keys of a run; recipe tables as keywords."""
     made = recipe.build({}, tables)
     target = bundled.target(made.target)
-    device = SimpleNamespace(where=lambda: "local here")
+    device = SimpleNamespace(where=lambda: "local here", name="local", facts=dict)
     run = Context(made, target, recipe.budget(made), Workdir(folder), model, data, device, print)
     return stage_keys(run)
 

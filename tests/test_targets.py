@@ -235,7 +235,7 @@ def test_a_path_is_a_target_of_ones_own(mine: Path) -> None:
         ("fp32 = 153.6e9", 'fp32 = "1 T"', "peak.fp32 = '1 T' must be operations per second"),
         ("[peak]", "[[peak]]", "peak = [{"),
         ("[setup]", "[cpu.avx1024]", "no table [cpu."),
-        ("[multiple_of]", "[multiple_of", "line 16"),
+        ("[multiple_of]", "[multiple_of", "line 17"),
     ],
 )
 def test_a_wrong_profile_is_refused_with_the_key_and_the_value(

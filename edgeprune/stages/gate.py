@@ -95,13 +95,17 @@ def _base(bases: Mapping[str, Report], view: Report) -> Report | None:
 
 
 def _of_the_target(report: Report) -> Report:
-    """With the target's estimates before what was timed on another machine in its place."""
+    """With what was measured on the target first, then its estimates, then what stands in its place."""
     if str(report.recipe.get("target") or "local") == "local":
         return report
-    before, after = (
-        tuple(sorted(rows, key=lambda r: not r.where.startswith("estimated")))
-        for rows in (report.before, report.after)
-    )
+
+    def rank(reading: Reading) -> int:
+        if reading.where.startswith("estimated"):
+            return 1
+        in_its_place = _elsewhere(reading.metric, reading, report)
+        return 2 if in_its_place or reading.conditions.get("emulated") is True else 0
+
+    before, after = (tuple(sorted(rows, key=rank)) for rows in (report.before, report.after))
     return replace(report, before=before, after=after)
 
 
@@ -157,7 +161,11 @@ def _missing(metric: str, after: Reading | None, reference: _Reference | None) -
 def _unchecked(after: Reading) -> str:
     """An estimate whose formula was not held against anything has no interval, and decides nothing."""
     if after.where.startswith("estimated") and after.spread is None:
-        return "the estimate was not validated: too few layers could be timed to hold its formula against"
+        why = after.conditions.get("validation")
+        said = (
+            why.removeprefix("none: ") if isinstance(why, str) else "no layers were timed to hold it against"
+        )
+        return f"the estimate was not validated: {said}"
     return ""
 
 

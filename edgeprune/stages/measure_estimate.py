@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import intervals
 from edgeprune.devices import Device
-from edgeprune.errors import UsageError
+from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading, Target
 from edgeprune.runtimes import NodeTime
@@ -70,13 +70,19 @@ class Validation:
 
 
 def estimate(
-    layers: Path | Sequence[Work], target: Target, precision: str, *, validation: Validation | None = None
+    layers: Path | Sequence[Work],
+    target: Target,
+    precision: str,
+    *,
+    validation: Validation | None = None,
+    unheld: str = "the same formula was not held against a machine",
 ) -> Reading:
     """The latency of one image on a target, from its facts alone.
 
     Args:
         layers: an ONNX file, or its layers. precision: "fp32", "fp16" or "int8".
         validation: how the formula fits where something can be timed; it gives the interval.
+        unheld: why there is none.
 
     Returns:
         latency_p50 with `where` "estimated: roofline of TARGET"; its value is None, with the reason, where the target's
@@ -94,7 +100,7 @@ def estimate(
     metric, where = METRICS["latency_p50"], f"estimated: roofline of {target.name}"
     conditions: dict[str, Any] = {
         "precision": precision, "layers": len(rows), "runtime": target.runtime,
-        "validation": asdict(validation) if validation else "none: the same formula was not held against a machine",
+        "validation": asdict(validation) if validation else f"none: {unheld}",
     }  # fmt: skip
     peak = target.peak.get(precision, 0.0)
     if not (peak > 0 and target.bandwidth > 0):
@@ -107,6 +113,21 @@ def estimate(
     # Where layers took a factor more or less than the formula says here, they may there.
     spread = (value * validation.low, value * validation.high) if validation else None
     return Reading(metric.name, value, metric.unit, 0, spread, where, "compressed", conditions)
+
+
+def validated(
+    files: Mapping[str, Path], device: Device, table: MeasureTable
+) -> tuple[Validation | None, str]:
+    """`validate`, and why there is no validation or ""; a device without ONNX Runtime is a reason, and no error.
+
+    Raises:
+        UsageError, DeviceError, ModelError: as for `measure.latency`.
+    """
+    try:
+        fit = validate(files, device, table)
+    except MissingDependency as error:
+        return None, f"no layers were timed here: {error.message}"
+    return fit, "" if fit else "too few layers here take long enough to hold it against"
 
 
 def validate(files: Mapping[str, Path], device: Device, table: MeasureTable) -> Validation | None:

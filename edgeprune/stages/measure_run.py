@@ -14,7 +14,14 @@ from edgeprune import bundled
 from edgeprune.devices import Device
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Artifact, InputSpec, Plan, Reading, Target
-from edgeprune.stages import measure, measure_answers, measure_build, measure_layers, measure_speed
+from edgeprune.stages import (
+    measure,
+    measure_answers,
+    measure_build,
+    measure_layers,
+    measure_place,
+    measure_speed,
+)
 
 RESULT_VERSION = 4
 # Somebody else's measuring is over in minutes; a run that has trained for hours is not given up for that.
@@ -141,7 +148,7 @@ def _run(
     if plan is not None and (timed.ratios or timed.emulated):
         median = next(r.value for r in timed.readings["compressed"] if r.metric == "latency_p50")
         known = measure_speed.clues(
-            plan, _machine(wanted, subject), measure_build.precision_of(subject.onnx["compressed"]),
+            plan, _machine(wanted), measure_build.precision_of(subject.onnx["compressed"]),
             nodes=nodes["compressed"], latency_s=median or 0.0,
         )  # fmt: skip
         known = replace(known, nothing_removed=_nothing_removed(plan, subject))
@@ -154,14 +161,19 @@ def _run(
     )  # fmt: skip
 
 
-def _here(wanted: Wanted, subject: _Subject) -> bool:
-    """Whether this machine was timed and is not the target: it is where it has the target's own GPU runtime."""
-    return wanted.device.name in ("local", "fake") and subject.runtime != measure_build.TENSORRT
+def _elsewhere(wanted: Wanted) -> bool:
+    """Whether another machine than the target was timed, or none."""
+    return wanted.device.name == "fake" or not measure_place.on_target(wanted.target, wanted.device)
 
 
-def _machine(wanted: Wanted, subject: _Subject) -> Target:
+def _itself(wanted: Wanted) -> bool:
+    """Whether this machine was timed, and is a target that is mostly another one."""
+    return wanted.device.name == "local" and wanted.target.device != "local" and not _elsewhere(wanted)
+
+
+def _machine(wanted: Wanted) -> Target:
     """The facts of the machine that was timed."""
-    return bundled.target("local") if _here(wanted, subject) else wanted.target
+    return bundled.target("local") if _elsewhere(wanted) else wanted.target
 
 
 def _by_layer(nodes: Any) -> dict[str, float]:
@@ -223,7 +235,9 @@ def _file_readings(
         if timed.powered
         else ()
     )
-    return (size, measure.compressed_size(onnx_file, name=name), *rows, memory, *seen)
+    there = {"on_target": True} if _itself(wanted) else {}
+    taken = [replace(r, conditions={**r.conditions, **there}) for r in (*rows, memory, *seen)]
+    return (size, measure.compressed_size(onnx_file, name=name), *taken)
 
 
 def _with_answers(
@@ -262,7 +276,7 @@ def artifact(path: Path, spec: InputSpec) -> Artifact:
 
 def _notes(wanted: Wanted, timed: measure.Latency, subject: _Subject) -> tuple[str, ...]:
     notes = []
-    if wanted.target.name != "local" and _here(wanted, subject):
+    if wanted.target.name != "local" and _elsewhere(wanted):
         notes.append(
             f"{NOT_THERE} {wanted.target.title} yet: times and memory were taken on {timed.where}. "
             "Measure there before you rely on them."
