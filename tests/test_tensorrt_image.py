@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from edgeprune import bundled
 from edgeprune.cli import app
+from edgeprune.facts import FACTS
+from edgeprune.runtimes.tensorrt import OLDEST
 
 FILE = Path(__file__).resolve().parents[1] / "Dockerfile.jetson"
 BOARDS = ("JetPack 5", "JetPack 6", "JetPack 7.1")
@@ -90,7 +93,7 @@ def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> N
     )
     (tmp_path / "edgeprune").chmod(0o755)
     for given, calls in (
-        ([], [""]),
+        ([], [f"doctor --target jetson --device {SYSTEMS}"]),
         (["doctor", "--target", "jetson"], ["doctor --target jetson"]),
         (
             ["profile", "my model.onnx"],
@@ -99,7 +102,7 @@ def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> N
     ):
         (tmp_path / "calls").unlink(missing_ok=True)
         done = subprocess.run(
-            ["sh", str(tmp_path / "start"), *given], env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+            ["sh", str(tmp_path / "start"), *given], env={"PATH": f"{tmp_path}:/usr/bin:/bin", **started(text)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert (tmp_path / "calls").read_text().splitlines() == calls
@@ -107,10 +110,63 @@ def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> N
     assert "found something missing" in done.stderr, "and goes on all the same"
 
 
+def started(text: str) -> dict[str, str]:
+    """The variables that the start script reads, as the default build sets them."""
+    given = " ".join(rest for name, rest in instructions(text) if name == "ENV")
+    found = dict(re.findall(r'(EDGEPRUNE_\w+)="([^"]*)"', given))
+    return {
+        name: re.sub(r"\$\{(\w+)\}", lambda m: arguments(text)[m[1]], value) for name, value in found.items()
+    }
+
+
 def test_it_runs_doctor_when_nothing_is_asked_for(text: str) -> None:
     found = dict(instructions(text))
-    assert found["ENTRYPOINT"] == '["edgeprune-jetson"]'
-    assert found["CMD"] == f'["doctor", "--target", "jetson", "--device", "{SYSTEMS}"]'
+    assert found["ENTRYPOINT"] == '["edgeprune-jetson"]' and "CMD" not in found
+    assert started(text) == {"EDGEPRUNE_TARGET": "jetson", "EDGEPRUNE_DEVICE": SYSTEMS}
+
+
+def builds(text: str) -> dict[str, dict[str, str]]:
+    """Board -> the arguments of its build, those that its line does not give at their defaults."""
+    return {
+        board: {**arguments(text), **dict(re.findall(r"--build-arg (\w+)=([^\s\"]+)", line))}
+        for board, line in recipes(text).items()
+    }
+
+
+def test_each_build_is_for_a_target_that_its_tensorrt_reads(text: str) -> None:
+    """NVIDIA's image r35 is JetPack 5 with TensorRT 8.5, r36 JetPack 6 with 10.3; ubuntu gets JetPack 7's packages."""
+    newest = {"JetPack 5": 17, "JetPack 6": 20, "JetPack 7.1": 20}
+    for board, given in builds(text).items():
+        target = bundled.target(given["TARGET"])
+        assert target.opset <= newest[board]
+        if board != "JetPack 7.1":
+            assert target.setup["jetpack"].split(".")[0] == board.split()[1]
+
+
+def test_each_device_has_the_runtime_that_times_files_there(text: str) -> None:
+    """The system's Python has TensorRT; where that is too old for Python, edgeprune's own has ONNX Runtime."""
+    needs = tomllib.loads((FILE.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert any(line.startswith("onnxruntime") for line in needs)
+    assert "python3-libnvinfer" in text
+    for board, given in builds(text).items():
+        version = bundled.target(given["TARGET"]).setup["tensorrt"]
+        old = tuple(int(part) for part in version.split(".")) < OLDEST
+        assert given["DEVICE"] == ("local" if old else SYSTEMS), board
+
+
+def test_documented_runs_use_the_target_and_the_device_of_a_build_and_tell_the_board(text: str) -> None:
+    said = re.sub(r" \\\n#\s+", " ", text)
+    lines = re.findall(r"^#.*(docker run .*edgeprune-jetson (?:profile|compress).*)$", said, re.MULTILINE)
+    used = set()
+    for line in lines:
+        found = re.search(r"--target (\S+) --device (\S+)", line)
+        assert found, line
+        used.add((found[1], found[2].strip("'")))
+        assert "-v /proc/device-tree/model:/tmp/nv_jetson_model:ro" in line
+    assert used == {(given["TARGET"], given["DEVICE"]) for given in builds(text).values()}
+    assert "/tmp/nv_jetson_model" in FACTS, "where the machine's facts look for it"
+    (told,) = re.findall(r"--target (\S+) --set export\.opset=(\d+)`", text)
+    assert told[0] in bundled.names("targets") and told[1] == "17"
 
 
 def test_it_is_free_of_lint(text: str) -> None:
