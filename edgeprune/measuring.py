@@ -16,7 +16,7 @@ from typing import Any
 from edgeprune import abreast, codec
 from edgeprune.building import estimates, shipped, smaller
 from edgeprune.context import Beside, Context, Ledger, Site, Step, stage, torch_part
-from edgeprune.errors import DeviceError, EdgepruneError, MissingDependency, WorkdirError
+from edgeprune.errors import DeviceError, EdgepruneError, WorkdirError
 from edgeprune.keys import beside_key
 from edgeprune.nn import team
 from edgeprune.records import Bundle, Reading
@@ -152,10 +152,4 @@ def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tup
         pictures = synthetic.Pictures(made.images, facts, fitted="repair" in step.folders)
     elif run.data is not None:
         return ()
-    try:
-        return synthetic.run((run.bundle, small), files, pictures, run.device, run.say)
-    except MissingDependency as error:
-        # A board that is timed with TensorRT needs no ONNX Runtime; how alike two files answer is the same anywhere.
-        run.say(f"measure: the synthetic images are answered here: {error.message}")
-        here = import_module("edgeprune.devices").device_from_url("local", {})
-        return synthetic.run((run.bundle, small), files, pictures, here, run.say)
+    return synthetic.run((run.bundle, small), files, pictures, run.device, run.say)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from onnx_files import write_net
 from reports import budget, check, plain_report, reading
 
-from edgeprune import building, bundled, facts, measuring, recipe
-from edgeprune.context import Context, Step
+from edgeprune import building, bundled, facts, recipe
+from edgeprune.context import Context
 from edgeprune.devices import Answer, Device
 from edgeprune.devices.fake import Fake
-from edgeprune.devices.local import Local
 from edgeprune.errors import MissingDependency
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import Bundle, InputSpec, Plan, Source, Target
-from edgeprune.stages import gate, measure_estimate, measure_run, measure_synthetic
+from edgeprune.stages import gate, measure_estimate, measure_run
 from edgeprune.stages.measure_place import on_target
 from edgeprune.workdir import Workdir
 
@@ -164,20 +162,3 @@ def test_the_target_itself_needs_no_estimate(tmp_path: Path) -> None:
     run = run_of(tmp_path, bundled.target("jetson"), board)
     assert run.on_target and building.estimates(run, {}) == ({}, ())
     assert not run_of(tmp_path, bundled.target("jetson"), Here()).on_target
-
-
-def test_synthetic_images_are_answered_here_where_the_board_has_no_onnxruntime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-
-    def run(networks: Any, files: Any, pictures: Any, device: Device, say: Any) -> tuple[Any, ...]:
-        asked.append(device)
-        return without_onnxruntime() if len(asked) == 1 else ("readings",)
-
-    monkeypatch.setattr(measure_synthetic, "run", run)
-    board = Here("NVIDIA Jetson Orin Nano Developer Kit")
-    step = Step(run_of(tmp_path, bundled.target("jetson"), board), {}, tmp_path, tmp_path)
-    made = measuring._without_labels(step, SimpleNamespace(), {})  # type: ignore[arg-type]
-    assert made == ("readings",)
-    assert asked == [board, Local()]
