@@ -96,7 +96,7 @@ def _prune_key(run: Context, keys: dict[str, str]) -> str:
     table = replace(run.recipe.prune, repair=run.repair)
     images = keys.get("synthesize")
     lesson = run.recipe.tune if run.trains else None
-    built = run.recipe.export.precision if "size" in run.budget.limits or run.file_share else ""
+    built = run.recipe.export.precision if timed or "size" in run.budget.limits or run.file_share else ""
     chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson, built)
     return _key(run, "prune", keys["dense"], *chosen_by)
 

@@ -147,6 +147,12 @@ def test_another_precision_is_built_from_the_same_network(tmp_path: Path) -> Non
     assert changed(tmp_path, macs, {**macs, "prune": {"int8_file": 0.0}})[:2] == ["prune", "cut"]
 
 
+def test_a_limit_on_time_is_held_by_files_in_the_precision_that_is_named(tmp_path: Path) -> None:
+    timed = {"budget": {"latency_p50": "50 %"}, "prune": {"method": "magnitude"}}
+    int8, fp16 = (keys(tmp_path, export={"precision": name}, **timed) for name in ("int8", "fp16"))
+    assert int8["dense"] == fp16["dense"] and int8["prune"] != fp16["prune"]
+
+
 def test_int8_without_any_images_makes_some_from_the_network(tmp_path: Path) -> None:
     wish = {"prune": {"method": "magnitude"}, "export": {"precision": "int8"}}
     assert list(keys(tmp_path, **wish)) == ["dense", "synthesize", *CHOOSING[1:]]

@@ -35,7 +35,7 @@ __all__ = [
     "node_times", "peak_memory", "per_layer", "predict", "size", "speed_words", "speedup", "where",
 ]  # fmt: skip
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 RUNTIME = "onnxruntime"
 QUANTILES = (("latency_p50", 0.5), ("latency_p90", 0.9), ("latency_p99", 0.99))
 # Above these, other work on the machine got in the way: wall over CPU time of the median run, and the share of the

@@ -23,7 +23,6 @@ from edgeprune.stages import (
     measure_speed,
 )
 
-RESULT_VERSION = 4
 # Somebody else's measuring is over in minutes; a run that has trained for hours is not given up for that.
 WAIT_S = 600.0
 # No more than this for the plots and for whoever reads report.json.
