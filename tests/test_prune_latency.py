@@ -146,6 +146,23 @@ def test_a_table_of_another_precision_knows_what_that_alone_saves(
     assert all_kept == all(bool(keep.all()) for keep in found.masks.channels.values())
 
 
+def test_a_cut_that_seemed_right_once_is_timed_again_before_it_is_taken(tmp_path: Path) -> None:
+    """The first reading of every cut is 5 % too low: what is taken keeps the budget by both together."""
+    dense, seen = dense_seconds(), set[float]()
+
+    def read(net: nn.Module) -> float:
+        seconds = latency_files.seconds_of(NAME, net)
+        lucky = seconds < dense and seconds not in seen
+        seen.add(seconds)
+        return 0.95 * seconds if lucky else seconds
+
+    found = chosen(material(tmp_path, read), latency_p50="75 %")
+    kept = {g: int(keep.sum()) for g, keep in found.masks.channels.items()}
+    true = sum(s for _, s in latency_files.node_seconds(latency_files.subject_of(NAME).resizer.file(kept)))
+    assert 0.975 * true <= 0.99 * 0.75 * dense and true <= 1.02 * 0.75 * dense
+    assert any(t == pytest.approx(0.975 * true) for t in measured(found)), "the mean of the two readings"
+
+
 def test_predicted_and_measured_stand_side_by_side(tmp_path: Path) -> None:
     found = chosen(material(tmp_path), latency_p50="60 %")
     record = found.record["latency"]

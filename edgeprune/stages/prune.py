@@ -33,7 +33,7 @@ __all__ = [
     "write",
 ]  # fmt: skip
 
-RESULT_VERSION = 5
+RESULT_VERSION = 6
 # A budget with one of these says itself how small or fast it is to become.
 SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
 
