@@ -1,7 +1,7 @@
 """The accuracy of a trained ResNet-20 at one measured latency, whichever way its channels were shared out.
 
-The uniform cut comes first, because it knows few steps. The two others have one budget: what it takes, and a little more,
-because a budget is not to be passed and they end below it. Each is tuned in the same way, and at the end the files that
+The uniform cut comes first, because it knows few steps. The two others have one budget: what it takes and a bit more,
+as a budget is not to be passed and they end below it. Each is tuned in the same way, and at the end the files that
 would ship are timed in turn in one session.
 """
 
