@@ -21,6 +21,7 @@ from edgeprune.quantities import limit
 from edgeprune.recipe import ExportTable, MeasureTable, PruneTable
 from edgeprune.records import Budget, Bundle, Group
 from edgeprune.stages import cut, export, measure, prune
+from edgeprune.tabling import medians
 
 DEVICE = device_from_url("local")
 QUICK, THOROUGH = MeasureTable(iterations=60, seconds=3.0), MeasureTable(iterations=300, seconds=10.0)
@@ -43,12 +44,7 @@ class Case:
 
 def seconds(files: Mapping[str, Path], table: MeasureTable) -> dict[str, float]:
     """The median of one image of each file, by the clock to be believed: CPU time with one thread."""
-    timed = measure.latency(files, DEVICE, table)
-    rows = {
-        name: next(r for r in found if r.metric == "latency_p50") for name, found in timed.readings.items()
-    }
-    cpu = all(r.conditions.get("cpu_p50") for r in rows.values())
-    return {name: float(r.conditions["cpu_p50"] if cpu else r.value or 0.0) for name, r in rows.items()}
+    return medians(measure.latency(files, DEVICE, table))
 
 
 def bench(folder: Path) -> Bench:

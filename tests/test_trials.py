@@ -24,7 +24,8 @@ TABLE = MeasureTable(iterations=20, warmup=1, seconds=2.0)
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> stubs.Board:
+def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> stubs.Board:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where what was timed is kept
     gpu = stubs.Gpu()
     monkeypatch.setattr(agent_cuda, "load", gpu.cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", gpu))
