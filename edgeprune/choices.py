@@ -22,6 +22,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8")
 CALIBRATORS = ("auto", "minmax", "percentile", "entropy", "mse")
 SCHEMES = ("auto", "u8", "s8")
 SWITCHES = ("auto", "on", "off")
+AUGMENTS = ("auto", "on", "off", "shift", "mirror")
 ATTACKS = ("auto", "none", "fgsm", "pgd", "standard")
 # The radius of a norm that people mean when they name none.
 USUAL_EPS_TEXT = {"Linf": "8/255", "L2": "128/255"}
@@ -47,6 +48,7 @@ def check(recipe: Recipe) -> None:
         ("tune.optimizer", recipe.tune.optimizer, OPTIMIZERS),
         ("tune.norm", recipe.tune.norm, NORMS),
         ("tune.keep", recipe.tune.keep, KEEPS),
+        ("tune.augment", recipe.tune.augment, AUGMENTS),
         ("tune.mixed", recipe.tune.mixed, MIXED),
         ("export.precision", recipe.export.precision, PRECISIONS),
         ("quantize.calibrator", recipe.quantize.calibrator, CALIBRATORS),

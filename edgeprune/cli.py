@@ -147,6 +147,8 @@ def profile(
             return 0
         found = profiling.profile(built, limit=limit, say=say)
         show_readings(found.readings, as_json, found.trouble)
+        if not as_json:
+            print_lines(queries.warnings(found.readings))
         return found.trouble.exit_code if found.trouble else 0
 
     guard(work, as_json, debug)

@@ -105,7 +105,12 @@ class Context:
         if not self.data:
             return None
         calibration = digest(bundled.resolve("calibration", self.recipe.data.calibration))
-        return [self.data.fingerprint, recipes.to_dict(self.recipe)["data"], calibration]
+        return [
+            torch_part("images").VERSION,
+            self.data.fingerprint,
+            recipes.to_dict(self.recipe)["data"],
+            calibration,
+        ]
 
     @property
     def trainable(self) -> bool:

@@ -47,7 +47,7 @@ from edgeprune.errors import UsageError
 from edgeprune.keys import multiple_of, stage_keys
 from edgeprune.measuring import look_ahead, measure, side_by_side
 from edgeprune.quantities import suggest
-from edgeprune.recipe import Recipe
+from edgeprune.recipe import Recipe, TuneTable
 from edgeprune.records import Bundle, Reading
 from edgeprune.reporting import build_report, lock_facts
 from edgeprune.tabling import clock
@@ -187,13 +187,15 @@ def _prune(step: Step) -> None:
             data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)
         ]
     trials = shared_probes if run.trains else probes
+    lesson, notes = _lesson(run, run.recipe.tune) if run.trains else (run.recipe.tune, ())
     material = prune.Material(
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
         unlabelled=images if run.looks_at_data else _synthetic(step),
-        train=run.data.train if run.trainable else None, table=run.recipe.tune, scratch=step.scratch,
+        train=run.data.train if run.trainable else None, table=lesson, scratch=step.scratch,
         clock=clock(run, step.folders["dense"] / "dense.onnx"), file_share=run.file_share,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
+    chosen = replace(chosen, notes=(*chosen.notes, *notes))
     if run.quantizes and "size" in run.budget.limits and run.recipe.export.precision == "auto":
         chosen = replace(chosen, notes=(*chosen.notes, SIZE_OF_FLOATS))
     prune.write(chosen, step.out)
@@ -235,16 +237,27 @@ def _repair(step: Step) -> None:
 def _tune(step: Step) -> None:
     run, small = step.run, smaller(step.run, step.folders)
     ledger: tuple[Reading, ...] = ()
+    notes: tuple[str, ...] = ()
     if run.data is not None:
         run.say(f"tune: {_tune_words(run)}")
+        lesson, notes = _lesson(run, run.lesson)
         teacher = run.bundle if run.lesson.distill > 0 and run.lesson.epochs else None
         small, ledger = stage("tune").run(
-            small, run.data, run.lesson, calibration=run.recipe.data.calibration, teacher=teacher,
+            small, run.data, lesson, calibration=run.recipe.data.calibration, teacher=teacher,
             seed=run.recipe.seed, scratch=step.scratch, measured="repair" in step.folders,
             masks=stage("prune").read(step.folders["prune"]).masks.weights,
         )  # fmt: skip
     torch_part("store").save_network(small.module, step.out / "weights.safetensors")
-    codec.write(step.out / "ledger.json", Ledger(ledger))
+    codec.write(step.out / "ledger.json", Ledger(ledger, notes))
+
+
+def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]:
+    """How a network is trained, with what is done to its images decided, and what a reader must know of that."""
+    dense = torch_part("bundle").deployed(run.bundle).eval()
+    found, notes = torch_part("augmenting").decide(dense, run.data, table, run.recipe.seed)
+    for note in notes:
+        run.say(f"augment: {note}")
+    return found, notes
 
 
 def _tune_words(run: Context) -> str:

@@ -41,12 +41,16 @@ def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
     """
     path = queries.onnx_of(Path(recipe.model.path))
     spec = stage("evaluate").input_of(path)
-    images = (
-        torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out if recipe.data.path else None
-    )
+    data = torch_part("data").open_data(recipe.data, spec, recipe.seed) if recipe.data.path else None
+    images = data.held_out if data else None
     if images is not None and limit:
         images = stage("evaluate").balanced(images, limit, recipe.seed)
     found = _measured(recipe, _Job(recipe, path, spec, images, say))
+    if data:
+        said = (
+            queries.with_notes(r, data.notes) if r.metric == "clean_accuracy" else r for r in found.readings
+        )
+        found = replace(found, readings=tuple(said))
     if recipe.attack.name in ("none", "auto"):
         return found
     attacked = queries.evaluate(recipe, limit=limit, say=say)

@@ -46,8 +46,6 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     bundle = None if is_file else stage("load").run(recipe.model)
     spec = stage("evaluate").input_of(onnx_of(path)) if bundle is None else bundle.input
     found, images = _images(recipe, spec, wanted)
-    for note in found.notes:
-        say(f"data: {note}")
     if attacks:
         place = _Place(wanted, found.fingerprint, _scratch(path if is_file and path.is_dir() else None), say)
         clean, *rest = _attacked(recipe, _victim(path, bundle, recipe, place), images, place)
@@ -57,7 +55,13 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     clean = doubts.classes(doubts.guessing(clean, images, attacked=attacks), images, spec.classes)
     if is_file:
         clean = doubts.normalized(doubts.reported(clean, path), recipe.model)
-    return (clean, *rest)
+    return (with_notes(clean, found.notes), *rest)
+
+
+def with_notes(reading: Reading, notes: Sequence[str]) -> Reading:
+    """A reading whose conditions say what a reader of it must know of the images."""
+    said = {"notes": [*notes, *reading.conditions.get("notes", ())]} if notes else {}
+    return replace(reading, conditions={**reading.conditions, **said})
 
 
 def _device(recipe: Recipe) -> Any:
@@ -192,7 +196,7 @@ def demo(output: Path, *, say: Say) -> Result:
             "model": {"path": str(files.model)},
             "data": {"path": str(files.data)},
             "budget": {"macs": "50 %"},
-            "tune": {"epochs": 2, "augment": False},
+            "tune": {"epochs": 2, "augment": "off"},
         },
     )
     return compress(recipe, output / "run", say=say)

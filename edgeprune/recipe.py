@@ -194,6 +194,8 @@ def _typed(where: str, value: Any, default: Any) -> Any:
     ):
         # A radius is text because of "8/255"; 0.03 in TOML is a number.
         return str(value)
+    if where == "tune.augment" and isinstance(value, bool):
+        return "on" if value else "off"
     kind = type(default)
     if isinstance(value, bool) != (kind is bool) or not isinstance(
         value, (kind, int) if kind is float else kind

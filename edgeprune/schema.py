@@ -77,7 +77,8 @@ class TuneTable:
     distill: the weight of the dense model's answers. eps: radius of the attack ("8/255"; empty for the norm's usual
     one), attack_step 0 for a step that fits attack_steps of them. beta: share of the clean images' loss in fgsm and
     pgd. trades: weight of the divergence. keep: "last" epoch, or the "best" on val_share of the training images.
-    mixed: "auto", "fp32" or "bf16".
+    mixed: "auto", "fp32" or "bf16". augment: "on" (random shifts and mirrors; also `true`), "shift", "mirror", "off"
+    (`false`), or "auto", those that the dense network does not mind.
     """
 
     epochs: int = 0
@@ -88,7 +89,7 @@ class TuneTable:
     optimizer: str = "sgd"
     distill: float = 0.9
     temperature: float = 4.0
-    augment: bool = True
+    augment: str = "auto"
     recalibrate: bool = True
     eps: str = ""
     norm: str = "Linf"

@@ -192,14 +192,15 @@ def test_a_class_may_be_named_train(tmp_path: Path) -> None:
     assert data.labels == ("bus", "train") and data.train and len(data.train) == 8
 
 
-def test_folders_around_the_classes_hidden_files_and_other_files_do_not_matter(tmp_path: Path) -> None:
+def test_folders_around_the_classes_and_files_of_the_system_do_not_matter(tmp_path: Path) -> None:
     root = folder(
         tmp_path / "data",
         {"deep/er/train/a": 2, "deep/er/train/b": 2, "deep/er/test/a": 1, "deep/er/test/b": 1},
     )
-    (root / "README.txt").write_text("hello")
-    (root / "deep/er/train/a/.hidden.png").write_text("no image")
+    for name in ("Thumbs.db", ".DS_Store", "deep/er/train/a/._000.png", "deep/er/train/desktop.ini"):
+        (root / name).write_text("no image")
     (root / "deep/er/train/.cache").mkdir()
+    folder(root / "__MACOSX", {"train/a": 1})
     data = opened(root)
     assert data.labels == ("a", "b") and data.train and len(data.train) == 4 and not data.notes
 

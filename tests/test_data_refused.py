@@ -23,7 +23,7 @@ from image_sets import (
 )
 from PIL import Image
 
-from edgeprune.errors import UsageError
+from edgeprune.errors import ModelError, UsageError
 from edgeprune.nn import images
 from edgeprune.records import InputSpec
 
@@ -97,7 +97,7 @@ def test_what_is_no_data_is_refused_and_the_message_says_what_was_found(tmp_path
     cases: dict[str, str] = {
         "missing": "no data at",
         "empty": "no images found",
-        "words": "no images found (1 other files",
+        "words": "no images found (1 .txt file (such as 'a.txt'), 0 folders)",
         str(flat): "3 images, none in a class folder (such as '000.png')",
         "x.zip": "not a kind of data",
         "x.tar": "can't be read as a tar",
@@ -162,7 +162,7 @@ BAD_ARRAYS: dict[str, tuple[Callable[[], dict[str, object]], str]] = {
         "from 0 to 2, the model has 2",
     ),
     "negative": (lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [-1, 0]}, "from -1 to 0"),
-    "objects": (lambda: {"x": np.array([object()]), "y": [0]}, "can't be read as .npz"),
+    "objects": (lambda: {"x": np.array([object()]), "y": [0]}, "nothing is unpickled"),
     "too few images": (
         lambda: {"x": np.zeros((2, 8, 8, 3), np.uint8), "y": [0, 1]},
         "too few to hold some out",
@@ -194,7 +194,8 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
     ]
     for content_ in damaged:
         path.write_bytes(content_)
-        assert "d.npz" in refusal(path).message
+        with pytest.raises((UsageError, ModelError), match="d.npz"):
+            opened(path)
 
 
 @settings(max_examples=40)
@@ -214,5 +215,5 @@ def test_any_damage_is_refused_or_read_but_never_another_error(
         place = chance.randrange(len(raw))
         raw[place : place + chance.randrange(40)] = chance.randbytes(chance.randrange(1, 40))
     path.write_bytes(raw)
-    with contextlib.suppress(UsageError):
+    with contextlib.suppress(UsageError, ModelError):
         assert len(opened(path).held_out) >= 1

@@ -29,7 +29,7 @@ from edgeprune.recipe import TuneTable
 from edgeprune.records import Masks
 
 GRANULARITIES = ("weight", "2:4", "channel")
-TABLE = TuneTable(epochs=2, objective="fgsm", lr=0.02, batch=16, augment=False, mixed="fp32", val_share=0.25)
+TABLE = TuneTable(epochs=2, objective="fgsm", lr=0.02, batch=16, augment="off", mixed="fp32", val_share=0.25)
 
 
 class Killed(Exception):

@@ -14,7 +14,7 @@ from edgeprune.nn.train import Course, fit
 from edgeprune.nn.units import of_weights
 from edgeprune.recipe import TuneTable
 
-TABLE = TuneTable(epochs=2, batch=16, augment=False)
+TABLE = TuneTable(epochs=2, batch=16, augment="off")
 
 
 def course(folder: Path, **table: object) -> Course:

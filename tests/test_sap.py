@@ -27,7 +27,7 @@ from edgeprune.recipe import TuneTable
 from edgeprune.records import InputSpec, Masks
 
 GRANULARITIES = ("channel", "weight", "2:4")
-TABLE = TuneTable(epochs=2, lr=0.05, batch=20, distill=0.0, augment=False)
+TABLE = TuneTable(epochs=2, lr=0.05, batch=20, distill=0.0, augment="off")
 
 
 def images(count: int, seed: int) -> Split:

@@ -56,7 +56,7 @@ def test_training_is_decided_by_the_seed_and_leaves_the_global_chance_alone(tmp_
 )
 def test_training_learns(tmp_path: Path, change: dict[str, Any]) -> None:
     module = Small()
-    table = replace(TABLE, epochs=10, augment=False, **change)
+    table = replace(TABLE, epochs=10, augment="off", **change)
     objective = of_table(table, None)
     before = robust_accuracy(module, stripes(), objective, seed=0)[0]
     history = fit(module, course(tmp_path, table))
@@ -286,7 +286,7 @@ class Spoiler:
 def test_the_best_epoch_is_put_back_with_what_the_hooks_had_then(tmp_path: Path, objective: str) -> None:
     module = Small()
     spoiler = Spoiler(module, {8, 9})
-    table = replace(TABLE, epochs=10, keep="best", objective=objective, eps="1/255", augment=False)
+    table = replace(TABLE, epochs=10, keep="best", objective=objective, eps="1/255", augment="off")
     held = stripes(40, "val", 1)
     history = fit(module, course(tmp_path, table, validation=held), spoiler.hooks())
     best = history.best
@@ -391,11 +391,11 @@ def test_what_is_too_little_or_unknown_is_refused(tmp_path: Path) -> None:
 
 
 def test_augmentation_is_off_when_the_recipe_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(x: Tensor, generator: torch.Generator) -> Tensor:
+    def never(x: Tensor, *_: object, **__: object) -> Tensor:
         raise AssertionError("augmented")
 
     monkeypatch.setattr("edgeprune.nn.train.augment", never)
-    fit(Small(), course(tmp_path, replace(TABLE, epochs=1, augment=False)))
+    fit(Small(), course(tmp_path, replace(TABLE, epochs=1, augment="off")))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -83,7 +83,7 @@ def test_the_ledger_has_the_accuracy_before_after_batch_norm_and_after_tuning(
     given = bundle(Small())
     given.module.bn.running_mean.fill_(4.0)  # type: ignore[union-attr]
     before = state(given.module)
-    tuned, readings = repaired(given, data, tmp_path, replace(TABLE, epochs=10, augment=False))
+    tuned, readings = repaired(given, data, tmp_path, replace(TABLE, epochs=10, augment="off"))
     assert [r.conditions["stage"] for r in readings] == ["pruned", "bn recalibrated", "tuned"]
     for reading in readings:
         assert (reading.metric, reading.unit, reading.artifact, reading.n) == (
@@ -157,7 +157,7 @@ def test_only_calibration_images_set_the_statistics(data: Data, tmp_path: Path) 
 
 
 def test_new_statistics_are_taken_when_they_fit_better(data: Data, tmp_path: Path) -> None:
-    good, _ = repaired(bundle(Small()), data, tmp_path / "a", replace(TABLE, epochs=10, augment=False))
+    good, _ = repaired(bundle(Small()), data, tmp_path / "a", replace(TABLE, epochs=10, augment="off"))
     broken = bundle(deepcopy(good.module))
     broken.module.bn.running_mean.add_(5.0)  # type: ignore[union-attr]
     fixed, readings = repaired(broken, data, tmp_path / "b", replace(TABLE, epochs=0))

@@ -21,7 +21,7 @@ from edgeprune.nn.units import of_weights
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Masks
 
-TABLE = TuneTable(epochs=3, lr=0.02, batch=16, augment=False, distill=0.0, mixed="fp32")
+TABLE = TuneTable(epochs=3, lr=0.02, batch=16, augment="off", distill=0.0, mixed="fp32")
 ROBUST = replace(TABLE, objective="pgd", attack_steps=2)
 
 

@@ -142,8 +142,12 @@ def calibration_indices(labels: Tensor, name_or_path: str) -> Tensor:
     if selection == "first":
         return torch.arange(count)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    if selection == "random":
-        return order[:count]
+    return order[:count] if selection == "random" else spread(labels, count, seed)
+
+
+def spread(labels: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` images of `labels` (N,), the same share of each class, by the seed: int64 (n,)."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     # Round-robin: the k-th image of every class comes before the k+1-th of any.
     turn = torch.empty_like(order)
     for label in labels.unique():
@@ -206,8 +210,12 @@ def _notes(part: parts.Part, labels: tuple[str, ...], spec: InputSpec) -> tuple[
     if isinstance(part.content, np.ndarray):
         shapes = [(int(part.content.shape[3]), *part.content.shape[1:3])]
     else:
-        step = max(1, len(part.content) // _SAMPLED)
-        shapes = [images.describe(file) for file in part.content[::step]]
+        headers = [images.describe(f) for f in part.content[:: max(1, len(part.content) // _SAMPLED)]]
+        shapes = [header.shape for header in headers]
+        if any(header.frames > 1 for header in headers):
+            notes.append("of images with several frames or pages only the first is used")
+        if spec.shape[0] != images.ALPHA and any(header.transparent for header in headers):
+            notes.append("transparency is ignored: the colors below it are used as they are stored")
     channels, height, width = spec.shape
     sizes = sorted({shape[1:] for shape in shapes if shape[1:] != (height, width)})
     if sizes:

@@ -20,9 +20,27 @@ from torch import Tensor
 from edgeprune.errors import UsageError
 from edgeprune.nn.progress import bar
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# By content, whatever the ending says. No format of which Pillow's reader runs another program (EPS) is among them.
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
+# Raised when the same files give other pixels: results of before are not taken over.
+VERSION = 2
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+ALPHA = 4
+# What a viewer does to the stored pixels for the orientation that EXIF names.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 50_000_000
 MAX_FILE_BYTES = 256 * 2**20
 # What Pillow's decoders raise on broken files, besides OSError (its documentation names no full list).
@@ -164,24 +182,37 @@ def from_array(x: np.ndarray, shape: tuple[int, int, int]) -> Decoded:
     return Decoded(torch.from_numpy(out))
 
 
-def describe(file: ImageFile) -> tuple[int, int, int]:
-    """Channels, height and width of an image file, from its header.
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image file says. shape: channels, height and width, turned as EXIF says."""
+
+    shape: tuple[int, int, int]
+    frames: int
+    transparent: bool
+
+
+def describe(file: ImageFile) -> Header:
+    """The header of an image file.
 
     Raises:
         UsageError: not a readable image.
     """
     try:
         with _open(file) as image:
-            return (1 if _is_gray(image) else 3), image.height, image.width
+            size = (image.width, image.height) if _orientation(image) > 4 else (image.height, image.width)
+            frames = int(getattr(image, "n_frames", 1))
+            return Header(((1 if _is_gray(image) else 3), *size), frames, image.has_transparency_data)
     except BROKEN as error:
         raise _unreadable(file, error) from error
 
 
 def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
-    """One image as uint8 (C, H, W); gray becomes RGB and back, other sizes are resized and centre-cropped.
+    """One image as uint8 (C, H, W), as docs/data.md says: every command sees the pixels that this gives.
+
+    The first frame, turned as EXIF says; gray becomes RGB and back; other sizes are resized and centre-cropped.
 
     Raises:
-        UsageError: not a readable image, or one of more than 50 million pixels.
+        UsageError: not a readable image, one of more than 50 million pixels, or of 32-bit pixels.
     """
     try:
         with _open(file) as image:
@@ -190,7 +221,14 @@ def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
                     f"image {file.name!r} is {image.width}x{image.height}, accepted are {MAX_PIXELS} pixels",
                     _remove(file.name),
                 )
-            return fit(_in_mode(image, MODES[shape[0]]), shape)
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                raise UsageError(
+                    f"image {file.name!r} has pixels of 32 bits, of which nothing says what is white",
+                    f"save {file.name!r} with 8 or 16 bits a channel",
+                )
+            image.load()
+            turn = TURNS.get(_orientation(image))
+            return fit(_in_mode(image if turn is None else image.transpose(turn), MODES[shape[0]]), shape)
     except BROKEN as error:
         raise _unreadable(file, error) from error
 
@@ -208,18 +246,27 @@ def _open(file: ImageFile) -> Image.Image:
     return Image.open(io.BytesIO(file.read()), formats=FORMATS)
 
 
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; of a TIFF whose pixels are loaded 1, because Pillow has turned them."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except BROKEN:
+        return 1  # as viewers do: a broken tag is none
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
 def _is_gray(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow clips 16-bit gray at 255 when it converts; the high byte is what is meant.
+        # Pillow clips 16-bit gray at 255 when it converts; the high byte is what is meant, as it is of 16-bit color.
         high_byte = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
-    if image.mode == "P":
-        # A palette may be transparent, which "L" and "RGB" would warn about.
-        image = image.convert("RGBA")
+    if image.mode in ("P", "PA", "RGBa", "La"):
+        # A palette may be transparent, which "L" and "RGB" would warn about; the others have no other way.
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     return image if image.mode == mode else image.convert(mode)
 
 
@@ -244,7 +291,8 @@ def _decode_all(
 
 
 def _unreadable(file: ImageFile, error: BaseException) -> UsageError:
-    reason = "not a PNG, JPEG, BMP or WebP image" if isinstance(error, UnidentifiedImageError) else str(error)
+    kinds = f"not an image that can be read ({', '.join(FORMATS)})"
+    reason = kinds if isinstance(error, UnidentifiedImageError) else str(error)
     return UsageError(f"image {file.name!r} can't be decoded: {reason}", _remove(file.name))
 
 

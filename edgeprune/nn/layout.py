@@ -24,6 +24,7 @@ PARTS = {
     "testing": "test",
 }
 ACCEPTED = "accepted: CLASS/IMAGE or train|val|test/CLASS/IMAGE, with images in " + " ".join(SUFFIXES)
+_KINDS = 6
 
 Path = tuple[str, ...]
 
@@ -45,7 +46,8 @@ def arrange(found: Found, where: str) -> Layout:
     """
     if not found.files:
         raise UsageError(
-            f"{where}: no images found ({found.others} other files, {len(found.folders)} folders)", ACCEPTED
+            f"{where}: no images found ({_words(found) or 'no other files'}, {len(found.folders)} folders)",
+            ACCEPTED,
         )
     paths = [tuple(file.name.split("/")) for file in found.files]
     top = _common_top(paths)
@@ -62,11 +64,7 @@ def arrange(found: Found, where: str) -> Layout:
         raise UsageError(
             f"{where}: {len(paths)} images, none in a class folder (such as {'/'.join(paths[0])!r})", ACCEPTED
         )
-    names |= {
-        f[depth]
-        for f in folders
-        if in_class((*f, "")) and len(f) == depth + 1 and not f[depth].startswith((".", "__"))
-    }
+    names |= {f[depth] for f in folders if in_class((*f, "")) and len(f) == depth + 1}
     classes = tuple(sorted(names))
     number = {name: index for index, name in enumerate(classes)}
     parts: dict[str, list[tuple[ImageFile, int]]] = {}
@@ -74,7 +72,25 @@ def arrange(found: Found, where: str) -> Layout:
         if in_class(path):
             parts.setdefault(PARTS[path[0].lower()] if split else "", []).append((file, number[path[depth]]))
     notes = _ignored(path for path in paths if not in_class(path))
+    notes += (f"passed over: {_words(found)}",) if found.passed else ()
     return Layout({name: tuple(items) for name, items in parts.items()}, classes, notes)
+
+
+def _words(found: Found) -> str:
+    """What is passed over: how many of each kind, with an example."""
+    ordered = sorted(found.passed.items(), key=lambda item: -item[1][0])
+    words = [
+        f"{count} {kind if count == 1 else _several(kind)} (such as {first!r})"
+        for kind, (count, first) in ordered[:_KINDS]
+    ]
+    more = sum(count for _, (count, _) in ordered[_KINDS:])
+    return ", ".join(words + [f"{more} of other kinds"] * bool(more))
+
+
+def _several(kind: str) -> str:
+    """The plural: files without an ending, links in a circle, hidden images."""
+    noun, space, rest = kind.partition(" ") if kind[0] not in ".hb" else (kind, "", "")
+    return f"{noun}s{space}{rest}"
 
 
 def _common_top(paths: list[Path]) -> int:

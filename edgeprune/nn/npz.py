@@ -1,33 +1,37 @@
 """Images in a `.npz` file: x (N, H, W, C) or (N, H, W) and y (N,), or the same as x_train, y_train and so on.
 
-Nothing is unpickled: a file with an array of objects is refused.
+Nothing is unpickled, and nothing is unpacked that is far larger than the file or than its header says.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
-from edgeprune.errors import UsageError
+from edgeprune.errors import ModelError, UsageError
+from edgeprune.nn.sources import bomb, most_bytes
 
 SETS = {"": "", "_train": "train", "_val": "val", "_test": "test"}
 ACCEPTED = (
     "accepted: x uint8 (N, H, W, C) or (N, H, W) and y integer (N,), or x_train, y_train, x_test, y_test"
 )
+ENDING = ".npy"
+HEADER_BYTES = 16384
+PIECE_BYTES = 2**20
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+# What zipfile and numpy raise on files of another kind; an encrypted member is a RuntimeError.
 BROKEN_NPZ = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    TypeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
+    *(OSError, ValueError, EOFError, KeyError, MemoryError, TypeError, SyntaxError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, LZMAError),
 )
 
 
@@ -46,31 +50,75 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, Arrays], tup
 
     Raises:
         UsageError: not such a file; says which array is wrong and how to make it right.
+        ModelError: a member is damaged: its CRC is not the one that the file has of it.
     """
     try:
-        with zipfile.ZipFile(path):
-            pass
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)
+        with zipfile.ZipFile(path) as file:
+            if sum(member.file_size for member in file.infolist()) > most_bytes(path.stat().st_size):
+                raise bomb(path)
+            names = [name.removesuffix(ENDING) for name in file.namelist()]
             found = {p: s for s, p in SETS.items() if "x" + s in names or "y" + s in names}
             if not found:
-                raise UsageError(f"{path} holds {', '.join(names) or 'nothing'}, but no x and y", ACCEPTED)
+                raise UsageError(f"{path} holds {_listed(names) or 'nothing'}, but no x and y", ACCEPTED)
             if "" in found and len(found) > 1:
-                raise UsageError(f"{path} holds {', '.join(names)}: x and y or parts, not both", ACCEPTED)
+                raise UsageError(f"{path} holds {_listed(names)}: x and y or parts, not both", ACCEPTED)
             wanted = {part: suffix for part, suffix in found.items() if part not in skip} or found
             parts = {part: _part(path, file, suffix) for part, suffix in wanted.items()}
     except BROKEN_NPZ as error:
-        raise UsageError(f"{path} can't be read as .npz: {error}", ACCEPTED) from error
+        raise UsageError(
+            f"{path} can't be read as .npz: {str(error) or type(error).__name__}", ACCEPTED
+        ) from error
     unused = sorted(set(names) - {axis + suffix for suffix in found.values() for axis in "xy"})
-    return parts, ((f"arrays ignored: {', '.join(unused)}",) if unused else ())
+    return parts, ((f"arrays ignored: {_listed(unused)}",) if unused else ())
 
 
-def _part(path: Path, file: np.lib.npyio.NpzFile, suffix: str) -> Arrays:
+def _listed(names: Sequence[str]) -> str:
+    shown = [name if name.isidentifier() else repr(name) for name in names[:12]]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+
+
+def _part(path: Path, file: zipfile.ZipFile, suffix: str) -> Arrays:
+    held = {name.removesuffix(ENDING): name for name in file.namelist()}
     for name in ("x" + suffix, "y" + suffix):
-        if name not in file.files:
-            raise UsageError(f"{path} has no {name!r}, it holds {', '.join(file.files)}", ACCEPTED)
-    x = _pixels(f"{path}: x{suffix}", file["x" + suffix])
-    return Arrays(x, _labels(f"{path}: y{suffix}", file["y" + suffix], len(x)))
+        if name not in held:
+            raise UsageError(f"{path} has no {name!r}, it holds {_listed(list(held))}", ACCEPTED)
+    x, y = (
+        _array(f"{path}: {name}", _content(path, file, held[name])) for name in ("x" + suffix, "y" + suffix)
+    )
+    x = _pixels(f"{path}: x{suffix}", x)
+    return Arrays(x, _labels(f"{path}: y{suffix}", y, len(x)))
+
+
+def _content(path: Path, file: zipfile.ZipFile, name: str) -> bytearray:
+    """A whole member, which zipfile then holds against its CRC."""
+    content, done = bytearray(file.getinfo(name).file_size), 0
+    try:
+        with file.open(name) as stream:
+            while got := stream.readinto(memoryview(content)[done : done + PIECE_BYTES]):
+                done += got
+        if done < len(content):
+            raise EOFError(f"it has {done} of {len(content)} bytes")
+    except (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, OSError) as error:
+        hint = "the file was changed or cut short: copy or make it again"
+        raise ModelError(f"{path}: member {name!r} is damaged: {error}", hint) from error
+    return content
+
+
+def _array(where: str, content: bytearray) -> np.ndarray:
+    """The array of an `.npy` file, in the memory of `content`."""
+    start = io.BytesIO(content[:HEADER_BYTES])
+    try:
+        read_header = HEADERS[npy.read_magic(start)]
+        shape, fortran, dtype = read_header(start)
+    except BROKEN_NPZ as error:
+        raise UsageError(f"{where} is no array: {error}", ACCEPTED) from error
+    if dtype.kind not in "biuf":
+        raise UsageError(f"{where} is {dtype}, accepted are whole numbers; nothing is unpickled", ACCEPTED)
+    size, left = math.prod(shape) * dtype.itemsize, len(content) - start.tell()
+    if size != left or min(shape, default=0) < 0:
+        raise UsageError(f"{where} says {dtype} {shape}, which is {size} bytes, and holds {left}", ACCEPTED)
+    flat = np.frombuffer(content, np.uint8, offset=start.tell()).view(dtype)
+    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
 def _pixels(where: str, x: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,12 +25,28 @@ def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, in
     Raises:
         ModelError: the network fails on the images.
     """
-    correct, label = 0, f"accuracy on {split.name}"
-    with _ready(module, split) as device, torch.no_grad(), bar(len(split), label) as advance:
-        for x, y in split.batches(batch):
-            correct += _right(module, x.to(device), y.to(device))
+    return int(right(module, split, torch.arange(len(split)), batch=batch).sum()), len(split)
+
+
+def right(
+    module: nn.Module,
+    split: Split,
+    rows: Tensor,
+    change: Callable[[Tensor], Tensor] | None = None,
+    batch: int = 500,
+) -> Tensor:
+    """Which of the images `rows` (n,) are classified right, bool (n,), each batch changed first by `change`.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    found, label = [], f"accuracy on {split.name}"
+    with _ready(module, split) as device, torch.no_grad(), bar(len(rows), label) as advance:
+        for x, y in split.batches(batch, rows):
+            images = x if change is None else change(x)
+            found.append(_right(module, images.to(device), y.to(device)).cpu())
             advance(len(y))
-    return correct, len(split)
+    return torch.cat(found)
 
 
 def robust_accuracy(
@@ -75,7 +91,7 @@ def attacked(
             images, labels = placement.images(x), y.to(placement.device)
             found = objective.attack(module, images, labels, chance(seed, number, "attack"))
             with torch.no_grad():
-                correct += _right(module, found, labels)
+                correct += int(_right(module, found, labels).sum())
             advance(len(y))
     return correct, len(rows)
 
@@ -102,7 +118,7 @@ def _ready(module: nn.Module, split: Split) -> Iterator[torch.device]:
         yield fastest([module], split.take(torch.arange(min(2, len(split))))).device
 
 
-def _right(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    """How many images get their label; an answer that is not finite gets none."""
+def _right(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which images get their label, bool (n,); an answer that is not finite gets none."""
     answer = logits(module, x)
-    return int(((answer.argmax(1) == y) & answer.isfinite().all(1)).sum())
+    return (answer.argmax(1) == y) & answer.isfinite().all(1)

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path
+from typing import IO
 
 from edgeprune.errors import UsageError
 from edgeprune.nn.images import MAX_FILE_BYTES, SUFFIXES, ImageFile
 from edgeprune.nn.progress import bar
 
 TAR_MAX_BYTES = 8 * 2**30
-BROKEN_TAR = (tarfile.TarError, OSError, EOFError, LZMAError, zlib.error, MemoryError, ValueError)
+# Images are compressed already: what unpacks to more than so many times its size, and to more than a little, is a bomb.
+MOST_TIMES = 500
+LITTLE_BYTES = 2**20
+BROKEN_TAR = (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError, ValueError)
+UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x5d\x00\x00": lzma.open}
 DEEPEST = 32
+# What operating systems put beside the files of people.
+SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")
+
+Parts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder or tar holds.
+    """What a folder or tar holds; what operating systems put there, and hidden files, are left out.
 
     files: the images in the order of their names. folders: every folder, as the parts of its path.
-    others: how many files are not images. fingerprint: sha256 (hex), another one when something changed.
+    passed: what is passed over by kind (an ending, a link, ...): how many, and the name of the first.
+    fingerprint: sha256 (hex), another one when something changed.
     """
 
     files: tuple[ImageFile, ...]
-    folders: frozenset[tuple[str, ...]]
-    others: int
+    folders: frozenset[Parts]
+    passed: Mapping[str, tuple[int, str]]
     fingerprint: str
+
+
+class _Passed(dict[str, tuple[int, str]]):
+    """Found.passed, as it grows."""
+
+    def add(self, kind: str, name: str) -> None:
+        count, first = self.get(kind, (0, name))
+        self[kind] = (count + 1, first)
+
+    def add_file(self, parts: Parts) -> None:
+        """A file that is no image by its name; hidden ones only where they would be one if they were not hidden."""
+        name = parts[-1].lower()
+        if not _hidden(parts):
+            ending = name.rpartition(".")[2] if "." in name else ""
+            plain = ending.isalnum() and ending.isascii()
+            self.add(f".{ending} file" if plain else "file without an ending", "/".join(parts))
+        elif name.endswith(SUFFIXES) and not _of_system(parts):
+            self.add("hidden image", "/".join(parts))
 
 
 def from_folder(root: Path) -> Found:
@@ -41,48 +71,49 @@ def from_folder(root: Path) -> Found:
         UsageError: a folder in it can't be read.
     """
     files: list[ImageFile] = []
-    folders: set[tuple[str, ...]] = set()
-    digest, others = hashlib.sha256(), 0
-    status = root.stat()
-    for parts, entry in _walk(root, (), frozenset({(status.st_dev, status.st_ino)})):
-        if entry.is_dir():
-            folders.add(parts)
-        elif _is_image(parts):
-            name, status = "/".join(parts), entry.stat()
-            digest.update(
-                f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
-            )
-            files.append(ImageFile(name, Path(entry.path)))
-        else:
-            others += 1
-    return Found(tuple(files), frozenset(folders), others, digest.hexdigest())
+    folders: set[Parts] = set()
+    digest, passed = hashlib.sha256(), _Passed()
+    try:
+        status = root.stat()
+        for parts, entry in _walk(root, (), frozenset({(status.st_dev, status.st_ino)}), passed):
+            if entry.is_dir():
+                folders.add(parts)
+            elif _is_image(parts):
+                name, status = "/".join(parts), entry.stat()
+                digest.update(
+                    f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+                )
+                files.append(ImageFile(name, Path(entry.path)))
+            else:
+                passed.add_file(parts)
+    except OSError as error:
+        raise UsageError(f"folder {str(root)!r} can't be read: {error}") from error
+    return Found(tuple(files), _visible(folders), passed, digest.hexdigest())
 
 
 def from_tar(path: Path) -> Found:
     """Read the image files of a tar into memory, not decoded. The fingerprint is the sha256 of the tar.
 
-    Links, devices and names that are absolute or climb with ".." are passed over.
+    Symbolic links, devices, sparse files and names that are absolute or climb with ".." are passed over.
 
     Raises:
-        UsageError: not a tar, cut short, damaged, or more than 8 GiB of images.
+        UsageError: not a tar, cut short, damaged, more than 8 GiB of images, or far more than its size tells.
     """
     files: dict[str, ImageFile] = {}
-    folders: set[tuple[str, ...]] = set()
-    others = 0
+    folders: set[Parts] = set()
+    passed = _Passed()
     try:
-        for parts, content in _members(path):
+        for parts, content in _members(path, passed):
             folders.update(parts[:i] for i in range(1, len(parts)))
             if content is None:
                 folders.add(parts)
-            elif _is_image(parts):
-                files["/".join(parts)] = ImageFile("/".join(parts), content)
             else:
-                others += 1
+                files["/".join(parts)] = ImageFile("/".join(parts), content)
     except BROKEN_TAR as error:
         hint = "make it again: tar -cJf data.tar.xz FOLDER"
         raise UsageError(f"{path} can't be read as a tar: {error}", hint) from error
     ordered = tuple(files[name] for name in sorted(files))
-    return Found(ordered, frozenset(folders), others, sha256(path))
+    return Found(ordered, _visible(folders), passed, sha256(path))
 
 
 def sha256(path: Path) -> str:
@@ -91,25 +122,81 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _members(path: Path) -> Iterator[tuple[tuple[str, ...], bytes | None]]:
-    """The regular files of a tar with their content, empty unless they are images; its folders with None."""
+def most_bytes(size: int) -> int:
+    """What a compressed file of so many bytes may unpack to."""
+    return max(LITTLE_BYTES, MOST_TIMES * size)
+
+
+def bomb(path: Path) -> UsageError:
+    """What is raised for a file that unpacks to more."""
+    found = f"{path} has {path.stat().st_size} bytes and unpacks to more than {MOST_TIMES} times as many"
+    return UsageError(found, "images don't compress so far; if you trust the file, unpack it yourself")
+
+
+class _Unpacked:
+    """The content of a compressed tar, and no more of it than is sane."""
+
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self._path, self._stream, self._limit = path, stream, most_bytes(path.stat().st_size)
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(min(size, self._limit + 1))
+        self._check(self._stream.tell())
+        return content
+
+    def seek(self, position: int) -> None:
+        self._check(position)
+        self._stream.seek(position)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def _check(self, position: int) -> None:
+        if position > self._limit:
+            raise bomb(self._path)
+
+
+def _opened(path: Path, raw: IO[bytes]) -> tarfile.TarFile:
+    first = raw.read(8)
+    raw.seek(0)
+    unpack = next((opener for magic, opener in UNPACK.items() if first.startswith(magic)), None)
+    stream = _Unpacked(path, unpack(raw)) if unpack else raw  # type: ignore[operator]
+    return tarfile.open(fileobj=stream, mode="r:")  # type: ignore[call-overload]
+
+
+def _members(path: Path, passed: _Passed) -> Iterator[tuple[Parts, bytes | None]]:
+    """The images of a tar with their content, and its folders with None."""
     total = position = 0
+    read: dict[str, bytes] = {}
     with (
         path.open("rb") as raw,
-        tarfile.open(fileobj=raw, mode="r:*") as archive,
+        _opened(path, raw) as archive,
         bar(path.stat().st_size // 1000, f"reading {path.name} (kB)") as advance,
     ):
         for member in archive:
+            if member.size < 0:
+                raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
             parts = _safe_parts(member.name)
-            if not parts or not (member.isfile() or member.isdir()):
+            if member.isdir():
+                if parts:
+                    yield parts, None
                 continue
-            content = b""
-            if member.isfile() and _is_image(parts):
-                total += member.size
-                _check_size(path, member, total)
-                stream = archive.extractfile(member)
-                content = stream.read() if stream else b""
-            yield parts, None if member.isdir() else content
+            # tar writes a file that it meets again as a hard link to the first.
+            content = read.get("/".join(_safe_parts(member.linkname))) if member.islnk() else None
+            if not parts:
+                passed.add("name outside of the tar", member.name)
+            elif content is None and (not member.isfile() or member.issparse()):
+                passed.add("link, device or sparse file", member.name)
+            elif not _is_image(parts):
+                passed.add_file(parts)
+            else:
+                if content is None:
+                    total += member.size
+                    _check_size(path, member, total)
+                    stream = archive.extractfile(member)
+                    content = stream.read() if stream else b""
+                read["/".join(parts)] = content
+                yield parts, content
             advance(raw.tell() // 1000 - position)
             position = raw.tell() // 1000
         _check_end(archive)
@@ -140,31 +227,47 @@ def _check_end(archive: tarfile.TarFile) -> None:
 
 
 def _walk(
-    folder: Path, parts: tuple[str, ...], seen: frozenset[tuple[int, int]]
-) -> Iterator[tuple[tuple[str, ...], os.DirEntry[str]]]:
+    folder: Path, parts: Parts, seen: frozenset[tuple[int, int]], passed: _Passed
+) -> Iterator[tuple[Parts, os.DirEntry[str]]]:
     """Folders and regular files below, in the order of their names; links are followed, never in a circle."""
-    try:
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda e: e.name)
-    except OSError as error:
-        raise UsageError(f"folder {str(folder)!r} can't be read: {error}") from error
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda e: e.name)
     for entry in ordered:
         inner = (*parts, entry.name)
-        if entry.is_dir():
+        try:
             status = entry.stat()
+        except OSError:
+            passed.add("broken link", "/".join(inner))
+            continue
+        if entry.is_dir():
             key = (status.st_dev, status.st_ino)
-            if key not in seen and len(inner) < DEEPEST:
+            if key in seen or len(inner) >= DEEPEST:
+                passed.add("folder too deep" if key not in seen else "link in a circle", "/".join(inner))
+            else:
                 yield inner, entry
-                yield from _walk(Path(entry.path), inner, seen | {key})
+                yield from _walk(Path(entry.path), inner, seen | {key}, passed)
         elif entry.is_file():
             yield inner, entry
+        else:
+            passed.add("device or pipe", "/".join(inner))
 
 
-def _safe_parts(name: str) -> tuple[str, ...]:
+def _safe_parts(name: str) -> Parts:
     parts = tuple(p for p in name.split("/") if p not in ("", "."))
     return () if name.startswith("/") or ".." in parts or len(parts) > DEEPEST else parts
 
 
-def _is_image(parts: tuple[str, ...]) -> bool:
-    hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
-    return parts[-1].lower().endswith(SUFFIXES) and not hidden
+def _is_image(parts: Parts) -> bool:
+    return parts[-1].lower().endswith(SUFFIXES) and not _hidden(parts)
+
+
+def _hidden(parts: Parts) -> bool:
+    return _of_system(parts) or any(part.startswith(".") for part in parts)
+
+
+def _of_system(parts: Parts) -> bool:
+    return any(part.startswith("._") or part.lower() in SYSTEM for part in parts)
+
+
+def _visible(folders: set[Parts]) -> frozenset[Parts]:
+    return frozenset(parts for parts in folders if not _hidden(parts))

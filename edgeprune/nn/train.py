@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgeprune.choices import KEEPS
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.nn import checkpoint, team
-from edgeprune.nn.augmenting import augment
+from edgeprune.nn.augmenting import KINDS, augment
 from edgeprune.nn.batchnorm import recalibrate_bn
 from edgeprune.nn.calling import modes
 from edgeprune.nn.checkpoint import Checkpoint, Progress
@@ -182,8 +182,10 @@ def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
     mine = slice(rank, None, size)
     seed = (loop.course.seed, epoch, step)
     x, y = loop.course.split.take(rows[mine]), loop.course.split.labels[rows[mine]]
-    if table.augment:
-        x = augment(x, chance(*seed, "augment"), count=len(rows), part=mine)
+    # "auto" that nobody decided about (`augmenting.decide`) is nothing: no image is changed unseen.
+    kinds = KINDS.get(table.augment, ())
+    if kinds:
+        x = augment(x, chance(*seed, "augment"), count=len(rows), part=mine, kinds=kinds)
     torch.manual_seed(seed_of(*seed, rank, "dropout"))
     loss = _loss(loop, loop.placement.images(x), y.to(loop.placement.device), chance(*seed, rank, "attack"))
     loop.optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,8 @@ from edgeprune import intervals
 from edgeprune.errors import MissingDependency, ModelError, ParityError, UsageError
 from edgeprune.nn import train
 from edgeprune.nn.bundle import deployed
-from edgeprune.nn.data import Split
+from edgeprune.nn.data import Split, spread
+from edgeprune.nn.images import Chosen
 from edgeprune.records import Bundle, InputSpec, Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
@@ -27,30 +28,8 @@ def balanced(split: Split, limit: int, seed: int) -> Split:
     """
     if limit < 1:
         raise UsageError(f"--limit {limit} must be at least 1")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(split), generator=generator)
-    turn = torch.empty_like(order)
-    for label in split.labels.unique():
-        mine = split.labels[order] == label
-        turn[mine] = torch.arange(int(mine.sum()))
-    chosen = order[torch.argsort(turn, stable=True)[:limit]].sort().values
-    return Split(split.name, split.labels[chosen], Chosen(split, chosen))
-
-
-class Chosen:
-    """The pixels of some images of a part."""
-
-    def __init__(self, split: Split, indices: torch.Tensor) -> None:
-        """Image k is image `indices[k]` of the part."""
-        self._split, self._indices = split, indices
-
-    def take(self, indices: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, C, H, W)."""
-        return self._split.pixels.take(self._indices[indices])
-
-    def count(self) -> int:
-        """How many images there are."""
-        return len(self._indices)
+    chosen = spread(split.labels, limit, seed).sort().values
+    return Split(split.name, split.labels[chosen], Chosen(split.pixels, chosen))
 
 
 def of_network(bundle: Bundle, split: Split, name: str) -> Reading:

@@ -19,7 +19,7 @@ from edgeprune.recipe import TuneTable
 from edgeprune.records import Bundle, Reading
 from edgeprune.stages import ledger
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 
 
 def run(  # noqa: PLR0913
