@@ -184,7 +184,7 @@ def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
         ({"tune": {"augment": 1}}, "tune.augment = 1 must be of type str", ""),
         (
             {"tune": {"augment": "mirrors"}},
-            "tune.augment = 'mirrors' is not one of auto",
+            "tune.augment = 'mirrors' is not one of auto, on, off, shift, mirror",
             "did you mean 'mirror'?",
         ),
         ({"model": {"path": 3}}, "model.path = 3 must be of type str", ""),

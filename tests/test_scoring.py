@@ -1,4 +1,4 @@
-"""Accuracy, accuracy under attack, mean loss, and what augmentation may do to an image."""
+"""Accuracy, accuracy under attack, and mean loss."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from image_sets import Answers, Small, same, stripes, weights
 from torch import nn
 
@@ -21,7 +19,7 @@ from edgeprune.nn.images import Decoded
 from edgeprune.nn.objectives import of_table
 from edgeprune.nn.placement import fastest
 from edgeprune.nn.scoring import some
-from edgeprune.nn.train import accuracy, augment, mean_loss, robust_accuracy
+from edgeprune.nn.train import accuracy, mean_loss, robust_accuracy
 from edgeprune.recipe import TuneTable
 
 
@@ -77,45 +75,6 @@ def test_mean_loss_is_the_mean_over_images_whatever_the_batch() -> None:
     expected = float(nn.functional.cross_entropy(module(images), split.labels).detach())
     for batch in (3, 10, 100):
         assert mean_loss(module, images, split.labels, batch) == pytest.approx(expected, rel=1e-5)
-
-
-@settings(max_examples=25)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_an_augmented_image_is_a_window_of_the_mirrored_or_plain_image(
-    height: int, width: int, seed: int
-) -> None:
-    x = torch.rand(6, 2, height, width, generator=torch.Generator().manual_seed(seed))
-    out = augment(x, torch.Generator().manual_seed(seed))
-    reach = min(height // 8, width - 1)
-    padded = nn.functional.pad(x, (reach,) * 4, mode="reflect") if reach else x
-    assert out.shape == x.shape
-    for image, source in zip(out, padded, strict=True):
-        windows = [
-            source[:, a : a + height, b : b + width]
-            for a in range(2 * reach + 1)
-            for b in range(2 * reach + 1)
-        ]
-        assert any(torch.equal(image, w) or torch.equal(image, w.flip(2)) for w in windows)
-
-
-@settings(max_examples=15)
-@given(count=st.integers(2, 9), parts=st.integers(1, 3), seed=st.integers(0, 99))
-def test_an_image_is_augmented_the_same_in_whichever_part_of_the_batch_it_comes(
-    count: int, parts: int, seed: int
-) -> None:
-    x = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    whole = augment(x, torch.Generator().manual_seed(seed))
-    for rank in range(min(parts, count)):
-        part = slice(rank, None, parts)
-        found = augment(x[part], torch.Generator().manual_seed(seed), count=count, part=part)
-        assert torch.equal(found, whole[part])
-
-
-def test_augmentation_reaches_every_shift_and_both_mirrors() -> None:
-    x = torch.arange(64.0).view(1, 1, 8, 8).expand(2000, 1, 8, 8)
-    out = augment(x, torch.Generator().manual_seed(0))
-    different = {tuple(image.flatten().tolist()) for image in out}
-    assert len(different) == 2 * 3 * 3
 
 
 def test_a_network_is_tried_from_fast_to_slow() -> None:

@@ -199,7 +199,9 @@ def describe(file: ImageFile) -> Header:
     """
     try:
         with _open(file) as image:
-            size = (image.width, image.height) if _orientation(image) > 4 else (image.height, image.width)
+            # Pillow gives the size of a TIFF as it is when it is turned.
+            lies = image.format != "TIFF" and _orientation(image) > 4
+            size = (image.width, image.height) if lies else (image.height, image.width)
             frames = int(getattr(image, "n_frames", 1))
             return Header(((1 if _is_gray(image) else 3), *size), frames, image.has_transparency_data)
     except BROKEN as error:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.lib import format as npy
@@ -31,7 +32,7 @@ HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 # What zipfile and numpy raise on files of another kind; an encrypted member is a RuntimeError.
 BROKEN_NPZ = (
     *(OSError, ValueError, EOFError, KeyError, MemoryError, TypeError, SyntaxError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, LZMAError),
+    *(zipfile.BadZipFile, zlib.error, LZMAError, TokenError),
 )
 
 
@@ -108,12 +109,15 @@ def _array(where: str, content: bytearray) -> np.ndarray:
     """The array of an `.npy` file, in the memory of `content`."""
     start = io.BytesIO(content[:HEADER_BYTES])
     try:
-        read_header = HEADERS[npy.read_magic(start)]
-        shape, fortran, dtype = read_header(start)
+        version = npy.read_magic(start)
+        if version not in HEADERS:
+            raise ValueError(f"its .npy format is {version[0]}.{version[1]}, accepted are 1.0 and 2.0")
+        shape, fortran, dtype = HEADERS[version](start)
     except BROKEN_NPZ as error:
         raise UsageError(f"{where} is no array: {error}", ACCEPTED) from error
     if dtype.kind not in "biuf":
-        raise UsageError(f"{where} is {dtype}, accepted are whole numbers; nothing is unpickled", ACCEPTED)
+        objects = ", and nothing is unpickled" * dtype.hasobject
+        raise UsageError(f"{where} is {dtype}, accepted are whole numbers{objects}", ACCEPTED)
     size, left = math.prod(shape) * dtype.itemsize, len(content) - start.tell()
     if size != left or min(shape, default=0) < 0:
         raise UsageError(f"{where} says {dtype} {shape}, which is {size} bytes, and holds {left}", ACCEPTED)
