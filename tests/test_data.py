@@ -6,6 +6,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import nets
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,13 @@ from image_sets import (
     everything,
     folder,
     opened,
+    picture,
     refusal,
 )
-from PIL import Image
+from PIL import Image, ImageOps
+from typer.testing import CliRunner
 
+from edgeprune.cli import app
 from edgeprune.errors import UsageError
 from edgeprune.nn import data as data_module
 from edgeprune.nn import images
@@ -252,6 +256,121 @@ def test_every_mode_becomes_what_the_model_eats(tmp_path: Path, mode: str, chann
     pixels = everything(data.held_out)
     assert pixels.shape == (2, channels, 8, 8)
     assert torch.allclose(pixels, torch.tensor(float(gray[0, 0]) / 255), atol=2 / 255)
+
+
+STORED = {
+    1: lambda image: image,
+    2: ImageOps.mirror,
+    3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
+    4: ImageOps.flip,
+    5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
+    6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+    8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_an_image_is_turned_as_exif_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    upright, exif = Image.new("RGB", (12, 8)), Image.Exif()
+    upright.paste((240, 0, 0), (0, 0, 4, 4))
+    upright.paste((0, 240, 0), (8, 0, 12, 4))
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{suffix}"
+    how = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    STORED[orientation](upright).save(path, exif=exif, **how)  # type: ignore[no-untyped-call]
+    file = images.ImageFile(path.name, path)
+    assert images.describe(file).shape == (3, 8, 12)
+    expected = np.asarray(upright).transpose(2, 0, 1).astype(int)
+    assert np.abs(images.decode(file, (3, 8, 12)) - expected).max() <= 6
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "exif", [b"", b"garbage", b"II*\0\x08\0\0\0\x05\0\x12\x01", b"MM\0*\xff\xff\xff\xff"]
+)
+def test_an_image_with_a_broken_exif_is_read_as_it_is_stored(tmp_path: Path, exif: bytes) -> None:
+    path = tmp_path / "x.jpg"
+    picture(0).save(path, exif=b"Exif\0\0" + exif)
+    assert images.decode(images.ImageFile("x", path), (3, 8, 8)).shape == (3, 8, 8)
+
+
+def test_of_several_frames_the_first_is_read_and_transparency_is_ignored_and_both_are_said(
+    tmp_path: Path,
+) -> None:
+    first = Image.new("RGB", (8, 8), (200, 100, 0))
+    for suffix, name in zip(("gif", "webp", "png", "tif"), "abcd", strict=True):
+        (tmp_path / name).mkdir()
+        more = {"lossless": True} if suffix == "webp" else {}
+        other = Image.new("RGB", (8, 8), (0, 0, 250))
+        first.save(tmp_path / name / f"0.{suffix}", save_all=True, append_images=[other], **more)
+    see_through = np.dstack([np.asarray(first), np.zeros((8, 8), np.uint8)])
+    Image.fromarray(see_through).save(tmp_path / "a/1.png")
+    first.quantize(4).save(tmp_path / "a/2.png", transparency=0)
+    data = opened(tmp_path, use="evaluate", spec=InputSpec((3, 8, 8), 4))
+    expected = torch.tensor([200, 100, 0]).view(1, 3, 1, 1) / 255
+    assert torch.allclose(everything(data.held_out), expected, atol=2 / 255)
+    assert any("several frames" in note for note in data.notes)
+    assert any("transparency is ignored" in note for note in data.notes)
+
+
+def test_every_common_ending_is_read_in_any_case_and_the_rest_is_counted(tmp_path: Path) -> None:
+    kinds = {
+        "0.JPE": "JPEG",
+        "1.jfif": "JPEG",
+        "2.Tif": "TIFF",
+        "3.tiff": "TIFF",
+        "4.GIF": "GIF",
+        "5.bmp": "BMP",
+    }
+    kinds |= {"6.ppm": "PPM", "7.pgm": "PPM", "8.WebP": "WEBP", "9.pbm": "PPM"}
+    root = folder(tmp_path / "d", {"a": 1, "b": 1})
+    for name, kind in kinds.items():
+        mode = {"7.pgm": "L", "9.pbm": "1"}.get(name, "RGB")
+        picture(5).convert(mode).save(root / "b" / name, kind)
+    for name in ("a/x.heic", "a/y.HEIC", "labels.csv", "a/noend", "b/.hidden.png", "b/e.\x1b[31m"):
+        (root / name).write_bytes(b"?")
+    (root / "a/gone.png").symlink_to("nowhere")
+    os.mkfifo(root / "b/pipe.png")
+    data = opened(root, use="evaluate")
+    assert len(data.held_out) == 2 + len(kinds)
+    note = next(note for note in data.notes if note.startswith("passed over: "))
+    for words in (
+        *(
+            "2 .heic files (such as 'a/x.heic')",
+            "1 .csv file",
+            "2 files without an ending (such as 'a/noend')",
+        ),
+        *("1 hidden image (such as 'b/.hidden.png')", "1 broken link", "1 device or pipe"),
+    ):
+        assert words in note, note
+    assert "\x1b" not in note
+
+
+def test_hard_links_in_a_tar_are_read_and_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    root, path = folder(tmp_path / "d", {"a": 2, "b": 2}), tmp_path / "d.tar"
+    os.link(root / "b/001.png", root / "b/002.png")
+    (root / "a/note.txt").write_text("?")
+    (root / "a/link.png").symlink_to("000.png")
+    with tarfile.open(path, "w") as archive:
+        archive.add(root, "d")
+        assert archive.getmember("d/b/002.png").islnk()
+    data = opened(path, use="evaluate")
+    assert data.held_out.labels.tolist() == [0, 0, 1, 1, 1]
+    assert "1 .txt file (such as 'd/a/note.txt')" in data.notes[0]
+    assert "1 link, device or sparse file (such as 'd/a/link.png')" in data.notes[0]
+
+
+def test_what_is_passed_over_stands_beside_the_accuracy(tmp_path: Path) -> None:
+    torch.save(nets.build("plain").state_dict(), tmp_path / "w.pt")
+    root = folder(tmp_path / "d", dict.fromkeys("abcde", 2))
+    (root / "a/x.heic").write_bytes(b"?")
+    arch = f"{Path(nets.__file__)}:Plain"
+    command = ["evaluate", str(tmp_path / "w.pt"), "--arch", arch, "--input", "3x8x8", "--data", str(root)]
+    for more in ([], ["--json"]):
+        done = CliRunner().invoke(app, [*command, *more])
+        assert done.exit_code == 0 and "1 .heic file (such as 'a/x.heic')" in done.stdout, done.output
 
 
 def test_gray_arrays_are_made_rgb_and_color_arrays_gray(tmp_path: Path) -> None:

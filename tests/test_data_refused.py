@@ -7,6 +7,7 @@ import io
 import random
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,6 +197,96 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content_)
         with pytest.raises((UsageError, ModelError), match="d.npz"):
             opened(path)
+
+
+def test_a_flipped_bit_is_a_damaged_member_whether_or_not_it_can_be_read(tmp_path: Path) -> None:
+    path, x = tmp_path / "d.npz", np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), np.uint8)
+    np.savez(path, x_train=x, y_train=[0, 0, 1, 1], x_test=x, y_test=[0, 0, 1, 1])
+    raw = path.read_bytes()
+    pixels = raw.index(x.tobytes())
+    for place in (pixels, pixels + x.size - 1, raw.index(b"descr"), raw.index(b"NUMPY")):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"member 'x_train.npy' is damaged: .*CRC"):
+            opened(path)
+
+
+def npy(descr: str, shape: str, content: bytes = b"") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (b"", "x is no array"),
+        (b"garbage", "x is no array"),
+        (b"\x93NUMPY\x01\x00\x28\x23" + b"(" * 9000, "x is no array"),
+        (b"\x93NUMPY\x03\x00" + bytes(100), "format is 3.0"),
+        (npy("'|u1'", "(1000000000000, 8, 8, 3)", b"abc"), "is 192000000000000 bytes, and holds 3"),
+        (npy("'|u1'", f"({2**62}, 8, 8, 3)", b"abc"), "and holds 3"),
+        (npy("'|u1'", "(-8, -8, 8, 3)", bytes(1536)), "says uint8 (-8, -8, 8, 3)"),
+        (npy("'|u1'", "(2, 8, 8, 3)", bytes(385)), "is 384 bytes, and holds 385"),
+        (npy("'|S0'", "(1000000000000,)"), "is |S0"),
+        (npy("[('a', '|u1')]", "(8,)", bytes(8)), "accepted are whole numbers"),
+        (npy("'|O'", "(2,)", b"cos\nsystem\n(S'true'\ntR."), "nothing is unpickled"),
+    ],
+)
+def test_a_member_that_is_no_array_of_numbers_is_refused_by_name(
+    tmp_path: Path, member: bytes, message: str
+) -> None:
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as file:
+        file.writestr("x.npy", member)
+        file.writestr("y.npy", npy("'|u1'", "(2,)", b"\0\1"))
+    assert message in refusal(tmp_path / "d.npz").message
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tgz"])
+def test_what_unpacks_to_hundreds_of_times_its_size_is_refused(tmp_path: Path, suffix: str) -> None:
+    path, size = tmp_path / f"d{suffix}", 2**24
+    if suffix == ".npz":
+        np.savez_compressed(
+            path, x=np.zeros((size // 192, 8, 8, 3), np.uint8), y=np.zeros(size // 192, np.int64)
+        )
+    else:
+        kind = suffix.rpartition(".")[2].replace("tgz", "gz")
+        with tarfile.open(path, f"w:{kind}") as archive:  # type: ignore[call-overload]
+            archive.add(folder(tmp_path / "pets", {"a": 2, "b": 2}), "pets")
+            for name in ("pets/a/zeros.txt", "pets/b/zeros.png"):
+                member = tarfile.TarInfo(name)
+                member.size = size
+                archive.addfile(member, io.BytesIO(bytes(size)))
+    assert "unpacks to more than 500 times as many" in refusal(path).message
+
+
+def test_a_tar_whose_header_names_a_negative_size_ends(tmp_path: Path) -> None:
+    path, header = tmp_path / "d.tar", bytearray(tarfile.TarInfo("a/x.png").tobuf())
+    header[124:136] = b"\xff" * 11 + b"\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(tarfile.TarInfo("a").tobuf()) + header + bytes(1024))
+    assert "has -256 bytes" in refusal(path).message
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(whole: Path) -> None:
+    path = whole / "dog/scans.jpg"
+    picture(0, size=(64, 64)).save(path, progressive=True)
+    raw = path.read_bytes()
+    assert len(opened(whole).held_out)
+    path.write_bytes(raw[:-2] + raw[raw.rindex(b"\xff\xda") : -2] * 200 + raw[-2:])
+    assert "more than 100 scans" in refusal(whole).message
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_refused_because_nothing_says_what_is_white(whole: Path, mode: str) -> None:
+    Image.new(mode, (8, 8), 1).save(whole / "dog/deep.tif")
+    assert "'dog/deep.tif' has pixels of 32 bits" in refusal(whole).message
+
+
+def test_no_format_is_read_that_runs_another_program(whole: Path) -> None:
+    (whole / "dog/x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    assert "not an image that can be read" in refusal(whole).message
 
 
 @settings(max_examples=40)

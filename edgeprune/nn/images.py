@@ -42,6 +42,9 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_PIXELS = 50_000_000
+# A progressive JPEG has about ten; a few kB of them keep a decoder busy for hours. libtiff draws the same line.
+MAX_SCANS = 100
+JPEG_SCAN = b"\xff\xda"
 MAX_FILE_BYTES = 256 * 2**20
 # What Pillow's decoders raise on broken files, besides OSError (its documentation names no full list).
 BROKEN = (
@@ -245,7 +248,11 @@ def fit(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _open(file: ImageFile) -> Image.Image:
-    return Image.open(io.BytesIO(file.read()), formats=FORMATS)
+    content = file.read()
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.format in ("JPEG", "MPO") and content.count(JPEG_SCAN) > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans, each of which takes as long as an image")
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -105,7 +105,7 @@ def _common_top(paths: list[Path]) -> int:
 def _ignored(paths: Iterable[Path]) -> tuple[str, ...]:
     ignored = list(paths)
     return (
-        (f"{len(ignored)} images lie in no class folder and are ignored, such as {'/'.join(ignored[0])}",)
+        (f"{len(ignored)} images lie in no class folder and are ignored, such as {'/'.join(ignored[0])!r}",)
         if ignored
         else ()
     )
