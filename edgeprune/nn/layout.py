@@ -24,7 +24,7 @@ PARTS = {
     "testing": "test",
 }
 ACCEPTED = "accepted: CLASS/IMAGE or train|val|test/CLASS/IMAGE, with images in " + " ".join(SUFFIXES)
-_KINDS = 6
+_KINDS = 12
 
 Path = tuple[str, ...]
 

@@ -31,7 +31,7 @@ PIECE_BYTES = 2**20
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 # What zipfile and numpy raise on files of another kind; an encrypted member is a RuntimeError.
 BROKEN_NPZ = (
-    *(OSError, ValueError, EOFError, KeyError, MemoryError, TypeError, SyntaxError, RuntimeError),
+    *(OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, LZMAError, TokenError),
 )
 
@@ -92,13 +92,13 @@ def _part(path: Path, file: zipfile.ZipFile, suffix: str) -> Arrays:
 
 def _content(path: Path, file: zipfile.ZipFile, name: str) -> bytearray:
     """A whole member, which zipfile then holds against its CRC."""
-    content, done = bytearray(file.getinfo(name).file_size), 0
+    content, size = bytearray(), file.getinfo(name).file_size
     try:
         with file.open(name) as stream:
-            while got := stream.readinto(memoryview(content)[done : done + PIECE_BYTES]):
-                done += got
-        if done < len(content):
-            raise EOFError(f"it has {done} of {len(content)} bytes")
+            while piece := stream.read(PIECE_BYTES):
+                content += piece
+        if len(content) < size:
+            raise EOFError(f"it has {len(content)} of {size} bytes")
     except (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, OSError) as error:
         hint = "the file was changed or cut short: copy or make it again"
         raise ModelError(f"{path}: member {name!r} is damaged: {error}", hint) from error
@@ -113,7 +113,7 @@ def _array(where: str, content: bytearray) -> np.ndarray:
         if version not in HEADERS:
             raise ValueError(f"its .npy format is {version[0]}.{version[1]}, accepted are 1.0 and 2.0")
         shape, fortran, dtype = HEADERS[version](start)
-    except BROKEN_NPZ as error:
+    except (*BROKEN_NPZ, MemoryError) as error:  # the latter for brackets that are nested too deep
         raise UsageError(f"{where} is no array: {error}", ACCEPTED) from error
     if dtype.kind not in "biuf":
         objects = ", and nothing is unpickled" * dtype.hasobject

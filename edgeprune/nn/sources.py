@@ -111,7 +111,9 @@ def from_tar(path: Path) -> Found:
                 files["/".join(parts)] = ImageFile("/".join(parts), content)
     except BROKEN_TAR as error:
         hint = "make it again: tar -cJf data.tar.xz FOLDER"
-        raise UsageError(f"{path} can't be read as a tar: {error}", hint) from error
+        raise UsageError(
+            f"{path} can't be read as a tar: {str(error) or type(error).__name__}", hint
+        ) from error
     ordered = tuple(files[name] for name in sorted(files))
     return Found(ordered, _visible(folders), passed, sha256(path))
 
