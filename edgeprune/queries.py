@@ -12,12 +12,13 @@ from typing import Any
 
 from edgeprune import bundled, plugins
 from edgeprune import recipe as recipes
-from edgeprune.context import Result, Say, stage, torch_part
+from edgeprune.context import Result, Say, load, stage, torch_part
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.pipeline import compress
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import Bundle, InputSpec, Reading
+from edgeprune.workdir import check_shipped
 
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
 
@@ -43,7 +44,7 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
     path = Path(recipe.model.path)
     is_file = path.suffix == ".onnx" or (path / "model.onnx").is_file()
-    bundle = None if is_file else stage("load").run(recipe.model)
+    bundle = None if is_file else load(recipe.model)
     spec = stage("evaluate").input_of(onnx_of(path)) if bundle is None else bundle.input
     found, images = _images(recipe, spec, wanted)
     for note in found.notes:
@@ -132,7 +133,7 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
         ModelError: the model can't be loaded or run.
     """
     say(f"load: {recipe.model.path}")
-    bundle = stage("load").run(recipe.model)
+    bundle = load(recipe.model)
     target = bundled.target(recipe.target)
     notes: list[str] = []
     times: dict[str, float] = {}
@@ -244,11 +245,13 @@ def onnx_of(path: Path) -> Path:
     """The ONNX file that a path names: itself, or the one of a run directory.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is not the one that the report of the run was made of.
     """
     found = path / "model.onnx" if path.is_dir() else path
     if not found.is_file():
         raise UsageError(f"no ONNX file at {found}", "give an .onnx file or a finished run directory")
+    if path.is_dir():
+        check_shipped(path)
     return found
 
 
