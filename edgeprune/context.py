@@ -13,7 +13,7 @@ from edgeprune import recipe as recipes
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
 from edgeprune.recipe import ModelTable, Recipe, TuneTable
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
-from edgeprune.workdir import Workdir, check_shipped, digest
+from edgeprune.workdir import Workdir, check_plain, check_shipped, digest
 
 Say = Callable[[str], None]
 
@@ -211,6 +211,7 @@ def load(table: ModelTable) -> Bundle:
         UsageError: a file of the run was replaced. Others as `nn.bundle.load_bundle`.
     """
     if (Path(table.path) / "model.pt2").is_file():
+        check_plain(Path(table.path))
         check_shipped(Path(table.path))
     return stage("load").run(table)
 

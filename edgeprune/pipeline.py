@@ -89,13 +89,20 @@ def budget_pairs(lines: Sequence[str]) -> dict[str, str]:
 
 
 def compress(
-    recipe: Recipe, output: Path | None, *, force: str | None = None, say: Say, bundle: Bundle | None = None
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    force: str | None = None,
+    say: Say,
+    bundle: Bundle | None = None,
+    trust_run: bool = False,
 ) -> Result:
     """Run every stage that is not finished yet, and write the report.
 
     Args:
         output: the run directory; None for runs/MODEL-TARGET. force: the stage to redo from.
-        bundle: a network in memory, instead of the recipe's model file.
+        bundle: a network in memory, instead of the recipe's model file. trust_run: believe what lies in the run
+            directory although this user has not made it.
 
     Raises:
         EdgepruneError: any of its kinds; what was finished stays in the run directory.
@@ -114,7 +121,7 @@ def compress(
         say(f"load: {recipe.model.path}")
     dense: Bundle = bundle or load(recipe.model)
     data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
-    with Workdir(folder) as work:
+    with Workdir(folder, import_module("torch").get_num_threads(), trusted=trust_run) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
         keys = work.agree(stage_keys(run))
         if "." not in run.method:
