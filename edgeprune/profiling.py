@@ -28,13 +28,13 @@ class Profiled:
     trouble: EdgepruneError | None = None
 
 
-def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
+def profile(recipe: Recipe, *, limit: int | None, say: Say, trust_run: bool = False) -> Profiled:
     """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each of the recipe's devices.
 
     Args:
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
-        limit: as for `queries.evaluate`.
+        limit, trust_run: as for `queries.evaluate`.
 
     Raises:
         UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
@@ -49,7 +49,7 @@ def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
     found = _measured(recipe, _Job(recipe, path, spec, images, say))
     if recipe.attack.name in ("none", "auto"):
         return found
-    attacked = queries.evaluate(recipe, limit=limit, say=say)
+    attacked = queries.evaluate(recipe, limit=limit, say=say, trust_run=trust_run)
     return replace(found, readings=(*found.readings, *(r for r in attacked if r.metric != "clean_accuracy")))
 
 
