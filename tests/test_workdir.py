@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,96 @@ def test_a_report_that_names_no_files_vouches_for_none(tmp_path: Path, text: str
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(UsageError, match=r"model.onnx|does not say which files"):
         check_shipped(tmp_path)
+
+
+def forged(folder: Path, name: str, content: str) -> None:
+    """Change a file of a finished stage together with its record."""
+    (folder / name).write_text(content)
+    record = json.loads((folder / "record.json").read_text())
+    record["files"][name] = digest(folder / name)
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def finished(run: Path, stage: str = "tune", content: str = "own", *, trusted: bool = False) -> Path:
+    with Workdir(run, 1, trusted=trusted) as work:
+        return work.stage(stage, "k", lambda out: (out / "f").write_text(content) and None)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_was_changed_together_with_its_record_is_refused(tmp_path: Path, stage: str) -> None:
+    forged(finished(tmp_path, stage), "f", "forged")
+    with pytest.raises(WorkdirError, match="changed together with its record") as caught:
+        finished(tmp_path, stage)
+    assert "--trust-run" in caught.value.hint
+
+
+@pytest.mark.parametrize("seal", ["", "\ud800", None, 3, "0" * 64])
+def test_a_record_with_another_seal_is_refused(tmp_path: Path, seal: object) -> None:
+    record = finished(tmp_path) / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "seal": seal}))
+    with pytest.raises(WorkdirError, match="its seal is not of"):
+        finished(tmp_path)
+
+
+def test_a_file_that_no_record_names_and_a_stage_of_another_key_are_refused(tmp_path: Path) -> None:
+    done = finished(tmp_path)
+    shutil.copytree(done, done.with_name("k2"))
+    with Workdir(tmp_path) as work, pytest.raises(WorkdirError, match="of another run"):
+        work.stage("tune", "k2", lambda out: None)
+    (done / "model.onnx").write_text("slipped in")
+    with pytest.raises(WorkdirError, match=r"model.onnx is not what was written"):
+        finished(tmp_path)
+
+
+def test_of_somebody_else_weights_are_kept_when_trusted_and_proofs_are_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("tune", "export", "measure"):
+        finished(tmp_path, stage, "theirs")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
+    with pytest.raises(WorkdirError, match="was not made by this user"):
+        finished(tmp_path, "export")
+    found = {
+        stage: (finished(tmp_path, stage, "mine", trusted=True) / "f").read_text()
+        for stage in ("tune", "export", "measure")
+    }
+    assert found == {"tune": "theirs", "export": "mine", "measure": "mine"}
+    finished(tmp_path, "export")
+
+
+def test_without_a_home_nothing_is_sealed_and_trust_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    finished(tmp_path / "run")
+    with pytest.raises(WorkdirError, match="its seal is not of"):
+        finished(tmp_path / "run")
+    assert (finished(tmp_path / "run", "tune", "again", trusted=True) / "f").read_text() == "own"
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.toml", "model.onnx.tmp", "5-tune", "scratch/k/state", "5-tune/tmp-k"]
+)
+def test_links_and_pipes_in_a_run_directory_are_refused(tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    (outside / "tmp-mine").mkdir(parents=True)
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    for make, kind in (
+        (lambda: path.symlink_to(outside), "a link"),
+        (lambda: os.mkfifo(path), "neither a file"),
+    ):
+        make()
+        with pytest.raises(WorkdirError, match=f"{name} is {kind}"):
+            finished(tmp_path / "run")
+        path.unlink()
+    assert (outside / "tmp-mine").is_dir()
+
+
+def test_what_a_stage_was_made_with_is_known_when_it_is_taken_again(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with Workdir(tmp_path, 2) as work:
+        work.stage("tune", "k", lambda out: pytest.fail("it is done"))
+        work.stage("export", "k", lambda out: (out / "f").write_text("x") and None)
+    assert work.made_with == {"tune": 1, "export": 2}
