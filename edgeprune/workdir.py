@@ -17,6 +17,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -287,6 +288,8 @@ class Workdir:
         write(unfinished / "record.json", {**record, "seal": seal.seal(_words(record))})
         unfinished.rename(done)
         shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
+        with suppress(OSError):
+            (self.root / "scratch").rmdir()
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether a stage's folder is there."""

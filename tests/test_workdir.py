@@ -307,3 +307,9 @@ def test_what_a_stage_was_made_with_is_known_when_it_is_taken_again(tmp_path: Pa
         work.stage("tune", "k", lambda out: pytest.fail("it is done"))
         work.stage("export", "k", lambda out: (out / "f").write_text("x") and None)
     assert work.made_with == {"tune": 1, "export": 2}
+
+
+def test_of_a_finished_stage_no_scratch_is_left(tmp_path: Path) -> None:
+    with Workdir(tmp_path) as work:
+        work.stage("tune", "k", lambda out: (work.scratch("k") / "state").write_text("x") and None)
+    assert not (tmp_path / "scratch").exists()
