@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgeprune import pipeline, recipe
+from edgeprune import context, pipeline, recipe
 from edgeprune.errors import EdgepruneError
 from edgeprune.nn import bundle as bundles
 from edgeprune.records import Bundle, Report, Verdict
@@ -41,7 +41,7 @@ def load(path: str | Path, **model: Any) -> Bundle:
     ...
     edgeprune.errors.UsageError: no such file: 'no-such-file.pt2'
     """
-    return bundles.load_bundle(recipe.build({}, {"model": {"path": str(path), **model}}).model)
+    return context.load(recipe.build({}, {"model": {"path": str(path), **model}}).model)
 
 
 def compress(
@@ -64,8 +64,8 @@ def compress(
         data: class folders, a tar of them, or an .npz; with None the module is pruned and repaired on images that are
             synthesized from it.
         method: a name of `edgeprune list methods`; "auto" is taylor with training images, data-free without.
-        more: output (the run directory), seed, mean and std (the normalization to put inside), or a table of the
-            recipe, as in tune={"epochs": 2}.
+        more: output (the run directory), seed, mean and std (the normalization to put inside), trust_run (go
+            on from what somebody else left in output), or a table of the recipe, as in tune={"epochs": 2}.
 
     Raises:
         EdgepruneError: any of its kinds, as the command line's exit codes say.
@@ -87,12 +87,14 @@ def compress(
         else Path("runs") / f"{type(model).__name__.lower()}-{target}"
     )
     mean, std = tuple(more.pop("mean", ())), tuple(more.pop("std", ()))
+    trust_run = bool(more.pop("trust_run", False))
     flags: dict[str, Any] = {"target": target, "budget": dict(budget or {}), **more}
     flags["prune"] = {"method": method, **more.get("prune", {})}
     if data is not None:
         flags["data"] = {"path": str(data), **more.get("data", {})}
     bundle = bundles.from_module(model, example_inputs, mean=mean, std=std)
-    result = pipeline.compress(recipe.build({}, flags), output, say=_quiet, bundle=bundle)
+    built = recipe.build({}, flags)
+    result = pipeline.compress(built, output, say=_quiet, bundle=bundle, trust_run=trust_run)
     if result.trouble is not None:
         raise result.trouble
     if result.exit_code:

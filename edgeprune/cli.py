@@ -34,6 +34,7 @@ from edgeprune.cli_options import (
     TargetName,
     TrainingData,
     Trust,
+    TrustRun,
     model_table,
     only_given,
 )
@@ -74,6 +75,7 @@ def compress(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
+    trust_run: TrustRun = False,
     data: TrainingData = None,
     data_use: DataUse = None,
     method: Method = None,
@@ -103,7 +105,7 @@ def compress(
     def work() -> int:
         wishes = {"budget": pipeline.budget_pairs(budget)} if budget else {}
         built = pipeline.recipe_from(recipe_file, {**flags, **wishes}, sets or [])
-        result = pipeline.compress(built, output, force=force, say=say)
+        result = pipeline.compress(built, output, force=force, trust_run=trust_run, say=say)
         show_run(result, as_json)
         return result.exit_code
 
@@ -125,6 +127,7 @@ def profile(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
+    trust_run: TrustRun = False,
     attack: Attacked = None,
     eps: Eps = None,
     limit: Limit = None,
@@ -145,7 +148,7 @@ def profile(
         if table:
             show_table(profiling.table(built, say=say), as_json)
             return 0
-        found = profiling.profile(built, limit=limit, say=say)
+        found = profiling.profile(built, limit=limit, say=say, trust_run=trust_run)
         show_readings(found.readings, as_json, found.trouble)
         if not as_json:
             print_lines(queries.warnings(found.readings))
@@ -166,6 +169,7 @@ def evaluate(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
+    trust_run: TrustRun = False,
     attack: Attacked = None,
     eps: Eps = None,
     limit: Limit = None,
@@ -181,7 +185,8 @@ def evaluate(
     )  # fmt: skip
 
     def work() -> int:
-        readings = queries.evaluate(recipe.build({}, flags, sets or []), limit=limit, say=say)
+        built = recipe.build({}, flags, sets or [])
+        readings = queries.evaluate(built, limit=limit, say=say, trust_run=trust_run)
         show_readings(readings, as_json)
         if not as_json:
             print_lines(queries.warnings(readings))
@@ -222,6 +227,7 @@ def why(
     std: Std = None,
     allow_class: Allow = None,
     trust_pickle: Trust = False,
+    trust_run: TrustRun = False,
     sets: Sets = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -25,6 +25,14 @@ Allow = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-pickle", help="run whatever code the pickle holds; the last resort")
 ]
+TrustRun = Annotated[
+    bool,
+    typer.Option(
+        "--trust-run",
+        help="the run directory is by you or by whom you trust: import the code that its recipe names, "
+        "and go on from weights that were made elsewhere",
+    ),
+]
 Data = Annotated[str | None, typer.Option(help="class folders, a tar of them, or an .npz", metavar="PATH")]
 TrainingData = Annotated[
     str | None,

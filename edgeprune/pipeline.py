@@ -39,6 +39,7 @@ from edgeprune.context import (
     Say,
     Step,
     check_together,
+    load,
     stage,
     torch_part,
     with_epochs,
@@ -51,14 +52,13 @@ from edgeprune.recipe import Recipe, TuneTable
 from edgeprune.records import Bundle, Reading
 from edgeprune.reporting import build_report, lock_facts
 from edgeprune.tabling import clock
-from edgeprune.workdir import STAGES, Workdir
+from edgeprune.workdir import PUBLISHED, STAGES, Workdir, digest
 
 FORCEABLE = ("load", *STAGES)
 SIZE_OF_FLOATS = (
     "With --precision auto the network is cut until its fp32 file has the size of the budget, for fp32 may ship; "
     "--precision int8 counts the int8 file, and keeps about four times as many parameters."
 )
-TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
 
 
 def recipe_from(file: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
@@ -89,13 +89,20 @@ def budget_pairs(lines: Sequence[str]) -> dict[str, str]:
 
 
 def compress(
-    recipe: Recipe, output: Path | None, *, force: str | None = None, say: Say, bundle: Bundle | None = None
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    force: str | None = None,
+    say: Say,
+    bundle: Bundle | None = None,
+    trust_run: bool = False,
 ) -> Result:
     """Run every stage that is not finished yet, and write the report.
 
     Args:
         output: the run directory; None for runs/MODEL-TARGET. force: the stage to redo from.
-        bundle: a network in memory, instead of the recipe's model file.
+        bundle: a network in memory, instead of the recipe's model file. trust_run: believe what lies in the run
+            directory although this user has not made it.
 
     Raises:
         EdgepruneError: any of its kinds; what was finished stays in the run directory.
@@ -112,9 +119,9 @@ def compress(
     )
     if bundle is None:
         say(f"load: {recipe.model.path}")
-    dense: Bundle = bundle or stage("load").run(recipe.model)
+    dense: Bundle = bundle or load(recipe.model)
     data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
-    with Workdir(folder) as work:
+    with Workdir(folder, import_module("torch").get_num_threads(), trusted=trust_run) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
         keys = work.agree(stage_keys(run))
         if "." not in run.method:
@@ -314,14 +321,19 @@ def _attack(step: Step) -> None:
 
 def _finish(run: Context, folders: Mapping[str, Path], beside: Beside) -> Result:
     small = smaller(run, folders)
+    places = [folders[name] for name in ("quantize", "export", "dense") if name in folders]
+    sources = {
+        name: place / name for name in PUBLISHED for place in reversed(places) if (place / name).exists()
+    }
     report = build_report(run, folders, small, beside)
+    hashes = {name: digest(path) for name, path in sources.items()}
+    report = replace(report, environment={**report.environment, "files": hashes})
     if run.work.leads:
-        for name in TAKE_AWAY:
-            for folder in (folders.get("quantize"), folders["export"]):
-                if folder is not None and (folder / name).exists():
-                    run.work.publish(folder / name, name)
-                    break
-        run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
+        for name in PUBLISHED:
+            if name in sources:
+                run.work.publish(sources[name], name)
+            else:
+                (run.work.root / name).unlink(missing_ok=True)
         stage("report").run(report, run.work.root)
     # A run that is not faster says so first and is no failure of the run: a gate is what may fail it.
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False, must_be_faster=False)

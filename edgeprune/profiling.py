@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeprune import abreast, bundled, queries
-from edgeprune.context import Say, stage, torch_part
+from edgeprune.context import Say, load, stage, torch_part
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
@@ -28,13 +28,13 @@ class Profiled:
     trouble: EdgepruneError | None = None
 
 
-def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
+def profile(recipe: Recipe, *, limit: int | None, say: Say, trust_run: bool = False) -> Profiled:
     """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each of the recipe's devices.
 
     Args:
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
-        limit: as for `queries.evaluate`.
+        limit, trust_run: as for `queries.evaluate`.
 
     Raises:
         UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
@@ -53,7 +53,7 @@ def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
         found = replace(found, readings=tuple(said))
     if recipe.attack.name in ("none", "auto"):
         return found
-    attacked = queries.evaluate(recipe, limit=limit, say=say)
+    attacked = queries.evaluate(recipe, limit=limit, say=say, trust_run=trust_run)
     return replace(found, readings=(*found.readings, *(r for r in attacked if r.metric != "clean_accuracy")))
 
 
@@ -96,7 +96,7 @@ def table(recipe: Recipe, *, say: Say) -> Any:
             "ask for the table of each device by itself, and leave out --data and --attack",
         )
     say(f"load: {recipe.model.path}")
-    bundle, target = stage("load").run(recipe.model), bundled.target(recipe.target)
+    bundle, target = load(recipe.model), bundled.target(recipe.target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device, target.setup)
     # The device is held from the first file to the last: layers of one table are timed by one who is alone.
     trials = stage("measure_trial").Trials(device, target, say, None)

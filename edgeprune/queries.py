@@ -12,25 +12,28 @@ from typing import Any
 
 from edgeprune import bundled, plugins
 from edgeprune import recipe as recipes
-from edgeprune.context import Result, Say, stage, torch_part
+from edgeprune.context import Result, Say, load, stage, torch_part
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.pipeline import compress
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import Bundle, InputSpec, Reading
+from edgeprune.workdir import check_plain, check_shipped, own_scratch
 
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
 
 
-def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, ...]:
+def evaluate(recipe: Recipe, *, limit: int | None, say: Say, trust_run: bool = False) -> tuple[Reading, ...]:
     """The accuracy of a file or a model on held-out images, without and, where the recipe says so, under attack.
 
     Args:
         recipe: `[attack]` with the name "auto" is none.
         limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
             `attack.limit` with one.
+        trust_run: code that the recipe of a run directory names may be imported.
 
     Raises:
+        UnsafeModel: a run names code that `recipe.model` does not.
         UsageError: no data, an attack that needs gradients on a file that has none, or a wrong limit.
         ModelError, MissingDependency, DeviceError: the file or the model can't be used.
         WorkdirError: the state of an attack can't be written.
@@ -43,11 +46,12 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
     path = Path(recipe.model.path)
     is_file = path.suffix == ".onnx" or (path / "model.onnx").is_file()
-    bundle = None if is_file else stage("load").run(recipe.model)
+    bundle = None if is_file else load(recipe.model)
     spec = stage("evaluate").input_of(onnx_of(path)) if bundle is None else bundle.input
     found, images = _images(recipe, spec, wanted)
     if attacks:
-        place = _Place(wanted, found.fingerprint, _scratch(path if is_file and path.is_dir() else None), say)
+        scratch = (path if is_file and path.is_dir() else Path("runs")) / "scratch"
+        place = _Place(wanted, found.fingerprint, scratch, say, trust_run)
         clean, *rest = _attacked(recipe, _victim(path, bundle, recipe, place), images, place)
     else:
         clean, rest = _clean(path, bundle, images, (spec, _device(recipe))), []
@@ -86,7 +90,7 @@ def _victim(path: Path, bundle: Bundle | None, recipe: Recipe, place: _Place) ->
         return attack.of_bundle(bundle, path.name)
     here = import_module("edgeprune.devices").device_from_url("local").where()
     if path.is_dir():
-        victim = attack.of_run(path, place.scratch, here)
+        victim = attack.of_run(path, place.scratch, here, recipe.model, trusted=place.trust_run)
     else:
         victim = attack.of_file(path.name, path, place.scratch, here)
     if not attack.elsewhere(device):
@@ -136,7 +140,7 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
         ModelError: the model can't be loaded or run.
     """
     say(f"load: {recipe.model.path}")
-    bundle = stage("load").run(recipe.model)
+    bundle = load(recipe.model)
     target = bundled.target(recipe.target)
     notes: list[str] = []
     times: dict[str, float] = {}
@@ -210,6 +214,7 @@ class _Place:
     data: str
     scratch: Path
     say: Say
+    trust_run: bool
 
 
 def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[Reading, ...]:
@@ -220,6 +225,7 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     place.say(f"attack: {table.name}, {table.norm} eps {table.eps}, {len(images)} images of {victim.name}")
     victim = attack.proven(victim, images, say=place.say)
     scratch = place.scratch / f"attack-{job.key(victim)}"
+    own_scratch(scratch)
     verdicts = attack.run(victim, images, job, scratch=scratch, say=place.say)
     place.say("attack: look for signs that the gradients mislead")
     found = attack.flags(victim, images, job, verdicts)
@@ -230,11 +236,6 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return rows
-
-
-def _scratch(run: Path | None) -> Path:
-    """Where an attack keeps its state: in the run directory, or beside those of runs."""
-    return (run or Path("runs")) / "scratch"
 
 
 def _images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
@@ -248,11 +249,14 @@ def onnx_of(path: Path) -> Path:
     """The ONNX file that a path names: itself, or the one of a run directory.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is not the one that the report of the run was made of.
     """
     found = path / "model.onnx" if path.is_dir() else path
     if not found.is_file():
         raise UsageError(f"no ONNX file at {found}", "give an .onnx file or a finished run directory")
+    if path.is_dir():
+        check_plain(path)
+        check_shipped(path)
     return found
 
 

@@ -36,9 +36,10 @@ def build_report(
     example = costs.normalized_example(run.bundle.input, run.recipe.seed)
     rows = (costs.layer_costs(run.bundle.module, example), costs.layer_costs(small.module, example))
     chosen = stage("prune").read(folders["prune"])
+    environment = build.environment(run.device.facts(), run.target.title)
     parts = {
         "recipe": recipes.to_dict(run.recipe),
-        "environment": {**build.environment(run.device.facts(), run.target.title), **further.environment},
+        "environment": {**environment, **further.environment, "threads": run.work.threads},
         "before": (*measured.before, *attacked.before, *further.measured.before),
         "after": (*measured.after, *attacked.after, *further.measured.after),
         "samples": {**measured.samples, **further.measured.samples},
@@ -75,7 +76,7 @@ def lock_facts(run: Context) -> dict[str, Any]:
     return {
         "recipe": recipes.to_dict(run.recipe), "versions": stage("report_build").versions(),
         "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
-        "calibration_images": chosen,
+        "calibration_images": chosen, "threads": run.work.threads,
     }  # fmt: skip
 
 
@@ -123,6 +124,13 @@ def _why_float(run: Context) -> str:
 def _notes(run: Context, plan: Plan) -> list[str]:
     """What the reader of a report must know of how it came to be."""
     notes = list(run.data.notes) if run.data else []
+    others = {name: n for name, n in run.work.made_with.items() if n and n != run.work.threads}
+    if others:
+        made = ", ".join(f"{name} with {n}" for name, n in others.items())
+        notes.append(
+            f"Not all stages were made with the {run.work.threads} thread(s) of this process: {made}. Sums are rounded "
+            "in another order then, and training gives other weights; OMP_NUM_THREADS sets the number."
+        )
     if run.recipe.prune.method == "auto":
         why = "there are training images" if run.trainable else "there is no training data"
         notes.append(f"The method is {run.method}, because {why}.")

@@ -12,20 +12,29 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
+from edgeprune import seal
 from edgeprune.codec import to_json, write
-from edgeprune.errors import WorkdirError
+from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.nn import team
 
 STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "quantize", "measure", "attack")
+# What --trust-run keeps of somebody else's run; it does the rest again, where the proofs are.
+LONG = ("synthesize", "prune", "repair", "tune", "attack")
 LOCKFILE = "edgeprune.lock"
+# What a finished run has at its top; report.json holds the hash of each (environment.files).
+PUBLISHED = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh", "dense.onnx")
 # A shared file system may show a new folder to other machines this much later.
 SIGHT_S = 60.0
 
@@ -39,15 +48,107 @@ def digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def check_shipped(run: Path) -> None:
+    """Refuse a run directory whose files are not those that its report was made of. Needs no torch.
+
+    model.onnx must be there; of the others those that are there are compared.
+
+    Raises:
+        UsageError: a file was replaced or changed (says both hashes), or the report does not say of which files it is.
+    """
+    report, again = (
+        run / "report.json",
+        "give `edgeprune compress` the same command again: it writes both anew",
+    )
+    try:
+        said = json.loads(report.read_text(encoding="utf-8"))["environment"]["files"]
+        told = {name: str(said[name]) for name in PUBLISHED if name in said}
+        found = {name: digest(run / name) for name in PUBLISHED if (run / name).is_file()}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"{run} is no finished run: {report} does not say which files it was made of"
+        raise UsageError(f"{why} ({type(error).__name__}: {error})", again) from error
+    for name in ("model.onnx", *found):
+        if name not in found or found[name] != told.get(name):
+            raise UsageError(
+                f"{run / name} has sha256 {found.get(name, '(no such file)')}, "
+                f"but {report} was made of a file with {told.get(name, '(no such file)')}",
+                again,
+            )
+
+
+def check_plain(run: Path) -> None:
+    """Refuse links, pipes and devices among what edgeprune reads and writes in a run directory: they lead out of it.
+
+    Raises:
+        WorkdirError: names the first one.
+    """
+    tops = (
+        *PUBLISHED,
+        LOCKFILE,
+        ".lock",
+        "recipe.toml",
+        "report.json",
+        "report.md",
+        "report.html",
+        "scratch",
+    )
+    folders = [run / name for name in (*map(_folder, STAGES), "scratch")]
+    for path in (
+        *(run / f"{n}{e}" for n in tops for e in ("", ".tmp")),
+        *folders,
+        *chain(*map(_below, folders)),
+    ):
+        try:
+            mode = path.lstat().st_mode
+        except OSError:
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+            raise WorkdirError(f"{path} is {kind}; a run directory holds files and folders", "delete it")
+
+
+def _folder(stage: str) -> str:
+    return f"{STAGES.index(stage)}-{stage}"
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and its folders; links are not followed."""
+    for root, folders, files in os.walk(folder):
+        yield from (Path(root, name) for name in (*folders, *files))
+
+
+def own_scratch(folder: Path) -> None:
+    """Make a folder for what lets work go on after a kill, or empty one that somebody else has made.
+
+    Raises:
+        WorkdirError: it can't be written.
+    """
+    mark, text = folder / "sealed", f"scratch {folder.name}"
+    try:
+        found = mark.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        found = ""
+    if seal.holds(found, text):
+        return
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(seal.seal(text), encoding="utf-8")
+    except OSError as error:
+        raise WorkdirError(f"{folder} can't be written: {error}", "make room there") from error
+
+
 class Workdir:
     """A run directory that this process holds, or follows where another process of its team holds it.
 
-    Use it with `with`. leads: whether this process is the one that writes.
+    Use it with `with`. leads: whether this process is the one that writes. threads: how many this process computes
+    with; made_with: stage -> how many made it, of those done. trusted: what somebody else made is believed.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, threads: int = 0, *, trusted: bool = False) -> None:
         """Only remembers the folder; `with` creates and locks it."""
-        self.root = root
+        self.root, self.threads, self.trusted = root, threads, trusted
+        self.made_with: dict[str, int] = {}
         self.leads = team.rank() == 0
         self._held: Any = None
         self._aside: Any = None
@@ -61,6 +162,7 @@ class Workdir:
         if not self.leads:
             self._aside = TemporaryDirectory(prefix="edgeprune-")
             return self
+        check_plain(self.root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._held = (self.root / ".lock").open("a")
@@ -74,7 +176,7 @@ class Workdir:
                 f"{self.root} is in use by another edgeprune",
                 "wait for it to end, or choose another directory with -o",
             ) from error
-        for left_over in self.root.glob("*/tmp-*"):
+        for left_over in chain(*(self._parent(name).glob("tmp-*") for name in STAGES)):
             shutil.rmtree(left_over, ignore_errors=True)
         return self
 
@@ -141,13 +243,15 @@ class Workdir:
                 does not see it.
         """
         done = self._parent(name) / key
-        there = self.leads and done.is_dir()
+        there, threads = self.leads and done.is_dir(), self.threads
         if there:
-            self._verify(done)
+            threads = self._verify(done)
+            there = done.is_dir()
         if not team.tell(there):
             self._do(done, work, together)
         if not self.leads:
             _look_for(done)
+        self.made_with[name] = threads
         return done
 
     def alone(self, name: str, key: str, work: Callable[[Path], None]) -> Path:
@@ -159,7 +263,7 @@ class Workdir:
         done = self._parent(name) / key
         if done.is_dir():
             self._verify(done)
-        else:
+        if not done.is_dir():
             self._make(done, work)
         return done
 
@@ -180,9 +284,12 @@ class Workdir:
             str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()
         }
         name = done.parent.name.partition("-")[2]
-        write(unfinished / "record.json", {"stage": name, "key": key, "files": files})
+        record = {"stage": name, "key": key, "threads": self.threads, "files": files}
+        write(unfinished / "record.json", {**record, "seal": seal.seal(_words(record))})
         unfinished.rename(done)
-        shutil.rmtree(self.scratch(key), ignore_errors=True)
+        shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
+        with suppress(OSError):
+            (self.root / "scratch").rmdir()
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether a stage's folder is there."""
@@ -191,9 +298,18 @@ class Workdir:
     def scratch(self, key: str) -> Path:
         """Where a stage may keep what lets it go on after a kill; gone when the stage is done.
 
-        A follower's is empty and goes with it: what is kept, the first process keeps, and tells.
+        A follower's is empty and goes with it: what is kept, the first process keeps, and tells. What somebody else
+        has left there is deleted.
+
+        Raises:
+            WorkdirError: it can't be written.
         """
-        return self.root / "scratch" / key if self.leads else Path(self._aside.name) / key
+        if not self.leads:
+            return Path(self._aside.name) / key
+        folder = self.root / "scratch" / key
+        if not self.trusted:
+            own_scratch(folder)
+        return folder
 
     def forget_from(self, stage: str) -> None:
         """Delete the results of a stage and of every later one ("load" means all)."""
@@ -211,20 +327,48 @@ class Workdir:
         return final
 
     def _parent(self, stage: str) -> Path:
-        return self.root / f"{STAGES.index(stage)}-{stage}"
+        return self.root / _folder(stage)
 
-    def _verify(self, folder: Path) -> None:
+    def _verify(self, folder: Path) -> int:
+        """The threads that a finished stage was made with, when it is what this user's edgeprune left there.
+
+        Where others are trusted, what they left is kept if it takes long, and deleted if it proves or measures.
+        """
+        again = f"delete {folder}; it will be made again"
         try:
-            files = dict(json.loads((folder / "record.json").read_text(encoding="utf-8"))["files"])
-            bad = next((name for name, sha in files.items() if digest(folder / name) != sha), None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WorkdirError(
-                f"{folder} is corrupt: {error}", f"delete {folder}; it will be made again"
-            ) from error
-        if bad:
-            raise WorkdirError(
-                f"{folder / bad} is not what was written there", f"delete {folder}; it will be made again"
+            record = dict(json.loads((folder / "record.json").read_text(encoding="utf-8")))
+            found, files = record.pop("seal", None), dict(record["files"])
+            stage, key, threads = str(record["stage"]), str(record["key"]), record.get("threads")
+            there = {
+                str(p.relative_to(folder)): p for p in _below(folder) if p.is_file() and p.name[0] != "."
+            }
+            del there["record.json"]
+            wrong = (
+                n for n in sorted({*files, *there}) if n not in there or digest(there[n]) != files.get(n)
             )
+            bad = next(wrong, "")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise WorkdirError(f"{folder} is corrupt: {error}", again) from error
+        if bad:
+            raise WorkdirError(f"{folder / bad} is not what was written there", again)
+        if (stage, key) != (folder.parent.name.partition("-")[2], folder.name):
+            raise WorkdirError(f"{folder} holds the stage {stage!r} of another run ({key!r})", again)
+        if not seal.holds(found, _words(record)):
+            if not self.trusted:
+                raise WorkdirError(
+                    f"{folder} was not made by this user's edgeprune here, or was changed together with its record: "
+                    f"its seal is not of {seal.key_file()}",
+                    f"{again} (all of them with --force load); or give --trust-run to keep the choices and the weights "
+                    "and prove them again",
+                )
+            if stage not in LONG:
+                shutil.rmtree(folder)
+                return self.threads
+        return threads if isinstance(threads, int) else 0
+
+
+def _words(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
 
 
 def _look_for(folder: Path) -> None:

@@ -21,8 +21,9 @@ settings.load_profile("edgeprune")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Who measures holds a lock in the temporary folder: each process of the tests has its own."""
+    """Who measures holds a lock in the temporary folder: each process of the tests has its own, and its own seals."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(tempfile, "tempdir", None)
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from edgeprune import codec
 from edgeprune.cli import app
 from edgeprune.nn import zoo
 from edgeprune.records import Report
+from edgeprune.workdir import digest
 
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
 # Images enough to go through every step, too few and too rough to be good.
@@ -124,6 +126,46 @@ def test_the_second_time_repeats_no_stage(
     assert done.exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in out.glob("[0-9]-*/*/record.json")} == stamps
     assert json.loads(done.stdout)["report"] == first["report"]
+
+
+def test_a_run_whose_files_were_changed_is_neither_evaluated_nor_resumed(
+    run: tuple[Path, dict[str, object]], weights: Path, images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run[0], tmp_path / "run")
+    model = tmp_path / "run" / "model.onnx"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    for arguments in (["evaluate", str(model.parent), "--data", str(images)], ["profile", str(model.parent)]):
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 2 and "sha256" in done.stderr, done.output
+        assert digest(model) in done.stderr and digest(run[0] / "model.onnx") in done.stderr
+    (weight,) = model.parent.glob("5-tune/*/weights.safetensors")
+    content = bytearray(weight.read_bytes())
+    content[-1] ^= 1
+    weight.write_bytes(content)
+    record = json.loads((weight.parent / "record.json").read_text())
+    record["files"][weight.name] = digest(weight)
+    (weight.parent / "record.json").write_text(json.dumps(record))
+    done = runner.invoke(app, command(weights, model.parent, "--data", str(images), "--epochs", "1"))
+    assert done.exit_code == 7 and "changed together with its record" in done.stderr, done.output
+    shutil.copy(run[0] / "model.onnx", model)
+    (model.parent / "model.pt2").write_bytes(b"other")
+    done = runner.invoke(app, ["why", str(model.parent)])
+    assert done.exit_code == 2 and "model.pt2" in done.stderr, done.output
+
+
+def test_another_number_of_threads_is_in_the_lock_file_and_told_when_a_run_goes_on(
+    run: tuple[Path, dict[str, object]], weights: Path, images: Path, tmp_path: Path, two_threads: None
+) -> None:
+    shutil.copytree(run[0], tmp_path / "run")
+    arguments = command(weights, tmp_path / "run", "--data", str(images), "--epochs", "1", "--json")
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)["report"]
+    assert json.loads((tmp_path / "run" / "edgeprune.lock").read_text())["threads"] == 2
+    assert report["environment"]["threads"] == 2 and run[1]["report"]["environment"]["threads"] == 1  # type: ignore[index]
+    assert any("the 2 thread(s) of this process" in n and "tune with 1" in n for n in report["notes"])
 
 
 def test_another_option_redoes_only_what_depends_on_it(

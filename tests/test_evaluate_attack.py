@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,11 @@ from edgeprune.nn.bundle import deployed, load_bundle
 from edgeprune.nn.data import in_memory
 from edgeprune.nn.onnx_batch import freed
 from edgeprune.recipe import ExportTable, ModelTable
+from edgeprune.records import Report
 from edgeprune.stages import evaluate_doubts, export
 from edgeprune.stages.attack_file import open_file
+from edgeprune.stages.attack_victims import HARMLESS
+from edgeprune.workdir import PUBLISHED, digest, own_scratch
 
 runner = CliRunner()
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Plain"
@@ -54,7 +60,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"path": str(folder / "plain.pt"), "arch": ARCH, "input": "3x8x8"}
     (run / "recipe.toml").write_text(recipe.to_toml(recipe.build({"model": model}, {})))
     (run / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": bundle.source.sha256}}))
+    told(run, plain_report([], []))
     return folder
+
+
+def told(run: Path, report: Report) -> None:
+    """A report of the files as they are."""
+    files = {name: digest(run / name) for name in PUBLISHED if (run / name).exists()}
+    codec.write(run / "report.json", replace(report, environment={"files": files}))
 
 
 def evaluated(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -88,7 +101,9 @@ def test_a_model_a_run_and_a_file_are_attacked_each_in_its_way(
     model = evaluated(
         "plain.pt", *FLAGS, "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch
     )
-    run = evaluated("run", "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch)
+    run = evaluated(
+        "run", "--arch", ARCH, "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch
+    )
     file = evaluated("run/model.onnx", "--attack", "standard", *QUICK, folder=made, monkeypatch=monkeypatch)
     found = [{r["metric"]: r for r in rows} for rows in (model, run, file)]
     how = [rows["robust_accuracy"]["conditions"]["gradients"] for rows in found]
@@ -126,17 +141,18 @@ def test_of_a_run_with_an_int8_file_the_reading_says_what_transferred_images_alo
     model.graph.initializer.append(numpy_helper.from_array(np.array(1 / 64, np.float32), "step"))
     model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "zero"))
     onnx.save(model, tmp_path / "run" / "model.onnx")
-    pgd = ["run", "--attack", "pgd", "--eps", "2/255", "--limit", "30"]
+    told(tmp_path / "run", plain_report([], []))
+    pgd = ["run", "--trust-run", "--attack", "pgd", "--eps", "2/255", "--limit", "30"]
     rows = {r["metric"]: r for r in evaluated(*pgd, folder=tmp_path, monkeypatch=monkeypatch)}
     robust = rows["robust_accuracy"]["conditions"]
     assert robust["gradients"].startswith("white box on the torch network and on its straight-through twin")
     assert list(robust["broken"]) == [
         "clean", "pgd", "pgd-to-the-end", "pgd-from-dense", "pgd-straight-through", "pgd-to-the-end-straight-through",
     ]  # fmt: skip
-    told = robust["transfer_only"]
-    assert told["right"] == robust["right"] + sum(list(robust["broken"].values())[4:])
+    alone = robust["transfer_only"]
+    assert alone["right"] == robust["right"] + sum(list(robust["broken"].values())[4:])
     done = runner.invoke(app, ["evaluate", *pgd, "--data", "data.npz"])
-    assert f"leave {100 * told['value']:.1f} % standing" in " ".join(done.stdout.split())
+    assert f"leave {100 * alone['value']:.1f} % standing" in " ".join(done.stdout.split())
 
 
 def test_a_run_whose_model_is_gone_says_that_transfer_was_not_tried(
@@ -155,11 +171,70 @@ def test_a_run_whose_model_is_gone_says_that_transfer_was_not_tried(
         ((tmp_path / "run" / "edgeprune.lock").unlink, "can't be read"),
     ):
         change()
-        rows = evaluated("run", "--attack", "standard", *QUICK, folder=tmp_path, monkeypatch=monkeypatch)
+        rows = evaluated(
+            "run", "--arch", ARCH, "--attack", "standard", *QUICK, folder=tmp_path, monkeypatch=monkeypatch
+        )
         robust = next(r for r in rows if r["metric"] == "robust_accuracy")
         assert "dense model were not tried" in robust["conditions"]["notes"][0]
         assert says in robust["conditions"]["notes"][0]
         assert "apgd-ce-from-dense" not in robust["conditions"]["broken"]
+
+
+class _Runs:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("ran",))
+
+
+@pytest.mark.parametrize("names", ["trust_pickle", "arch", "allow_class"])
+@pytest.mark.parametrize("command", ["evaluate", "profile"])
+def test_code_that_only_the_recipe_of_a_run_names_is_not_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "run", tmp_path / "run")
+    file, table = tmp_path / "dense.pt", {"path": str(tmp_path / "dense.pt"), "input": "3x8x8"}
+    file.write_bytes(pickle.dumps(_Runs()))
+    if names == "arch":
+        shutil.copy(made / "plain.pt", file)
+        (tmp_path / "x.py").write_text("import os\nos.mkdir('ran')\nnet = None\n")
+    more = {"trust_pickle": True, "arch": f"{tmp_path / 'x.py'}:net", "allow_class": ["os.mkdir"]}
+    text = recipe.to_toml(recipe.build({"model": {**table, names: more[names]}}, {}))
+    (tmp_path / "run" / "recipe.toml").write_text(text)
+    (tmp_path / "run" / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": digest(file)}}))
+    quick = ["--set", "measure.iterations=10", "--set", "measure.seconds=0.1"] if command == "profile" else []
+    arguments = [command, "run", "--data", str(made / "data.npz"), "--attack", "fgsm", *QUICK, *quick]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 4 and not (tmp_path / "ran").exists(), done.output
+    assert f"recipe.toml says {names} = " in done.stderr and "--trust-run" in done.stderr
+    if command == "evaluate" and names != "allow_class":
+        assert runner.invoke(app, [*arguments, "--trust-run"]).exit_code == 0
+        assert (tmp_path / "ran").exists()
+
+
+def test_of_architectures_only_bare_names_of_the_two_packages_are_harmless() -> None:
+    for arch in ("", "timm:resnet18.a1_in1k", "torchvision:resnet18?num_classes=10", "timm:x?in_chans=1"):
+        assert HARMLESS.fullmatch(arch), arch
+    for arch in (
+        "x.py:f",
+        "os:system",
+        "timm:x?checkpoint_path=/f",
+        "timm:x?num_classes=9999999",
+        "timm:hf-hub:a/b",
+    ):
+        assert not HARMLESS.fullmatch(arch), arch
+
+
+def test_verdicts_of_an_attack_that_somebody_else_left_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch" / "attack-1"
+    own_scratch(scratch)
+    (scratch / "state.json").write_text("own")
+    own_scratch(scratch)
+    assert (scratch / "state.json").exists()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
+    own_scratch(scratch)
+    assert not (scratch / "state.json").exists()
 
 
 def test_in_a_terminal_the_attacks_and_the_warnings_are_said_in_words(
@@ -172,8 +247,8 @@ def test_in_a_terminal_the_attacks_and_the_warnings_are_said_in_words(
     assert "fgsm, Linf eps 1/255, white box." in done.stdout and "survived" in done.stdout
     assert "10 of 10 images are right without an attack" in done.stderr
     facts = {"flags": ["odd"], "notes": ["so"]}
-    told = queries.warnings((reading("clean_accuracy", 1.0, conditions=facts),))
-    assert told == ["note: so", "WARNING: odd"]
+    lines = queries.warnings((reading("clean_accuracy", 1.0, conditions=facts),))
+    assert lines == ["note: so", "WARNING: odd"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +278,15 @@ def test_labels_that_are_no_classes_of_the_file_are_refused(
     pixels = np.zeros((12, 8, 8, 3), np.uint8)
     for labels, says in (({"y": np.arange(12)}, "the model has 5 outputs"), ({}, "y")):
         np.savez(tmp_path / "odd.npz", x=pixels, **labels)
-        arguments = ["evaluate", "run", "--data", str(tmp_path / "odd.npz"), "--attack", "fgsm"]
+        arguments = [
+            "evaluate",
+            "run",
+            "--data",
+            str(tmp_path / "odd.npz"),
+            "--attack",
+            "fgsm",
+            "--trust-run",
+        ]
         done = runner.invoke(app, arguments)
         assert done.exit_code == 2 and says in done.stderr, done.output
 
@@ -218,8 +301,8 @@ def test_an_accuracy_that_looks_like_other_images_or_another_normalization_is_do
     np.savez(tmp_path / "some.npz", x=x[y < 3], y=y[y < 3])
     shutil.copytree(made / "run", tmp_path / "run")
     dense = reading("clean_accuracy", 0.5, n=80, artifact="dense", spread=(0.4, 0.6))
-    told = reading("clean_accuracy", 0.99, n=80, artifact="compressed", spread=(0.9, 1.0))
-    codec.write(tmp_path / "run" / "report.json", plain_report([dense], [told]))
+    after = reading("clean_accuracy", 0.99, n=80, artifact="compressed", spread=(0.9, 1.0))
+    told(tmp_path / "run", plain_report([dense], [after]))
 
     def lines(*arguments: str) -> str:
         done = runner.invoke(app, ["evaluate", *arguments])
@@ -231,7 +314,7 @@ def test_an_accuracy_that_looks_like_other_images_or_another_normalization_is_do
     said = lines(str(tmp_path / "run"), "--data", turned)
     assert "no better than guessing: look at the normalization (an ONNX file gets pixels in [0, 1]" in said
     assert "and report.json says 99.0 % of 80: these are other images" in said
-    said = lines(str(tmp_path / "run"), "--data", turned, "--attack", "fgsm", "--limit", "40")
+    said = lines(str(tmp_path / "run"), "--data", turned, "--attack", "fgsm", "--limit", "40", "--arch", ARCH)
     assert said.count("better than guessing") == 1 and "report.json says" in said
     assert "(--mean, --std)" in lines("plain.pt", *FLAGS, "--data", turned)
     said = lines("run/model.onnx", "--data", str(tmp_path / "some.npz"), "--mean", "0,0,0", "--std", "1,1,1")

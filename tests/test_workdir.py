@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ import pytest
 
 from edgeprune import bundled, recipe, workdir
 from edgeprune.context import Context
-from edgeprune.errors import WorkdirError
+from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.keys import dense_key
 from edgeprune.nn import team
 from edgeprune.records import Budget, Bundle, InputSpec, Source
-from edgeprune.workdir import STAGES, Workdir
+from edgeprune.workdir import STAGES, Workdir, check_shipped, digest
 
 
 def test_a_stage_that_failed_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:
@@ -188,3 +189,127 @@ def test_editing_the_architecture_or_the_calibration_recipe_makes_old_results_st
     code.write_text("width = 4\n")
     calibration.write_text("count = 5\n")
     assert dense_key(run) != before[0] and run.data_key != before[1]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "dense.onnx"])
+def test_a_shipped_file_is_the_one_that_the_report_was_made_of(tmp_path: Path, name: str) -> None:
+    files = ("model.onnx", "model.pt2", "dense.onnx")
+    for file in files:
+        (tmp_path / file).write_bytes(b"as it was proven")
+    report = {"environment": {"files": {file: digest(tmp_path / file) for file in files}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    check_shipped(tmp_path)
+    (tmp_path / name).write_bytes(b"as it was qroven")
+    with pytest.raises(UsageError, match=name) as caught:
+        check_shipped(tmp_path)
+    assert digest(tmp_path / name) in caught.value.message
+    assert report["environment"]["files"][name] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"environment": 3}', '{"environment": {"files": [1]}}', "[" * 9999]
+)
+def test_a_report_that_names_no_files_vouches_for_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UsageError, match=r"model.onnx|does not say which files"):
+        check_shipped(tmp_path)
+
+
+def forged(folder: Path, name: str, content: str) -> None:
+    """Change a file of a finished stage together with its record."""
+    (folder / name).write_text(content)
+    record = json.loads((folder / "record.json").read_text())
+    record["files"][name] = digest(folder / name)
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def finished(run: Path, stage: str = "tune", content: str = "own", *, trusted: bool = False) -> Path:
+    with Workdir(run, 1, trusted=trusted) as work:
+        return work.stage(stage, "k", lambda out: (out / "f").write_text(content) and None)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_was_changed_together_with_its_record_is_refused(tmp_path: Path, stage: str) -> None:
+    forged(finished(tmp_path, stage), "f", "forged")
+    with pytest.raises(WorkdirError, match="changed together with its record") as caught:
+        finished(tmp_path, stage)
+    assert "--trust-run" in caught.value.hint
+
+
+@pytest.mark.parametrize("seal", ["", "\ud800", None, 3, "0" * 64])
+def test_a_record_with_another_seal_is_refused(tmp_path: Path, seal: object) -> None:
+    record = finished(tmp_path) / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "seal": seal}))
+    with pytest.raises(WorkdirError, match="its seal is not of"):
+        finished(tmp_path)
+
+
+def test_a_file_that_no_record_names_and_a_stage_of_another_key_are_refused(tmp_path: Path) -> None:
+    done = finished(tmp_path)
+    shutil.copytree(done, done.with_name("k2"))
+    with Workdir(tmp_path) as work, pytest.raises(WorkdirError, match="of another run"):
+        work.stage("tune", "k2", lambda out: None)
+    (done / "model.onnx").write_text("slipped in")
+    with pytest.raises(WorkdirError, match=r"model.onnx is not what was written"):
+        finished(tmp_path)
+
+
+def test_of_somebody_else_weights_are_kept_when_trusted_and_proofs_are_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("tune", "export", "measure"):
+        finished(tmp_path, stage, "theirs")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
+    with pytest.raises(WorkdirError, match="was not made by this user"):
+        finished(tmp_path, "export")
+    found = {
+        stage: (finished(tmp_path, stage, "mine", trusted=True) / "f").read_text()
+        for stage in ("tune", "export", "measure")
+    }
+    assert found == {"tune": "theirs", "export": "mine", "measure": "mine"}
+    finished(tmp_path, "export")
+
+
+def test_without_a_home_nothing_is_sealed_and_trust_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    finished(tmp_path / "run")
+    with pytest.raises(WorkdirError, match="its seal is not of"):
+        finished(tmp_path / "run")
+    assert (finished(tmp_path / "run", "tune", "again", trusted=True) / "f").read_text() == "own"
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.toml", "model.onnx.tmp", "5-tune", "scratch/k/state", "5-tune/tmp-k"]
+)
+def test_links_and_pipes_in_a_run_directory_are_refused(tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    (outside / "tmp-mine").mkdir(parents=True)
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    for make, kind in (
+        (lambda: path.symlink_to(outside), "a link"),
+        (lambda: os.mkfifo(path), "neither a file"),
+    ):
+        make()
+        with pytest.raises(WorkdirError, match=f"{name} is {kind}"):
+            finished(tmp_path / "run")
+        path.unlink()
+    assert (outside / "tmp-mine").is_dir()
+
+
+def test_what_a_stage_was_made_with_is_known_when_it_is_taken_again(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with Workdir(tmp_path, 2) as work:
+        work.stage("tune", "k", lambda out: pytest.fail("it is done"))
+        work.stage("export", "k", lambda out: (out / "f").write_text("x") and None)
+    assert work.made_with == {"tune": 1, "export": 2}
+
+
+def test_of_a_finished_stage_no_scratch_is_left(tmp_path: Path) -> None:
+    with Workdir(tmp_path) as work:
+        work.stage("tune", "k", lambda out: (work.scratch("k") / "state").write_text("x") and None)
+    assert not (tmp_path / "scratch").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from edgeprune import bundled
 from edgeprune import recipe as recipes
 from edgeprune.devices import Attached, Device
-from edgeprune.errors import EdgepruneError, UnsupportedModel, UsageError
-from edgeprune.nn import onnx_twin
+from edgeprune.errors import EdgepruneError, UnsafeModel, UnsupportedModel, UsageError
+from edgeprune.nn import onnx_twin, zoo
 from edgeprune.nn.bundle import deployed, load_bundle, sha256_file
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Target
@@ -33,6 +34,8 @@ from edgeprune.stages.measure_build import choose, engines
 FILE = "model.onnx"
 # As long as measuring waits for somebody else.
 WAIT_S = 600.0
+# Architectures that import nothing but their package, whoever names them.
+HARMLESS = re.compile(r"|(timm|torchvision):[\w.]+(\?(num_classes|in_chans)=\d{1,5}(&in_chans=\d{1,5})?)?")
 HINT = "Give the run directory or the torch model for attacks with gradients."
 
 
@@ -174,40 +177,58 @@ def _without(victim: Victim, why: str) -> Victim:
     return replace(victim, notes=(*victim.notes, note))
 
 
-def of_run(run: Path, scratch: Path, where: str) -> Victim:
+def of_run(run: Path, scratch: Path, where: str, given: ModelTable, *, trusted: bool = False) -> Victim:
     """The file of a run: gradients of its network in torch, and images made against the dense one where it is had.
 
     Args:
         run: a finished run directory. scratch, where: as for `of_file`.
+        given: what the command line says of the model. trusted: what the run's recipe says counts as well.
 
     Raises:
+        UnsafeModel: loading the dense network would run code that only the run's recipe names.
         UsageError: not a finished run. MissingDependency, ModelError: its file or its network can't be used.
     """
     bundle = load_bundle(ModelTable(path=str(run)))
-    dense, why = _dense(run)
+    dense, why = _dense(run, given, trusted)
     others = {} if dense is None else {"dense": deployed(dense)}
     victim = of_file(FILE, run / FILE, scratch, where, twin=deployed(bundle), others=others)
     return victim if dense is not None else _with_note(victim, why)
 
 
-def _dense(run: Path) -> tuple[Bundle | None, str]:
+def _dense(run: Path, given: ModelTable, trusted: bool) -> tuple[Bundle | None, str]:
     """The model that a run started from, or why it can't be had."""
     try:
-        recipe = recipes.build(bundled.read_toml(run / "recipe.toml"), {})
+        table = recipes.build({"model": bundled.read_toml(run / "recipe.toml")["model"]}, {}).model
         sha256 = str(json.loads((run / "edgeprune.lock").read_text(encoding="utf-8"))["model"]["sha256"])
     except (EdgepruneError, OSError, ValueError, LookupError, TypeError) as error:
         return None, f"its recipe or its lock file can't be read ({error})"
-    path = Path(recipe.model.path)
-    if not recipe.model.path:
+    path = Path(table.path)
+    if not table.path:
         return None, "it was in memory"
     try:
-        if path.is_dir() or sha256_file(path) != sha256:
+        if (path.exists() and not path.is_file()) or sha256_file(path) != sha256:
             return None, f"{path} is not the file any more that was compressed"
-        return load_bundle(recipe.model), ""
     except UsageError as error:
         return None, error.message
+    if not trusted:
+        _check_named(run, table, given)
+    try:
+        return load_bundle(table), ""
     except EdgepruneError as error:
         return None, f"{path} can't be loaded: {error.message}"
+
+
+def _check_named(run: Path, table: ModelTable, given: ModelTable) -> None:
+    """Refuse code that only the recipe of a run names: a stranger may have written it."""
+    ours = table.arch and given.arch and zoo.canonical(table.arch) == zoo.canonical(given.arch)
+    named = [f"arch = {table.arch!r}"] if not (ours or HARMLESS.fullmatch(table.arch)) else []
+    named += [f"allow_class = {name!r}" for name in table.allow_class if name not in given.allow_class]
+    named += ["trust_pickle = true"] if table.trust_pickle and not given.trust_pickle else []
+    if named:
+        raise UnsafeModel(
+            f"{run / 'recipe.toml'} says {', '.join(named)}, which runs code that this command does not name",
+            f"give --trust-run if the run is your own, or attack {run / FILE} alone",
+        )
 
 
 def _with_note(victim: Victim, why: str) -> Victim:
