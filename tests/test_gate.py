@@ -131,8 +131,8 @@ def test_accuracies_must_be_at_least_and_everything_else_at_most_the_limit() -> 
 def test_a_verdict_follows_the_margin_unless_noise_holds_the_limit(
     value: float, at: float, widths: tuple[float, float] | None, metric_is_time: bool
 ) -> None:
-    metric, text = ("latency_p90", f"{at!r} s") if metric_is_time else ("size", f"{at!r} B")
-    spread = (value * (1 - widths[0]), value * (1 + widths[1])) if widths else None
+    metric, text = ("latency_p90", f"{at!r} s") if metric_is_time else ("energy", f"{at!r} J")
+    spread = (max(value * (1 - widths[0]), 1e-9), value * (1 + widths[1])) if widths else None
     found = check(plain_report([], [reading(metric, value, spread=spread)]), metric, text)
     assert found.margin == pytest.approx(at - value, abs=1e-9)
     inside = spread is not None and spread[0] * (1 + 1e-9) < at < spread[1] * (1 - 1e-9)
