@@ -130,7 +130,7 @@ def test_facts_are_numbers_in_base_units_and_what_is_not_said_is_absent() -> Non
         (Answer(0, "{}", ""), "no times for 'dense'"),
         (Answer(0, '{"models": {"dense": {"wall_ns": []}}}', ""), "'dense'"),
         (Answer(0, '{"models": {"dense": {"wall_ns": [1, -1]}}}', ""), "'dense'"),
-        (Answer(0, '{"models": {"dense": {"wall_ns": [1, NaN]}}}', ""), "'dense'"),
+        (Answer(0, '{"models": {"dense": {"wall_ns": [1, NaN]}}}', ""), "NaN is not a finite number"),
         (Answer(0, '{"models": {"dense": {"wall_ns": [1], "cpu_ns": [1, 2]}}}', ""), "'dense'"),
         (Answer(0, '{"models": {"dense": {"wall_ns": [1], "batch": 0}}}', ""), "'dense'"),
         (Answer(70, '{"error": "odd", "kind": "Strange"}', ""), "odd"),
