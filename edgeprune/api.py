@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgeprune import pipeline, recipe
+from edgeprune import context, pipeline, recipe
 from edgeprune.errors import EdgepruneError
 from edgeprune.nn import bundle as bundles
 from edgeprune.records import Bundle, Report, Verdict
@@ -41,7 +41,7 @@ def load(path: str | Path, **model: Any) -> Bundle:
     ...
     edgeprune.errors.UsageError: no such file: 'no-such-file.pt2'
     """
-    return bundles.load_bundle(recipe.build({}, {"model": {"path": str(path), **model}}).model)
+    return context.load(recipe.build({}, {"model": {"path": str(path), **model}}).model)
 
 
 def compress(

@@ -11,9 +11,9 @@ from typing import Any
 from edgeprune import bundled
 from edgeprune import recipe as recipes
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
-from edgeprune.recipe import Recipe, TuneTable
+from edgeprune.recipe import ModelTable, Recipe, TuneTable
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
-from edgeprune.workdir import Workdir, digest
+from edgeprune.workdir import Workdir, check_shipped, digest
 
 Say = Callable[[str], None]
 
@@ -202,6 +202,17 @@ def stage(name: str) -> Any:
 def torch_part(name: str) -> Any:
     """A module of `nn/`, imported now."""
     return import_module(f"edgeprune.nn.{name}")
+
+
+def load(table: ModelTable) -> Bundle:
+    """The network of [model]: a file, or a run directory that holds what its report was made of.
+
+    Raises:
+        UsageError: a file of the run was replaced. Others as `nn.bundle.load_bundle`.
+    """
+    if (Path(table.path) / "model.pt2").is_file():
+        check_shipped(Path(table.path))
+    return stage("load").run(table)
 
 
 def with_epochs(recipe: Recipe) -> Recipe:

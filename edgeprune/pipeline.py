@@ -39,6 +39,7 @@ from edgeprune.context import (
     Say,
     Step,
     check_together,
+    load,
     stage,
     torch_part,
     with_epochs,
@@ -51,14 +52,13 @@ from edgeprune.recipe import Recipe
 from edgeprune.records import Bundle, Reading
 from edgeprune.reporting import build_report, lock_facts
 from edgeprune.tabling import clock
-from edgeprune.workdir import STAGES, Workdir
+from edgeprune.workdir import PUBLISHED, STAGES, Workdir, digest
 
 FORCEABLE = ("load", *STAGES)
 SIZE_OF_FLOATS = (
     "With --precision auto the network is cut until its fp32 file has the size of the budget, for fp32 may ship; "
     "--precision int8 counts the int8 file, and keeps about four times as many parameters."
 )
-TAKE_AWAY = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh")
 
 
 def recipe_from(file: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
@@ -112,7 +112,7 @@ def compress(
     )
     if bundle is None:
         say(f"load: {recipe.model.path}")
-    dense: Bundle = bundle or stage("load").run(recipe.model)
+    dense: Bundle = bundle or load(recipe.model)
     data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
     with Workdir(folder) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
@@ -301,14 +301,19 @@ def _attack(step: Step) -> None:
 
 def _finish(run: Context, folders: Mapping[str, Path], beside: Beside) -> Result:
     small = smaller(run, folders)
+    places = [folders[name] for name in ("quantize", "export", "dense") if name in folders]
+    sources = {
+        name: place / name for name in PUBLISHED for place in reversed(places) if (place / name).exists()
+    }
     report = build_report(run, folders, small, beside)
+    hashes = {name: digest(path) for name, path in sources.items()}
+    report = replace(report, environment={**report.environment, "files": hashes})
     if run.work.leads:
-        for name in TAKE_AWAY:
-            for folder in (folders.get("quantize"), folders["export"]):
-                if folder is not None and (folder / name).exists():
-                    run.work.publish(folder / name, name)
-                    break
-        run.work.publish(folders["dense"] / "dense.onnx", "dense.onnx")
+        for name in PUBLISHED:
+            if name in sources:
+                run.work.publish(sources[name], name)
+            else:
+                (run.work.root / name).unlink(missing_ok=True)
         stage("report").run(report, run.work.root)
     # A run that is not faster says so first and is no failure of the run: a gate is what may fail it.
     verdict = stage("gate").run(report, run.budget, None, baseline_missing=False, must_be_faster=False)

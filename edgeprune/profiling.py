@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeprune import abreast, bundled, queries
-from edgeprune.context import Say, stage, torch_part
+from edgeprune.context import Say, load, stage, torch_part
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.recipe import Recipe
 from edgeprune.records import InputSpec, Reading
@@ -92,7 +92,7 @@ def table(recipe: Recipe, *, say: Say) -> Any:
             "ask for the table of each device by itself, and leave out --data and --attack",
         )
     say(f"load: {recipe.model.path}")
-    bundle, target = stage("load").run(recipe.model), bundled.target(recipe.target)
+    bundle, target = load(recipe.model), bundled.target(recipe.target)
     device = import_module("edgeprune.devices").device_from_url(recipe.measure.device, target.setup)
     # The device is held from the first file to the last: layers of one table are timed by one who is alone.
     trials = stage("measure_trial").Trials(device, target, say, None)

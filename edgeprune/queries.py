@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from edgeprune import bundled, plugins
 from edgeprune import recipe as recipes
-from edgeprune.context import Result, Say, stage, torch_part
+from edgeprune.context import Result, Say, load, stage, torch_part
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.pipeline import compress
 from edgeprune.quantities import suggest
@@ -48,7 +47,7 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say) -> tuple[Reading, .
     wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
     path = Path(recipe.model.path)
     is_file = path.suffix == ".onnx" or (path / "model.onnx").is_file()
-    bundle = None if is_file else stage("load").run(recipe.model)
+    bundle = None if is_file else load(recipe.model)
     spec = stage("evaluate").input_of(onnx_of(path)) if bundle is None else bundle.input
     found, images = _images(recipe, spec, wanted)
     for note in found.notes:
@@ -131,12 +130,23 @@ def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str
     checked = run.is_dir() or (run.name == "report.json" and (folder / LOCKFILE).is_file())
     if checked:
         check_shipped(folder)
-    missing = baseline is not None and not os.path.lexists(baseline)
+    missing = baseline is not None and _absent(baseline)
     base = report_stage.load(baseline) if baseline is not None and not missing else None
     verdict = gate_stage.run(report, limits, base, baseline_missing=missing)
     if not checked:
         verdict = replace(verdict, notes=(*verdict.notes, ONLY_A_REPORT))
     return gate_stage.render(verdict, output_format), verdict.exit_code
+
+
+def _absent(path: Path) -> bool:
+    """Whether there is nothing by that name; what is there and can't be read is not absent."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
@@ -146,7 +156,7 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
         ModelError: the model can't be loaded or run.
     """
     say(f"load: {recipe.model.path}")
-    bundle = stage("load").run(recipe.model)
+    bundle = load(recipe.model)
     target = bundled.target(recipe.target)
     notes: list[str] = []
     times: dict[str, float] = {}
@@ -258,11 +268,13 @@ def onnx_of(path: Path) -> Path:
     """The ONNX file that a path names: itself, or the one of a run directory.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is not the one that the report of the run was made of.
     """
     found = path / "model.onnx" if path.is_dir() else path
     if not found.is_file():
         raise UsageError(f"no ONNX file at {found}", "give an .onnx file or a finished run directory")
+    if path.is_dir():
+        check_shipped(path)
     return found
 
 

@@ -21,11 +21,13 @@ from types import TracebackType
 from typing import Any
 
 from edgeprune.codec import to_json, write
-from edgeprune.errors import WorkdirError
+from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.nn import team
 
 STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "quantize", "measure", "attack")
 LOCKFILE = "edgeprune.lock"
+# What a finished run has at its top; report.json holds the hash of each (environment.files).
+PUBLISHED = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh", "dense.onnx")
 # A shared file system may show a new folder to other machines this much later.
 SIGHT_S = 60.0
 
@@ -37,6 +39,34 @@ def digest(path: Path) -> str:
         while block := stream.read(1 << 20):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def check_shipped(run: Path) -> None:
+    """Refuse a run directory whose files are not those that its report was made of. Needs no torch.
+
+    model.onnx must be there; of the others those that are there are compared.
+
+    Raises:
+        UsageError: a file was replaced or changed (says both hashes), or the report does not say of which files it is.
+    """
+    report, again = (
+        run / "report.json",
+        "give `edgeprune compress` the same command again: it writes both anew",
+    )
+    try:
+        said = json.loads(report.read_text(encoding="utf-8"))["environment"]["files"]
+        told = {name: str(said[name]) for name in PUBLISHED if name in said}
+        found = {name: digest(run / name) for name in PUBLISHED if (run / name).is_file()}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        why = f"{run} is no finished run: {report} does not say which files it was made of"
+        raise UsageError(f"{why} ({type(error).__name__}: {error})", again) from error
+    for name in ("model.onnx", *found):
+        if name not in found or found[name] != told.get(name):
+            raise UsageError(
+                f"{run / name} has sha256 {found.get(name, '(no such file)')}, "
+                f"but {report} was made of a file with {told.get(name, '(no such file)')}",
+                again,
+            )
 
 
 class Workdir:

@@ -15,11 +15,11 @@ import pytest
 
 from edgeprune import bundled, recipe, workdir
 from edgeprune.context import Context
-from edgeprune.errors import WorkdirError
+from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.keys import dense_key
 from edgeprune.nn import team
 from edgeprune.records import Budget, Bundle, InputSpec, Source
-from edgeprune.workdir import STAGES, Workdir
+from edgeprune.workdir import STAGES, Workdir, check_shipped, digest
 
 
 def test_a_stage_that_failed_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:
@@ -188,3 +188,28 @@ def test_editing_the_architecture_or_the_calibration_recipe_makes_old_results_st
     code.write_text("width = 4\n")
     calibration.write_text("count = 5\n")
     assert dense_key(run) != before[0] and run.data_key != before[1]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "dense.onnx"])
+def test_a_shipped_file_is_the_one_that_the_report_was_made_of(tmp_path: Path, name: str) -> None:
+    files = ("model.onnx", "model.pt2", "dense.onnx")
+    for file in files:
+        (tmp_path / file).write_bytes(b"as it was proven")
+    report = {"environment": {"files": {file: digest(tmp_path / file) for file in files}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    check_shipped(tmp_path)
+    (tmp_path / name).write_bytes(b"as it was qroven")
+    with pytest.raises(UsageError, match=name) as caught:
+        check_shipped(tmp_path)
+    assert digest(tmp_path / name) in caught.value.message
+    assert report["environment"]["files"][name] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"environment": 3}', '{"environment": {"files": [1]}}', "[" * 9999]
+)
+def test_a_report_that_names_no_files_vouches_for_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UsageError, match=r"model.onnx|does not say which files"):
+        check_shipped(tmp_path)
