@@ -141,7 +141,5 @@ def _runs(folder: str, model: str, threads: int, count: int, run: Run, timeout_s
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*", text, re.ASCII | re.IGNORECASE)
+    return float(found.group(1)) if found else None

@@ -131,9 +131,7 @@ def _absolute(metric: str, raw: str, unit: str) -> float:
         raise UsageError(f"{metric}={raw} must be more than 0")
     least, most = METRICS[metric].low, METRICS[metric].high
     if not least <= value <= most:
-        raise UsageError(
-            f"{metric}={raw}: no {metric} is that, but between {least:g} and {most:g} {unit}".rstrip()
-        )
+        raise UsageError(f"{metric}={raw} must be between {least:g} and {most:g} {unit}".rstrip())
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,36 @@ def test_a_foreign_file_is_refused_with_the_error_that_was_asked_for(tmp_path: P
     path.write_bytes(content)
     with pytest.raises(WorkdirError, match="foreign.json is not a "):
         codec.read(Reading, path, WorkdirError)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "'c' stands twice"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ("[-Infinity]", "-Infinity is not"),
+        ("[1e999]", "1e999 is not"),
+        (f"[1{'0' * 400}]", "401 digits"),
+        (f"[1{'0' * 9000}]", "9001 digits"),
+        ("[" * 65 + "]" * 65, "deeper than 64"),
+        ("[" * 10**5, "deeper than 64"),
+        ('["\\ud800"]', "surrogates"),
+        ("\ufeff{}", "BOM"),
+    ],
+    ids=["twice", "nan", "inf", "1e999", "long", "longer", "deep", "bottomless", "surrogate", "bom"],
+)
+def test_json_that_can_not_be_meant_is_refused(text: str, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        codec.parse(text)
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "large.json").touch()
+    os.truncate(tmp_path / "large.json", codec.LARGEST + 1)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("large.json", "pipe", "."):
+        with pytest.raises(UsageError, match="it is no file of at most"):
+            codec.read(InputSpec, tmp_path / name)
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:

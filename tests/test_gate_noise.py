@@ -308,6 +308,11 @@ def test_what_was_not_measured_on_the_target_is_checked_and_said(metric: str) ->
     )
 
 
+def test_a_reading_that_says_it_is_emulated_in_its_place_alone_is_no_measurement() -> None:
+    far = reading("latency_p50", 0.5, where="ssh://pi aarch64 (emulated)")
+    assert check(plain_report([], [far]), "latency_p50", "1 s").status == "missing"
+
+
 def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> None:
     guess = reading("latency_p50", 0.5, where="estimated: roofline", spread=(0.3, 0.7))
     refused = check(plain_report([], [guess], "jetson"), "latency_p50", "1 s")

@@ -117,7 +117,7 @@ def _ordered(report: Report, budget: Budget) -> Report:
 
 
 def _emulated(reading: Reading) -> bool:
-    return reading.conditions.get("emulated") is True or reading.where.endswith("(emulated)")
+    return bool(reading.conditions.get("emulated")) or reading.where.endswith("(emulated)")
 
 
 def _not_measured(limit: Limit, report: Report, budget: Budget) -> Check | None:
