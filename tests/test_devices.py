@@ -34,11 +34,16 @@ def pair(tmp_path: Path) -> dict[str, Path]:
     "content",
     [
         "", "[]", '{"weather": {}}', '{"latency_s": 3}', '{"latency_s": {}}', "[" * 10**5,
-        '{"latency_s": {"dense": [NaN]}}', '{"latency_s": {"dense": ["x"]}}', '{"latency_s": {"dense": [1e300]}}', '{"memory_bytes": {"dense": "x"}}',
-        '{"facts": {"cores": []}}', '{"nodes": {"dense": 1}}', '{"classes": true}', '{"classes": 1000000}',
+        '{"latency_s": {"dense": [NaN]}}',
+        '{"latency_s": {"dense": ["x"]}}',
+        '{"latency_s": {"dense": [1e300]}}',
+        '{"memory_bytes": {"dense": "x"}}',
+        '{"facts": {"cores": []}}',
+        '{"nodes": {"dense": 1}}',
+        '{"classes": true}',
+        '{"classes": 1000000}',
         '{"classes": 3, "classes": 4}',
     ],
-    ids=str,
 )  # fmt: skip
 def test_a_wrong_file_of_canned_readings_is_refused(
     tmp_path: Path, pair: dict[str, Path], content: str
