@@ -90,9 +90,10 @@ def energy(
         why = str(answer.get("why") or "the device did not say")
         return Reading("energy", None, unit, 0, None, there.where, artifact, {**conditions, "why": why})
     joule = number_of(answer, "joule", device.name)
-    spread = answer.get("spread")
-    ends = dict(zip(("low", "high"), spread, strict=False)) if isinstance(spread, list) else {}
-    low, high = (number_of(ends, end, device.name) if ends else joule for end in ("low", "high"))
+    spread, interval = answer.get("spread"), None
+    if spread is not None:
+        ends = spread if isinstance(spread, list) and len(spread) == 2 else [spread, spread]
+        low, high = (number_of({"spread": end}, "spread", device.name) for end in ends)
+        interval = (low, high)
     count = int(number_of(answer, "images", device.name, 1))
-    interval = (low, high) if ends else None
     return Reading("energy", joule, unit, count, interval, there.where, artifact, conditions)
