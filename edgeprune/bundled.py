@@ -75,7 +75,11 @@ def read_toml(path: Path) -> Dict[str, Any]:
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not only TOMLDecodeError: a number of 5,000 digits
         raise UsageError(f"{path}: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -110,7 +111,8 @@ def read(sink: IO[bytes], errors: str, token: str) -> Ended:
 def last(errors: str, token: str) -> tuple[int | None, str]:
     """The status of a command, None when its end was not heard of, and what it said on stderr without our mark."""
     said, end, status = errors.rpartition(f"\n{token} ")
-    return (int(status.split()[0]), said) if end else (None, errors)
+    number = re.match(r"\d{1,3}(?!\d)", status) if end else None
+    return (int(number.group()), said) if number else (None, errors)
 
 
 def text(errors: IO[bytes]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -246,15 +247,21 @@ class Line:
 
     def _size(self, there: str) -> int:
         answer = self.run(["sh", "-c", 'wc -c <"$1"', "sh", there], b"", START_S)
-        if answer.status != 0 or not answer.stdout.strip().isdigit():
+        size = size_in(answer.stdout)
+        if answer.status != 0 or size is None:
             raise DeviceError(f"{there} on {self.name} can't be read: {answer.stderr.strip()[-_LAST:]}")
-        return int(answer.stdout)
+        return size
 
     def _not_copied(self, what: str, where: str, errors: str) -> DeviceError:
         last = " | ".join(errors.strip().splitlines()[-3:])
         full = "No space left" in errors or "Disk quota" in errors
         hint = f"free some space on {self.name}" if full else "is there space left?"
         return DeviceError(f"{what} can't be copied to {where}: {last or 'it did not arrive whole'}", hint)
+
+
+def size_in(said: str) -> int | None:
+    """The bytes that `wc -c` said; None where it said something else."""
+    return int(said) if re.fullmatch(r"\s*\d{1,15}\s*", said) else None
 
 
 def _shown(argv: Sequence[str]) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Mapping, Type, TypeVar, Union, get_type_hints
 
-from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.errors import DeviceError, EdgepruneError, UsageError
 
 T = TypeVar("T")
+DEEPEST = 64
+# Bytes of a file: a report of thousands of layers has a hundredth of it.
+LARGEST = 2**28
+# Digits of a whole number, which a float holds.
+LONGEST = 300
 
 
 def to_json(value: Any) -> Any:
@@ -42,6 +48,48 @@ def write(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def parse(text: str) -> Any:
+    """What a JSON text of somebody else says, where it can be meant.
+
+    Raises:
+        ValueError: not JSON; a key twice in one object; a number that no float holds; half a surrogate pair; deeper
+            than DEEPEST levels.
+    """
+    try:
+        data = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_whole
+        )
+    except RecursionError as error:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from error
+    level, depth = [data], 0
+    while level:
+        level = [
+            v
+            for d in level
+            if isinstance(d, (dict, list))
+            for v in (d.values() if isinstance(d, dict) else d)
+        ]
+        depth += 1
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    # Half a surrogate pair is legal in a JSON escape and can't be written to any output.
+    json.dumps(data, ensure_ascii=False).encode("utf-8")
+    return data
+
+
+def load(path: Path) -> Any:
+    """`parse` of a file.
+
+    Raises:
+        ValueError: as `parse`, or it is not UTF-8, too large, or no file.
+        OSError: it can't be read.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+        raise ValueError(f"it is no file of at most {LARGEST} bytes")
+    return parse(path.read_text(encoding="utf-8"))
+
+
 def read(cls: Type[T], path: Path, error: Type[EdgepruneError] = UsageError) -> T:
     """Read a record from a JSON file.
 
@@ -49,13 +97,34 @@ def read(cls: Type[T], path: Path, error: Type[EdgepruneError] = UsageError) -> 
         error: not readable, not JSON, or not such a record; says which field.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as cause:
+        data = load(path)
+    except (OSError, ValueError) as cause:
         raise error(f"{path} is not a readable JSON file: {cause}") from cause
     try:
         return from_json(cls, data)
     except UsageError as cause:
         raise error(f"{path} is not a {cls.__name__.lower()}: {cause.message}") from cause
+
+
+def _unique(pairs: Any) -> Any:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.40} is not a finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > LONGEST:
+        raise ValueError(f"a whole number of {len(text)} digits is more than a number here can be")
+    return int(text)
 
 
 def _decode(hint: Any, data: Any, where: str) -> Any:
@@ -90,6 +159,8 @@ def _record(cls: Any, data: Any, where: str) -> Any:
         return cls(**values)
     except TypeError as error:
         raise UsageError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
+    except DeviceError as error:  # a reading that can't be one
+        raise UsageError(f"{where}: {error.message}") from error
 
 
 def _tuple(args: Any, data: Any, where: str) -> Any:
@@ -108,16 +179,12 @@ def _scalar(kind: Any, data: Any, where: str) -> Any:
     )
     if not good:
         raise UsageError(f"{where} must be a {kind.__name__}, found {_kind(data)}")
-    if kind is float and not _finite(data):
+    if kind is float and not abs(data) < math.inf:
         raise UsageError(f"{where} must be a finite number, found {_kind(data)}")
-    return kind(data)
-
-
-def _finite(number: float) -> bool:
     try:
-        return math.isfinite(number)
-    except OverflowError:  # a whole number of more than 308 digits
-        return False
+        return kind(data)
+    except OverflowError as error:  # a whole number of more than 308 digits
+        raise UsageError(f"{where} must be a finite number, found {_kind(data)}") from error
 
 
 def _kind(data: Any) -> str:

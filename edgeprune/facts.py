@@ -55,6 +55,8 @@ _NUMBERS: tuple[tuple[str, str, float], ...] = (
     ("clock_max_hz", "clock_max_khz", 1e3),
     ("load", "load", 1),
 )
+# More than any machine has of anything; what says so is not heard.
+_MOST = 1e18
 _WHOLE = ("cores", "memory_bytes", "memory_free_bytes", "disk_free_bytes")
 
 
@@ -67,10 +69,10 @@ def parse(text: str) -> dict[str, Any]:
         facts["cpu"] = said["brand"]
     for key, source, scale in _NUMBERS:
         value = _leading_number(said.get(source, ""))
-        if value is not None:
+        if value is not None and 0 <= value * scale <= _MOST:
             facts[key] = int(value * scale) if key in _WHOLE else value * scale
     zones = [_leading_number(value) for key, value in pairs if key == "temperature"]
-    heat = [z / 1000.0 for z in zones if z is not None and z > 0]
+    heat = [z / 1000.0 for z in zones if z is not None and 0 < z < _MOST]
     if heat:
         facts["temperature_c"] = max(heat)
     if "flags" in said:
@@ -81,5 +83,5 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def _leading_number(text: str) -> float | None:
-    match = re.match(r"\s*-?\d+(?:\.\d+)?", text)
+    match = re.match(r"\s*\d+(?:\.\d+)?", text)
     return float(match.group()) if match else None

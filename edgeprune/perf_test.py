@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ TIMES_ALONE = f"{PROGRAM} tells the times of whole files alone"
 ROUNDS = 12
 _FIRST = 5
 _START_S = 60.0
+# Of one run; what takes longer was not read right.
+_LONGEST_S = 1e5
 
 Run = Callable[[Sequence[str], float], Answer]
 
@@ -53,20 +56,20 @@ def respond(text: str, folder: str, run: Run) -> Answer:
         return Answer(error.exit_code, json.dumps(said), "")
 
 
-def samples(rows: str) -> tuple[list[float], int]:
-    """The times in s, in order, and the peak memory in bytes, from the text of a result file.
+def samples(rows: str) -> list[float]:
+    """The times in s, in order, from the text of a result file.
 
     Raises:
         DeviceError: it has no rows.
     """
     found = [fields for line in rows.splitlines() if len(fields := line.rsplit(",", 4)) == 5]
     times = [_number(fields[1]) for fields in found]
-    good = [t for t in times if t is not None and math.isfinite(t) and t > 0]
+    good = [t for t in times if t is not None and 1e-9 <= t <= _LONGEST_S]
     if not good or len(good) < len(times):
         raise DeviceError(
             f"{PROGRAM} wrote no times: {rows.strip()[:200]!r}", "is it a build for this phone?"
         )
-    return good, int(_number(found[-1][2]) or 0)
+    return good
 
 
 def _why(what: str) -> str:
@@ -75,7 +78,11 @@ def _why(what: str) -> str:
 
 def _about(run: Run) -> dict[str, Any]:
     cores = run(["sh", "-c", "getconf _NPROCESSORS_ONLN || nproc"], _START_S).stdout.strip()
-    return {"python": "none", "runtime": PROGRAM, "cores": int(cores) if cores.isdigit() else 1}
+    return {
+        "python": "none",
+        "runtime": PROGRAM,
+        "cores": int(cores) if re.fullmatch(r"\d{1,6}", cores) else 1,
+    }
 
 
 def _time(request: Mapping[str, Any], folder: str, run: Run) -> dict[str, Any]:
@@ -127,14 +134,12 @@ def _runs(folder: str, model: str, threads: int, count: int, run: Run, timeout_s
     if done.status != 0:
         last = " | ".join((done.stderr + done.stdout).strip().splitlines()[-3:])
         raise DeviceError(f"{PROGRAM} ended with status {done.status}: {last or 'it said nothing'}")
-    times, _ = samples(run(["cat", result], _START_S).stdout)
+    times = samples(run(["cat", result], _START_S).stdout)
     if len(times) != count:
         raise DeviceError(f"{PROGRAM} wrote {len(times)} times of {count} runs")
     return times
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*", text, re.ASCII | re.IGNORECASE)
+    return float(found.group(1)) if found else None

@@ -10,9 +10,13 @@ from typing import Iterable, Optional
 from edgeprune.errors import UsageError
 from edgeprune.records import METRICS, Limit
 
+# ASCII: float() and \d know the digits of all scripts, which look like others.
 _NUMBER = re.compile(
-    r"^\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*([A-Za-zµ%]*)\s*$"
+    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*([A-Za-zµ%]*)\s*", re.ASCII
 )
+_POINTS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))\s*pp", re.ASCII)
+# A limit of more than this many times the dense model's is none.
+_MOST_SHARE = 100.0
 _SCALES = {
     "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9},
     "B": {
@@ -64,7 +68,7 @@ def number(text: str, unit: str) -> float:
     Raises:
         UsageError: not a finite number, or a unit that does not belong there.
     """
-    match = _NUMBER.match(text)
+    match = _NUMBER.fullmatch(text)
     scales = _SCALES[unit]
     if not match or match.group(3) not in scales:
         accepted = ", ".join(u or "no unit" for u in scales)
@@ -85,9 +89,9 @@ def limit(metric: str, text: object) -> Limit:
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r} in the budget", suggest(metric, METRICS))
     info, raw = METRICS[metric], str(text).strip()
-    points = re.match(r"^([+-]?(?:\d+\.?\d*|\.\d+))\s*pp$", raw)
+    points = _POINTS.fullmatch(raw)
     if points:
-        if info.less_is_better:
+        if info.less_is_better or info.unit != "fraction":
             raise UsageError(f"{metric}={raw}: percentage points are for accuracies", f"write {metric}=50 %")
         delta = float(points.group(1)) / 100.0
         if not -1.0 <= delta <= 1.0:
@@ -110,6 +114,8 @@ def _share(metric: str, raw: str) -> Limit:
     share = number(raw, "fraction")
     if share <= 0:
         raise UsageError(f"{metric}={raw} must be more than 0 % of the dense model", f"write {metric}=50 %")
+    if share > _MOST_SHARE:
+        raise UsageError(f"{metric}={raw} must be at most {100 * _MOST_SHARE:.0f} %", f"write {metric}=50 %")
     return Limit(metric, "share", share, raw)
 
 
@@ -123,6 +129,9 @@ def _absolute(metric: str, raw: str, unit: str) -> float:
     value = number(raw, unit)
     if value <= 0:
         raise UsageError(f"{metric}={raw} must be more than 0")
+    least, most = METRICS[metric].low, METRICS[metric].high
+    if not least <= value <= most:
+        raise UsageError(f"{metric}={raw} must be between {least:g} and {most:g} {unit}".rstrip())
     return value
 
 

@@ -18,8 +18,11 @@ from edgeprune.pipeline import compress
 from edgeprune.quantities import suggest
 from edgeprune.recipe import Recipe
 from edgeprune.records import Bundle, InputSpec, Reading
-from edgeprune.workdir import check_plain, check_shipped, own_scratch
+from edgeprune.workdir import LOCKFILE, check_plain, check_shipped, own_scratch
 
+ONLY_A_REPORT = (
+    "Only a report was read and no file was checked: give the run directory to have its model.onnx checked."
+)
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
 
 
@@ -116,8 +119,11 @@ def warnings(readings: tuple[Reading, ...]) -> list[str]:
 def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str) -> tuple[str, int]:
     """The verdict on a run as text, and the exit code.
 
+    Args:
+        run: a run directory, whose model.onnx must be the one that the report is of; or a report by itself.
+
     Raises:
-        UsageError: an unreadable report, budget or baseline, or an unknown format.
+        UsageError: an unreadable report, budget or baseline, another file than the report's, or an unknown format.
     """
     gate_stage, report_stage = stage("gate"), stage("report")
     if output_format not in gate_stage.FORMATS:
@@ -125,12 +131,29 @@ def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str
             f"--format {output_format!r} is not one of {', '.join(gate_stage.FORMATS)}",
             suggest(output_format, gate_stage.FORMATS),
         )
-    limits = gate_stage.budget_from(budget, Path.cwd())
+    limits = gate_stage.budget_from(budget, Path())
     report = report_stage.load(run)
-    missing = baseline is not None and not baseline.exists()
+    folder = run if run.is_dir() else run.parent
+    checked = run.is_dir() or (run.name == "report.json" and (folder / LOCKFILE).is_file())
+    if checked:
+        check_shipped(folder)
+    missing = baseline is not None and _absent(baseline)
     base = report_stage.load(baseline) if baseline is not None and not missing else None
     verdict = gate_stage.run(report, limits, base, baseline_missing=missing)
+    if not checked:
+        verdict = replace(verdict, notes=(*verdict.notes, ONLY_A_REPORT))
     return gate_stage.render(verdict, output_format), verdict.exit_code
+
+
+def _absent(path: Path) -> bool:
+    """Whether there is nothing by that name; what is there and can't be read is not absent."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:

@@ -229,7 +229,7 @@ def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
             )
         try:
             value = tomllib.loads(f"v = {raw.strip()}")["v"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             value = raw.strip()
         if dot and not isinstance(out.get(table), dict):
             out[table] = {}

@@ -7,13 +7,23 @@ Light: imports nothing heavy, keeps to Python 3.8 syntax, so that it also runs o
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple
+
+from edgeprune.errors import DeviceError
 
 if TYPE_CHECKING:
     from torch import nn
 
 REPORT_SCHEMA = "edgeprune.report/1"
+MOST_SAMPLES = 10**12
+# A device and its processor as `devices.Device.where` and `abreast.names` write them; processors' names have a digit.
+_PLACE = re.compile(
+    r"(?:local(?:://\?python=.+)?|fake(?::.+)?|ssh://\S+|adb://\S*)(?: \w*\d\w*)?"
+    r"(?: torch(?: [\w.+]+)?)?(?: \(emulated\))?(?: #\d+)?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,9 @@ class Reading:
     n: how many samples; spread: (low, high), a 95 % interval of the value, or None.
     where: "local x86_64" when it was measured there; "counted", "computed: HOW" or "estimated: HOW" otherwise.
     artifact: "dense", "compressed", or a file's name. conditions: threads, iterations, data set, and so on.
+
+    Raises:
+        DeviceError: the metric can't have such a value, unit, count or interval.
     """
 
     metric: str
@@ -171,6 +184,18 @@ class Reading:
     where: str
     artifact: str
     conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be a reading, whoever made it: this program, a device, or the author of a report."""
+        fault = _fault(self)
+        if fault:
+            raise DeviceError(f"{self.metric} of {self.artifact!r:.80} can't be: {fault}")
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is known to be a measurement or a count; whatever is not is an estimate."""
+        info = METRICS.get(self.metric)
+        return is_place(self.where) or (info is not None and self.where != "" and self.where == info.taken)
 
 
 @dataclass(frozen=True)
@@ -246,60 +271,97 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric reads: its base unit, whether less is better, what it says."""
+    """How a metric reads: its base unit, whether less is better, what it says, and what it can be.
+
+    low, high: the least and the largest value, in the base unit. taken: `Reading.where` of what is known without
+    running the file on a device; "" where there is no other way.
+    """
 
     name: str
     unit: str
     less_is_better: bool
     about: str
+    low: float
+    high: float
+    taken: str = ""
 
+
+_COUNTED, _BOUNDED = "counted", "computed: interval bounds"
+# A time, a number of bytes and a number of joules that something which exists can have.
+_TIME, _FILE, _MEMORY, _JOULES, _COUNT = (1e-9, 1e5), (1.0, 1e13), (0.0, 1e13), (1e-12, 1e6), (1.0, 1e15)
+_LEVELS = (-200.0, 200.0)
+_SHARE, _CHANGE = (0.0, 1.0), (-1.0, 1.0)
 
 METRICS: Dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric("params", "", True, "non-zero parameters"),
-        Metric("macs", "", True, "multiply-accumulates for one image"),
+        Metric("params", "", True, "non-zero parameters", *_COUNT, _COUNTED),
+        Metric("macs", "", True, "multiply-accumulates for one image", *_COUNT, _COUNTED),
         Metric(
-            "weight_density", "fraction", True, "non-zero weights, as a share of the dense model's weights"
+            "weight_density", "fraction", True, "non-zero weights, as a share of the dense model's weights",
+            *_SHARE, _COUNTED,
+        ),
+        # A repair may give a layer a bias that it did not have.
+        Metric(
+            "param_density", "fraction", True, "non-zero parameters, as a share of the dense model's parameters",
+            0.0, 2.0, _COUNTED,
+        ),
+        Metric("size", "B", True, "bytes of the deployed file", *_FILE, _COUNTED),
+        Metric("compressed_size", "B", True, "bytes of the deployed file after deflate", *_FILE, _COUNTED),
+        Metric("latency_p50", "s", True, "median time of one image", *_TIME),
+        Metric("latency_p90", "s", True, "90th percentile of the time of one image", *_TIME),
+        Metric("latency_p99", "s", True, "99th percentile of the time of one image", *_TIME),
+        Metric("peak_memory", "B", True, "memory that the model adds over the bare runtime", *_MEMORY),
+        Metric("energy", "J", True, "energy of one image", *_JOULES),
+        Metric("clean_accuracy", "fraction", False, "share of held-out images classified right", *_SHARE),
+        Metric("robust_accuracy", "fraction", False, "share of held-out images right under attack", *_SHARE),
+        Metric(
+            "certified_accuracy", "fraction", False,
+            "share that no image within a small radius changes: a lower bound", *_SHARE, _BOUNDED,
+        ),
+        Metric("agreement", "fraction", False, "share of images classified as the dense model does", *_SHARE),
+        Metric(
+            "agreement_with_float", "fraction", False, "share of images classified as the float file does", *_SHARE
         ),
         Metric(
-            "param_density",
-            "fraction",
-            True,
-            "non-zero parameters, as a share of the dense model's parameters",
-        ),
-        Metric("size", "B", True, "bytes of the deployed file"),
-        Metric("compressed_size", "B", True, "bytes of the deployed file after deflate"),
-        Metric("latency_p50", "s", True, "median time of one image"),
-        Metric("latency_p90", "s", True, "90th percentile of the time of one image"),
-        Metric("latency_p99", "s", True, "99th percentile of the time of one image"),
-        Metric("peak_memory", "B", True, "memory that the model adds over the bare runtime"),
-        Metric("energy", "J", True, "energy of one image"),
-        Metric("clean_accuracy", "fraction", False, "share of held-out images classified right"),
-        Metric("robust_accuracy", "fraction", False, "share of held-out images right under attack"),
-        Metric(
-            "certified_accuracy",
-            "fraction",
-            False,
-            "share that no image within a small radius changes: a lower bound",
-        ),
-        Metric("agreement", "fraction", False, "share of images classified as the dense model does"),
-        Metric(
-            "agreement_with_float", "fraction", False, "share of images classified as the float file does"
+            "quantization_loss", "fraction", True, "accuracy lost against the float file on calibration images",
+            *_CHANGE,
         ),
         Metric(
-            "quantization_loss",
-            "fraction",
-            True,
-            "accuracy lost against the float file on calibration images",
+            "sqnr", "dB", False, "signal-to-quantization-noise ratio of the logits, against the float file", *_LEVELS
         ),
-        Metric(
-            "sqnr", "dB", False, "signal-to-quantization-noise ratio of the logits, against the float file"
-        ),
-        Metric("int8_macs", "fraction", False, "multiply-accumulates that are done in int8"),
-        Metric("int8_weights", "fraction", False, "weights that are int8"),
-        Metric("runtime_int8_macs", "fraction", False, "multiply-accumulates that ONNX Runtime does in int8"),
-        Metric("fp16_macs", "fraction", False, "multiply-accumulates that are done in fp16"),
-        Metric("fp16_weights", "fraction", False, "weights that are fp16"),
+        Metric("int8_macs", "fraction", False, "multiply-accumulates that are done in int8", *_SHARE, _COUNTED),
+        Metric("int8_weights", "fraction", False, "weights that are int8", *_SHARE, _COUNTED),
+        Metric("runtime_int8_macs", "fraction", False, "multiply-accumulates that ONNX Runtime does in int8", *_SHARE),
+        Metric("fp16_macs", "fraction", False, "multiply-accumulates that are done in fp16", *_SHARE, _COUNTED),
+        Metric("fp16_weights", "fraction", False, "weights that are fp16", *_SHARE, _COUNTED),
     )
-}
+}  # fmt: skip
+
+
+def is_place(where: str) -> bool:
+    """Whether that is how a reading names a device that something was measured on."""
+    return _PLACE.fullmatch(where) is not None
+
+
+def _fault(reading: Reading) -> str:
+    """What is impossible about a reading: found and accepted; "" where nothing is."""
+    info, value, ends = METRICS.get(reading.metric), reading.value, reading.spread or ()
+    if not 0 <= reading.n <= MOST_SAMPLES or (
+        info and value is not None and reading.measured and not reading.n
+    ):
+        return f"n = {reading.n}, and a measurement needs 1 to {MOST_SAMPLES} samples"
+    if ends and not ends[0] <= ends[-1]:
+        return f"spread must be (low, high), found {ends}"
+    if info is None:
+        return ""
+    if reading.unit != info.unit:
+        return f"its unit is {info.unit!r}, found {reading.unit!r:.40}"
+    bad = next((v for v in (value, *ends) if v is not None and not info.low <= v <= info.high), None)
+    if bad is not None:
+        return f"{bad!r:.40} is not between {info.low:g} and {info.high:g} {info.unit}".rstrip()
+    if ends and value is not None and reading.measured:
+        slack = 1e-9 * abs(value)
+        if not ends[0] - slack <= value <= ends[1] + slack:
+            return f"its spread {ends} does not hold its value {value!r}"
+    return ""

@@ -104,7 +104,7 @@ def speedup(after: Reading) -> Ratio | None:
 
 def interval(reading: Reading) -> tuple[float, float] | None:
     """The 95 % interval of a time that was measured, in s; None where it has none."""
-    if reading.spread is None or reading.where.startswith("estimated"):
+    if reading.spread is None or not reading.measured:
         return None
     low, high = (_time(end) for end in reading.spread)
     return (low, high) if low is not None and high is not None and low <= high else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ READINGS = st.builds(
     value=st.none() | FINITE,
     unit=NAMES,
     n=st.integers(0, 10**6),
-    spread=st.none() | st.tuples(FINITE, FINITE),
+    spread=st.none() | st.tuples(FINITE, FINITE).map(sorted).map(tuple),
     where=NAMES,
     artifact=NAMES,
     conditions=st.dictionaries(NAMES, JSON_SCALARS, max_size=3),
@@ -123,7 +124,7 @@ def test_a_record_is_written_as_this_json(reading: Reading) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_becomes_null_everywhere(reading: Reading, value: float) -> None:
-    broken = dataclasses.replace(reading, value=value, conditions={"deep": [{"x": value}]})
+    broken = dataclasses.replace(reading, metric="own", value=value, conditions={"deep": [{"x": value}]})
     written = codec.to_json(broken)
     assert written["value"] is None
     assert written["conditions"] == {"deep": [{"x": None}]}
@@ -135,7 +136,7 @@ def test_a_field_with_a_default_may_be_missing() -> None:
 
 
 def test_a_whole_number_is_a_float_where_one_is_asked(reading: Reading) -> None:
-    data = {**codec.to_json(reading), "value": 1}
+    data = {**codec.to_json(reading), "value": 1, "spread": None}
     value = codec.from_json(Reading, data).value
     assert value == 1.0
     assert type(value) is float
@@ -217,6 +218,36 @@ def test_a_foreign_file_is_refused_with_the_error_that_was_asked_for(tmp_path: P
     path.write_bytes(content)
     with pytest.raises(WorkdirError, match="foreign.json is not a "):
         codec.read(Reading, path, WorkdirError)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "'c' stands twice"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ("[-Infinity]", "-Infinity is not"),
+        ("[1e999]", "1e999 is not"),
+        (f"[1{'0' * 400}]", "401 digits"),
+        (f"[1{'0' * 9000}]", "9001 digits"),
+        ("[" * 65 + "]" * 65, "deeper than 64"),
+        ("[" * 10**5, "deeper than 64"),
+        ('["\\ud800"]', "surrogates"),
+        ("\ufeff{}", "BOM"),
+    ],
+    ids=["twice", "nan", "inf", "1e999", "long", "longer", "deep", "bottomless", "surrogate", "bom"],
+)
+def test_json_that_can_not_be_meant_is_refused(text: str, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        codec.parse(text)
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "large.json").touch()
+    os.truncate(tmp_path / "large.json", codec.LARGEST + 1)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("large.json", "pipe", "."):
+        with pytest.raises(UsageError, match="it is no file of at most"):
+            codec.read(InputSpec, tmp_path / name)
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:

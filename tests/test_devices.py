@@ -19,6 +19,7 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.stages import measure
 
 TABLE = MeasureTable(iterations=200)
+TWO = '{"dense": {"wall_ns": [9000]}, "compressed": {"wall_ns": [9000]}}'
 
 
 @pytest.fixture
@@ -30,8 +31,20 @@ def pair(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"weather": {}}', '{"latency_s": 3}', '{"latency_s": {}}', "[" * 10**5]
-)
+    "content",
+    [
+        "", "[]", '{"weather": {}}', '{"latency_s": 3}', '{"latency_s": {}}', "[" * 10**5,
+        '{"latency_s": {"dense": [NaN]}}',
+        '{"latency_s": {"dense": ["x"]}}',
+        '{"latency_s": {"dense": [1e300]}}',
+        '{"memory_bytes": {"dense": "x"}}',
+        '{"facts": {"cores": []}}',
+        '{"nodes": {"dense": 1}}',
+        '{"classes": true}',
+        '{"classes": 1000000}',
+        '{"classes": 3, "classes": 4}',
+    ],
+)  # fmt: skip
 def test_a_wrong_file_of_canned_readings_is_refused(
     tmp_path: Path, pair: dict[str, Path], content: str
 ) -> None:
@@ -109,6 +122,11 @@ def test_facts_are_numbers_in_base_units_and_what_is_not_said_is_absent() -> Non
         "machine": "aarch64", "board": "NVIDIA Jetson", "cpu": "Apple", "memory_bytes": 2_048_000, "clock_hz": 1.5e9,
         "temperature_c": 52.5, "load": 0.25, "flags": ["asimd", "fp"],
     }  # fmt: skip
+    endless = "9" * 400
+    assert (
+        Said(Answer(0, f"cores={endless}\nload=-1\nclock_mhz={endless}\ntemperature={endless}\n", "")).facts()
+        == {}
+    )
     with pytest.raises(DeviceError, match="status 1"):
         Said(Answer(1, "", "no shell")).facts()
 
@@ -130,9 +148,18 @@ def test_facts_are_numbers_in_base_units_and_what_is_not_said_is_absent() -> Non
         (Answer(0, "{}", ""), "no times for 'dense'"),
         (Answer(0, '{"models": {"dense": {"wall_ns": []}}}', ""), "'dense'"),
         (Answer(0, '{"models": {"dense": {"wall_ns": [1, -1]}}}', ""), "'dense'"),
-        (Answer(0, '{"models": {"dense": {"wall_ns": [1, NaN]}}}', ""), "'dense'"),
+        (Answer(0, '{"models": {"dense": {"wall_ns": [1, NaN]}}}', ""), "NaN is not a finite number"),
         (Answer(0, '{"models": {"dense": {"wall_ns": [1], "cpu_ns": [1, 2]}}}', ""), "'dense'"),
         (Answer(0, '{"models": {"dense": {"wall_ns": [1], "batch": 0}}}', ""), "'dense'"),
+        (Answer(0, '{"models": {"dense": {"wall_ns": [true]}}}', ""), "'dense'"),
+        (Answer(0, '{"models": {"dense": {"wall_ns": ["1"]}}}', ""), "'dense'"),
+        (Answer(0, '{"models": {"dense": {"wall_ns": [1e-30]}}}', ""), "'dense'"),
+        (Answer(0, f'{{"models": {{"dense": {{"wall_ns": [1{"0" * 290}]}}}}}}', ""), "'dense'"),
+        (Answer(0, f'{{"models": {{"dense": {{"wall_ns": [9], "batch": 1{"0" * 99}}}}}}}', ""), "'dense'"),
+        (Answer(0, '{"models": {"dense": {"wall_ns": [9], "batch": true}}}', ""), "'dense'"),
+        (Answer(0, f'{{"models": {TWO}, "block": "x"}}', ""), "block = 'x'"),
+        (Answer(0, f'{{"models": {TWO}, "block": null}}', ""), "block = None"),
+        (Answer(0, f'{{"models": {TWO}, "models": {TWO}}}', ""), "'models' stands twice"),
         (Answer(70, '{"error": "odd", "kind": "Strange"}', ""), "odd"),
     ],
 )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reports import ODD, budget, check, leaves, plain_report, put, reading, sample
+from typer.testing import CliRunner
 
 from edgeprune import codec
-from edgeprune.errors import UsageError
-from edgeprune.records import METRICS
+from edgeprune.cli import app
+from edgeprune.errors import DeviceError, UsageError
+from edgeprune.records import METRICS, Reading
 from edgeprune.stages import gate
 from edgeprune.stages import report as stage
 
@@ -131,8 +137,8 @@ def test_accuracies_must_be_at_least_and_everything_else_at_most_the_limit() -> 
 def test_a_verdict_follows_the_margin_unless_noise_holds_the_limit(
     value: float, at: float, widths: tuple[float, float] | None, metric_is_time: bool
 ) -> None:
-    metric, text = ("latency_p90", f"{at!r} s") if metric_is_time else ("size", f"{at!r} B")
-    spread = (value * (1 - widths[0]), value * (1 + widths[1])) if widths else None
+    metric, text = ("latency_p90", f"{at!r} s") if metric_is_time else ("energy", f"{at!r} J")
+    spread = (max(value * (1 - widths[0]), 1e-9), value * (1 + widths[1])) if widths else None
     found = check(plain_report([], [reading(metric, value, spread=spread)]), metric, text)
     assert found.margin == pytest.approx(at - value, abs=1e-9)
     inside = spread is not None and spread[0] * (1 + 1e-9) < at < spread[1] * (1 - 1e-9)
@@ -192,3 +198,164 @@ def test_the_gate_starts_without_any_heavy_package() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------- what no run can have read, by the command
+
+
+def asked(*words: Any) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["gate", *map(str, words)])
+    return done.exit_code, done.output
+
+
+def edited(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A report with times, accuracies and an agreement, changed by hand."""
+    whole = sample(layers=0)
+    document = codec.to_json(replace(whole, after=(*whole.after, reading("agreement", 0.98))))
+    change(document)
+    (tmp_path / "edited.json").write_text(json.dumps(document))
+    return tmp_path / "edited.json"
+
+
+def with_field(metric: str, field: str, value: Any, side: str = "after") -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        for row in document[side]:
+            row.update({field: value} if row["metric"] == metric else {})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("metric", "field", "value", "limit"),
+    [
+        ("latency_p50", "value", -1.0, "1 ms"),
+        ("latency_p50", "value", 0.0, "1 ms"),
+        ("latency_p50", "value", 1e30, "1 ms"),
+        ("size", "value", -1.0, "1 MB"),
+        ("macs", "value", 0.0, "1 G"),
+        ("agreement", "value", 100.0, "50 %"),
+        ("clean_accuracy", "value", 1.0000001, "50 %"),
+        ("latency_p50", "unit", "B", "1 ms"),
+        ("latency_p50", "artifact", "dense", "1 ms"),
+        ("latency_p50", "artifact", "model.onnx", "1 ms"),
+        ("latency_p50", "n", 0, "1 ms"),
+        ("latency_p50", "n", -1, "1 ms"),
+        ("latency_p50", "n", True, "1 ms"),
+        ("latency_p50", "spread", [-1e-3, 1e-3], "1 ms"),
+        ("latency_p50", "spread", [2.0, 3.0], "1 ms"),
+        ("latency_p50", "conditions", [], "1 ms"),
+    ],
+)
+def test_a_number_that_no_run_can_have_read_is_refused_with_its_place(
+    tmp_path: Path, metric: str, field: str, value: Any, limit: str
+) -> None:
+    whole = edited(tmp_path, lambda document: None).rename(tmp_path / "whole.json")
+    bad = edited(tmp_path, with_field(metric, field, value))
+    budget = ("--budget", f"{metric}={limit}")
+    assert asked(whole, *budget)[0] == 0
+    for words in ((bad, *budget), (whole, *budget, "--baseline", bad)):
+        code, said = asked(*words)
+        assert (code, "report.after" in said) == (2, True)
+
+
+@pytest.mark.parametrize("metric", ["latency_p50", "size", "clean_accuracy"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "Estimated: guess", " estimated", "guess", "", "\u0435stimated: roofline", "measured", "local guess",
+        "Local x86_64", "local\u00a0x86_64", "local x86_64\n", "computed: interval bounds", "l\u043ecal x86_64", "ssh",
+    ],
+)  # fmt: skip
+def test_what_is_not_known_to_be_a_measurement_decides_nothing(
+    tmp_path: Path, where: str, metric: str
+) -> None:
+    limit = {"latency_p50": "1 ms", "size": "1 GB", "clean_accuracy": "1 %"}[metric]
+    file = edited(tmp_path, with_field(metric, "where", where))
+    code, said = asked(file, "--budget", f"{metric}={limit}")
+    assert code == 8
+    assert "not known to be a measurement" in said
+
+
+@pytest.mark.parametrize(
+    ("metric", "limit"), [("latency_p50", "90 %"), ("macs", "90 %"), ("clean_accuracy", "-50 pp")]
+)
+@pytest.mark.parametrize("where", ["ssh://pi aarch64", "guess"])
+def test_a_relative_limit_needs_the_dense_reading_from_the_same_place(
+    tmp_path: Path, metric: str, limit: str, where: str
+) -> None:
+    file = edited(tmp_path, with_field(metric, "where", where, "before"))
+    assert asked(file, "--budget", f"{metric}={limit}")[0] == 8
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"value": 2e-5, "spread": None}, 2),
+        ({"value": 2e-5, "spread": None, "where": "local aarch64"}, 2),
+        ({"value": None, "spread": None}, 2),
+        ({"value": 2e-5, "spread": None, "where": "estimated: roofline"}, 1),
+    ],
+)
+def test_two_readings_of_a_metric_are_refused_and_an_estimate_never_goes_first(
+    tmp_path: Path, change: dict[str, Any], code: int, first: bool
+) -> None:
+    def twice(document: dict[str, Any]) -> None:
+        row = next(row for row in document["after"] if row["metric"] == "latency_p50")
+        document["after"].insert(0 if first else len(document["after"]), {**row, **change})
+
+    assert asked(edited(tmp_path, twice), "--budget", "latency_p50=50 us")[0] == code
+
+
+def test_a_reading_that_can_not_be_is_not_made() -> None:
+    for change in (
+        {"unit": "B"}, {"value": float("nan")}, {"value": float("inf")}, {"value": -1.0}, {"n": 0},
+        {"spread": (0.6, 0.7)}, {"spread": (float("nan"), 1.0)},
+    ):  # fmt: skip
+        with pytest.raises(DeviceError, match="latency_p50 of 'compressed' can't be"):
+            replace(reading("latency_p50", 0.5), **change)
+    assert not reading("latency_p50", 0.5, where="estimated: roofline", n=0).measured
+    assert Reading("own", -5.0, "flops", 0, None, "x", "y").value == -5.0, "a metric of somebody else's"
+
+
+def test_the_gate_of_a_run_looks_at_the_file_that_ships(tmp_path: Path) -> None:
+    model, whole = tmp_path / "model.onnx", sample(layers=0)
+    model.write_bytes(b"the file")
+    made_of = hashlib.sha256(b"the file").hexdigest()
+    stage.run(replace(whole, environment={**whole.environment, "files": {"model.onnx": made_of}}), tmp_path)
+    (tmp_path / "edgeprune.lock").write_text("{}")
+    limit = ("--budget", "size=1 GB")
+    assert asked(tmp_path, *limit) == asked(tmp_path / "report.json", *limit)
+    code, said = asked(tmp_path, *limit)
+    assert (code, "no file was checked" in said) == (0, False)
+    model.write_bytes(b"the filf")
+    for run in (tmp_path, tmp_path / "report.json"):
+        code, said = asked(run, *limit)
+        assert code == 2
+        assert made_of in said and hashlib.sha256(b"the filf").hexdigest() in said
+    model.unlink()
+    assert asked(tmp_path, *limit)[0] == 2
+    code, said = asked((tmp_path / "report.json").rename(tmp_path / "bare.json"), *limit)
+    assert (code, "no file was checked" in said) == (0, True)
+
+
+def test_a_baseline_that_is_there_and_can_not_be_read_is_not_absent(tmp_path: Path) -> None:
+    file, limit = edited(tmp_path, lambda document: None), ("--budget", "size=100 %")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for path in ("dangling", "edited.json/x", "x" * 5000):
+        assert asked(file, *limit, "--baseline", tmp_path / path)[0] == 2, path[:20]
+    assert asked(file, *limit, "--baseline", tmp_path / "main.json")[0] == 0
+
+
+def test_a_baseline_of_another_network_is_said() -> None:
+    made = plain_report([reading("params", 1000)], [reading("size", 10)])
+    base = plain_report([reading("params", 2000)], [reading("size", 10)])
+    verdict = gate.run(made, budget(size="100 %"), base, baseline_missing=False)
+    said = "The baseline is of another network: 2000 parameters before it was cut, here 1000."
+    assert verdict.notes == (said,)
+
+
+def test_no_name_of_a_report_writes_a_line_of_its_own() -> None:
+    made = plain_report([], [reading("latency_p50", 2.0)], "x\n\ngate: PASS (1 met)")
+    text = gate.render(gate.run(made, budget(latency_p50="1 s"), None, baseline_missing=False), "text")
+    assert [line for line in text.splitlines() if line.startswith("gate: ")] == ["gate: FAIL (1 missed)"]

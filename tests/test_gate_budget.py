@@ -111,6 +111,9 @@ def test_a_source_that_is_no_limit_is_refused(tmp_path: Path, source: str, found
         ("[budget\n", "b.toml"),
         ("[tool]\nedgeprune = 1", r"\[tool\.edgeprune\.budget\] must be a table"),
         ("macs = inf", "not a"),
+        ("params = 1e999", "not a"),
+        ("latency_p50 = '\u0665 ms'", "not a"),
+        (f"params = {'1' * 5000}", "digits"),
     ],
 )
 def test_a_file_that_is_no_budget_is_refused_by_name(tmp_path: Path, text: str, found: str) -> None:

@@ -193,9 +193,19 @@ def test_energy_is_asked_for_only_where_the_device_can_measure_it(pair: dict[str
 def test_energy_that_can_not_be_had_says_why(pair: dict[str, Path]) -> None:
     reading = measure.energy(pair["dense"], Talking({"energy": {"joule": None, "why": "no sensor"}}), TABLE)
     assert (reading.value, reading.conditions["why"]) == (None, "no sensor")
-    for joule in ("much", -1.0, float("nan")):
+    for joule in ("much", -1.0, 10**30, True):
         with pytest.raises(DeviceError, match="joule"):
             measure.energy(pair["dense"], Talking({"energy": {"joule": joule}}), TABLE)
+    for odd in (
+        {"images": "x"},
+        {"images": 0},
+        {"spread": ["a", 1]},
+        {"spread": [0.7, 0.6]},
+        {"spread": [None, 1]},
+    ):
+        answer = {"joule": 0.5, "images": 10, "spread": [0.4, 0.6], **odd}
+        with pytest.raises(DeviceError):
+            measure.energy(pair["dense"], Talking({"energy": answer}), TABLE)
 
 
 def test_on_this_machine_energy_is_a_number_or_a_reason(pair: dict[str, Path]) -> None:

@@ -310,6 +310,18 @@ def test_a_device_that_gave_no_reading_of_a_metric_decides_nothing(first: bool, 
     assert found.detail == (f"on {PI}" if first else "")
 
 
+@pytest.mark.parametrize("metric", ["latency_p50", "peak_memory"])
+@pytest.mark.parametrize("where", [HERE, PI])
+def test_a_device_whose_reading_was_taken_out_leaves_the_limit_open(
+    metric: str, where: str, tmp_path: Path
+) -> None:
+    report = several(tmp_path, Beside((pi(),)))
+    left = tuple(r for r in report.after if (r.metric, r.where) != (metric, where))
+    limit = {"latency_p50": "latency_p50=1 s", "peak_memory": "peak_memory=1 GB"}[metric]
+    verdict = check(replace(report, after=left), limit)
+    assert (verdict.checks[0].status, verdict.exit_code) == ("missing", 8)
+
+
 def test_the_gate_names_devices_without_readings(tmp_path: Path) -> None:
     gone = Beside((), {"ssh://b": DeviceError("nobody there")})
     assert check(several(tmp_path, gone), "latency_p50=5 ms").notes[-1] == (

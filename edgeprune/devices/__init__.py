@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Type
 
+from edgeprune import codec, packing, perf_test, plugins
 from edgeprune import facts as machine_facts
-from edgeprune import packing, perf_test, plugins
 from edgeprune.channels import SLOWEST, START_S, Answer, Line, Talk
 from edgeprune.errors import (
     DeviceError,
@@ -209,10 +209,11 @@ class Device(ABC):
         if travels and answer.status in _NO_PROGRAM and not answer.stdout.strip():
             message = f"{self.name} has no {argv[-3]}: {_last(answer.stderr)}"
             raise MissingDependency(message, _PHONE if phone else _PYTHON)
+        data, why = None, ""
         try:
-            data = json.loads(answer.stdout)
-        except (ValueError, RecursionError):
-            data = None
+            data = codec.parse(answer.stdout)
+        except ValueError as error:
+            why = str(error)
         if isinstance(data, dict) and isinstance(data.get("error"), str):
             kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
             if travels and hint.startswith("pip install "):
@@ -222,7 +223,7 @@ class Device(ABC):
             hint = hint.replace("'URL?", f"'{url}?")
             raise kind(f"{data['error']} (on {self.name})", hint)
         if answer.status != 0 or not isinstance(data, dict):
-            raise _failed(self.name, argv, answer)
+            raise _failed(self.name, argv, answer, why)
         return data
 
 
@@ -308,7 +309,7 @@ def _hint(scheme: str, known: Sequence[str]) -> str:
     return close if close.startswith("did you mean") else "measure on this machine with --device local"
 
 
-def _failed(name: str, argv: Sequence[str], answer: Answer) -> DeviceError:
+def _failed(name: str, argv: Sequence[str], answer: Answer, why: str = "") -> DeviceError:
     how = (
         f"was killed by signal {-answer.status}"
         if answer.status < 0
@@ -316,6 +317,7 @@ def _failed(name: str, argv: Sequence[str], answer: Answer) -> DeviceError:
     )
     if answer.status == 0:
         how = f"answered with something else than a JSON object: {answer.stdout.strip()[:200]!r}"
+        how += f" ({why})" if why else ""
     command = " ".join("(agent)" if a == packing.START else shlex.quote(a) for a in argv)
     return DeviceError(
         f"a command on {name} {how}: {command}; its last words: {_last(answer.stderr) or 'none'}",

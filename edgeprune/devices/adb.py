@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 from edgeprune import packing, perf_test
-from edgeprune.channels import SLOWEST, START_S, Answer, Line
+from edgeprune.channels import SLOWEST, START_S, Answer, Line, size_in
 from edgeprune.devices import Attached
 from edgeprune.errors import DeviceError, UsageError
 
@@ -100,7 +100,10 @@ class Adb(Attached):
 
     def get(self, there: str, here: Path) -> None:
         """As Device.get."""
-        size = int(self.check(["sh", "-c", 'wc -c <"$1"', "sh", there]))
+        said = self.check(["sh", "-c", 'wc -c <"$1"', "sh", there])
+        size = size_in(said)
+        if size is None:
+            raise DeviceError(f"{there} on {self.name} has no size, but {said.strip()[:80]!r}")
         part = here.absolute().with_name(here.name + ".part")
         try:
             self._adb(["pull", there, str(part)], size)

@@ -8,8 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
+from edgeprune import codec
 from edgeprune.devices import FACTS, Answer, Device
 from edgeprune.errors import DeviceError, UsageError
 
@@ -52,6 +53,7 @@ _CANNED: Dict[str, Any] = {
     "classes": 10,
 }  # fmt: skip
 _FOLDER = "edgeprune-fake-"
+_MOST_CLASSES = 10**5
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,37 @@ class Fake(Device):
         if not self.address:
             return _CANNED
         try:
-            given = json.loads(Path(self.address).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            given = codec.load(Path(self.address))
+        except (OSError, ValueError) as error:
             raise UsageError(f"--device fake:{self.address}: not a readable JSON file: {error}") from error
         if not isinstance(given, dict) or not set(given) <= set(_CANNED):
             raise UsageError(f"{self.address} must be an object with some of the keys {', '.join(_CANNED)}")
         for key, value in given.items():
-            if not isinstance(value, type(_CANNED[key])) or value in ({}, ""):
+            if not _like(value, key):
                 raise UsageError(f"{self.address}: {key} = {value!r:.60} must be like {_CANNED[key]!r:.60}")
         return {**_CANNED, **given}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+# What each entry of a table is.
+_ENTRIES: Dict[str, Callable[[Any], bool]] = {
+    "facts": lambda fact: isinstance(fact, (str, int, float)),
+    "latency_s": lambda times: isinstance(times, list) and bool(times) and all(map(_number, times)),
+    "memory_bytes": _number,
+    "nodes": lambda rows: isinstance(rows, list),
+}
+
+
+def _like(value: Any, key: str) -> bool:
+    """Whether a value has the form of the built-in one of that key."""
+    if key in _ENTRIES:
+        return isinstance(value, dict) and bool(value) and all(map(_ENTRIES[key], value.values()))
+    if key == "classes":
+        return type(value) is int and 1 <= value <= _MOST_CLASSES
+    return isinstance(value, str) and bool(value)
 
 
 def _answer(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str, Any]:
@@ -112,7 +136,7 @@ def _answer(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str
         return {
             "python": "3.8.0",
             "runtime": readings["runtime"],
-            "cores": int(readings["facts"].get("cores", 1)),
+            "cores": readings["facts"].get("cores", 1),
         }
     if op == "time":
         models = {name: _timed(name, request["iterations"], readings) for name in request["models"]}
@@ -142,7 +166,9 @@ def _predicted(request: Mapping[str, Any], classes: int) -> Dict[str, Any]:
     import numpy as np
 
     count = len(np.load(request["x"], mmap_mode="r", allow_pickle=False))
-    np.save(request["out"], np.eye(classes, dtype=np.float32)[np.arange(count) % classes])
+    logits = np.zeros((count, classes), dtype=np.float32)
+    logits[np.arange(count), np.arange(count) % classes] = 1.0
+    np.save(request["out"], logits)
     return {"images": count, "classes": classes}
 
 

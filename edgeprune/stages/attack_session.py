@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import agent_frames as frames
+from edgeprune import codec
 from edgeprune.channels import SLOWEST, START_S, Talk
 from edgeprune.devices import Attached
 from edgeprune.errors import DeviceError
@@ -54,6 +54,7 @@ class Asked:
     _stack: ExitStack | None = field(default=None, repr=False)
     _talk: Talk | None = field(default=None, repr=False)
     _last: Pixels | None = field(default=None, repr=False)
+    _classes: int = field(default=0, repr=False)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -91,9 +92,15 @@ class Asked:
             held(place.device, {"model": file}) as paths,
             place.device.talking({"op": "serve", "runtime": place.runtime, "model": paths["model"]}) as talk,
         ):
-            ready = json.loads(self._heard(talk, frames.READY, OPEN_S))
+            ready = self._heard(talk, frames.READY, OPEN_S)
+            try:
+                runtime = codec.parse(ready.decode())["runtime"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise DeviceError(
+                    f"{place.device.name} began with {ready[:80]!r} and not its runtime"
+                ) from error
             if not self.images:
-                place.say(f"attack: {file.name} answers on {place.device.name} ({ready['runtime']})")
+                place.say(f"attack: {file.name} answers on {place.device.name} ({runtime})")
             yield talk
 
     def _answers(self, talk: Talk, x: Pixels) -> Pixels:
@@ -103,7 +110,8 @@ class Asked:
         self._last = x.copy()
         body = self._heard(talk, frames.LOGITS, limit_s + IMAGE_S * len(x))
         answer = frames.read_logits(frames.LOGITS, body)
-        if len(answer) != len(x):
+        self._classes = self._classes or answer.shape[1]
+        if answer.shape != (len(x), self._classes) or not answer.size:
             raise DeviceError(f"{self.place.device.name} answered {len(x)} images with {answer.shape}")
         self.images, self.sent = self.images + len(x), self.sent + len(message)
         return answer

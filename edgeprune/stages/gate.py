@@ -23,6 +23,8 @@ __all__ = ["FORMATS", "budget_from", "render", "run"]
 
 TIMED = ("latency_p50", "latency_p90", "latency_p99", "energy")
 OF_THE_MACHINE = (*TIMED, "peak_memory")
+# What every device gives, or says why not.
+ALWAYS = ("latency_p50", "latency_p90", "latency_p99", "peak_memory")
 # A share of a count is rounded in the last bits; that must not decide whether a limit is met exactly.
 ROUNDING = 1e-12
 
@@ -51,35 +53,41 @@ def run(
     the one that comes off worst decides each limit. must_be_faster: a limit on a time in % is missed by a model that
     is not faster than the dense one, whatever the limit.
     """
-    first, *further = views(report)
-    if budget.allow_estimates:
-        first = _of_the_target(first)
-    bases = {where_of(view): view for view in views(baseline)} if baseline is not None else {}
-    checks = tuple(
-        worst(
-            {
-                _place(limit.metric, view): _not_measured(limit, view, budget)
-                or _check(limit, view, _base(bases, view), must_be_faster)
-                for view in (
-                    first,
-                    *(v for v in further if value_of(find(v.after, limit.metric)) is not None),
-                )
-            }
-        )
-        for limit in budget.limits.values()
+    first, *further = (_ordered(view, budget) for view in views(report))
+    bases = (
+        {where_of(view): _ordered(view, budget) for view in views(baseline)} if baseline is not None else {}
     )
+    checks: list[Check] = []
+    for limit in budget.limits.values():
+        held = [view for view in (first, *further) if not further or not _silent(limit.metric, view)] or [
+            first
+        ]
+        found = {
+            _place(limit.metric, view): _not_measured(limit, view, budget)
+            or _check(limit, view, _base(bases, view), must_be_faster)
+            for view in held
+        }
+        checks.append(worst(found, alone=held == [first]))
     statuses = {check.status for check in checks}
     exit_code = 1 if "fail" in statuses else 8 if statuses - {"pass"} else 0
     notes = [*_baseline_notes(report, budget, baseline, baseline_missing)]
     notes += [] if any(_far(view) for view in further) else _target_notes(first, budget)
     notes += [f"Without readings of {url}: {why}" for url, why in unread(report).items()]
-    return Verdict(checks, exit_code == 0, exit_code, tuple(notes))
+    return Verdict(tuple(checks), exit_code == 0, exit_code, tuple(notes))
+
+
+def _silent(metric: str, view: Report) -> bool:
+    """Whether one of several devices decides nothing: it says why it has no reading, or none is to be expected."""
+    after = find(view.after, metric)
+    if after is None:
+        return metric not in ALWAYS
+    return value_of(after) is None and bool(after.conditions.get("why"))
 
 
 def _place(metric: str, view: Report) -> str:
     """Where a metric was read, for a check that says so."""
     after = find(view.after, metric)
-    return after.where if after is not None else ""
+    return after.where if after is not None else where_of(view) or "the first device"
 
 
 def _far(view: Report) -> bool:
@@ -94,33 +102,42 @@ def _base(bases: Mapping[str, Report], view: Report) -> Report | None:
     return bases.get(where_of(view), replace(bases[""], before=(), after=()))
 
 
-def _of_the_target(report: Report) -> Report:
-    """With what was measured on the target first, then its estimates, then what stands in its place."""
-    if str(report.recipe.get("target") or "local") == "local":
-        return report
+def _ordered(report: Report, budget: Budget) -> Report:
+    """With what is to be held first, whatever the order in the file: measurements; where estimates are allowed, those
+    of the target before what was measured in its place."""
 
     def rank(reading: Reading) -> int:
-        if reading.where.startswith("estimated"):
+        if not reading.measured:
             return 1
-        in_its_place = _elsewhere(reading.metric, reading, report)
-        return 2 if in_its_place or reading.conditions.get("emulated") is True else 0
+        instead = _elsewhere(reading.metric, reading, report) or _emulated(reading)
+        return 2 if budget.allow_estimates and instead else 0
 
     before, after = (tuple(sorted(rows, key=rank)) for rows in (report.before, report.after))
     return replace(report, before=before, after=after)
 
 
+def _emulated(reading: Reading) -> bool:
+    return bool(reading.conditions.get("emulated")) or reading.where.endswith("(emulated)")
+
+
 def _not_measured(limit: Limit, report: Report, budget: Budget) -> Check | None:
-    """What becomes of a limit on the machine whose reading was not taken on a machine."""
+    """What becomes of a limit whose reading is no measurement."""
     after = find(report.after, limit.metric)
-    if limit.metric not in OF_THE_MACHINE or after is None:
+    if after is None:
         return None
-    if after.conditions.get("emulated") is True:
+    if limit.metric in OF_THE_MACHINE and _emulated(after):
         why = f"{after.where}: an emulated processor says nothing about the time of a real one"
-    elif after.where.startswith("estimated") and not budget.allow_estimates:
-        why = f"only {after.where}: measure it with --device, or accept estimates with --budget {ALLOW_ESTIMATES}"
+    elif not after.measured and not budget.allow_estimates:
+        why = f"only {_estimated(after)}: measure it with --device, or accept estimates with --budget {ALLOW_ESTIMATES}"
     else:
         return None
     return Check(limit.metric, limit.text, "missing", value_of(after), None, None, why)
+
+
+def _estimated(reading: Reading) -> str:
+    """How a reading came about that is not known to be a measurement."""
+    known = reading.where.startswith("estimated: ")
+    return reading.where if known else f"{reading.where!r:.80}, which is not known to be a measurement"
 
 
 def _check(limit: Limit, report: Report, baseline: Report | None, must_be_faster: bool) -> Check:
@@ -160,7 +177,7 @@ def _missing(metric: str, after: Reading | None, reference: _Reference | None) -
 
 def _unchecked(after: Reading) -> str:
     """An estimate whose formula was not held against anything has no interval, and decides nothing."""
-    if after.where.startswith("estimated") and after.spread is None:
+    if not after.measured and after.spread is None:
         why = after.conditions.get("validation")
         said = (
             why.removeprefix("none: ") if isinstance(why, str) else "no layers were timed to hold it against"
@@ -233,8 +250,7 @@ def _widths(reading: Reading) -> tuple[float, float]:
     if reading.conditions.get("contended") is True and isinstance(idle, float) and idle > 0:
         # On an idle machine it would have taken at least its CPU time: how much more, nobody can tell.
         low = min(low, idle)
-    below, above = max(value - low, 0.0), max(high - value, 0.0)
-    return (below, above) if math.isfinite(below + above) else (0.0, 0.0)
+    return max(value - low, 0.0), max(high - value, 0.0)
 
 
 def _unlike(
@@ -245,9 +261,11 @@ def _unlike(
         return ""
     if metric == "robust_accuracy":
         return gate_pairs.unlike_attacks(after, reference.reading, reference.name)
-    if metric not in OF_THE_MACHINE:
-        return ""
-    if reference.reading.where != after.where:
+    # Sizes and accuracies of two machines are comparable with a baseline; a run reads its own two files at one place.
+    elsewhere = reference.reading.where != after.where and (
+        reference.name == "dense" or metric in OF_THE_MACHINE
+    )
+    if elsewhere or reference.reading.measured != after.measured:
         return f"not comparable: the {reference.name} one is {reference.reading.where!r}, this one {after.where!r}"
     if reference.name != "baseline" or baseline is None or metric not in TIMED:
         return ""
@@ -263,8 +281,8 @@ def _cpu(report: Report) -> str:
 
 
 def _where(metric: str, after: Reading, report: Report) -> list[str]:
-    if metric in OF_THE_MACHINE and after.where.startswith("estimated"):
-        return [f"not measured, {after.where}"]
+    if not after.measured:
+        return [f"not measured, {_estimated(after)}"]
     target = _elsewhere(metric, after, report)
     return [f"measured on {after.where}, not on {target}"] if target else []
 
@@ -289,6 +307,11 @@ def _baseline_notes(report: Report, budget: Budget, baseline: Report | None, mis
     was, now = baseline.recipe.get("target"), report.recipe.get("target")
     if was != now:
         notes.append(f"The baseline is a run for {was}, this one is for {now}.")
+    old, new = (value_of(find(one.before, "params")) for one in (baseline, report))
+    if old is not None and new is not None and old != new:
+        notes.append(
+            f"The baseline is of another network: {old:.0f} parameters before it was cut, here {new:.0f}."
+        )
     if not relative:
         notes.append("Every limit is absolute, so the baseline was not used.")
     return notes

@@ -15,31 +15,26 @@ from edgeprune.records import METRICS, Check
 ORDER = ("pass", "missing", "inconclusive", "fail")
 
 
-def worst(checks: Mapping[str, Check]) -> Check:
+def worst(checks: Mapping[str, Check], *, alone: bool) -> Check:
     """The check that decides: a missed limit before one that can't be told, then the smallest margin.
 
     Args:
-        checks: place -> the check of a limit there. The first place is asked always, so that with others its missing
-            reading decides nothing.
+        checks: place -> the check of a limit there; at least one. alone: there is no other device.
 
     Returns:
         that check; where several places were read, its detail says at which it was, and what the others said.
     """
-    first, *others = checks
-    found = dict(checks)
-    if others and found[first].value is None:
-        del found[first]
-    where = max(found, key=lambda place: (ORDER.index(found[place].status), -_share(found[place])))
-    if len(found) == 1 and not others:
-        return found[where]
-    decides = found[where]
+    where = max(checks, key=lambda place: (ORDER.index(checks[place].status), -_share(checks[place])))
+    decides = checks[where]
+    if alone:
+        return decides
     unit = METRICS[decides.metric].unit
     rest = [
         f"{place} {show(check.value, unit)} ({check.status})"
-        for place, check in found.items()
+        for place, check in checks.items()
         if place != where
     ]
-    said = f"the worst of {len(found)} devices is {where}; {', '.join(rest)}" if rest else f"on {where}"
+    said = f"the worst of {len(checks)} devices is {where}; {', '.join(rest)}" if rest else f"on {where}"
     return replace(decides, detail="; ".join(text for text in (said, decides.detail) if text))
 
 

@@ -42,10 +42,8 @@ def find(readings: Sequence[Reading], metric: str) -> Reading | None:
 
 
 def value_of(reading: Reading | None) -> float | None:
-    """The value of a reading where it is there and finite."""
-    if reading is None or reading.value is None or not math.isfinite(reading.value):
-        return None
-    return reading.value
+    """The value of a reading where it is there."""
+    return reading.value if reading is not None else None
 
 
 def _times(after: Reading, dense: Reading) -> tuple[float, float] | None:
@@ -87,7 +85,7 @@ def _accuracies(
     values = (value_of(agreement), value_of(dense), value_of(after))
     if metric != "clean_accuracy" or agreement is None or agreement.n != after.n:
         return None
-    shares = [share for share in values if share is not None and 0 <= share <= 1]
+    shares = [share for share in values if share is not None]
     if len(shares) < 3 or after.n < 1:
         return None
     same, old, new = shares

@@ -57,8 +57,8 @@ def _text(verdict: Verdict) -> str:
         start = f"  {word:{_widest(words)}}  {metric:{_widest(metrics)}}  {value:>{_widest(values)}}"
         lines.append(f"{start}  limit {limit:{_widest(limits)}}  {margin}".rstrip())
         if check.detail:
-            lines.append(f"  {'':{_widest(words)}}  {check.detail}")
-    lines += [f"note: {note}" for note in verdict.notes]
+            lines.append(f"  {'':{_widest(words)}}  {_line(check.detail)}")
+    lines += [f"note: {_line(note)}" for note in verdict.notes]
     advice = [line for check in verdict.checks for line in _advice(check)]
     last = f"gate: {WORDS[verdict.exit_code]} ({_tally(verdict)})"
     return "\n".join([*lines, *(["", *advice] if advice else []), "", last])
@@ -138,7 +138,8 @@ def _limit(check: Check) -> str:
     relative = check.limit.endswith("pp") or (
         check.limit.endswith("%") and METRICS[check.metric].unit != "fraction"
     )
-    return f"{check.limit} = {threshold}" if relative and check.threshold is not None else check.limit
+    limit = _line(check.limit)
+    return f"{limit} = {threshold}" if relative and check.threshold is not None else limit
 
 
 def _margin(check: Check) -> str:
@@ -189,8 +190,13 @@ def _tally(verdict: Verdict) -> str:
     return ", ".join(f"{count} {names[status]}" for status, count in counts.items() if count) or "no limits"
 
 
+def _line(text: str) -> str:
+    """One line, so that no name of a report begins a line that looks like the gate's own."""
+    return " ".join(text.split())
+
+
 def _plain(text: str) -> str:
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = _xml(_line(text)).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*|\[\]~])", r"\\\1", text)
 
 

@@ -5,7 +5,6 @@ Only the agent (edgeprune/agent.py) touches the runtime; here its raw samples be
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from edgeprune.stages.measure_answers import accuracy, agreement, predict
 from edgeprune.stages.measure_files import held
 from edgeprune.stages.measure_layers import node_times, per_layer
 from edgeprune.stages.measure_memory import energy, peak_memory
-from edgeprune.stages.measure_place import EMULATED, Place, place
+from edgeprune.stages.measure_place import EMULATED, Place, number_of, place
 from edgeprune.stages.measure_size import compressed_size, size
 from edgeprune.stages.measure_speed import Clues, clues, words
 
@@ -50,6 +49,8 @@ PRECISION = 0.02
 ENOUGH = 368
 # Above this coefficient of variation the runs of one file differ more than they should (trtexec warns from 1 % on).
 UNSTEADY = 0.025
+# More images in one run, or a longer run, than there is on any machine.
+MOST_IMAGES, LONGEST_NS = 10**6, 1e14
 _START_S = 120.0
 
 
@@ -125,13 +126,14 @@ def latency(
             timeout_s=_START_S + 10.0 * table.seconds * len(models),
         )  # fmt: skip
     timed = {name: _timed(answer, name, device.name, path) for name, path in models.items()}
+    block = int(number_of(answer, "block", device.name)) if "block" in answer else 1
     conditions = {
         "threads": table.threads, "warmup": answer.get("warmup"), "clock": answer.get("clock") or "wall",
         "load": answer.get("load"), "runtime": answer.get("runtime"), "priority": answer.get("priority"),
         **{key: answer[key] for key in ("before", "after", "stopped") if answer.get(key)}, **there.conditions,
     }  # fmt: skip
     readings = {name: _latency_readings(name, t, there.where, conditions) for name, t in timed.items()}
-    ratios = {} if there.emulated else _ratios(timed, int(answer.get("block", 1)))
+    ratios = {} if there.emulated else _ratios(timed, block)
     contended = any(t.contended for t in timed.values())
     return Latency(
         where=there.where,
@@ -270,8 +272,8 @@ def _timed(answer: Mapping[str, Any], name: str, device: str, path: Path) -> _Ti
     batch = row["batch"] if "batch" in row else _batch(path)
     wall, cpu = (row.get(key, []) for key in ("wall_ns", "cpu_ns"))
     good = (
-        isinstance(batch, int)
-        and batch >= 1
+        type(batch) is int
+        and 1 <= batch <= MOST_IMAGES
         and isinstance(wall, list)
         and isinstance(cpu, list)
         and len(wall) > 0
@@ -290,6 +292,4 @@ def _batch(path: Path) -> int:
 
 
 def _is_time(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value <= LONGEST_NS

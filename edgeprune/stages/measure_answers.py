@@ -198,9 +198,9 @@ def _answers(x: npt.NDArray[np.float32], model: str, folder: Path, device: Devic
     device.get(there[1], logits)
     try:
         answer = np.load(logits, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
         raise DeviceError(f"the answers from {device.name} are not a readable .npy file: {error}") from error
-    if answer.ndim != 2 or len(answer) != len(x) or answer.dtype != np.float32:
+    if answer.ndim != 2 or len(answer) != len(x) or answer.dtype != np.float32 or not answer.size:
         found = f"{answer.dtype} {answer.shape}"
         raise DeviceError(f"{device.name} answered {len(x)} images with {found}; expected float32 (N, K)")
     return answer

@@ -59,7 +59,10 @@ class Engine:
     @property
     def words(self) -> str:
         """One sentence for a report: from what, by which version, in which precisions its layers run."""
-        counts = dict(self.facts.get("layers") or {})
+        layers = self.facts.get("layers")
+        counts = (
+            {name: n for name, n in layers.items() if type(n) is int} if isinstance(layers, Mapping) else {}
+        )
         dark = sum(counts.pop(key, 0) for key in UNTOLD)
         told = [f"{count} in {name}" for name, count in counts.items()]
         layers = ", ".join([*told, f"{dark} not told"] if dark else told) or "not told"
@@ -88,7 +91,7 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
         why = f"{error.message}; {error.hint}" if error.hint else error.message
         what = "this machine, not of TensorRT" if device.name == "local" else f"{device.name}, not of its GPU"
         return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {what}: {why}.",)
-    found = re.match(rf"{TENSORRT} (\d+)\.(\d+)", str(about.get("runtime")))
+    found = re.match(rf"{TENSORRT} (\d{1, 4})\.(\d{1, 4})", str(about.get("runtime")))
     if found is None:
         return RUNTIME, ()
     if (int(found.group(1)), int(found.group(2))) < OLDEST:

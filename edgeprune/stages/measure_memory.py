@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edgeprune.devices import Device
-from edgeprune.errors import DeviceError
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
 from edgeprune.stages.measure_files import held
-from edgeprune.stages.measure_place import place
+from edgeprune.stages.measure_place import MOST, number_of, place
 
 RUNTIME = "onnxruntime"
 MEMORY_RUNS = 3
@@ -47,13 +44,15 @@ def peak_memory(path: Path, device: Device, *, name: str = "", runtime: str = RU
     conditions: dict[str, Any] = {
         "threads": 1, "runtime": answers[0].get("runtime"), "file_bytes": path.stat().st_size, **there.conditions,
     }  # fmt: skip
-    peaks = sorted(_number(a, "peak", device.name) for a in answers if a.get("peak") is not None)
+    peaks = sorted(number_of(a, "peak", device.name) for a in answers if a.get("peak") is not None)
     artifact, unit = name or path.name, METRICS["peak_memory"].unit
     if len(peaks) < MEMORY_RUNS:
         why = next((str(a["why"]) for a in answers if "why" in a), "the device did not say")
         return Reading("peak_memory", None, unit, 0, None, there.where, artifact, {**conditions, "why": why})
     conditions |= {
-        label: statistics.median(_number(a, key, device.name, signed=key.endswith("_added")) for a in answers)
+        label: statistics.median(
+            number_of(a, key, device.name, -MOST if key.endswith("_added") else 0.0) for a in answers
+        )
         for key, label in _PARTS.items()
         if all(key in a for a in answers)
     }
@@ -87,20 +86,14 @@ def energy(
         "threads": table.threads, **there.conditions, **{key: answer[key] for key in known if key in answer},
     }  # fmt: skip
     artifact, unit = name or path.name, METRICS["energy"].unit
-    if answer.get("joule") is None:
+    if not answer.get("joule"):  # a sensor that reads no power reads nothing
         why = str(answer.get("why") or "the device did not say")
         return Reading("energy", None, unit, 0, None, there.where, artifact, {**conditions, "why": why})
-    joule = _number(answer, "joule", device.name)
-    spread = answer.get("spread")
-    ends = (float(spread[0]), float(spread[1])) if isinstance(spread, list) and len(spread) == 2 else None
-    return Reading(
-        "energy", joule, unit, int(answer.get("images") or 0), ends, there.where, artifact, conditions
-    )
-
-
-def _number(answer: Mapping[str, Any], key: str, device: str, *, signed: bool = False) -> float:
-    value: Any = answer.get(key)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or (value < 0 and not signed):
-        raise DeviceError(f"the agent on {device} answered {key} = {value!r}; expected a number >= 0")
-    return float(value)
+    joule = number_of(answer, "joule", device.name)
+    spread, interval = answer.get("spread"), None
+    if spread is not None:
+        ends = spread if isinstance(spread, list) and len(spread) == 2 else [spread, spread]
+        low, high = (number_of({"spread": end}, "spread", device.name) for end in ends)
+        interval = (low, high)
+    count = int(number_of(answer, "images", device.name, 1))
+    return Reading("energy", joule, unit, count, interval, there.where, artifact, conditions)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from edgeprune.devices import Device
+from edgeprune.errors import DeviceError
 from edgeprune.records import Target
 
 EMULATED = (
     "its processor is emulated: times follow the number of instructions, not any machine's time, and are never to be "
     "compared"
 )
+# More than any machine has of anything.
+MOST = 1e18
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,21 @@ class Place:
     def conditions(self) -> dict[str, bool]:
         """What every reading from there says besides: nothing, or that it is emulated."""
         return {"emulated": True} if self.emulated else {}
+
+
+def number_of(answer: Mapping[str, Any], key: str, device: str, least: float = 0.0) -> float:
+    """A number that the agent on a device answered.
+
+    Raises:
+        DeviceError: it is none, or not between `least` and what a machine can have.
+    """
+    value: Any = answer.get(key)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= MOST:
+        raise DeviceError(
+            f"the agent on {device} answered {key} = {value!r:.80}; expected a number from {least:g} to {MOST:g}"
+        )
+    return float(value)
 
 
 def on_target(target: Target, device: Device) -> bool:

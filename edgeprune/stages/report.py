@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from edgeprune import codec
+from edgeprune import codec, places
 from edgeprune.errors import UsageError
 from edgeprune.quantities import show
 from edgeprune.records import REPORT_SCHEMA, Report
@@ -24,11 +23,9 @@ from edgeprune.stages.report_rows import Row, comparison, find, heading, how_had
 from edgeprune.stages.report_unlabelled import sentences
 
 RESULT_VERSION = 1
-DEEPEST = 64
 # What a note of the run says with its reason is not said a second time.
 SPEED_NOTE = "Speed:"
 ACCURACY_NOTE = "No accuracy was measured"
-MOST_SAMPLES = 10**12
 
 
 def run(report: Report, folder: Path) -> None:
@@ -105,41 +102,25 @@ def _locate(path: Path) -> Path:
 
 def _json(file: Path) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text)
-        # Half a surrogate pair is legal in a JSON escape and can't be written to any output.
-        json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except (OSError, ValueError, RecursionError) as error:
+        return codec.load(file)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} is not a readable report: {error}", _again()) from error
-    if _depth(data) > DEEPEST:
-        raise UsageError(
-            f"{file} is not a readable report: it is nested deeper than {DEEPEST} levels", _again()
-        )
-    return data
-
-
-def _depth(data: Any) -> int:
-    level, depth = [data], 0
-    while level:
-        level = [
-            v
-            for d in level
-            if isinstance(d, (dict, list))
-            for v in (d.values() if isinstance(d, dict) else d)
-        ]
-        depth += 1
-    return depth
 
 
 def _verify(report: Report) -> None:
-    for side in ("before", "after", "ledger"):
-        for i, reading in enumerate(getattr(report, side)):
-            if reading.spread and reading.spread[0] > reading.spread[1]:
-                raise UsageError(f"report.{side}[{i}].spread must be (low, high), found {reading.spread}")
-            if not 0 <= reading.n <= MOST_SAMPLES:
-                raise UsageError(
-                    f"report.{side}[{i}].n must be between 0 and {MOST_SAMPLES}, found {reading.n}"
-                )
+    """Refuse what is not of this run's two files, and a metric that says two things of one file at one place."""
+    for view in places.views(report):
+        for side, artifact in (("before", "dense"), ("after", "compressed")):
+            seen: set[tuple[str, bool]] = set()
+            for reading in getattr(view, side):
+                named = f"report.{side} has a reading of {reading.metric} ({reading.where})"
+                if reading.artifact != artifact:
+                    raise UsageError(
+                        f"{named} of {reading.artifact!r:.80}, and may only have those of {artifact!r}"
+                    )
+                if (reading.metric, reading.measured) in seen:
+                    raise UsageError(f"{named}, and another one of the same file and the same device")
+                seen.add((reading.metric, reading.measured))
     for name, values in report.samples.items():
         if any(v < 0 for v in values):
             raise UsageError(f"report.samples.{name} holds a negative time, {min(values)}")

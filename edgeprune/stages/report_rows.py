@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeprune import places, speed
 from edgeprune.quantities import show
-from edgeprune.records import METRICS, Reading, Report
+from edgeprune.records import METRICS, Reading, Report, is_place
 
 SPEED = ("latency_p50", "latency_p90", "latency_p99")
 # What is read without labels is no accuracy and stands in a section of its own.
@@ -128,8 +128,10 @@ def how_had(reading: Reading) -> str:
     if value_of(reading) is None:
         return f"not available: {reading.conditions.get('why') or 'no reason was recorded'}"
     how = reading.where or "unknown"
-    if reading.where and not reading.where.startswith(("counted", "computed", "estimated")):
+    if is_place(reading.where):
         how = f"measured on {how}"
+    elif reading.where and not reading.where.startswith(("counted", "computed: ", "estimated: ")):
+        how = f"not known to be measured: {how}"
     return how + _radius(reading.conditions)
 
 
