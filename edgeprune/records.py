@@ -36,7 +36,7 @@ class InputSpec:
 class Source:
     """How to get a network again: the file, and for weights without structure the architecture.
 
-    `kind` is one of pt2, torchscript, pickle, state_dict, safetensors, memory.
+    `kind` is one of pt2, pickle, state_dict, safetensors, memory.
     """
 
     kind: str

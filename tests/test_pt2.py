@@ -296,7 +296,9 @@ def test_the_attacks_are_real(attack: Callable[[bytes, Path], bytes], genuine: b
 @pytest.mark.parametrize(
     "text",
     ["s0", "2*s77 + 1", "Symbol('s77', positive=True, integer=True)", "Mul(Integer(3), Symbol('s0', integer=True))",
-     "Max(1, s0)", "((s0 + 6)//7)", "Eq(Mod(s0, 2), 0)", "u3 <= 8", "s0**2", "-int_oo", "oo"],
+     "Max(1, s0)", "((s0 + 6)//7)", "Eq(Mod(s0, 2), 0)", "u3 <= 8", "s0**2", "-int_oo", "oo",
+     "Pow(Symbol('s0'), Integer(2))", "Mul(Integer(4), Pow(Add(FloorDiv(s0, Integer(2)), Integer(1)), Integer(-1)))",
+     "FloorDiv(s0*s1*s2*64, s1*s2)", " + ".join(f"s{i}" for i in range(40)), "1 << 9"],
 )  # fmt: skip
 def test_the_arithmetic_that_torch_writes_for_sizes_is_let_through(text: str) -> None:
     _check_expression(text, "model.pt2")
@@ -306,7 +308,11 @@ def test_the_arithmetic_that_torch_writes_for_sizes_is_let_through(text: str) ->
     "text",
     ["s0.__class__", "().__class__.__bases__", "open('x')", "lambda: 1", "[s0 for s0 in 1]", "f(s0)", "s0 if s0 else 1",
      "9**9**9", "2**100000",
-     "'__import__'", "Symbol('os')", "Symbol(name='s0')", "s0[0]", "x", "import os", "1 << 99", ""],
+     "'__import__'", "Symbol('os')", "Symbol(name='s0')", "s0[0]", "x", "import os", "1 << 9999", "",
+     "Pow(9,Pow(9,Pow(9,9)))", "Pow(Pow(Pow(Pow(9,9),9),9),9)", "PowByNatural(s0,999999999)", "LShift(1,99999999999)",
+     "Pow(2,Mul(9999,9999))", "Pow(s0, s1)", "FloatPow(2.5, 9999999)", "Float(2, 99999999)", "9"*20, "1e400",
+     "*".join(["s0"]*9), "FloorDiv((s0+s1+s2+s3)**4*(s4+s5+s6+s7), (s0+s1+1)**3)", "-"*1999 + "1",
+     "FloorDiv(" + "*".join(f"(s{i}+s{i+1}+1)" for i in range(7)) + ",s1)", "\0", "s0 + "*999],
 )  # fmt: skip
 def test_anything_else_as_a_size_is_refused(text: str) -> None:
     with pytest.raises(UnsafeModel):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
-from edgeprune.nn import filekinds, pickles, pt2, torchscript, zoo
+from edgeprune.nn import filekinds, pickles, pt2, zoo
 from edgeprune.nn.probing import count_classes, main_answer, text_of
 from edgeprune.nn.remodulify import ExportedNetwork, remodulify
 from edgeprune.nn.surgery import replay
@@ -56,7 +56,7 @@ def load_bundle(table: ModelTable) -> Bundle:
     arch = zoo.canonical(table.arch) if table.arch else ""
     digest = hashlib.sha256(data).hexdigest()
     source = Source(kind, str(path.resolve()), digest, arch, table.allow_class, table.trust_pickle)
-    module, source = _network(data, source, given, path)
+    module, source = _network(data, source, path)
     if arch and source.arch == "":
         _LOG.warning("%s holds its own network: --arch %s is not used", path, table.arch)
     known = _known_input(module)
@@ -131,7 +131,7 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
         ModelError: the file of the source is gone or another one, or plans and weights don't fit it.
         UnsafeModel, UnsupportedModel, MissingDependency, UsageError: as `load_bundle`.
     """
-    module = _original(source, input.shape)
+    module = _original(source)
     _prepare(module)
     for plan in plans:
         replay(module, plan)
@@ -213,17 +213,11 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def _network(
-    data: bytes, source: Source, shape: tuple[int, int, int] | None, path: Path
-) -> tuple[nn.Module, Source]:
+def _network(data: bytes, source: Source, path: Path) -> tuple[nn.Module, Source]:
     """The network in a file's bytes, and the source with the kind that the content turned out to be."""
     where = str(path)
     if source.kind == "pt2":
         return _remodulified(data, where), replace(source, arch="")
-    if source.kind == "torchscript":
-        if shape is None:
-            raise UsageError(f"{where} is TorchScript, which doesn't say what images it eats", _HOW)
-        return torchscript.modules_of(data, shape, where), replace(source, arch="")
     if source.kind == "safetensors":
         found: nn.Module | dict[str, Tensor] = read_safetensors(data, where)
     else:
@@ -259,7 +253,7 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _original(source: Source, shape: tuple[int, int, int]) -> nn.Module:
+def _original(source: Source) -> nn.Module:
     if source.kind in ("state_dict", "safetensors"):
         return zoo.architecture(source.arch)
     if source.kind == "memory":
@@ -278,7 +272,7 @@ def _original(source: Source, shape: tuple[int, int, int]) -> nn.Module:
         raise ModelError(
             f"{path} is not the file any more that was compressed", f"put it back, or load {_PROGRAM} instead"
         )
-    return _network(data, source, shape, path)[0]
+    return _network(data, source, path)[0]
 
 
 def _shape(text: str) -> tuple[int, int, int]:
