@@ -72,7 +72,8 @@ class Plan:
 class Bundle:
     """A network that can be saved, rebuilt and pruned again; dense when `plans` is empty.
 
-    `module` is the bare network (eats normalized input); `nn.bundle.deployed` adds the normalization.
+    `module` is the bare network (eats normalized input); `nn.bundle.deployed` adds the normalization. `notes`: what was
+    changed in it while it was loaded.
     """
 
     module: nn.Module
@@ -80,6 +81,7 @@ class Bundle:
     input: InputSpec
     plans: Tuple[Plan, ...] = ()
     labels: Tuple[str, ...] = ()
+    notes: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

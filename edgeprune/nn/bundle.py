@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.nn import filekinds, pickles, pt2, zoo
+from edgeprune.nn.computed import compute_once, detached, note
+from edgeprune.nn.names import check_names
 from edgeprune.nn.probing import count_classes, main_answer, text_of
 from edgeprune.nn.remodulify import ExportedNetwork, remodulify
 from edgeprune.nn.surgery import replay
@@ -106,7 +108,7 @@ def from_module(
         )
         raise UsageError(f"example_inputs must be one float tensor (N, C, H, W), got {found}")
     try:
-        copy = deepcopy(module)
+        copy = deepcopy(module, detached(module))
     except zoo.FOREIGN_ERRORS as error:
         raise ModelError(
             f"{type(module).__name__} can't be copied: {error}", "give a module that copy.deepcopy takes"
@@ -132,7 +134,7 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
         UnsafeModel, UnsupportedModel, MissingDependency, UsageError: as `load_bundle`.
     """
     module = _original(source)
-    _prepare(module)
+    _prepare(module, source.arch or source.path)
     for plan in plans:
         replay(module, plan)
     tensors = read_safetensors(_read(weights), str(weights))
@@ -303,11 +305,12 @@ def _checked(
     mean, std = normalization
     _check_normalization(mean, std, shape[0])
     where = source.path or type(module).__name__
-    _prepare(module)
+    notes = _prepare(module, where)
+    for text in notes:
+        _LOG.warning("%s: %s", where, text)
     check_finite(module, where)
-    return Bundle(
-        module, source, InputSpec(shape, count_classes(module, shape, (mean, std), where), mean, std)
-    )
+    classes = count_classes(module, shape, (mean, std), where)
+    return Bundle(module, source, InputSpec(shape, classes, mean, std), notes=notes)
 
 
 def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
@@ -323,7 +326,9 @@ def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channe
         raise UsageError(f"--std {','.join(map(str, std))} must be more than 0")
 
 
-def _prepare(module: nn.Module) -> None:
+def _prepare(module: nn.Module, where: str) -> tuple[str, ...]:
+    """Check the names of a network and make it what the stages take; returns what its user should know about that."""
+    check_names(module, where)
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         _LOG.warning(
@@ -332,10 +337,12 @@ def _prepare(module: nn.Module) -> None:
         )
     try:
         module.to("cpu").float().eval()
+        computed = module.computed if isinstance(module, ExportedNetwork) else compute_once(module)
     except zoo.FOREIGN_ERRORS as error:
         raise UnsupportedModel(
-            f"{type(module).__name__} can't be put in eval mode as float32: {error}"
+            f"{type(module).__name__} can't be put in eval mode as float32, with its weights computed: {error}"
         ) from error
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+    return (note(computed),) if computed else ()

@@ -25,9 +25,10 @@ from torch._export.verifier import SpecViolationError
 
 from edgeprune.errors import ModelError, UnsafeModel
 from edgeprune.nn.filekinds import records
+from edgeprune.nn.names import check_name, short
 from edgeprune.nn.pickle_rules import DATA
 from edgeprune.nn.pickle_scan import faults
-from edgeprune.nn.pt2_program import check_program, check_state_name, parts_of, short
+from edgeprune.nn.pt2_program import check_program, parts_of
 from edgeprune.nn.zoo import FOREIGN_ERRORS
 
 # What torch.export may raise on a file that is damaged.
@@ -110,7 +111,7 @@ def _json(reader: Any, name: str) -> Any:
 def _check_payloads(table: Any, kind: str, where: str) -> None:
     payloads: Any = _dict_to_dataclass(schema.PayloadConfig, table)
     for name, payload in payloads.config.items():
-        check_state_name(name, where)
+        check_name(name, where)
         if payload.use_pickle is not False:
             raise UnsafeModel(f"{where} was not loaded: {name} is a pickle, which can run code")
         if not isinstance(payload.path_name, str) or not re.fullmatch(rf"{kind}_\d+", payload.path_name):

@@ -20,9 +20,9 @@ from torch._export.serde.serialize import _dict_to_dataclass
 from torch._export.serde.union import _Union
 
 from edgeprune.errors import ModelError, UnsafeModel, UnsupportedModel
+from edgeprune.nn.names import check_name, short
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_STATE_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _SYMBOL = re.compile(r"z?[a-z]{1,2}\d+")
 _ATEN = re.compile(r"torch\.ops\.(aten|prims)\.([A-Za-z_]\w*)\.\w+")
 _SCALAR_OPERATOR = re.compile(
@@ -200,22 +200,10 @@ def _check_name(name: Any, where: str) -> None:
         )
 
 
-def check_state_name(name: Any, where: str) -> None:
-    """Refuse what can't be the name of a parameter or buffer.
-
-    Raises:
-        UnsafeModel: it could break out of generated source code.
-    """
-    if not isinstance(name, str) or not _STATE_NAME.fullmatch(name):
-        raise UnsafeModel(
-            f"{where} was not loaded: it names a tensor {short(name)}, which is no name of a parameter or buffer"
-        )
-
-
 def _check_target(record: Any, where: str) -> None:
     for item in fields(record):
         if item.name.endswith("_name"):
-            check_state_name(getattr(record, item.name), where)
+            check_name(getattr(record, item.name), where)
 
 
 def _check_signature(signature: schema.ModuleCallSignature, where: str) -> None:
@@ -391,12 +379,6 @@ def _check_guard(code: Any, where: str) -> None:
             raise UnsafeModel(
                 f"{where} was not loaded: the guard {short(code)} is more than a comparison of sizes"
             )
-
-
-def short(value: Any) -> str:
-    """The value for a message, cut off when it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 _CHECKS: Mapping[type, Any] = {
