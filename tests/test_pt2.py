@@ -319,6 +319,50 @@ def test_anything_else_as_a_size_is_refused(text: str) -> None:
         _check_expression(text, "model.pt2")
 
 
+@pytest.mark.parametrize(
+    "power", ["Pow(9,Pow(9,Pow(9,9)))", "LShift(1,999999999999)", "PowByNatural(9,999999999)"]
+)
+def test_a_tower_of_powers_anywhere_in_an_archive_is_refused_at_once(power: str, genuine: bytes) -> None:
+    def in_a_size(table: Any, _: dict[str, bytes]) -> None:
+        everywhere(table, lambda d: d.update(expr_str=power) if "expr_str" in d else None)
+
+    def in_a_range(table: Any, _: dict[str, bytes]) -> None:
+        table["range_constraints"] = {power: {"min_val": 1, "max_val": 8}}
+
+    for change in (in_a_size, in_a_range):
+        with pytest.raises(UnsafeModel, match="take forever"):
+            pt2.load(edited(genuine, PROGRAM, change), "model.pt2")
+
+
+def numbers(*steps: tuple[str, str | int, int | str]) -> Callable[[Any, dict[str, bytes]], None]:
+    """Put nodes that work out n1 = OPERATOR(A, B), n2 = ... on whole numbers before the others."""
+
+    def argument(value: str | int) -> dict[str, Any]:
+        inner = {"as_int": value} if isinstance(value, int) else {"as_name": value}
+        return {"name": "", "arg": {"as_sym_int": inner}, "kind": 1}
+
+    def change(table: Any, _: dict[str, bytes]) -> None:
+        nodes = table["graph_module"]["graph"]["nodes"]
+        like = {**nodes[0], "is_hop_single_tensor_return": None}
+        nodes[:0] = [
+            {**like, "name": f"n{i}", "target": f"_operator.{name}", "inputs": [argument(a), argument(b)],
+             "outputs": [{"as_sym_int": {"as_name": f"n{i}"}}]}
+            for i, (name, a, b) in enumerate(steps, 1)
+        ]  # fmt: skip
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[("pow", 9, 999999999)], [("lshift", 1, 99999999999)], [("pow", 9, 20), ("pow", 2, "n1")],
+     [("mul", 9**9, 9**9), *(("mul", f"n{i}", f"n{i}") for i in range(1, 40))]],
+)  # fmt: skip
+def test_whole_numbers_that_grow_without_bounds_are_refused(steps: Any, genuine: bytes) -> None:
+    with pytest.raises(UnsafeModel, match="number without bounds"):
+        pt2.load(edited(genuine, PROGRAM, numbers(*steps)), "model.pt2")
+
+
 def test_control_flow_and_foreign_operators_are_refused_by_name(genuine: bytes) -> None:
     with pytest.raises(UnsupportedModel, match=r"torch\.ops\.mine\.op\.default"):
         pt2.load(first_node(genuine, "torch.ops.mine.op.default", {}), "model.pt2")

@@ -125,8 +125,8 @@ def _unparametrize(part: Any) -> list[str]:
     lists = dict(part.parametrizations)
     with torch.no_grad():
         values = {name: getattr(part, name).clone() for name in lists}
-    del part._modules["parametrizations"]
     part.__class__ = parametrize.type_before_parametrizations(part)
+    del part._modules["parametrizations"]
     for name, value in values.items():
         if lists[name]._parameters:
             part.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
@@ -163,7 +163,10 @@ def _wanted(
         layer = None if node in fixed or node.op != "call_function" else layer_of(node, tensor_of)
         for attribute, source in layer.tensors.items() if layer else ():
             path = caller(node) or _owner(source, name_of)
-            if source.name not in name_of and path:
+            inside = name_of.get(source.name, f"{path}.parametrizations.").startswith(
+                f"{path}.parametrizations."
+            )
+            if path and inside:
                 wanted.setdefault(source, f"{path}.{attribute}")
     return wanted
 

@@ -203,7 +203,10 @@ def _build(machine: _Machine, _: Any) -> None:
 def _persistent(machine: _Machine, _: Any) -> None:
     value = machine.stack.pop()
     if isinstance(value, tuple) and value[:1] == ("module",):
-        machine.found.append("a class with its source code, as torch before 1.6 saved whole networks")
+        machine.found.append(
+            "a class with its source code, as whole networks have it in torch's format without a zip archive: "
+            "save it again with plain torch.save(network, file)"
+        )
     elif not isinstance(value, tuple) or value[:1] != ("storage",):
         machine.found.append("a persistent id that is not a tensor's storage")
     elif len(value) < 5 or not isinstance(value[1], Global) or not value[1].name.endswith("Storage"):

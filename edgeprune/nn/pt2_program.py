@@ -96,6 +96,8 @@ _ASSUMPTIONS = frozenset(
 )
 _VARIABLE_BITS = 64
 _MOST_BITS = 512
+# More, because these sizes are followed through the whole graph, where each layer may multiply and divide again.
+_MOST_SCALAR_BITS = 4096
 _MOST_TERMS = 4096
 _MOST_TERMS_IN_ALL = 1_000_000
 _POWERS = ("Pow", "PowByNatural", "FloatPow")
@@ -304,10 +306,10 @@ def _check_scalars(nodes: list[schema.Node], where: str) -> None:
         sizes = [bits.get(v, _VARIABLE_BITS) if isinstance(v, str) else v.bit_length() + 1 for v in values]
         size = max(sizes, default=1) + len(sizes)
         if operator.group(1) in ("pow", "lshift", "mul") and len(values) == 2:
-            times = _MOST_BITS + 1 if isinstance(values[1], str) else abs(values[1])
+            times = _MOST_SCALAR_BITS + 1 if isinstance(values[1], str) else abs(values[1])
             grown = {"pow": sizes[0] * max(times, 1), "lshift": sizes[0] + times, "mul": sum(sizes)}
             size = grown[operator.group(1)]
-        if size > _MOST_BITS:
+        if size > _MOST_SCALAR_BITS:
             raise UnsafeModel(
                 f"{where} was not loaded: {short(node.name or node.target)} is a number without bounds"
             )
