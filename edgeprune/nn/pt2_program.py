@@ -30,66 +30,16 @@ _SCALAR_OPERATOR = re.compile(
     r"|torch\.sym_(int|float|max|min|not|ite|sum)|torch\._sym_sqrt|math\.(ceil|floor|trunc|sqrt)"
 )
 _TOUCHES_THE_MACHINE = (
-    "from_file",
-    "save",
-    "_print",
-    "warn",
-    "manual_seed",
-    "seed",
-    "set_grad_enabled",
-    "to_here",
-    "wait",
-)
-_SYMPY = frozenset(
-    [
-        "Max",
-        "Min",
-        "Mod",
-        "FloorDiv",
-        "CeilDiv",
-        "CleanDiv",
-        "PythonMod",
-        "ModularIndexing",
-        "Where",
-        "Eq",
-        "Ne",
-        "Lt",
-        "Le",
-        "Gt",
-        "Ge",
-        "And",
-        "Or",
-        "Not",
-        "Abs",
-        "Pow",
-        "PowByNatural",
-        "Add",
-        "Mul",
-        "Rational",
-        "Float",
-        "Equality",
-        "Unequality",
-        "GreaterThan",
-        "LessThan",
-        "StrictLessThan",
-        "StrictGreaterThan",
-        "FloatPow",
-        "IntTrueDiv",
-        "FloatTrueDiv",
-        "TruncToInt",
-        "TruncToFloat",
-        "RoundToInt",
-        "CeilToInt",
-        "FloorToInt",
-        "ToFloat",
-        "Identity",
-        "LShift",
-        "RShift",
-        "Integer",
-        "Symbol",
-        "IsNonOverlappingAndDenseIndicator",
-    ]
-)
+    "from_file", "save", "_print", "warn", "manual_seed", "seed", "set_grad_enabled", "to_here", "wait",
+)  # fmt: skip
+_SYMPY = frozenset([
+    "Max", "Min", "Mod", "FloorDiv", "CeilDiv", "CleanDiv", "PythonMod", "ModularIndexing", "Where", "Eq",
+    "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Abs", "Pow", "PowByNatural", "Add", "Mul", "Rational",
+    "Float", "Equality", "Unequality", "GreaterThan", "LessThan", "StrictLessThan", "StrictGreaterThan",
+    "FloatPow", "IntTrueDiv", "FloatTrueDiv", "TruncToInt", "TruncToFloat", "RoundToInt", "CeilToInt",
+    "FloorToInt", "ToFloat", "Identity", "LShift", "RShift", "Integer", "Symbol",
+    "IsNonOverlappingAndDenseIndicator",
+])  # fmt: skip
 _WORDS = frozenset(["oo", "int_oo", "true", "false"])
 _ASSUMPTIONS = frozenset(
     ["positive", "integer", "negative", "nonnegative", "nonzero", "real", "extended_real"]
@@ -107,6 +57,8 @@ _EXPRESSION_NODES = (
     ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
 _GUARD_NODES = (*_EXPRESSION_NODES, ast.Subscript, ast.Attribute)
+_GUARD_ATTRIBUTES = ("size", "stride", "storage_offset", "shape", "ndim")
+_GUARD_WORDS = ("L", "Mod", "FloorDiv", "PythonMod", "Eq", "Ne", "Max", "Min")
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
@@ -359,23 +311,8 @@ def _check_guard(code: Any, where: str) -> None:
     except (SyntaxError, TypeError, ValueError) as error:
         raise UnsafeModel(f"{where} was not loaded: the guard {short(code)} is not an expression") from error
     for node in nodes:
-        hidden = isinstance(node, ast.Attribute) and node.attr not in (
-            "size",
-            "stride",
-            "storage_offset",
-            "shape",
-            "ndim",
-        )
-        foreign = isinstance(node, ast.Name) and node.id not in (
-            "L",
-            "Mod",
-            "FloorDiv",
-            "PythonMod",
-            "Eq",
-            "Ne",
-            "Max",
-            "Min",
-        )
+        hidden = isinstance(node, ast.Attribute) and node.attr not in _GUARD_ATTRIBUTES
+        foreign = isinstance(node, ast.Name) and node.id not in _GUARD_WORDS
         called = isinstance(node, ast.Call) and not isinstance(node.func, (ast.Attribute, ast.Name))
         if hidden or foreign or called or not isinstance(node, _GUARD_NODES):
             raise UnsafeModel(
