@@ -46,7 +46,7 @@ class InputSpec:
 class Source:
     """How to get a network again: the file, and for weights without structure the architecture.
 
-    `kind` is one of pt2, torchscript, pickle, state_dict, safetensors, memory.
+    `kind` is one of pt2, pickle, state_dict, safetensors, memory.
     """
 
     kind: str
@@ -82,7 +82,8 @@ class Plan:
 class Bundle:
     """A network that can be saved, rebuilt and pruned again; dense when `plans` is empty.
 
-    `module` is the bare network (eats normalized input); `nn.bundle.deployed` adds the normalization.
+    `module` is the bare network (eats normalized input); `nn.bundle.deployed` adds the normalization. `notes`: what was
+    changed in it while it was loaded.
     """
 
     module: nn.Module
@@ -90,6 +91,7 @@ class Bundle:
     input: InputSpec
     plans: Tuple[Plan, ...] = ()
     labels: Tuple[str, ...] = ()
+    notes: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

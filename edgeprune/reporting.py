@@ -52,6 +52,7 @@ def build_report(
         parts["history"] = {**chosen.record, "precision": [dict(row) for row in made.candidates]}
     parity = codec.read(Ledger, folders["export"] / "parity.json", WorkdirError)
     notes = (
+        *run.bundle.notes,
         *build.sparse_notes(run.recipe.prune.granularity, measured.after),
         *further.measured.notes,
         *(made.notes if made is not None else ()),

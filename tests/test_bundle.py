@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +94,6 @@ KINDS: dict[str, Callable[[nn.Module, Path], None]] = {
     "checkpoint": as_checkpoint,
     "safetensors": as_safetensors,
     "pt2": as_pt2,
-    "torchscript": as_torchscript,
 }
 
 
@@ -237,8 +238,6 @@ def test_an_onnx_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_a_zip_of_something_else_is_not_called_truncated(tmp_path: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as out:
         out.writestr("x.npy", b"1")
     assert "holds no model: x.npy" in error_of(tmp_path / "a.pt").message
@@ -348,24 +347,102 @@ def test_an_exported_program_knows_its_input_and_refuses_another(tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_needs_its_input_told(tmp_path: Path) -> None:
-    error = error_of(written("torchscript", tmp_path / "a.pt"), input="")
-    assert isinstance(error, UsageError) and "--input" in error.hint
-
-
-class Writing(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        torch.save(x, "torchscript-was-here")
-        return x.mean((2, 3))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_that_touches_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchscript_is_refused_unread_and_the_lines_that_convert_it_work(
+    tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pt"
+    as_torchscript(make(), path)
+    monkeypatch.setattr(torch.jit, "load", None)
+    error = error_of(path)
+    assert isinstance(error, UnsupportedModel) and "is TorchScript" in error.message
+    monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    torch.jit.script(Writing()).save("a.pt")
-    error = error_of(tmp_path / "a.pt")
-    assert isinstance(error, UnsafeModel) and "save" in error.message
-    assert not (tmp_path / "torchscript-was-here").exists()
+    exec(error.hint.split("python -c '")[1].split("'")[0])
+    bundle = bundles.load_bundle(table(tmp_path / "weights.pt", arch))
+    assert torch.equal(bundle.module(torch.ones(1, 3, 12, 12)), make()(torch.ones(1, 3, 12, 12)))
+
+
+@pytest.mark.parametrize("content", [b"PYTORCH1" + bytes(99), bytes(4) + b"PTMF" + bytes(99)])
+def test_other_files_of_torchscript_are_told_too(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    assert "TorchScript" in error_of(tmp_path / "a.pt").message
+
+
+@pytest.mark.parametrize("kind", ["pickle", "state_dict", "pt2"])
+def test_a_flipped_bit_in_any_member_is_found_with_its_name(kind: str, tmp_path: Path, arch: str) -> None:
+    whole = written(kind, tmp_path / "a.bin").read_bytes()
+    for member in zipfile.ZipFile(io.BytesIO(whole)).infolist():
+        if not member.file_size:
+            continue
+        head = whole[member.header_offset :][:30]
+        start = (
+            member.header_offset
+            + 30
+            + int.from_bytes(head[26:28], "little")
+            + int.from_bytes(head[28:30], "little")
+        )
+        for at in (start + member.file_size // 2, member.header_offset + 31):
+            data = bytearray(whole)
+            data[at] ^= 4
+            (tmp_path / "b.bin").write_bytes(data)
+            error = error_of(tmp_path / "b.bin", arch)
+            assert isinstance(error, ModelError) and member.filename in error.message
+
+
+def test_a_file_written_without_checksums_loads_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = written("pickle", tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert bundles.load_bundle(table(path)).input.classes == 5 and "no checksums" in caplog.text
+
+
+def test_an_archive_that_unpacks_to_many_times_its_size_is_refused_before(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("a/version", "3\n")
+        out.writestr("a/data.pkl", bytes(10_000_000))
+    assert "100 times its size" in error_of(tmp_path / "a.pt").message
+
+
+def named(name: str) -> nn.Sequential:
+    net = make()
+    net._modules = {name if key == "0" else key: part for key, part in net._modules.items()}
+    return net
+
+
+HOSTILE = [
+    'training") or exec("raise SystemExit") or getattr(self,"x',
+    "a b",
+    "a\nb",
+    "",
+    'a"b',
+    "a'b",
+    "a\x1bb",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_that_could_be_source_is_refused_whatever_the_network_comes_from(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.py").write_text(
+        f"from torch import nn\ndef net():\n    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())\n"
+        f"    m._modules = {{{name!r}: m[0], '1': m[1]}}\n    return m\n"
+    )
+    torch.save(zoo.architecture(f"{tmp_path / 'a.py'}:net").state_dict(), tmp_path / "a.pt")
+    torch.save(named(name), tmp_path / "b.pt")
+    parameter, buffer = make(), make()
+    parameter._parameters[name] = nn.Parameter(torch.ones(1))
+    buffer._buffers[name] = torch.ones(1)
+    errors = [error_of(tmp_path / "a.pt", f"{tmp_path / 'a.py'}:net"), error_of(tmp_path / "b.pt")]
+    for net in (named(name), parameter, buffer):
+        with pytest.raises(EdgepruneError) as caught:
+            bundles.from_module(net, torch.rand(1, 3, 12, 12))
+        errors.append(caught.value)
+    assert all(isinstance(e, UnsafeModel) and "accepted: letters, digits" in e.message for e in errors)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +542,7 @@ def cut_network() -> nn.Sequential:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["pickle", "state_dict", "safetensors", "pt2", "torchscript"])
+@pytest.mark.parametrize("kind", ["pickle", "state_dict", "safetensors", "pt2"])
 def test_a_cut_network_is_rebuilt_from_its_source_plan_and_weights(
     kind: str, tmp_path: Path, arch: str
 ) -> None:

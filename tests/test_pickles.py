@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import sys
 import zipfile
 from pathlib import Path
@@ -310,8 +311,53 @@ def test_a_truncated_file_is_called_so(zipped: bool, share: float) -> None:
 
 
 def test_a_whole_network_in_the_old_format_is_told_as_such() -> None:
-    with pytest.raises(UnsafeModel, match=r"as torch before 1\.6 saved"):
+    with pytest.raises(UnsafeModel, match=r"without a zip archive: save it again") as caught:
         pickles.load(saved(network(), _use_new_zipfile_serialization=False), "old.pt")
+    # torch of today writes this format too.
+    assert "1.6" not in caught.value.message
+
+
+def filled_later(key: str, *operations: bytes) -> bytes:
+    """A network whose table `key` is fetched from the pickle's memo and filled after the network was built."""
+    net = network()
+    archive = zipfile.ZipFile(io.BytesIO(saved({"model": net, "last": vars(net)[key]})))
+    content = archive.read("archive/data.pkl")
+    steps = list(pickletools.genops(content))
+    at = next(i for i, (_, argument, _) in enumerate(steps) if argument == "last")
+    position = next(
+        place for step, _, place in steps[at + 1 :] if "PUT" not in step.name and "GET" not in step.name
+    )
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as new:
+        for name in archive.namelist():
+            changed = content[:position] + b"".join(operations) + content[position:]
+            new.writestr(name, changed if name.endswith("data.pkl") else archive.read(name))
+    return out.getvalue()
+
+
+TABLES = [
+    key
+    for key, value in vars(nn.Module()).items()
+    if isinstance(value, dict) and key.endswith(("hooks", "kwargs", "called"))
+]
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_hooks_that_are_set_after_the_network_was_built_are_found(key: str) -> None:
+    with pytest.raises(UnsafeModel, match=f"functions in {key}"):
+        pickles.load(filled_later(key, b"K\x07ctorch._utils\n_rebuild_parameter\ns"), "net.pt")
+
+
+def test_a_table_of_parts_that_holds_something_else_is_refused() -> None:
+    with pytest.raises(UnsafeModel, match="than _modules should hold"):
+        pickles.load(filled_later("_modules", b"X\x01\x00\x00\x00zK\x07s"), "net.pt")
+
+
+@pytest.mark.parametrize(("key", "value"), [("_forward_hooks", None), ("_modules", []), ("training", "yes"),
+                                            ("_forward_hooks", torch.ones(2)), ("_buffers", 5)])  # fmt: skip
+def test_what_every_module_has_is_of_its_kind(key: str, value: Any) -> None:
+    with pytest.raises(UnsafeModel, match=key):
+        pickles.load(saved(with_attribute(key, value)), "net.pt")
 
 
 def test_usage_errors_are_not_model_errors() -> None:

@@ -296,7 +296,9 @@ def test_the_attacks_are_real(attack: Callable[[bytes, Path], bytes], genuine: b
 @pytest.mark.parametrize(
     "text",
     ["s0", "2*s77 + 1", "Symbol('s77', positive=True, integer=True)", "Mul(Integer(3), Symbol('s0', integer=True))",
-     "Max(1, s0)", "((s0 + 6)//7)", "Eq(Mod(s0, 2), 0)", "u3 <= 8", "s0**2", "-int_oo", "oo"],
+     "Max(1, s0)", "((s0 + 6)//7)", "Eq(Mod(s0, 2), 0)", "u3 <= 8", "s0**2", "-int_oo", "oo",
+     "Pow(Symbol('s0'), Integer(2))", "Mul(Integer(4), Pow(Add(FloorDiv(s0, Integer(2)), Integer(1)), Integer(-1)))",
+     "FloorDiv(s0*s1*s2*64, s1*s2)", " + ".join(f"s{i}" for i in range(40)), "1 << 9"],
 )  # fmt: skip
 def test_the_arithmetic_that_torch_writes_for_sizes_is_let_through(text: str) -> None:
     _check_expression(text, "model.pt2")
@@ -306,11 +308,59 @@ def test_the_arithmetic_that_torch_writes_for_sizes_is_let_through(text: str) ->
     "text",
     ["s0.__class__", "().__class__.__bases__", "open('x')", "lambda: 1", "[s0 for s0 in 1]", "f(s0)", "s0 if s0 else 1",
      "9**9**9", "2**100000",
-     "'__import__'", "Symbol('os')", "Symbol(name='s0')", "s0[0]", "x", "import os", "1 << 99", ""],
+     "'__import__'", "Symbol('os')", "Symbol(name='s0')", "s0[0]", "x", "import os", "1 << 9999", "",
+     "Pow(9,Pow(9,Pow(9,9)))", "Pow(Pow(Pow(Pow(9,9),9),9),9)", "PowByNatural(s0,999999999)", "LShift(1,99999999999)",
+     "Pow(2,Mul(9999,9999))", "Pow(s0, s1)", "FloatPow(2.5, 9999999)", "Float(2, 99999999)", "9"*20, "1e400",
+     "*".join(["s0"]*9), "FloorDiv((s0+s1+s2+s3)**4*(s4+s5+s6+s7), (s0+s1+1)**3)", "-"*1999 + "1",
+     "FloorDiv(" + "*".join(f"(s{i}+s{i+1}+1)" for i in range(7)) + ",s1)", "\0", "s0 + "*999],
 )  # fmt: skip
 def test_anything_else_as_a_size_is_refused(text: str) -> None:
     with pytest.raises(UnsafeModel):
         _check_expression(text, "model.pt2")
+
+
+@pytest.mark.parametrize(
+    "power", ["Pow(9,Pow(9,Pow(9,9)))", "LShift(1,999999999999)", "PowByNatural(9,999999999)"]
+)
+def test_a_tower_of_powers_anywhere_in_an_archive_is_refused_at_once(power: str, genuine: bytes) -> None:
+    def in_a_size(table: Any, _: dict[str, bytes]) -> None:
+        everywhere(table, lambda d: d.update(expr_str=power) if "expr_str" in d else None)
+
+    def in_a_range(table: Any, _: dict[str, bytes]) -> None:
+        table["range_constraints"] = {power: {"min_val": 1, "max_val": 8}}
+
+    for change in (in_a_size, in_a_range):
+        with pytest.raises(UnsafeModel, match="take forever"):
+            pt2.load(edited(genuine, PROGRAM, change), "model.pt2")
+
+
+def numbers(*steps: tuple[str, str | int, int | str]) -> Callable[[Any, dict[str, bytes]], None]:
+    """Put nodes that work out n1 = OPERATOR(A, B), n2 = ... on whole numbers before the others."""
+
+    def argument(value: str | int) -> dict[str, Any]:
+        inner = {"as_int": value} if isinstance(value, int) else {"as_name": value}
+        return {"name": "", "arg": {"as_sym_int": inner}, "kind": 1}
+
+    def change(table: Any, _: dict[str, bytes]) -> None:
+        nodes = table["graph_module"]["graph"]["nodes"]
+        like = {**nodes[0], "is_hop_single_tensor_return": None}
+        nodes[:0] = [
+            {**like, "name": f"n{i}", "target": f"_operator.{name}", "inputs": [argument(a), argument(b)],
+             "outputs": [{"as_sym_int": {"as_name": f"n{i}"}}]}
+            for i, (name, a, b) in enumerate(steps, 1)
+        ]  # fmt: skip
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[("pow", 9, 999999999)], [("lshift", 1, 99999999999)], [("pow", 9, 20), ("pow", 2, "n1")],
+     [("mul", 9**9, 9**9), *(("mul", f"n{i}", f"n{i}") for i in range(1, 40))]],
+)  # fmt: skip
+def test_whole_numbers_that_grow_without_bounds_are_refused(steps: Any, genuine: bytes) -> None:
+    with pytest.raises(UnsafeModel, match="number without bounds"):
+        pt2.load(edited(genuine, PROGRAM, numbers(*steps)), "model.pt2")
 
 
 def test_control_flow_and_foreign_operators_are_refused_by_name(genuine: bytes) -> None:

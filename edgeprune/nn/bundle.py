@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
-from edgeprune.nn import filekinds, pickles, pt2, torchscript, zoo
+from edgeprune.nn import filekinds, pickles, pt2, zoo
+from edgeprune.nn.computed import compute_once, detached, note
+from edgeprune.nn.names import check_names
 from edgeprune.nn.probing import count_classes, main_answer, text_of
 from edgeprune.nn.remodulify import ExportedNetwork, remodulify
 from edgeprune.nn.surgery import replay
@@ -56,7 +58,7 @@ def load_bundle(table: ModelTable) -> Bundle:
     arch = zoo.canonical(table.arch) if table.arch else ""
     digest = hashlib.sha256(data).hexdigest()
     source = Source(kind, str(path.resolve()), digest, arch, table.allow_class, table.trust_pickle)
-    module, source = _network(data, source, given, path)
+    module, source = _network(data, source, path)
     if arch and source.arch == "":
         _LOG.warning("%s holds its own network: --arch %s is not used", path, table.arch)
     known = _known_input(module)
@@ -106,7 +108,7 @@ def from_module(
         )
         raise UsageError(f"example_inputs must be one float tensor (N, C, H, W), got {found}")
     try:
-        copy = deepcopy(module)
+        copy = deepcopy(module, detached(module))
     except zoo.FOREIGN_ERRORS as error:
         raise ModelError(
             f"{type(module).__name__} can't be copied: {error}", "give a module that copy.deepcopy takes"
@@ -131,8 +133,8 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
         ModelError: the file of the source is gone or another one, or plans and weights don't fit it.
         UnsafeModel, UnsupportedModel, MissingDependency, UsageError: as `load_bundle`.
     """
-    module = _original(source, input.shape)
-    _prepare(module)
+    module = _original(source)
+    _prepare(module, source.arch or source.path)
     for plan in plans:
         replay(module, plan)
     tensors = read_safetensors(_read(weights), str(weights))
@@ -213,17 +215,11 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"{path} can't be read: {error.strerror or error}") from error
 
 
-def _network(
-    data: bytes, source: Source, shape: tuple[int, int, int] | None, path: Path
-) -> tuple[nn.Module, Source]:
+def _network(data: bytes, source: Source, path: Path) -> tuple[nn.Module, Source]:
     """The network in a file's bytes, and the source with the kind that the content turned out to be."""
     where = str(path)
     if source.kind == "pt2":
         return _remodulified(data, where), replace(source, arch="")
-    if source.kind == "torchscript":
-        if shape is None:
-            raise UsageError(f"{where} is TorchScript, which doesn't say what images it eats", _HOW)
-        return torchscript.modules_of(data, shape, where), replace(source, arch="")
     if source.kind == "safetensors":
         found: nn.Module | dict[str, Tensor] = read_safetensors(data, where)
     else:
@@ -259,7 +255,7 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _original(source: Source, shape: tuple[int, int, int]) -> nn.Module:
+def _original(source: Source) -> nn.Module:
     if source.kind in ("state_dict", "safetensors"):
         return zoo.architecture(source.arch)
     if source.kind == "memory":
@@ -278,7 +274,7 @@ def _original(source: Source, shape: tuple[int, int, int]) -> nn.Module:
         raise ModelError(
             f"{path} is not the file any more that was compressed", f"put it back, or load {_PROGRAM} instead"
         )
-    return _network(data, source, shape, path)[0]
+    return _network(data, source, path)[0]
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -309,11 +305,12 @@ def _checked(
     mean, std = normalization
     _check_normalization(mean, std, shape[0])
     where = source.path or type(module).__name__
-    _prepare(module)
+    notes = _prepare(module, where)
+    for text in notes:
+        _LOG.warning("%s: %s", where, text)
     check_finite(module, where)
-    return Bundle(
-        module, source, InputSpec(shape, count_classes(module, shape, (mean, std), where), mean, std)
-    )
+    classes = count_classes(module, shape, (mean, std), where)
+    return Bundle(module, source, InputSpec(shape, classes, mean, std), notes=notes)
 
 
 def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
@@ -329,7 +326,9 @@ def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channe
         raise UsageError(f"--std {','.join(map(str, std))} must be more than 0")
 
 
-def _prepare(module: nn.Module) -> None:
+def _prepare(module: nn.Module, where: str) -> tuple[str, ...]:
+    """Check the names of a network and make it what the stages take; returns what its user should know about that."""
+    check_names(module, where)
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         _LOG.warning(
@@ -338,10 +337,12 @@ def _prepare(module: nn.Module) -> None:
         )
     try:
         module.to("cpu").float().eval()
+        computed = module.computed if isinstance(module, ExportedNetwork) else compute_once(module)
     except zoo.FOREIGN_ERRORS as error:
         raise UnsupportedModel(
-            f"{type(module).__name__} can't be put in eval mode as float32: {error}"
+            f"{type(module).__name__} can't be put in eval mode as float32, with its weights computed: {error}"
         ) from error
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
+    return (note(computed),) if computed else ()

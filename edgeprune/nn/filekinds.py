@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,12 @@ import torch
 from edgeprune.errors import ModelError, UnsupportedModel
 from edgeprune.nn.pickle_scan import globals_of
 
+_LOG = logging.getLogger("edgeprune")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP = b"PK\x03\x04"
 _LONGEST_HEADER = 100_000_000
-_KNOWN = (
-    "accepted: .pt2 of torch.export, .pt/.pth of torch.save, TorchScript, .safetensors with --arch, "
-    "a run directory"
-)
+_KNOWN = "accepted: .pt2 of torch.export, .pt/.pth of torch.save, .safetensors with --arch, a run directory"
+_OTHER_SCRIPT = "a TorchScript file of a kind that only its own program reads"
 _OTHERS = (
     (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes"),
     (4, b"TFL3", "a TensorFlow Lite model"),
@@ -29,15 +31,29 @@ _OTHERS = (
     (0, b"\x1f\x8b", "a gzip archive: unpack it first"),
     (0, b"\xfd7zXZ", "an xz archive: unpack it first"),
     (257, b"ustar", "a tar archive: unpack it first"),
+    (0, b"PYTORCH1", _OTHER_SCRIPT),
+    (4, b"PTMF", _OTHER_SCRIPT),
+)
+_MOST_UNPACKED = 100
+_CHUNK = 2**20
+_BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    ValueError,
 )
 
 
 def kind_of(data: bytes, path: Path) -> str:
-    """One of "pt2", "torchscript", "pickle", "safetensors".
+    """One of "pt2", "pickle", "safetensors".
 
     Raises:
-        ModelError: empty, truncated, or no model file at all; says what it looks like.
-        UnsupportedModel: a model, but of a kind that can't be pruned and trained, such as ONNX.
+        ModelError: empty, truncated, changed since it was written, or no model file at all; says what it looks like.
+        UnsupportedModel: a model, but of a kind that can't be pruned and trained, such as ONNX, or TorchScript.
     """
     if not data:
         raise ModelError(f"{path} is empty", _KNOWN)
@@ -85,13 +101,52 @@ def _archive_kind(data: bytes, path: Path) -> str:
     except ModelError:
         _refuse_foreign_archive(data, path)
         raise
+    if _is_torchscript(names):
+        raise _torchscript(path)
+    _check_sums(data, path)
     if "archive_format" in names or any(name.startswith("models/") for name in names):
         return "pt2"
-    if "constants.pkl" in names:
-        return "torchscript"
     if "data.pkl" in names:
         return "pickle"
     raise ModelError(f"{path} is an archive, but holds no model: {', '.join(names[:3])}", _KNOWN)
+
+
+def _is_torchscript(names: list[str]) -> bool:
+    """torch.jit.save writes `constants.pkl` today; torch 1.0 wrote `model.json`, mobile files have `bytecode.pkl`."""
+    coded = any(name.startswith("code/") and name.endswith(".py") for name in names)
+    return coded or any(name in ("constants.pkl", "bytecode.pkl", "model.json") for name in names)
+
+
+def _torchscript(path: Path) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path} is TorchScript, which can run code when it is loaded, so it is not loaded",
+        "if you trust it, take its weights out and give them with --arch file.py:CALLABLE of its Python class: "
+        f"""python -c 'import torch; torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'; """
+        "or export that class as a .pt2: torch.export.save(torch.export.export(net.eval(), (x,)), file)",
+    )
+
+
+def _check_sums(data: bytes, path: Path) -> None:
+    """torch writes a CRC-32 for each member of an archive, but does not look at it when it loads the file."""
+    name = ""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > _MOST_UNPACKED * len(data):
+                raise ModelError(
+                    f"{path} unpacks to more than {_MOST_UNPACKED} times its size", "save it again"
+                )
+            if not any(member.CRC for member in members):
+                _LOG.warning("%s has no checksums, so damage in its weights can't be seen", path)
+                return
+            for member in members:
+                name = member.filename
+                with archive.open(member) as content:
+                    while content.read(_CHUNK):
+                        pass
+    except _BROKEN_ZIP as error:
+        what = f"its member {name!r} is not as it was written" if name else "its table of contents is damaged"
+        raise ModelError(f"{path} is a corrupt archive: {what} ({error})", "copy or save it again") from error
 
 
 def _refuse_foreign_archive(data: bytes, path: Path) -> None:

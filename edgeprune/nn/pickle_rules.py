@@ -25,6 +25,9 @@ _TENSOR_CALLS = (
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 _NUMPY_SCALAR = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
 _NUMPY_CODES = ("?", "b", "B", "h", "H", "i", "I", "l", "L", "e", "f", "d")
+_TABLES = {"_parameters": nn.Parameter, "_buffers": torch.Tensor, "_modules": nn.Module}
+_BARE = vars(nn.Module())
+_HOOKS = frozenset(key for key, value in _BARE.items() if isinstance(value, dict)) - _TABLES.keys()
 
 
 def class_permit(cls: type, *, vouched: bool) -> Permit:
@@ -78,14 +81,56 @@ def _module_state(cls: type, state: Any) -> str:
     if not isinstance(state, Pairs):
         return "a state that is not a dict"
     for key, value in state.items:
-        if not isinstance(key, str) or key.startswith("__"):
-            return f"the attribute {key!r}"
-        if key == "_compiled_call_impl" and value is not None:
-            return "another method for its call"
-        if callable(getattr(cls, key, None)):
-            return f"the attribute {key!r} in place of its method"
-        if key.endswith("_hooks") and isinstance(value, (Made, Pairs)) and value.items:
-            return f"functions in {key}"
+        empty = isinstance(value, (Made, Pairs)) and not value.items
+        if reason := _attribute(cls, key, value, empty=empty):
+            return reason
+    return ""
+
+
+def _attribute(cls: type, key: Any, value: Any, *, empty: bool) -> str:
+    if not isinstance(key, str) or key.startswith("__"):
+        return f"the attribute {key!r}"
+    if key == "_compiled_call_impl" and value is not None:
+        return "another method for its call"
+    if callable(getattr(cls, key, None)):
+        return f"the attribute {key!r} in place of its method"
+    return f"functions in {key}" if key in _HOOKS and not empty else ""
+
+
+def fault_in(loaded: Any) -> str:
+    """What is wrong with any network among the objects that were made; "" when there is nothing."""
+    pending, seen = [loaded], {}
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (type, str, bytes, int, float)) or value is None or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, nn.Module) and (reason := _module_fault(value)):
+            return f"a {type(value).__name__} with {reason}"
+        if isinstance(value, torch.Tensor) and value._backward_hooks:
+            return "a tensor with functions in its hooks"
+        if isinstance(value, dict):
+            pending.extend((*value.keys(), *value.values()))
+        elif isinstance(value, (list, tuple, set)):
+            pending.extend(value)
+        pending.extend(getattr(value, "__dict__", {}).values())
+    return ""
+
+
+def _module_fault(module: nn.Module) -> str:
+    own = vars(module)
+    for key, value in own.items():
+        empty = isinstance(value, dict) and not value
+        if reason := _attribute(type(module), key, value, empty=empty):
+            return reason
+    for key, usual in _BARE.items():
+        value = own.get(key, usual)
+        kind = dict if isinstance(usual, dict) else object if usual is None else type(usual)
+        content = value.values() if key in _TABLES and isinstance(value, dict) else ()
+        if not isinstance(value, kind) or any(
+            v is not None and not isinstance(v, _TABLES[key]) for v in content
+        ):
+            return f"something else than {key} should hold"
     return ""
 
 

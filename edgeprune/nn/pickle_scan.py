@@ -2,7 +2,7 @@
 
 A pickle is a program for a small stack machine. `faults` runs that program on stand-ins: a global is only its name, a
 construction only a note of what would be made. So each call, each construction and each state is judged with its
-arguments before anything is imported or made.
+arguments, as they are when the pickle ends, before anything is imported or made.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def faults(data: bytes, permits: Mapping[str, Permit], *, count: int = 1) -> lis
             machine = _Machine(permits, found)
             for operation, argument, _ in pickletools.genops(stream):
                 if not machine.step(operation.name, argument):
-                    return list(dict.fromkeys(found))
+                    break
+            machine.judge_all()
+            if found:
+                break
     except BROKEN as error:
         raise ValueError("its pickle breaks off or is damaged") from error
     return list(dict.fromkeys(found))
@@ -137,6 +140,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.acts: list[tuple[str, Any, Callable[[Any], str] | None, Any]] = []
 
     def step(self, operation: str, argument: Any) -> bool:
         """Do one operation. False: it is a fault that nothing after it can be told from."""
@@ -154,12 +158,14 @@ class _Machine:
         return items
 
     def judge(self, verb: str, of: Any, judge: Callable[[Any], str] | None, value: Any) -> None:
-        if judge is None:
-            self.found.append(f"{verb} {_say(of)}")
-            return
-        reason = judge(value)
-        if reason:
-            self.found.append(f"{verb} {_say(of)} with {reason}")
+        """Note an act; it is judged when the pickle ends, because what it was given can be filled afterwards."""
+        self.acts.append((verb, of, judge, value))
+
+    def judge_all(self) -> None:
+        for verb, of, judge, value in self.acts:
+            reason = judge(value) if judge else ""
+            if judge is None or reason:
+                self.found.append(f"{verb} {_say(of)}" + (f" with {reason}" if reason else ""))
 
     def permit(self, value: Any) -> Permit:
         name = value.name if isinstance(value, Global) else value.of if isinstance(value, Made) else ""
@@ -197,7 +203,10 @@ def _build(machine: _Machine, _: Any) -> None:
 def _persistent(machine: _Machine, _: Any) -> None:
     value = machine.stack.pop()
     if isinstance(value, tuple) and value[:1] == ("module",):
-        machine.found.append("a class with its source code, as torch before 1.6 saved whole networks")
+        machine.found.append(
+            "a class with its source code, as whole networks have it in torch's format without a zip archive: "
+            "save it again with plain torch.save(network, file)"
+        )
     elif not isinstance(value, tuple) or value[:1] != ("storage",):
         machine.found.append("a persistent id that is not a tensor's storage")
     elif len(value) < 5 or not isinstance(value[1], Global) or not value[1].name.endswith("Storage"):

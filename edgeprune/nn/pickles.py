@@ -1,8 +1,9 @@
 """Pickled networks and checkpoints, loaded so that no code in the file runs.
 
-Three layers, each enough by itself against the attacks known for it: the file's globals must be names of a short list
+Four layers, each enough by itself against the attacks known for it: the file's globals must be names of a short list
 or classes that are nn.Modules; every operation of the pickle is judged with its arguments (`pickle_scan`) before
-anything is made; and torch's own restricted unpickler (`weights_only=True`) does the making, with just those classes.
+anything is made; torch's own restricted unpickler (`weights_only=True`) does the making, with just those classes; and
+the networks that were made are looked at once more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from edgeprune.errors import MissingDependency, ModelError, UnsafeModel, UsageError
 from edgeprune.nn.filekinds import LEGACY_MAGIC, records
-from edgeprune.nn.pickle_rules import DATA, class_permit, data_objects
+from edgeprune.nn.pickle_rules import DATA, class_permit, data_objects, fault_in
 from edgeprune.nn.pickle_scan import faults, globals_of
 from edgeprune.nn.zoo import FOREIGN_ERRORS, importable_here, prepare_torchvision
 
@@ -62,9 +63,12 @@ def load(data: bytes, where: str, *, allow_class: Sequence[str] = (), trust: boo
         refused = [name for name in names if name not in permits]
         raise _unsafe(where, refused, found)
     # A pair gives the class under the name that the file uses, which may be an older one than the class's own.
-    return _load_restricted(
+    loaded = _load_restricted(
         data, where, [*((cls, name) for name, cls in classes.items()), *data_objects(names)]
     )
+    if fault := fault_in(loaded):
+        raise _unsafe(where, [], [fault])
+    return loaded
 
 
 def _load_restricted(data: bytes, where: str, safe: list[Any]) -> Any:

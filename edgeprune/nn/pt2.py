@@ -25,13 +25,14 @@ from torch._export.verifier import SpecViolationError
 
 from edgeprune.errors import ModelError, UnsafeModel
 from edgeprune.nn.filekinds import records
+from edgeprune.nn.names import check_name, short
 from edgeprune.nn.pickle_rules import DATA
 from edgeprune.nn.pickle_scan import faults
-from edgeprune.nn.pt2_program import check_program, check_state_name, parts_of, short
+from edgeprune.nn.pt2_program import check_program, parts_of
 from edgeprune.nn.zoo import FOREIGN_ERRORS
 
-# What torch.export and torch.jit may raise on a file that is damaged.
-LOAD_ERRORS = (*FOREIGN_ERRORS, SerializeError, SpecViolationError, pickle.UnpicklingError, EOFError)
+# What torch.export may raise on a file that is damaged.
+_LOAD_ERRORS = (*FOREIGN_ERRORS, SerializeError, SpecViolationError, pickle.UnpicklingError, EOFError)
 _MAIN = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
 _CONFIGS = {
@@ -66,9 +67,9 @@ def load(data: bytes, where: str) -> torch.export.ExportedProgram:
     try:
         with _quiet():
             return torch.export.load(io.BytesIO(data))
-    except LOAD_ERRORS as error:
+    except _LOAD_ERRORS as error:
         raise ModelError(
-            f"{where} can't be loaded by torch {torch.__version__}: {last_line(error)}", "export it again"
+            f"{where} can't be loaded by torch {torch.__version__}: {_last_line(error)}", "export it again"
         ) from error
 
 
@@ -99,7 +100,7 @@ def _vet(data: bytes, where: str) -> None:
         RecursionError,
     ) as error:
         raise ModelError(
-            f"{where} is a corrupt .pt2 archive: {last_line(error)}", "export it again"
+            f"{where} is a corrupt .pt2 archive: {_last_line(error)}", "export it again"
         ) from error
 
 
@@ -110,7 +111,7 @@ def _json(reader: Any, name: str) -> Any:
 def _check_payloads(table: Any, kind: str, where: str) -> None:
     payloads: Any = _dict_to_dataclass(schema.PayloadConfig, table)
     for name, payload in payloads.config.items():
-        check_state_name(name, where)
+        check_name(name, where)
         if payload.use_pickle is not False:
             raise UnsafeModel(f"{where} was not loaded: {name} is a pickle, which can run code")
         if not isinstance(payload.path_name, str) or not re.fullmatch(rf"{kind}_\d+", payload.path_name):
@@ -132,9 +133,9 @@ def _check_samples(data: bytes, where: str) -> None:
         raise UnsafeModel(f"{where} was not loaded: its sample inputs hold {found[0]}")
     try:
         torch.load(io.BytesIO(data), weights_only=True)
-    except LOAD_ERRORS as error:
+    except _LOAD_ERRORS as error:
         raise UnsafeModel(
-            f"{where} was not loaded: its sample inputs are not just tensors: {last_line(error)}"
+            f"{where} was not loaded: its sample inputs are not just tensors: {_last_line(error)}"
         ) from error
 
 
@@ -152,7 +153,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def last_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     """The last line of an error's text: torch puts the cause there."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

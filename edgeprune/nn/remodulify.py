@@ -20,20 +20,11 @@ from torch.utils import _pytree as pytree
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.batch_axis import free_batch
+from edgeprune.nn.computed import RANDOM, fold
 from edgeprune.nn.layers import Layer, layer_of
+from edgeprune.nn.names import check_names
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-_RANDOM = (
-    "bernoulli",
-    "rand",
-    "rand_like",
-    "randn",
-    "randn_like",
-    "randint",
-    "randperm",
-    "uniform",
-    "normal",
-)
 _CHECKS_ONLY = (
     "_assert_scalar",
     "_assert_async",
@@ -47,9 +38,11 @@ class ExportedNetwork(nn.Module):
     """A network made from an exported program: its layers under their names, and one function that runs them.
 
     `fixed_batch` is None when any batch size works, else the only one that does. `image_shape` is the (C, H, W)
-    that it was exported for, None when the program leaves it open.
+    that it was exported for, None when the program leaves it open. `computed` are the weights that the program
+    computed at every call, and that are plain parameters here.
     """
 
+    computed: tuple[str, ...]
     fixed_batch: int | None
     image_shape: tuple[int, int, int] | None
     _run: Callable[[nn.Module, torch.Tensor], Any]
@@ -76,13 +69,17 @@ def remodulify(program: ExportedProgram) -> nn.Module:
     images = _user_input(program)
     module = ExportedNetwork()
     builder = _Builder(state, fx.Graph())
-    builder.read(list(program.graph.nodes), images)
+    named = set(state.name_of)
+    dead = fold(list(program.graph.nodes), state.tensors, state.name_of, _caller)
+    builder.read([node for node in program.graph.nodes if node not in dead], images)
     _output(program, builder)
     _place(module, state, builder.layers)
+    check_names(module, "the program")
     builder.graph.eliminate_dead_code(_has_effect)
     batch, *shape = images.meta["val"].shape
     static = all(isinstance(n, int) for n in shape)
     module.eval()
+    module.computed = tuple(dict.fromkeys(n for key, n in state.name_of.items() if key not in named))
     module.fixed_batch = batch if isinstance(batch, int) else None
     module.image_shape = (shape[0], shape[1], shape[2]) if static else None
     _compile(module, builder.graph)
@@ -95,9 +92,9 @@ def remodulify(program: ExportedProgram) -> nn.Module:
 class _State:
     """The program's tensors: state-dict name -> tensor (shared when tied), and which placeholder means which."""
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
     volatile: frozenset[str]
-    name_of: Mapping[str, str]
+    name_of: dict[str, str]
 
 
 @dataclass
@@ -135,7 +132,7 @@ class _Builder:
             if node.args[1] == 0:
                 self.new[node] = several[0]
         else:
-            if operator.rstrip("_") in _RANDOM:
+            if operator.rstrip("_") in RANDOM:
                 raise UnsupportedModel(
                     f"the program makes random numbers ({node.target})", "export the network in eval mode"
                 )

@@ -1,0 +1,47 @@
+"""Names of modules and tensors: torch writes them into Python source, so what could be more than a name is refused.
+
+torch.fx and torch.export put the paths of modules, parameters and buffers into generated code without escaping them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from edgeprune.errors import UnsafeModel
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+
+
+def check_name(name: Any, where: str) -> None:
+    """Refuse what can't be the name of a parameter, a buffer or a module.
+
+    Raises:
+        UnsafeModel: it could break out of generated source code.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UnsafeModel(
+            f"{where} was not loaded: it names a tensor or a module {short(name)}; "
+            "accepted: letters, digits, '_', '-' and '.', because names become Python source",
+            "rename it in the network's class, and save or export it again",
+        )
+
+
+def check_names(module: nn.Module, where: str) -> None:
+    """Refuse a network with a module, a parameter or a buffer of a name that is none, before source is made of it.
+
+    Raises:
+        UnsafeModel: names it.
+    """
+    for part in module.modules():
+        for table in (part._modules, part._parameters, part._buffers):
+            for name in table:
+                check_name(name, where)
+
+
+def short(value: Any) -> str:
+    """The value for a message, cut off when it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
