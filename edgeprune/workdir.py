@@ -15,12 +15,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from edgeprune.codec import to_json, write
+from edgeprune import codec
+from edgeprune.codec import scratch_folder, to_json
 from edgeprune.errors import WorkdirError
 from edgeprune.nn import team
 
@@ -50,7 +51,8 @@ class Workdir:
         self.root = root
         self.leads = team.rank() == 0
         self._held: Any = None
-        self._aside: Any = None
+        self._aside = root
+        self._follows = ExitStack()
 
     def __enter__(self) -> Workdir:
         """Create the folder and lock it for this process.
@@ -59,7 +61,7 @@ class Workdir:
             WorkdirError: another process holds it, or it can't be created.
         """
         if not self.leads:
-            self._aside = TemporaryDirectory(prefix="edgeprune-")
+            self._aside = self._follows.enter_context(scratch_folder())
             return self
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -76,6 +78,7 @@ class Workdir:
             ) from error
         for left_over in self.root.glob("*/tmp-*"):
             shutil.rmtree(left_over, ignore_errors=True)
+        codec.sweep(self.root, f"**/{codec.LEFT_FILES}")
         return self
 
     def __exit__(
@@ -85,7 +88,7 @@ class Workdir:
         if self.leads:
             self._held.close()
         else:
-            self._aside.cleanup()
+            self._follows.close()
 
     def agree(self, keys: Mapping[str, str]) -> dict[str, str]:
         """The keys of the stages, when every process of the team came to the same.
@@ -122,7 +125,7 @@ class Workdir:
                     f"({held.get('path', '?')}, sha256 {str(held.get('sha256'))[:12]})",
                     "choose another directory with -o, or give this one up with --force load",
                 )
-        write(path, {"model": identity, **facts})
+        codec.write(path, {"model": identity, **facts})
 
     def key(self, stage: str, version: int, *inputs: Any) -> str:
         """The name of a stage's folder: a hash of its name, its version and everything that goes into it."""
@@ -167,21 +170,21 @@ class Workdir:
         if self.leads:
             self._make(done, work)
         elif together:
-            with TemporaryDirectory(prefix="edgeprune-") as folder:
-                work(Path(folder))
+            with scratch_folder() as folder:
+                work(folder)
         team.wait()
 
     def _make(self, done: Path, work: Callable[[Path], None]) -> None:
         key = done.name
-        unfinished = done.with_name(f"tmp-{key}")
-        unfinished.mkdir(parents=True)
-        work(unfinished)
-        files = {
-            str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()
-        }
-        name = done.parent.name.partition("-")[2]
-        write(unfinished / "record.json", {"stage": name, "key": key, "files": files})
-        unfinished.rename(done)
+        with codec.replace_folder(done) as unfinished:
+            work(unfinished)
+            files = {
+                str(p.relative_to(unfinished)): digest(p)
+                for p in sorted(unfinished.rglob("*"))
+                if p.is_file()
+            }
+            name = done.parent.name.partition("-")[2]
+            codec.write(unfinished / "record.json", {"stage": name, "key": key, "files": files})
         shutil.rmtree(self.scratch(key), ignore_errors=True)
 
     def is_done(self, name: str, key: str) -> bool:
@@ -193,7 +196,7 @@ class Workdir:
 
         A follower's is empty and goes with it: what is kept, the first process keeps, and tells.
         """
-        return self.root / "scratch" / key if self.leads else Path(self._aside.name) / key
+        return self.root / "scratch" / key if self.leads else self._aside / key
 
     def forget_from(self, stage: str) -> None:
         """Delete the results of a stage and of every later one ("load" means all)."""
@@ -205,9 +208,9 @@ class Workdir:
     def publish(self, source: Path, name: str) -> Path:
         """Copy a file to the top of the run directory, whole or not at all."""
         final = self.root / name
-        temporary = final.with_name(final.name + ".tmp")
-        shutil.copy(source, temporary)
-        temporary.replace(final)
+        with codec.replace_file(final) as file:
+            file.write(source.read_bytes())
+        shutil.copymode(source, final)
         return final
 
     def _parent(self, stage: str) -> Path:

@@ -21,9 +21,11 @@ from edgeprune.errors import (
     EdgepruneError,
     MissingDependency,
     ModelError,
+    NoRoom,
     ParityError,
     UnsupportedModel,
     UsageError,
+    is_memory,
 )
 from edgeprune.facts import FACTS
 from edgeprune.quantities import suggest
@@ -215,6 +217,10 @@ class Device(ABC):
             data = None
         if isinstance(data, dict) and isinstance(data.get("error"), str):
             kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
+            if (
+                data.get("kind") == NoRoom.__name__ and self.name == "local"
+            ):  # another machine's room is its own
+                kind = NoRoom
             if travels and hint.startswith("pip install "):
                 hint = _PHONE if phone else f"on {self.name}: {argv[-3]} -m {hint}"
             # What runs there does not know how we call it.
@@ -308,7 +314,7 @@ def _hint(scheme: str, known: Sequence[str]) -> str:
     return close if close.startswith("did you mean") else "measure on this machine with --device local"
 
 
-def _failed(name: str, argv: Sequence[str], answer: Answer) -> DeviceError:
+def _failed(name: str, argv: Sequence[str], answer: Answer) -> EdgepruneError:
     how = (
         f"was killed by signal {-answer.status}"
         if answer.status < 0
@@ -316,6 +322,8 @@ def _failed(name: str, argv: Sequence[str], answer: Answer) -> DeviceError:
     )
     if answer.status == 0:
         how = f"answered with something else than a JSON object: {answer.stdout.strip()[:200]!r}"
+    if name == "local" and is_memory(answer.stderr):
+        return NoRoom(f"out of memory: a command on {name} {how}: {_last(answer.stderr)}", "free some memory")
     command = " ".join("(agent)" if a == packing.START else shlex.quote(a) for a in argv)
     return DeviceError(
         f"a command on {name} {how}: {command}; its last words: {_last(answer.stderr) or 'none'}",

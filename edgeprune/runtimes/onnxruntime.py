@@ -9,9 +9,8 @@ import shutil
 import statistics
 import sys
 import sysconfig
-import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import (
     Type,
 )
 
+from edgeprune.codec import scratch_folder
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
@@ -152,12 +152,14 @@ def _scratch(built: Path) -> Iterator[Path]:
         DeviceError: it can't be made.
     """
     kept = built.parent if (built.parent / _KEPT).is_file() else None
-    try:
-        made = tempfile.TemporaryDirectory(prefix="edgeprune-", dir=kept)
-    except OSError as error:
-        raise DeviceError(f"no folder can be made for the profile of the layers: {error}", _ROOM) from error
-    with made as folder:
-        yield Path(folder)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder(kept))
+        except OSError as error:
+            raise DeviceError(
+                f"no folder can be made for the profile of the layers: {error}", _ROOM
+            ) from error
+        yield folder
 
 
 def _events(profile: Path) -> List[Dict[str, Any]]:
