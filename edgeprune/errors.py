@@ -35,11 +35,11 @@ _MEMORY = re.compile(
     "|failed to map segment|can't start new thread|thread creation failed",
     re.IGNORECASE,
 )
-_LESS = (
+LESS = (
     "free some memory or raise the limit, or let less be in memory at once, as with --set tune.batch=16 or --set "
     "data.calibration=64; the same command goes on after the last finished stage"
 )
-_ROOM = "make room there, or choose another place with -o or TMPDIR; the same command goes on after the last stage"
+ROOM = "make room there, or choose another place with -o or TMPDIR; the same command goes on after the last stage"
 
 
 class EdgepruneError(Exception):
@@ -123,21 +123,33 @@ def shortage(error: Optional[BaseException], said: str = "", needed: int = 0) ->
         said: what is known of the circumstances. needed: how many bytes were to be written, 0 where unknown.
     """
     if isinstance(error, OSError) and error.errno in _DISK:
-        path = os.fspath(error.filename or "")
+        path = os.fspath(error.filename2 or error.filename or "")  # of a copy, where it goes
         text = said or f"{visible(str(path)) or 'a file'} can't be written: {error.strerror}"
         size = f"{needed} bytes are needed, " if needed else ""
-        return NoRoom(f"{text}; {size}{_free(path)}", _ROOM)
+        limit = "the limit of ulimit -f is less" if error.errno == errno.EFBIG else _free(path)
+        return NoRoom(f"{text}; {size}{limit}", ROOM)
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
-        return NoRoom(f"no temporary folder can be written: {error}", _ROOM)
+        return NoRoom(f"no temporary folder can be written: {error}", ROOM)
     if isinstance(error, MemoryError) or (error and is_memory(str(error))):
         lines = str(error).splitlines()
-        return NoRoom(f"out of memory: {said or (lines[0] if lines else 'MemoryError')}", _LESS)
+        return NoRoom(f"out of memory: {said or (lines[0] if lines else 'MemoryError')}", LESS)
     return None
 
 
 def is_memory(text: str) -> bool:
     """Whether what a library or a process said is that memory is exhausted."""
     return bool(_MEMORY.search(text))
+
+
+def not_short() -> None:
+    """Inside an `except` that would go on another way: not for want of room, or the result would depend on it.
+
+    Raises:
+        NoRoom: an exhausted disk or memory is what was caught.
+    """
+    short = shortage(sys.exc_info()[1])
+    if short:
+        raise short
 
 
 @contextmanager
@@ -158,7 +170,7 @@ def visible(text: str) -> str:
 
 
 def _free(path: str) -> str:
-    folder = os.path.dirname(path) or "."
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     try:
         return f"{shutil.disk_usage(folder).free} bytes are free in {visible(folder)}"
     except OSError:

@@ -17,6 +17,7 @@ from edgeprune import facts as machine_facts
 from edgeprune import packing, perf_test, plugins
 from edgeprune.channels import SLOWEST, START_S, Answer, Line, Talk
 from edgeprune.errors import (
+    LESS,
     DeviceError,
     EdgepruneError,
     MissingDependency,
@@ -323,7 +324,7 @@ def _failed(name: str, argv: Sequence[str], answer: Answer) -> EdgepruneError:
     if answer.status == 0:
         how = f"answered with something else than a JSON object: {answer.stdout.strip()[:200]!r}"
     if name == "local" and is_memory(answer.stderr):
-        return NoRoom(f"out of memory: a command on {name} {how}: {_last(answer.stderr)}", "free some memory")
+        return NoRoom(f"out of memory: a command on {name} {how}: {_last(answer.stderr)}", LESS)
     command = " ".join("(agent)" if a == packing.START else shlex.quote(a) for a in argv)
     return DeviceError(
         f"a command on {name} {how}: {command}; its last words: {_last(answer.stderr) or 'none'}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import statistics
@@ -29,7 +30,7 @@ from typing import (
 )
 
 from edgeprune.codec import scratch_folder
-from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, NoRoom, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
 if TYPE_CHECKING:
@@ -173,8 +174,12 @@ def _events(profile: Path) -> List[Dict[str, Any]]:
     except (OSError, ValueError) as error:
         free = shutil.disk_usage(profile.parent).free
         size = profile.stat().st_size if profile.is_file() else 0
-        why = "the disk is full" if free < _FULL else f"it is not whole: {error}"
-        raise DeviceError(
+        limited = 0 < resource.getrlimit(resource.RLIMIT_FSIZE)[0] <= size
+        full = (
+            "the disk is full" if free < _FULL else "a file may not be larger (ulimit -f)" if limited else ""
+        )
+        why = full or f"it is not whole: {error}"
+        raise (NoRoom if full else DeviceError)(
             f"ONNX Runtime's profile of the layers can't be read: {why}; {size} bytes were written to "
             f"{profile.parent}, {free} bytes are free there",
             _ROOM,

@@ -17,7 +17,15 @@ from torch.export import ExportedProgram
 
 import edgeprune
 from edgeprune import codec
-from edgeprune.errors import EdgepruneError, ModelError, NoRoom, ParityError, UnsupportedModel, is_memory
+from edgeprune.errors import (
+    LESS,
+    EdgepruneError,
+    ModelError,
+    NoRoom,
+    ParityError,
+    UnsupportedModel,
+    is_memory,
+)
 from edgeprune.nn import onnx_export, onnx_file, onnx_pattern, parity, store
 from edgeprune.nn.bundle import deployed
 from edgeprune.nn.capture import capture, check_logits, quiet
@@ -279,8 +287,8 @@ def _ask_fresh_process(request: Request) -> Answer:
                 "free some memory",
             )
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        if is_memory(done.stderr):
-            raise NoRoom(f"out of memory in a fresh process that rebuilds the network: {last}", "free some memory")
+        if done.returncode == NoRoom.exit_code or is_memory(done.stderr):
+            raise NoRoom(f"a fresh process that rebuilds the network has no room: {last}", LESS)
         raise ModelError(f"a fresh process that was to rebuild the network failed: {last}")
     return codec.read(Answer, Path(request.out + ".json"), ModelError)
 
