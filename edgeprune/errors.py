@@ -32,7 +32,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # torch, ONNX Runtime, C++ and the system have no common class for it.
 _MEMORY = re.compile(
     "(can.?t|cannot|unable to|failed to) allocate|not enough memory|out of memory|bad[ _]alloc|MemoryError"
-    "|failed to map segment|can't start new thread|thread creation failed",
+    "|failed to map segment|can't start new thread|thread creation failed"
+    "|could not create a (primitive(?! desc)|memory)",  # oneDNN
     re.IGNORECASE,
 )
 LESS = (

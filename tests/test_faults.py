@@ -46,7 +46,7 @@ from edgeprune.stages.report_markup import escape
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
 HOSTILE = "a\x1b]0;owned\x07b\rc\x9bd\u202ee\u2066f\x7fg"
 SEEN = "a\\x1b]0;owned\\x07b\\rc\\x9bd\\u202ee\\u2066f\\x7fg"
-ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
 @pytest.fixture(scope="module")
