@@ -96,8 +96,8 @@ def replace_file(path: Path) -> Iterator[io.BytesIO]:
             os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)
         text = f"{path} can't be written: {error.strerror or error}"
+        error.filename = error.filename or str(path)
         raise shortage(error, text, len(data)) or WorkdirError(text, "choose another place") from error
 
 

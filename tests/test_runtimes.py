@@ -19,7 +19,15 @@ from onnx import TensorProto, helper
 from onnx_files import save, write_one_conv
 
 from edgeprune import agent
-from edgeprune.errors import DeviceError, MissingDependency, ModelError, NoRoom, UnsupportedModel, UsageError
+from edgeprune.errors import (
+    DeviceError,
+    EdgepruneError,
+    MissingDependency,
+    ModelError,
+    NoRoom,
+    UnsupportedModel,
+    UsageError,
+)
 from edgeprune.runtimes import onnxruntime
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
@@ -175,7 +183,7 @@ def test_a_full_disk_is_told_from_a_profile_that_is_damaged(
     with pytest.raises(DeviceError if free > 4095 else NoRoom, match=why) as caught:
         onnxruntime._events(tmp_path / "profile.json")
     assert f"{free} bytes are free there" in caught.value.message
-    with pytest.raises(DeviceError, match="0 bytes were written"):
+    with pytest.raises(EdgepruneError, match="0 bytes were written"):
         onnxruntime._events(tmp_path / "absent.json")
 
 

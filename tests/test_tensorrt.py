@@ -219,14 +219,14 @@ def test_an_engine_of_an_interrupted_write_is_refused(
     """Killed between the engine and its facts, the old facts must not vouch for the new engine."""
     install()
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
-    real = agent_engines.os.replace
+    real = os.replace
 
     def killed(source: Any, to: Any) -> None:
         if str(to).endswith(".json"):
             raise KeyboardInterrupt
         real(source, to)
 
-    monkeypatch.setattr(agent_engines.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         TensorRT().build(tmp_path / "net.onnx", engine, "fp32")
     monkeypatch.undo()
