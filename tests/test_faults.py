@@ -296,7 +296,7 @@ def test_no_value_of_a_target_or_a_file_runs_in_the_engine_script(
     title: str, setup: dict[str, str], file: str, tmp_path: Path
 ) -> None:
     target = replace(bundled.target("jetson-orin-nano"), title=title, setup=setup)
-    artifact = Artifact(file, "onnx", "fp32", InputSpec((3, 8, 8)), "", 1, opset=18)
+    artifact = Artifact(file, "onnx", "fp32", InputSpec((3, 8, 8), 5), "", 1, opset=18)
     text = engine_script(target, artifact, dynamic_batch=True)
     (tmp_path / "build_engine.sh").write_text(text)
     subprocess.run(["sh", "build_engine.sh"], cwd=tmp_path, capture_output=True, check=False, timeout=30)

@@ -19,6 +19,7 @@ import edgeprune
 from edgeprune import codec
 from edgeprune.errors import (
     LESS,
+    ROOM,
     EdgepruneError,
     ModelError,
     NoRoom,
@@ -288,7 +289,10 @@ def _ask_fresh_process(request: Request) -> Answer:
             )
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
         if done.returncode == NoRoom.exit_code or is_memory(done.stderr):
-            raise NoRoom(f"a fresh process that rebuilds the network has no room: {last}", LESS)
+            raise NoRoom(
+                f"a fresh process that rebuilds the network has no room: {last}",
+                LESS if is_memory(last) else ROOM,
+            )
         raise ModelError(f"a fresh process that was to rebuild the network failed: {last}")
     return codec.read(Answer, Path(request.out + ".json"), ModelError)
 
