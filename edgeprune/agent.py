@@ -17,9 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Mapping
 
-from edgeprune import agent_energy, agent_engines, agent_memory, agent_sensors, agent_serve, agent_time
+from edgeprune import agent_energy, agent_engines, agent_memory, agent_sensors, agent_serve, agent_time, codec
 from edgeprune import agent_fields as fields
-from edgeprune.errors import DeviceError, EdgepruneError, UsageError
+from edgeprune.errors import EdgepruneError, UsageError, told_shortage
 from edgeprune.runtimes import FREE_BATCH, Runtime
 
 
@@ -36,7 +36,8 @@ def main() -> int:
             runtime = _runtime(request.get("runtime"), request.get("options", {}))
             agent_serve.serve(request, runtime, sys.stdin.fileno(), answer_to)
             return 0
-        answer = handle(request)
+        with told_shortage():
+            answer = handle(request)
     except EdgepruneError as error:
         status = error.exit_code
         answer = {"error": error.message, "kind": type(error).__name__, "hint": error.hint}
@@ -149,10 +150,8 @@ def _predict(request: Mapping[str, Any], runtime: Runtime) -> Dict[str, Any]:
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda i: session(x[i : i + step]), range(0, max(1, len(x)), step)))
     logits = np.concatenate(parts)
-    try:
-        np.save(fields.text(request, "out"), logits)
-    except OSError as error:
-        raise DeviceError(f"the answers can't be written: {error}") from error
+    with codec.replace_file(Path(fields.text(request, "out"))) as file:
+        np.save(file, logits)
     return {"images": len(logits), "classes": logits.shape[1]}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from contextlib import suppress
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+from edgeprune import codec
 from edgeprune.errors import ModelError, ParityError
 
 SCHEMA = "edgeprune.engine/1"
@@ -81,32 +81,14 @@ def write(engine: Path, data: bytes, facts: Mapping[str, Any]) -> None:
     """Write an engine and what is known of it: each whole or not at all, the engine never with another's facts.
 
     Raises:
-        ModelError: it can't be written.
+        WorkdirError: it can't be written.
     """
     full = {"schema": SCHEMA, **facts, "engine": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    try:
-        if beside(engine).exists():
-            beside(engine).unlink()
-    except OSError as error:
-        raise _unwritten(engine, error) from error
-    write_whole(engine, data)
-    write_whole(beside(engine), (json.dumps(full, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also where two processes do so at once.
-
-    Raises:
-        ModelError: it can't be written.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise _unwritten(path, error) from error
+    with suppress(FileNotFoundError):
+        beside(engine).unlink()
+    with codec.replace_file(engine) as file:
+        file.write(data)
+    codec.write(beside(engine), full)
 
 
 def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) -> dict[str, Any]:
@@ -219,7 +201,3 @@ def _facts(engine: Path) -> dict[str, Any]:
 
 def _stale(engine: Path, why: str) -> ModelError:
     return ModelError(f"the engine {engine.name} is not loaded: {why}", "build it again from the ONNX file")
-
-
-def _unwritten(path: Path, why: OSError) -> ModelError:
-    return ModelError(f"{path} can't be written: {why}", "is there space left?")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgeprune import context, pipeline, recipe
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, told_shortage
 from edgeprune.nn import bundle as bundles
 from edgeprune.records import Bundle, Report, Verdict
 
@@ -25,6 +25,7 @@ class Run:
     module: nn.Module
 
 
+@told_shortage()
 def load(path: str | Path, **model: Any) -> Bundle:
     """Load a model file or a run directory as safely as the command line does.
 
@@ -44,6 +45,7 @@ def load(path: str | Path, **model: Any) -> Bundle:
     return context.load(recipe.build({}, {"model": {"path": str(path), **model}}).model)
 
 
+@told_shortage()
 def compress(
     model: nn.Module,
     example_inputs: Tensor,

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgeprune import plugins
+from edgeprune import codec, plugins
 from edgeprune import recipe as recipes
 from edgeprune.context import Context, stage, torch_part
 from edgeprune.errors import UsageError
@@ -217,7 +216,8 @@ def engine_script(run: Context, artifact: Any, out: Path) -> None:
         run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch,
         sparse=run.recipe.prune.granularity == "2:4",
     )  # fmt: skip
-    (out / "build_engine.sh").write_text(script, encoding="utf-8")
+    with codec.replace_file(out / "build_engine.sh") as file:
+        file.write(script.encode())
     (out / "build_engine.sh").chmod(0o755)
 
 
@@ -267,8 +267,8 @@ def shared_probes(run: Context, dense: Path) -> dict[str, Any]:
 
 
 def _built_size(run: Context, network: Any) -> int:
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
-        path = Path(folder, "probe.onnx")
+    with codec.scratch_folder() as folder:
+        path = folder / "probe.onnx"
         artifact, _ = export_onnx(run, replace(run.bundle, module=network), path, parent="")
         if run.recipe.export.precision in ("int8", "fp16"):
             return stage("quantize_size").size_of(path, run.recipe.export.precision, run.target.int8)
@@ -282,8 +282,8 @@ def _built_time(run: Context, there: Any, pair: tuple[Any, Path], metric: str) -
         there: `trials`. pair: the cut network, and the folder of the dense one's file.
     """
     network, dense = pair
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
-        path = Path(folder, "probe.onnx")
+    with codec.scratch_folder() as folder:
+        path = folder / "probe.onnx"
         export_onnx(run, replace(run.bundle, module=network), path, parent="")
         precision = run.recipe.export.precision
         if precision in ("int8", "fp16"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,17 +40,20 @@ from edgeprune.cli_options import (
     only_given,
 )
 from edgeprune.cli_output import (
-    INTERRUPTED,
     USAGE,
+    echo,
     guard,
     print_error,
+    print_interrupted,
     print_lines,
     print_table,
     say,
     show_readings,
     show_run,
     show_table,
+    shown,
     tables,
+    terminate,
 )
 from edgeprune.codec import to_json
 from edgeprune.nn import team
@@ -211,7 +215,7 @@ def gate(
 
     def work() -> int:
         text, code = queries.gate(run, budget or [], baseline, output_format)
-        typer.echo(text)
+        echo(text)
         return code
 
     guard(work, False, debug)
@@ -240,7 +244,7 @@ def why(
     def work() -> int:
         rows, lines = queries.why(recipe.build({}, flags, sets or []), say=say)
         if as_json:
-            typer.echo(json.dumps({"layers": to_json(rows), "notes": lines}))
+            echo(json.dumps({"layers": to_json(rows), "notes": lines}))
             return 0
         print_table(tables().why_table(rows))
         print_lines([*tables().reasons(rows), *lines])
@@ -258,7 +262,7 @@ def doctor(
     def work() -> int:
         rows = queries.doctor(target, device or ["local"])
         if as_json:
-            typer.echo(json.dumps({"checks": to_json(rows)}))
+            echo(json.dumps({"checks": to_json(rows)}))
         else:
             print_table(tables().doctor_table(rows))
         return queries.doctor_status(rows)
@@ -277,13 +281,13 @@ def list_(
     def work() -> int:
         members = queries.members(family)
         if as_json:
-            typer.echo(json.dumps({family: members}))
+            echo(json.dumps({family: members}))
             return 0
         width = max((len(m["name"]) for m in members), default=0)
         for member in members:
-            typer.echo(f"{member['name']:<{width}}  {member['about']}")
+            echo(f"{member['name']:<{width}}  {member['about']}")
         if not members:
-            typer.echo(f"no {family} in this version")
+            echo(f"no {family} in this version")
         return 0
 
     guard(work, as_json, debug)
@@ -313,6 +317,7 @@ def main() -> None:
     follows = team.launch().rank > 0  # the first process that torchrun started speaks for all
     if follows and sys.argv[1:2] != ["compress"]:  # the only command that several processes share
         sys.exit(0)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(standalone_mode=False)
     except USAGE_ERROR as error:  # an option that the command does not have, or its value
@@ -322,15 +327,14 @@ def main() -> None:
         if message:  # it is empty when nothing was asked and the help was shown
             print_error(message, "see edgeprune COMMAND --help", USAGE, "--json" in sys.argv)
         code = USAGE
-    except typer.Abort:
-        print_error("interrupted", "start the same command again to go on", INTERRUPTED, "--json" in sys.argv)
-        code = INTERRUPTED
+    except typer.Abort as error:
+        code = print_interrupted(error.__context__, "--json" in sys.argv)
     sys.exit(code or 0)
 
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"edgeprune {__version__}")
+        echo(f"edgeprune {__version__}")
         raise typer.Exit
 
 
@@ -343,6 +347,7 @@ def _root(
     """Make a trained vision network small, fast and still right on the device it ships to."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(shown)
     logger = logging.getLogger("edgeprune")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

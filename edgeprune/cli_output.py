@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +13,22 @@ import typer
 
 from edgeprune.codec import to_json
 from edgeprune.context import Result
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, told_shortage, visible
 
 USAGE = 2
 BUG = 70
 INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: everything is left as it is for Ctrl-C."""
+
+
+def terminate(number: int, _frame: Any) -> None:
+    """The handler of SIGTERM; a second one is not needed to end."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Terminated
 
 
 def tables() -> Any:
@@ -25,18 +38,23 @@ def tables() -> Any:
     return import_module("edgeprune.tables")
 
 
+def echo(text: str, err: bool = False) -> None:
+    """A line on stdout or stderr: all text leaves the program here, none of it as an order to the terminal."""
+    typer.echo(visible(text), err=err)
+
+
 def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
     """The only `except`: an error becomes two lines on stderr and its own exit code."""
     try:
-        code = work()
+        with told_shortage():
+            code = work()
     except EdgepruneError as error:
         if debug:
             traceback.print_exc()
         print_error(error.message, error.hint, error.exit_code, as_json)
         code = error.exit_code
-    except KeyboardInterrupt:
-        print_error("interrupted", "start the same command again to go on", INTERRUPTED, as_json)
-        code = INTERRUPTED
+    except KeyboardInterrupt as error:
+        code = print_interrupted(error, as_json)
     except Exception as error:  # a bug: everything that was foreseen is an EdgepruneError
         if debug:
             traceback.print_exc()
@@ -46,31 +64,48 @@ def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
     raise typer.Exit(code)
 
 
+def print_interrupted(error: BaseException | None, as_json: bool) -> int:
+    """Say that it was Ctrl-C or SIGTERM; gives the exit code."""
+    told = "stopped by SIGTERM" if isinstance(error, Terminated) else "interrupted"
+    code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    print_error(told, "start the same command again to go on", code, as_json)
+    return code
+
+
 def print_error(message: str, hint: str, code: int, as_json: bool) -> None:
     """Two lines on stderr; with --json also one object on stdout."""
     if as_json:
-        typer.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
-    typer.echo(f"error: {message}", err=True)
+        echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
+    echo(f"error: {message}", err=True)
     if hint:
-        typer.echo(f"hint: {hint}", err=True)
+        echo(f"hint: {hint}", err=True)
+
+
+def shown(record: logging.LogRecord) -> bool:
+    """Make what is logged fit for a terminal."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
 
 
 def say(text: str) -> None:
     """A line about progress, on stderr."""
-    typer.echo(text, err=True)
+    echo(text, err=True)
 
 
 def print_table(table: Any) -> None:
     """A rich table on stdout."""
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
-    Console().print(table)
+    console = Console(markup=False, emoji=False)
+    shown = [Segment(visible(part.text), part.style, part.control) for part in console.render(table)]
+    console.print(Segments(shown), end="")
 
 
 def print_lines(lines: list[str]) -> None:
     """Plain lines on stdout."""
     for line in lines:
-        typer.echo(line)
+        echo(line)
 
 
 def show_run(result: Result, as_json: bool) -> None:
@@ -78,7 +113,7 @@ def show_run(result: Result, as_json: bool) -> None:
     trouble = result.trouble
     if as_json:
         said = {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
-        typer.echo(json.dumps({**said, **_told(trouble)}))
+        echo(json.dumps({**said, **_told(trouble)}))
     else:
         print_table(tables().report_table(result.report))
         print_lines(tables().summary(result))
@@ -92,7 +127,7 @@ def show_run(result: Result, as_json: bool) -> None:
 def show_readings(readings: Any, as_json: bool, trouble: EdgepruneError | None = None) -> None:
     """Readings of one file, and last, on stderr, which devices gave none."""
     if as_json:
-        typer.echo(json.dumps({"readings": to_json(readings), **_told(trouble)}))
+        echo(json.dumps({"readings": to_json(readings), **_told(trouble)}))
     else:
         print_table(tables().readings_table(readings))
     if trouble is not None:
@@ -109,7 +144,7 @@ def _told(trouble: EdgepruneError | None) -> dict[str, Any]:
 def show_table(found: Any, as_json: bool) -> None:
     """A latency table."""
     if as_json:
-        typer.echo(json.dumps(to_json(found)))
+        echo(json.dumps(to_json(found)))
         return
     print_table(tables().latency_table(found))
     print_lines(tables().latency_lines(found))

@@ -1,15 +1,25 @@
-"""Records to JSON and back: strict, so that a truncated or foreign file is refused with the field's name."""
+"""Records to JSON and back, strict, so that a foreign file is refused with the field's name; and how files are written.
+
+A file or a folder appears whole or not at all, also when the power fails. What a killed process leaves under another
+name is removed by the next one (`sweep`), which knows by a lock that the process runs no more.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 import math
+import os
+import shutil
 import stat
+import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Mapping, Type, TypeVar, Union, get_type_hints
+from typing import Any, Callable, Iterator, Mapping, Optional, Tuple, Type, TypeVar, Union, get_type_hints
 
-from edgeprune.errors import DeviceError, EdgepruneError, UsageError
+from edgeprune.errors import DeviceError, EdgepruneError, UsageError, WorkdirError, shortage
 
 T = TypeVar("T")
 DEEPEST = 64
@@ -17,6 +27,8 @@ DEEPEST = 64
 LARGEST = 2**28
 # Digits of a whole number, which a float holds.
 LONGEST = 300
+LEFT_FILES = "*.[0-9]*.tmp"
+_SCRATCH = "edgeprune-work-"
 
 
 def to_json(value: Any) -> Any:
@@ -42,10 +54,9 @@ def from_json(cls: Type[T], data: Any, where: str = "") -> T:
 
 
 def write(path: Path, value: Any) -> None:
-    """Write a record as indented JSON: to a temporary file first, then renamed, so it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(to_json(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a record as indented JSON, whole or not at all."""
+    with replace_file(path) as file:
+        file.write((json.dumps(to_json(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def parse(text: str) -> Any:
@@ -125,6 +136,114 @@ def _whole(text: str) -> int:
     if len(text) > LONGEST:
         raise ValueError(f"a whole number of {len(text)} digits is more than a number here can be")
     return int(text)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[io.BytesIO]:
+    """A buffer that becomes the file when the block ends without an error, whole or not at all.
+
+    In memory first, so that nobody else's writer meets a full disk, and the size is known that is needed.
+
+    Raises:
+        WorkdirError: it can't be written; NoRoom where the disk is full.
+    """
+    buffer = io.BytesIO()
+    yield buffer
+    data = buffer.getbuffer()
+
+    def create() -> Path:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.touch()
+        return temporary
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _owned(create) as temporary, temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        text = f"{path} can't be written: {error.strerror or error}"
+        error.filename = error.filename or str(path)
+        raise shortage(error, text, len(data)) or WorkdirError(text, "choose another place") from error
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that becomes it when the block ends without an error, whole or not at all."""
+    unfinished = path.with_name(f"tmp-{path.name}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for entry in (*unfinished.rglob("*"), unfinished):
+            _sync(entry)
+        os.replace(unfinished, path)
+        _sync(path.parent)
+        _sync(path.parent.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(inside: Optional[Path] = None) -> Iterator[Path]:
+    """A new empty folder, gone afterwards; where this process is killed, the next one that makes one removes it."""
+    sweep(inside or Path(tempfile.gettempdir()), f"{_SCRATCH}*")
+    with _owned(lambda: Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=inside))) as folder:
+        yield folder
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes of this user have left there of `replace_file` or `scratch_folder`."""
+    for left in folder.glob(pattern):
+        with suppress(OSError):
+            held = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(held).st_uid == os.getuid():
+                    _remove(left)
+            finally:
+                os.close(held)
+
+
+@contextmanager
+def _owned(create: Callable[[], Path]) -> Iterator[Path]:
+    """Something new that `sweep` leaves alone inside, and that is removed in the end if it is still there."""
+    path, held = _locked(create)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        os.close(held)
+
+
+def _locked(create: Callable[[], Path]) -> Tuple[Path, int]:
+    while True:
+        path = create()
+        with suppress(FileNotFoundError):
+            held = os.open(path, os.O_RDONLY)
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if path.exists():  # `sweep` may have been quicker than the lock
+                return path, held
+            os.close(held)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk before anything is renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _decode(hint: Any, data: Any, where: str) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.codec import replace_file
 from edgeprune.errors import MissingDependency, ModelError
 from edgeprune.nn.data import in_memory
 from edgeprune.nn.parts import stratified
@@ -79,11 +80,11 @@ def prepare(folder: Path, seed: int = 0) -> DemoFiles:
         MissingDependency: scikit-learn is not installed.
         ModelError: the network can't be exported.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     x, y = digits()
     learn, hold = stratified(y, HELD_OUT_SHARE, seed)
     data = folder / "digits.npz"
-    np.savez_compressed(data, x_train=x[learn], y_train=y[learn], x_test=x[hold], y_test=y[hold])
+    with replace_file(data) as file:
+        np.savez_compressed(file, x_train=x[learn], y_train=y[learn], x_test=x[hold], y_test=y[hold])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = DigitsNet()
@@ -95,7 +96,8 @@ def prepare(folder: Path, seed: int = 0) -> DemoFiles:
         program = torch.export.export(
             network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
-        torch.export.save(program, model)
+        with replace_file(model) as file:
+            torch.export.save(program, file)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise ModelError(f"the demo's network can't be exported: {error}", "edgeprune doctor") from error
     return DemoFiles(model, data)

@@ -5,9 +5,11 @@ Light: only text is put together.
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
+from edgeprune.errors import visible
 from edgeprune.records import Artifact, Target
 
 # The memory of a Jetson is the CPU's too; a quarter leaves room for the system and for the engine itself.
@@ -35,26 +37,25 @@ def engine_script(target: Target, artifact: Artifact, *, dynamic_batch: bool, sp
     """
     shape = "x".join(str(n) for n in (1, *artifact.input.shape))
     values = {
-        "TITLE": " ".join(target.title.split()),
+        "TITLE": " ".join(visible(target.title).split()),
         "EXPECTED": shlex.quote(str(target.setup.get("tensorrt", ""))),
         "JETPACK": shlex.quote(str(target.setup.get("jetpack", ""))),
         "ONNX": shlex.quote(Path(artifact.path).name),
+        "FILE": " ".join(visible(Path(artifact.path).name).split()),
         "OPSET": str(artifact.opset),
         "PRECISION": shlex.quote(artifact.precision),
         "SPARSITY": "enable" if sparse else "disable",
-        "SHAPE": f"input:{shape}" if dynamic_batch else "",
+        "SHAPE": shlex.quote(f"input:{shape}" if dynamic_batch else ""),
         "WORKSPACE": str(workspace_mib(target.memory_bytes)),
     }
-    script = _SCRIPT
-    for name, value in values.items():
-        script = script.replace(f"@{name}@", value)
-    return script
+    # One pass: what a value holds is never taken for another name.
+    return re.sub("@([A-Z]+)@", lambda found: values[found[1]], _SCRIPT)
 
 
 _SCRIPT = r"""#!/bin/sh
 # Build a TensorRT engine of an ONNX file on this machine, and time it with trtexec.
 #
-#   sh build_engine.sh              for @ONNX@ beside this script
+#   sh build_engine.sh              for @FILE@ beside this script
 #   sh build_engine.sh dense.onnx   for another file, to compare
 #
 # Written for @TITLE@. It leaves, beside the ONNX file and under its name:
@@ -69,7 +70,7 @@ expected=@EXPECTED@     # TensorRT version of this board's JetPack
 jetpack=@JETPACK@
 default=@ONNX@
 precision=@PRECISION@   # of the ONNX file
-shape='@SHAPE@'         # of one input, when the file leaves the batch dimension open
+shape=@SHAPE@   # of one input, when the file leaves the batch dimension open
 workspace=@WORKSPACE@   # MiB for building, a quarter of this board's memory
 
 fail() {

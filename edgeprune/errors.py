@@ -11,11 +11,36 @@ EdgepruneError                     70 unless a subclass says otherwise
 ├── DeviceError                     6  a device can't be reached, or a command on it failed
 │   └── NoLayerTimes                   it does not tell how long each layer takes
 └── WorkdirError                    7  the run directory is locked, corrupt or of another model
+    └── NoRoom                         a disk is full or can't be written, or memory is exhausted
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from typing import ClassVar, Iterator, Optional
+
+# What moves the cursor, colors, rings, or turns the direction of text; and halves of pairs, which UTF-8 can't write.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# torch, ONNX Runtime, C++ and the system have no common class for it.
+_MEMORY = re.compile(
+    "(can.?t|cannot|unable to|failed to) allocate|not enough memory|out of memory|bad[ _]alloc|MemoryError"
+    "|failed to map segment|can't start new thread|thread creation failed"
+    "|could not create a (primitive(?! desc)|memory)",  # oneDNN
+    re.IGNORECASE,
+)
+LESS = (
+    "free some memory or raise the limit, or let less be in memory at once, as with --set tune.batch=16 or --set "
+    "data.calibration=64; the same command goes on after the last finished stage"
+)
+ROOM = "make room there, or choose another place with -o or TMPDIR; the same command goes on after the last stage"
 
 
 class EdgepruneError(Exception):
@@ -24,10 +49,16 @@ class EdgepruneError(Exception):
     exit_code: ClassVar[int] = 70
 
     def __init__(self, message: str, hint: str = "") -> None:
-        """Keep the message (what was found, what is accepted) and the hint (what to do)."""
-        Exception.__init__(self, message)
-        self.message = message
-        self.hint = hint
+        """Keep the message (what was found, what is accepted) and the hint (what to do).
+
+        Raises:
+            NoRoom: it is about what an exhausted disk or memory has raised, which is then no fault of a file.
+        """
+        self.message, self.hint = visible(message), visible(hint)
+        Exception.__init__(self, self.message)
+        short = None if isinstance(self, WorkdirError) else shortage(sys.exc_info()[1], self.message)
+        if short:
+            raise short
 
 
 class UsageError(EdgepruneError):
@@ -80,3 +111,68 @@ class WorkdirError(EdgepruneError):
     """The run directory is in use, corrupt, or belongs to another model."""
 
     exit_code = 7
+
+
+class NoRoom(WorkdirError):
+    """A disk is full, read-only or broken, a file may not grow, or memory is exhausted."""
+
+
+def shortage(error: Optional[BaseException], said: str = "", needed: int = 0) -> Optional[NoRoom]:
+    """What an exhausted disk or memory has raised, as the error to tell; None for anything else.
+
+    Args:
+        said: what is known of the circumstances. needed: how many bytes were to be written, 0 where unknown.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK:
+        path = os.fspath(error.filename2 or error.filename or "")  # of a copy, where it goes
+        text = said or f"{visible(str(path)) or 'a file'} can't be written: {error.strerror}"
+        size = f"{needed} bytes are needed, " if needed else ""
+        limit = "the limit of ulimit -f is less" if error.errno == errno.EFBIG else _free(path)
+        return NoRoom(f"{text}; {size}{limit}", ROOM)
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return NoRoom(f"no temporary folder can be written: {error}", ROOM)
+    if isinstance(error, MemoryError) or (error and is_memory(str(error))):
+        lines = str(error).splitlines()
+        return NoRoom(f"out of memory: {said or (lines[0] if lines else 'MemoryError')}", LESS)
+    return None
+
+
+def is_memory(text: str) -> bool:
+    """Whether what a library or a process said is that memory is exhausted."""
+    return bool(_MEMORY.search(text))
+
+
+def not_short() -> None:
+    """Inside an `except` that would go on another way: not for want of room, or the result would depend on it.
+
+    Raises:
+        NoRoom: an exhausted disk or memory is what was caught.
+    """
+    short = shortage(sys.exc_info()[1])
+    if short:
+        raise short
+
+
+@contextmanager
+def told_shortage() -> Iterator[None]:
+    """Turn what an exhausted disk or memory raises inside into `NoRoom`; also as a decorator."""
+    try:
+        yield
+    except Exception as error:
+        short = None if isinstance(error, EdgepruneError) else shortage(error)
+        if short is None:
+            raise
+        raise short from error
+
+
+def visible(text: str) -> str:
+    """Text from anywhere, fit for a terminal, a log and a page: control characters and the like as escapes."""
+    return _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def _free(path: str) -> str:
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    try:
+        return f"{shutil.disk_usage(folder).free} bytes are free in {visible(folder)}"
+    except OSError:
+        return "how many are free is not known"

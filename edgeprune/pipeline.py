@@ -128,7 +128,8 @@ def compress(
             plugins.check_options("methods", run.method, recipe.prune.options)
         if work.leads:
             work.claim(run.identity, lock_facts(run), again=force == "load")
-            (work.root / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
+            with codec.replace_file(work.root / "recipe.toml") as file:
+                file.write(recipes.to_toml(recipe).encode())
             if force is not None:
                 work.forget_from(force)
         look_ahead(run, keys)

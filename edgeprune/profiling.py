@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeprune import abreast, bundled, queries
+from edgeprune.codec import scratch_folder
 from edgeprune.context import Say, load, stage, torch_part
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.recipe import Recipe
@@ -103,8 +103,8 @@ def table(recipe: Recipe, *, say: Say) -> Any:
     there = bench(trials, recipe.measure, say)
     prune, module = recipe.prune, stage("table")
     wish = module.Wish(prune.multiple_of or target.multiple_of["fp32"], prune.floor, prune.skip, recipe.seed)
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
-        file = Path(folder, "dense.onnx")
+    with scratch_folder() as folder:
+        file = folder / "dense.onnx"
         stage("export").run(
             torch_part("bundle").deployed(bundle), bundle.input, file, opset=recipe.export.opset or target.opset,
             table=recipe.export, meta={}, real=None,

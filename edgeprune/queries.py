@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgeprune import bundled, plugins
 from edgeprune import recipe as recipes
+from edgeprune.codec import scratch_folder
 from edgeprune.context import Result, Say, load, stage, torch_part
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.pipeline import compress
@@ -168,9 +168,9 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
     notes: list[str] = []
     times: dict[str, float] = {}
     device = import_module("edgeprune.devices").device_from_url("local")
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
+    with scratch_folder() as folder:
         say(f"why: time every layer on {device.where()}")
-        path = Path(folder, "model.onnx")
+        path = folder / "model.onnx"
         try:
             stage("export").run(
                 torch_part("bundle").deployed(bundle), bundle.input, path, opset=target.opset, table=recipe.export,

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
 from edgeprune import choices, plugins
-from edgeprune.errors import UsageError
+from edgeprune.errors import UsageError, visible
 from edgeprune.quantities import limit, suggest
 from edgeprune.records import Budget
 from edgeprune.schema import (
@@ -129,8 +129,11 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _toml(value: Any) -> str:
-    """TOML reads what JSON writes, but for pairs of surrogates and a bare DEL."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """TOML reads what JSON writes, but for pairs of surrogates and a bare DEL; what nobody sees is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return (
+        text if text == visible(text) else "".join(c if c == visible(c) else f"\\u{ord(c):04x}" for c in text)
+    )
 
 
 def _table(name: str, cls: Any, values: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.building import trials
+from edgeprune.codec import scratch_folder
 from edgeprune.context import Context, Say, stage, torch_part
 from edgeprune.errors import UsageError
 from edgeprune.keys import multiple_of
@@ -33,10 +34,10 @@ class Written:
         if self.rewrite is None:
             yield files
             return
-        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        with scratch_folder() as folder:
             found = {}
             for number, (name, path) in enumerate(files.items()):
-                found[name] = Path(folder, f"{number}.onnx")
+                found[name] = folder / f"{number}.onnx"
                 found[name].write_bytes(self.rewrite(path))
             yield found
 

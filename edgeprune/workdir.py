@@ -17,15 +17,14 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from edgeprune import seal
-from edgeprune.codec import to_json, write
+from edgeprune import codec, seal
+from edgeprune.codec import scratch_folder, to_json
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.nn import team
 
@@ -151,7 +150,8 @@ class Workdir:
         self.made_with: dict[str, int] = {}
         self.leads = team.rank() == 0
         self._held: Any = None
-        self._aside: Any = None
+        self._aside = root
+        self._follows = ExitStack()
 
     def __enter__(self) -> Workdir:
         """Create the folder and lock it for this process.
@@ -160,7 +160,7 @@ class Workdir:
             WorkdirError: another process holds it, or it can't be created.
         """
         if not self.leads:
-            self._aside = TemporaryDirectory(prefix="edgeprune-")
+            self._aside = self._follows.enter_context(scratch_folder())
             return self
         check_plain(self.root)
         try:
@@ -178,6 +178,8 @@ class Workdir:
             ) from error
         for left_over in chain(*(self._parent(name).glob("tmp-*") for name in STAGES)):
             shutil.rmtree(left_over, ignore_errors=True)
+        for place in (self.root, *map(self._parent, STAGES), self.root / "scratch"):
+            codec.sweep(place, codec.LEFT_FILES if place == self.root else f"**/{codec.LEFT_FILES}")
         return self
 
     def __exit__(
@@ -187,7 +189,7 @@ class Workdir:
         if self.leads:
             self._held.close()
         else:
-            self._aside.cleanup()
+            self._follows.close()
 
     def agree(self, keys: Mapping[str, str]) -> dict[str, str]:
         """The keys of the stages, when every process of the team came to the same.
@@ -224,7 +226,7 @@ class Workdir:
                     f"({held.get('path', '?')}, sha256 {str(held.get('sha256'))[:12]})",
                     "choose another directory with -o, or give this one up with --force load",
                 )
-        write(path, {"model": identity, **facts})
+        codec.write(path, {"model": identity, **facts})
 
     def key(self, stage: str, version: int, *inputs: Any) -> str:
         """The name of a stage's folder: a hash of its name, its version and everything that goes into it."""
@@ -271,22 +273,22 @@ class Workdir:
         if self.leads:
             self._make(done, work)
         elif together:
-            with TemporaryDirectory(prefix="edgeprune-") as folder:
-                work(Path(folder))
+            with scratch_folder() as folder:
+                work(folder)
         team.wait()
 
     def _make(self, done: Path, work: Callable[[Path], None]) -> None:
         key = done.name
-        unfinished = done.with_name(f"tmp-{key}")
-        unfinished.mkdir(parents=True)
-        work(unfinished)
-        files = {
-            str(p.relative_to(unfinished)): digest(p) for p in sorted(unfinished.rglob("*")) if p.is_file()
-        }
-        name = done.parent.name.partition("-")[2]
-        record = {"stage": name, "key": key, "threads": self.threads, "files": files}
-        write(unfinished / "record.json", {**record, "seal": seal.seal(_words(record))})
-        unfinished.rename(done)
+        with codec.replace_folder(done) as unfinished:
+            work(unfinished)
+            files = {
+                str(p.relative_to(unfinished)): digest(p)
+                for p in sorted(unfinished.rglob("*"))
+                if p.is_file()
+            }
+            name = done.parent.name.partition("-")[2]
+            record = {"stage": name, "key": key, "threads": self.threads, "files": files}
+            codec.write(unfinished / "record.json", {**record, "seal": seal.seal(_words(record))})
         shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
         with suppress(OSError):
             (self.root / "scratch").rmdir()
@@ -305,7 +307,7 @@ class Workdir:
             WorkdirError: it can't be written.
         """
         if not self.leads:
-            return Path(self._aside.name) / key
+            return self._aside / key
         folder = self.root / "scratch" / key
         if not self.trusted:
             own_scratch(folder)
@@ -321,9 +323,9 @@ class Workdir:
     def publish(self, source: Path, name: str) -> Path:
         """Copy a file to the top of the run directory, whole or not at all."""
         final = self.root / name
-        temporary = final.with_name(final.name + ".tmp")
-        shutil.copy(source, temporary)
-        temporary.replace(final)
+        with codec.replace_file(final) as file:
+            file.write(source.read_bytes())
+        shutil.copymode(source, final)
         return final
 
     def _parent(self, stage: str) -> Path:
@@ -354,7 +356,9 @@ class Workdir:
         if (stage, key) != (folder.parent.name.partition("-")[2], folder.name):
             raise WorkdirError(f"{folder} holds the stage {stage!r} of another run ({key!r})", again)
         if not seal.holds(found, _words(record)):
-            if not self.trusted:
+            if (
+                seal.seal("") and not self.trusted
+            ):  # without a home there is no seal: what proves is done again
                 raise WorkdirError(
                     f"{folder} was not made by this user's edgeprune here, or was changed together with its record: "
                     f"its seal is not of {seal.key_file()}",

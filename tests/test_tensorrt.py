@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from onnx import TensorProto, helper
 from onnx_files import save, write_net, write_one_conv
 
 from edgeprune import agent, agent_cuda, agent_engines, agent_memory, agent_sensors, plugins
-from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError, UnsupportedModel
+from edgeprune.errors import (
+    DeviceError,
+    MissingDependency,
+    ModelError,
+    ParityError,
+    UnsupportedModel,
+    WorkdirError,
+)
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.runtimes.tensorrt import TensorRT
 
@@ -129,15 +137,15 @@ def test_a_timing_cache_is_written_whole_or_not_at_all(
 ) -> None:
     install()
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
-    real = agent_engines.os.replace
+    real = os.replace
 
     def full(source: Any, to: Any) -> None:
         if str(to).endswith("timing.cache"):
             raise OSError("No space left on device")
         real(source, to)
 
-    monkeypatch.setattr(agent_engines.os, "replace", full)
-    with pytest.raises(ModelError, match=r"timing\.cache can't be written: No space left"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(WorkdirError, match=r"timing\.cache can't be written: No space left"):
         TensorRT().build(tmp_path / "net.onnx", engine, "fp32")
     assert (tmp_path / "timing.cache").read_bytes() == b"+", "the one before"
     assert not list(tmp_path.glob("*.tmp"))
@@ -211,14 +219,14 @@ def test_an_engine_of_an_interrupted_write_is_refused(
     """Killed between the engine and its facts, the old facts must not vouch for the new engine."""
     install()
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
-    real = agent_engines.os.replace
+    real = os.replace
 
     def killed(source: Any, to: Any) -> None:
         if str(to).endswith(".json"):
             raise KeyboardInterrupt
         real(source, to)
 
-    monkeypatch.setattr(agent_engines.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         TensorRT().build(tmp_path / "net.onnx", engine, "fp32")
     monkeypatch.undo()

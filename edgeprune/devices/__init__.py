@@ -17,13 +17,16 @@ from edgeprune import codec, packing, perf_test, plugins
 from edgeprune import facts as machine_facts
 from edgeprune.channels import SLOWEST, START_S, Answer, Line, Talk
 from edgeprune.errors import (
+    LESS,
     DeviceError,
     EdgepruneError,
     MissingDependency,
     ModelError,
+    NoRoom,
     ParityError,
     UnsupportedModel,
     UsageError,
+    is_memory,
 )
 from edgeprune.facts import FACTS
 from edgeprune.quantities import suggest
@@ -216,6 +219,10 @@ class Device(ABC):
             why = str(error)
         if isinstance(data, dict) and isinstance(data.get("error"), str):
             kind, hint = _ERRORS.get(str(data.get("kind")), DeviceError), str(data.get("hint", ""))
+            if (
+                data.get("kind") == NoRoom.__name__ and self.name == "local"
+            ):  # another machine's room is its own
+                kind = NoRoom
             if travels and hint.startswith("pip install "):
                 hint = _PHONE if phone else f"on {self.name}: {argv[-3]} -m {hint}"
             # What runs there does not know how we call it.
@@ -309,7 +316,7 @@ def _hint(scheme: str, known: Sequence[str]) -> str:
     return close if close.startswith("did you mean") else "measure on this machine with --device local"
 
 
-def _failed(name: str, argv: Sequence[str], answer: Answer, why: str = "") -> DeviceError:
+def _failed(name: str, argv: Sequence[str], answer: Answer, why: str = "") -> EdgepruneError:
     how = (
         f"was killed by signal {-answer.status}"
         if answer.status < 0
@@ -318,6 +325,8 @@ def _failed(name: str, argv: Sequence[str], answer: Answer, why: str = "") -> De
     if answer.status == 0:
         how = f"answered with something else than a JSON object: {answer.stdout.strip()[:200]!r}"
         how += f" ({why})" if why else ""
+    if name == "local" and is_memory(answer.stderr):
+        return NoRoom(f"out of memory: a command on {name} {how}: {_last(answer.stderr)}", LESS)
     command = " ".join("(agent)" if a == packing.START else shlex.quote(a) for a in argv)
     return DeviceError(
         f"a command on {name} {how}: {command}; its last words: {_last(answer.stderr) or 'none'}",

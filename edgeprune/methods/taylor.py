@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.errors import UsageError
+from edgeprune.errors import UsageError, not_short
 from edgeprune.methods import PruneTask, ScoreMethod, Survey, need_images
 from edgeprune.nn import sensitivity
 from edgeprune.nn.allocate import losses_of
@@ -93,6 +93,7 @@ class Taylor(ScoreMethod):
             tries = min(TRIES, int(work / (count * macs)))
             return Survey(plant.losses(widths), scores, plant.rise, tries)
         except CALL_ERRORS as error:
+            not_short()
             task.notes.append(f"Channels were shared out by their scores, not by what layers miss: {error}.")
             return told
 

@@ -20,6 +20,7 @@ import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
+from edgeprune.codec import replace_file
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.nn.capture import reason
 from edgeprune.nn.npz import BROKEN_NPZ
@@ -99,10 +100,8 @@ def save(seen: Activations, path: Path) -> None:
         values = [np.atleast_1d(getattr(item, part)) for item in seen.values()]
         arrays[part] = np.concatenate(values) if values else np.empty(0)
         arrays[f"{part}_sizes"] = np.array([len(value) for value in values], np.int64)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replace_file(path) as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(path)
 
 
 def load(path: Path) -> dict[str, Seen]:

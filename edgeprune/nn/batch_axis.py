@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from edgeprune.errors import not_short
 from edgeprune.nn.zoo import FOREIGN_ERRORS
 
 _RESHAPES = ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::_reshape_copy")
@@ -49,6 +50,7 @@ def free_batch(
             with torch.no_grad():
                 _Follower(module, freed, shape[0], factories).replace_sizes(images)
         except FOREIGN_ERRORS:
+            not_short()
             continue
         compile_(module, freed)
         if _works(_lively(module), shape, tell_apart=True):
@@ -73,6 +75,7 @@ def _works(module: nn.Module, shape: tuple[int, ...], *, tell_apart: bool = Fals
             expected = torch.cat(parts)
             return all(_same(module(images[:n]), expected[:n]) for n in (1, 2 * shape[0], _TIMES * shape[0]))
         except FOREIGN_ERRORS:
+            not_short()
             return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.codec import replace_file
+from edgeprune.errors import UsageError
 from edgeprune.nn import team
 
 # What torch.load and load_state_dict raise on a file of another kind.
@@ -61,7 +61,6 @@ class Checkpoint:
         """
         if team.rank():
             return
-        content = io.BytesIO()
         state = {
             "key": self.key,
             "progress": dict(vars(progress)),
@@ -69,20 +68,11 @@ class Checkpoint:
             "optimizer": optimizer.state_dict(),
             "hooks": dict(hooks),
         }
-        torch.save(state, content)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(hashlib.sha256(content.getbuffer()).digest())
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        except OSError as error:
-            raise WorkdirError(
-                f"the checkpoint {self.path} can't be written: {error}", "make room, or choose another folder"
-            ) from error
+        with replace_file(self.path) as file:
+            content = io.BytesIO()
+            torch.save(state, content)
+            file.write(hashlib.sha256(content.getbuffer()).digest())
+            file.write(content.getbuffer())
 
     def restore(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device

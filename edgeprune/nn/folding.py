@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import ModelError, not_short
 from edgeprune.nn.calling import CALL_ERRORS, logits, modes
 
 # Their exact classes: a subclass may compute its weight, and so does a parametrization, which makes a subclass.
@@ -54,6 +54,7 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
         _lay_out(copy, example)
         alike = bool(pairs) and all(_alike(module, copy, x) for x in (example, 1 - example))
     except (ModelError, *CALL_ERRORS):
+        not_short()
         # A network that can't be copied or run on the example; it says so itself when it is used.
         return module
     return copy if alike else module

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 from google.protobuf.message import DecodeError
 
+from edgeprune.codec import scratch_folder
 from edgeprune.errors import DeviceError, ModelError, NoLayerTimes
 from edgeprune.nn.allocate import levels, timed_levels
 from edgeprune.nn.costs import CostModel
@@ -166,8 +166,8 @@ def _learn(table: Table, network: Subject, batch: Sequence[Mapping[str, int]], b
     """Time a batch and put it into the table."""
     known = table.networks.get(network.key)
     before = predictor(table, network.parts, network.key, network.channels) if known else None
-    with TemporaryDirectory(prefix="edgeprune-table-") as folder:
-        cuts = [Path(folder, f"cut{number}.onnx") for number in range(len(batch))]
+    with scratch_folder() as folder:
+        cuts = [folder / f"cut{number}.onnx" for number in range(len(batch))]
         for kept, path in zip(batch, cuts, strict=True):
             onnx.save(network.resizer.file(kept), path)
         seconds, nodes = _timed(network, cuts, bench)

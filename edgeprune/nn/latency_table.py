@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from edgeprune import codec
-from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.errors import WorkdirError
 from edgeprune.nn.costs import CostModel
 from edgeprune.nn.latency_fit import Staircase, fit
 from edgeprune.nn.latency_parts import Part
@@ -220,13 +218,8 @@ def save(table: Table, path: Path) -> None:
     """Write a table, whole or not at all.
 
     Raises:
-        UsageError: the folder can't be written.
+        WorkdirError: it can't be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        data: Any = codec.to_json(table)
-        temporary.write_text(json.dumps(data) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"the latency table can't be written to {path}: {error}") from error
+    codec.sweep(path.parent, codec.LEFT_FILES)
+    with codec.replace_file(path) as file:
+        file.write((json.dumps(codec.to_json(table)) + "\n").encode())

@@ -9,7 +9,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from edgeprune.errors import ModelError, UnsupportedModel, UsageError
+from edgeprune.errors import ModelError, UnsupportedModel, UsageError, not_short
 from edgeprune.nn.asking import Logits, asking
 from edgeprune.nn.calling import CALL_ERRORS
 from edgeprune.nn.lanes import Lanes
@@ -79,7 +79,7 @@ def alone(model: nn.Module | Logits, x: Tensor, questions: int) -> Swift | None:
             if found.shape == known.shape and bool((found - known).abs().max() <= TOLERANCE * scale):
                 return made
     except (UnsupportedModel, UsageError, ModelError, *CALL_ERRORS):
-        pass
+        not_short()
     return None
 
 

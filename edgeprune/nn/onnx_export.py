@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 import torch
@@ -16,6 +14,7 @@ from onnx import ModelProto, version_converter
 from torch import nn
 from torch.export import ExportedProgram
 
+from edgeprune.codec import scratch_folder
 from edgeprune.errors import UnsupportedModel, UsageError
 from edgeprune.nn.capture import FORWARD_ERRORS, PREFIX, capture, example, quiet, reason, title
 from edgeprune.nn.onnx_file import ONNX_ERRORS, name_after_layers
@@ -147,8 +146,8 @@ def _at_opset(model: ModelProto, opset: int) -> Exported:
 
 def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: bool) -> ModelProto:
     try:
-        with TemporaryDirectory(prefix="edgeprune-export-") as folder, quiet(), torch.no_grad():
-            file = Path(folder, "model.onnx")
+        with scratch_folder() as folder, quiet(), torch.no_grad():
+            file = folder / "model.onnx"
             torch.onnx.export(
                 module,
                 (example(spec),),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
+from edgeprune.codec import scratch_folder
 from edgeprune.errors import UnsupportedModel
 from edgeprune.nn.capture import reason
 from edgeprune.nn.onnx_proof_layers import Layer
@@ -48,8 +47,8 @@ def optimized(model: ModelProto) -> ModelProto:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    with tempfile.TemporaryDirectory(prefix="edgeprune-proof-") as folder:
-        written = Path(folder, "optimized.onnx")
+    with scratch_folder() as folder:
+        written = folder / "optimized.onnx"
         options.optimized_model_filepath = str(written)
         try:
             onnxruntime.InferenceSession(

@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 from onnx.utils import Extractor
 from torch import Tensor
 
-from edgeprune.errors import UnsupportedModel
+from edgeprune.errors import UnsupportedModel, not_short
 from edgeprune.nn.asking import Logits
 from edgeprune.nn.onnx_file import ONNX_ERRORS
 from edgeprune.nn.parity import open_onnx
@@ -44,6 +44,7 @@ def tail_at(model: ModelProto, tape: Tape, slot: int) -> Logits | None:
             if _alike(open_onnx(_between(model, model.graph.input[0].name, name))(images), wanted):
                 return open_onnx(_between(model, name, model.graph.output[0].name, wanted.shape[1:]))
         except (UnsupportedModel, *ONNX_ERRORS):
+            not_short()
             continue
     return None
 

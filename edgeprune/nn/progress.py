@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from edgeprune.errors import visible
+
 T = TypeVar("T")
 
 
@@ -26,17 +28,17 @@ def bar(total: int, label: str) -> Iterator[Callable[..., None]]:
         yield _silent
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(visible(label), total=total)
 
         def advance(steps: int = 1, label: str | None = None) -> None:
-            progress.update(task, advance=steps, description=label)
+            progress.update(task, advance=steps, description=label and visible(label))
 
         yield advance
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import codec
-from edgeprune.errors import EdgepruneError, ModelError
+from edgeprune.errors import EdgepruneError, ModelError, NoRoom, told_shortage
 from edgeprune.nn.bundle import deployed, load_bundle, rebuild
 from edgeprune.nn.store import load_tensors, save_tensors
 from edgeprune.recipe import ModelTable
@@ -67,8 +67,12 @@ def main() -> int:
     """Serve one request; 0 when an answer was written."""
     request = codec.from_json(Request, json.load(sys.stdin))
     # Importing a user's architecture may print; nobody reads it here.
-    with redirect_stdout(sys.stderr):
-        codec.write(Path(request.out + ".json"), _serve(request))
+    try:
+        with redirect_stdout(sys.stderr), told_shortage():
+            codec.write(Path(request.out + ".json"), _serve(request))
+    except NoRoom as error:
+        sys.stderr.write(" ".join(error.message.split()) + "\n")
+        return NoRoom.exit_code
     return 0
 
 
@@ -80,6 +84,8 @@ def _serve(request: Request) -> Answer:
     for way in request.ways:
         try:
             logits[way] = _answer(_WAYS[way](Path(request.folder)), pixels)
+        except NoRoom:
+            raise
         except EdgepruneError as error:
             errors[way] = (error.message, error.hint)
     save_tensors(logits, Path(request.out))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edgeprune.errors import WorkdirError
+from edgeprune.codec import replace_file
 from edgeprune.nn import team
 from edgeprune.nn.checkpoint import BROKEN
 
@@ -26,18 +25,8 @@ def save(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = False)
         WorkdirError: the file can't be written.
     """
     if alone or team.rank() == 0:
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save({"key": key, "state": dict(state)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise WorkdirError(
-                f"{path} can't be written: {error}", "make room, or choose another folder"
-            ) from error
+        with replace_file(path) as file:
+            torch.save({"key": key, "state": dict(state)}, file)
     if not alone:
         team.wait()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from edgeprune import codec
@@ -19,7 +19,8 @@ from edgeprune.records import Bundle, Plan
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors as safetensors; tensors that share memory are written each."""
-    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, str(path))
+    with codec.replace_file(path) as file:
+        file.write(save({name: t.detach().clone().contiguous() for name, t in tensors.items()}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -219,7 +219,7 @@ def _backward(loss: Tensor, shape: tuple[int, ...]) -> None:
     except RuntimeError as error:
         raise ModelError(
             f"the loss of a batch {shape} has no gradient that can be computed: {error}",
-            "look for detach(), in-place changes or too little memory (then --set tune.batch=32)",
+            "look for detach() and in-place changes",
         ) from error
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import statistics
 import sys
 import sysconfig
-import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +29,8 @@ from typing import (
     Type,
 )
 
-from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
+from edgeprune.codec import scratch_folder
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, NoRoom, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
 if TYPE_CHECKING:
@@ -152,12 +153,14 @@ def _scratch(built: Path) -> Iterator[Path]:
         DeviceError: it can't be made.
     """
     kept = built.parent if (built.parent / _KEPT).is_file() else None
-    try:
-        made = tempfile.TemporaryDirectory(prefix="edgeprune-", dir=kept)
-    except OSError as error:
-        raise DeviceError(f"no folder can be made for the profile of the layers: {error}", _ROOM) from error
-    with made as folder:
-        yield Path(folder)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder(kept))
+        except OSError as error:
+            raise DeviceError(
+                f"no folder can be made for the profile of the layers: {error}", _ROOM
+            ) from error
+        yield folder
 
 
 def _events(profile: Path) -> List[Dict[str, Any]]:
@@ -171,8 +174,12 @@ def _events(profile: Path) -> List[Dict[str, Any]]:
     except (OSError, ValueError) as error:
         free = shutil.disk_usage(profile.parent).free
         size = profile.stat().st_size if profile.is_file() else 0
-        why = "the disk is full" if free < _FULL else f"it is not whole: {error}"
-        raise DeviceError(
+        limited = 0 < resource.getrlimit(resource.RLIMIT_FSIZE)[0] <= size
+        full = (
+            "the disk is full" if free < _FULL else "a file may not be larger (ulimit -f)" if limited else ""
+        )
+        why = full or f"it is not whole: {error}"
+        raise (NoRoom if full else DeviceError)(
             f"ONNX Runtime's profile of the layers can't be read: {why}; {size} bytes were written to "
             f"{profile.parent}, {free} bytes are free there",
             _ROOM,

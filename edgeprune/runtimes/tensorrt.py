@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
-from edgeprune import agent_cuda, agent_engines, agent_trt
+from edgeprune import agent_cuda, agent_engines, agent_trt, codec
 from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel
 from edgeprune.runtimes import NodeTime, Runtime, Session
 
@@ -87,7 +87,8 @@ class TensorRT(Runtime):
         }  # fmt: skip
         agent_engines.write(out, data, facts)
         learned = config.get_timing_cache()
-        agent_engines.write_whole(cache, bytes(learned.serialize()))
+        with codec.replace_file(cache) as file:
+            file.write(bytes(learned.serialize()))
 
     def open(self, built: Path, threads: int) -> Session:
         """As Runtime.open; an ONNX file is first built into an engine beside it, unless a fresh one is there."""

@@ -250,10 +250,4 @@ def _resumed(scratch: Path, key: str, count: int, steps: tuple[str, ...]) -> _St
 
 
 def _write(scratch: Path, state: _State) -> None:
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        codec.write(scratch / STATE, state)
-    except OSError as error:
-        raise WorkdirError(
-            f"the state of the attack can't be written to {scratch}: {error}", "make room there"
-        ) from error
+    codec.write(scratch / STATE, state)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,16 @@ from torch.export import ExportedProgram
 
 import edgeprune
 from edgeprune import codec
-from edgeprune.errors import EdgepruneError, ModelError, ParityError, UnsupportedModel
+from edgeprune.errors import (
+    LESS,
+    ROOM,
+    EdgepruneError,
+    ModelError,
+    NoRoom,
+    ParityError,
+    UnsupportedModel,
+    is_memory,
+)
 from edgeprune.nn import onnx_export, onnx_file, onnx_pattern, parity, store
 from edgeprune.nn.bundle import deployed
 from edgeprune.nn.capture import capture, check_logits, quiet
@@ -72,9 +80,8 @@ def run(  # noqa: PLR0913
     job = _Job(module, spec, opset, table, _about(spec, meta), real, out.name, pattern)
     model, readings, notes = _first_that_holds(job)
     data = model.SerializeToString()
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(out)
+    with codec.replace_file(out) as file:
+        file.write(data)
     sha256 = hashlib.sha256(data).hexdigest()
     artifact = Artifact(
         str(out), "onnx", "fp32", spec, sha256, len(data), parent=meta.get("parent", ""), opset=opset
@@ -101,8 +108,8 @@ def save_modules(bundle: Bundle, folder: Path) -> None:
     except UnsupportedModel:
         program = capture(wrapped, bundle.input, dynamic_batch=False)
     forget_origin(program)
-    with quiet():
-        torch.export.save(program, folder / PROGRAM)
+    with quiet(), codec.replace_file(folder / PROGRAM) as file:
+        torch.export.save(program, file)
     store.save_network(bundle.module, folder / WEIGHTS)
     known = PlanFile(edgeprune.__version__, bundle.source, bundle.input, bundle.plans, bundle.labels)
     codec.write(folder / PLAN, known)
@@ -126,8 +133,8 @@ def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[R
     source = codec.read(PlanFile, folder / PLAN, ModelError).source
     ways = ("program",) if source.kind == "memory" else ("plan", "program")
     images = [pixels for _, pixels in parity.probes(spec, SEED)]
-    with tempfile.TemporaryDirectory(prefix="edgeprune-reload-") as scratch:
-        pixels, out = Path(scratch, "pixels"), Path(scratch, "logits")
+    with codec.scratch_folder() as scratch:
+        pixels, out = scratch / "pixels", scratch / "logits"
         store.save_tensors({"pixels": torch.cat(images)}, pixels)
         request = Request(str(folder.resolve()), str(pixels), str(out), ways, torch.get_num_threads())
         answer = _ask_fresh_process(request)
@@ -275,7 +282,17 @@ def _ask_fresh_process(request: Request) -> Answer:
     except subprocess.TimeoutExpired as error:
         raise ModelError(f"a fresh process did not rebuild the network in {RELOAD_TIMEOUT_S} s") from error
     if done.returncode:
+        if is_memory(done.stderr):
+            raise NoRoom(
+                f"out of memory in a fresh process: {done.stderr.strip().splitlines()[-1]}",
+                "free some memory",
+            )
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        if done.returncode == NoRoom.exit_code or is_memory(done.stderr):
+            raise NoRoom(
+                f"a fresh process that rebuilds the network has no room: {last}",
+                LESS if is_memory(last) else ROOM,
+            )
         raise ModelError(f"a fresh process that was to rebuild the network failed: {last}")
     return codec.read(Answer, Path(request.out + ".json"), ModelError)
 

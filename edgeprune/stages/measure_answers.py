@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeprune import intervals
+from edgeprune.codec import replace_file, scratch_folder
 from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, UsageError
 from edgeprune.nn.progress import bar
@@ -140,11 +140,11 @@ def predict(
     chunk = max(1, min(CHUNK_IMAGES, CHUNK_BYTES // (4 * prod(artifact.input.shape))))
     with (
         held(device, {"model": Path(artifact.path)}) as paths,
-        tempfile.TemporaryDirectory(prefix="edgeprune-") as folder,
+        scratch_folder() as folder,
         _bar(total, label) as advance,
     ):
         for x in _joined(batches, chunk):
-            parts.append(_answers(x, paths["model"], Path(folder), device, runtime))
+            parts.append(_answers(x, paths["model"], folder, device, runtime))
             advance(len(x))
     if not parts:
         raise UsageError("there are no images to classify")
@@ -184,11 +184,8 @@ def _joined(batches: Iterable[npt.NDArray[np.float32]], most: int) -> Iterator[n
 
 def _answers(x: npt.NDArray[np.float32], model: str, folder: Path, device: Device, runtime: str) -> Logits:
     images, logits = folder / "x.npy", folder / "logits.npy"
-    try:
-        np.save(images, x)
-    except OSError as error:
-        message = f"{x.nbytes / 1e6:.0f} MB of images can't be written to {folder}: {error}"
-        raise DeviceError(message, "free some space there") from error
+    with replace_file(images) as file:
+        np.save(file, x)
     there = f"{model}.x.npy", f"{model}.logits.npy"
     device.put(images, there[0])
     device.ask(

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import intervals
+from edgeprune.codec import scratch_folder
 from edgeprune.devices import Device
 from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.recipe import MeasureTable
@@ -168,12 +168,12 @@ def roof_of(device: Device, table: MeasureTable) -> Roof:
     Raises:
         DeviceError, MissingDependency: as for `measure.latency`.
     """
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
+    with scratch_folder() as folder:
         files = {
-            "dense": _convolution(Path(folder, "convolution.onnx")),
-            "traffic": _pointwise(Path(folder, "traffic.onnx"), 1, _LARGE),
-            "nodes": _pointwise(Path(folder, "nodes.onnx"), _NODES, 4),
-            "node": _pointwise(Path(folder, "node.onnx"), 1, 4),
+            "dense": _convolution(folder / "convolution.onnx"),
+            "traffic": _pointwise(folder / "traffic.onnx", 1, _LARGE),
+            "nodes": _pointwise(folder / "nodes.onnx", _NODES, 4),
+            "node": _pointwise(folder / "node.onnx", 1, 4),
         }
         found = latency(files, device, table)
     times = {name: rows[0].value or 0.0 for name, rows in found.readings.items()}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from edgeprune import bundled
+from edgeprune.codec import scratch_folder
 from edgeprune.devices import Device
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Artifact, InputSpec, Plan, Reading, Target
@@ -94,9 +94,9 @@ def run(
     """
     with (
         wanted.device.exclusively(wait_s=wanted.wait_s, say=wanted.say),
-        TemporaryDirectory(prefix="edgeprune-") as folder,
+        scratch_folder() as folder,
     ):
-        return _run(wanted, _subject(wanted, files, wanted.engines or Path(folder)), plan, counted or {})
+        return _run(wanted, _subject(wanted, files, wanted.engines or folder), plan, counted or {})
 
 
 def _subject(wanted: Wanted, files: Mapping[str, Path], folder: Path) -> _Subject:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from edgeprune.codec import replace_file, scratch_folder
 from edgeprune.devices import Device
+from edgeprune.errors import WorkdirError
 from edgeprune.runtimes.tensorrt import CACHE
 
 _ASK_S = 120.0
@@ -32,14 +33,10 @@ def timings(device: Device, folder: str) -> Iterator[None]:
     if kept.is_file():
         device.put(kept, there)
     yield
-    fetched = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
-    try:
-        device.get(there, fetched)
-        with suppress(OSError):
-            os.replace(fetched, kept)
-    finally:
-        with suppress(OSError):
-            fetched.unlink()
+    with scratch_folder() as folder_here:
+        device.get(there, folder_here / CACHE)
+        with suppress(WorkdirError), replace_file(kept) as file:
+            file.write((folder_here / CACHE).read_bytes())
 
 
 def _kept(device: Device) -> Path | None:

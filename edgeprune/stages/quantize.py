@@ -188,6 +188,5 @@ def _check_loss(built: Built, job: Job) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with codec.replace_file(path) as file:
+        file.write(data)

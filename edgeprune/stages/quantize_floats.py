@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto
 from torch import Tensor
 
+from edgeprune.codec import replace_file
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.nn import activations
 from edgeprune.nn.activations import Activations
@@ -39,9 +40,8 @@ class Kept:
         """What `work` gives, computed once."""
         path = self._path(name, ".npy")
         if not path.exists():
-            temporary = path.with_name(f"tmp-{path.name}")
-            np.save(temporary, work())
-            temporary.replace(path)
+            with replace_file(path) as file:
+                np.save(file, work())
         return np.load(path, allow_pickle=False)
 
     def seen(self, name: str, work: Callable[[], dict[str, activations.Seen]]) -> Activations:
@@ -55,13 +55,11 @@ class Kept:
         """A number, computed once."""
         path = self._path(name, ".txt")
         if not path.exists():
-            temporary = path.with_name(f"tmp-{path.name}")
-            temporary.write_text(repr(float(work())), encoding="utf-8")
-            temporary.replace(path)
+            with replace_file(path) as file:
+                file.write(repr(float(work())).encode())
         return float(path.read_text(encoding="utf-8"))
 
     def _path(self, name: str, ending: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + ending)
 
 

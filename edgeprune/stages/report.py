@@ -133,9 +133,8 @@ def _again() -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    with codec.replace_file(path) as file:
+        file.write(text.encode(errors="replace"))
 
 
 def _sentences(report: Report) -> list[str]:

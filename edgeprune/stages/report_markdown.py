@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 
+from edgeprune.errors import visible
 from edgeprune.records import Report
 from edgeprune.stages import report_precision as precision
 from edgeprune.stages.report_history import TITLE as HISTORY
@@ -59,7 +60,7 @@ def document(report: Report, sentences: Sequence[str]) -> str:
 
 def plain(text: str) -> str:
     """Text that shows as itself: no markup, no HTML, one line."""
-    text = _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    text = _SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 

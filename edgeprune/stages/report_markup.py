@@ -6,11 +6,13 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+from edgeprune.errors import visible
+
 # Tables with more rows than this scroll.
 LONG_TABLE = 24
 _VOID = ("meta", "wbr")
-# Characters that no XML or HTML document may hold, and halves of surrogate pairs, which UTF-8 can't write.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
+# Characters that no XML or HTML document may hold, besides those that `visible` writes as escapes.
+_FORBIDDEN = re.compile("[\ufdd0-\ufdef\ufffe\uffff]")
 
 
 class Markup(str):
@@ -45,7 +47,7 @@ def join(*children: str | Iterable[str]) -> Markup:
 
 def escape(text: str) -> Markup:
     """Text that shows as itself in HTML, in SVG and inside a quoted attribute."""
-    return Markup(html.escape(_FORBIDDEN.sub("\ufffd", text), quote=True))
+    return Markup(html.escape(_FORBIDDEN.sub("\ufffd", visible(text)), quote=True))
 
 
 def table(

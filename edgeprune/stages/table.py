@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
 
+from edgeprune.codec import scratch_folder
 from edgeprune.nn.allocate import timed_levels
 from edgeprune.nn.costs import cost_model, normalized_example
 from edgeprune.nn.graph import find_groups, provable_groups
@@ -156,11 +156,11 @@ def _time_alone(network: Subject, counts: Sequence[tuple[Part, Mapping[str, int]
             part, kept = min(rows, key=lambda row, s=share * most: abs(row[0].widths(row[1])[1] - s))
             if table.entry(_alone(part), part.widths(kept)) is None:
                 wanted[_alone(part), part.widths(kept)] = (part, kept)
-    with TemporaryDirectory(prefix="edgeprune-table-") as folder:
+    with scratch_folder() as folder:
         for number, ((name, widths), (part, kept)) in enumerate(
             track(wanted.items(), len(wanted), "time single layers")
         ):
-            file = Path(folder, f"layer{number}.onnx")
+            file = folder / f"layer{number}.onnx"
             onnx.save(network.resizer.layer(kept, part.layer), file)
             seconds = sum(spent for node, spent in bench.nodes(file) if node == part.layer)
             if seconds > 0:
