@@ -28,6 +28,7 @@ from edgeprune.cli_options import (
     Mean,
     Method,
     Model,
+    OutputName,
     Seed,
     Sets,
     Std,
@@ -128,6 +129,7 @@ def profile(
     attack: Attacked = None,
     eps: Eps = None,
     limit: Limit = None,
+    output: OutputName = None,
     sets: Sets = None,
     seed: Seed = None,
     as_json: Json = False,
@@ -145,7 +147,7 @@ def profile(
         if table:
             show_table(profiling.table(built, say=say), as_json)
             return 0
-        found = profiling.profile(built, limit=limit, say=say)
+        found = profiling.profile(built, limit=limit, output=output or "", say=say)
         show_readings(found.readings, as_json, found.trouble)
         return found.trouble.exit_code if found.trouble else 0
 
@@ -167,6 +169,7 @@ def evaluate(
     attack: Attacked = None,
     eps: Eps = None,
     limit: Limit = None,
+    output: OutputName = None,
     sets: Sets = None,
     seed: Seed = None,
     as_json: Json = False,
@@ -179,7 +182,8 @@ def evaluate(
     )  # fmt: skip
 
     def work() -> int:
-        readings = queries.evaluate(recipe.build({}, flags, sets or []), limit=limit, say=say)
+        built = recipe.build({}, flags, sets or [])
+        readings = queries.evaluate(built, limit=limit, output=output or "", say=say)
         show_readings(readings, as_json)
         if not as_json:
             print_lines(queries.warnings(readings))

@@ -28,29 +28,38 @@ class Profiled:
     trouble: EdgepruneError | None = None
 
 
-def profile(recipe: Recipe, *, limit: int | None, say: Say) -> Profiled:
+def profile(recipe: Recipe, *, limit: int | None, say: Say, output: str = "") -> Profiled:
     """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each of the recipe's devices.
 
     Args:
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
-        limit: as for `queries.evaluate`.
+        limit, output: as for `queries.evaluate`.
 
     Raises:
         UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
     """
     path = queries.onnx_of(Path(recipe.model.path))
-    spec = stage("evaluate").input_of(path)
-    images = (
-        torch_part("data").open_data(recipe.data, spec, recipe.seed).held_out if recipe.data.path else None
-    )
-    if images is not None and limit:
-        images = stage("evaluate").balanced(images, limit, recipe.seed)
-    found = _measured(recipe, _Job(recipe, path, spec, images, say))
+    with TemporaryDirectory(prefix="edgeprune-") as folder:
+        file = stage("evaluate_file").look(path, Path(folder), recipe.model.input)
+        found = _measured(recipe, _job(recipe, file, (limit, output), say))
     if recipe.attack.name in ("none", "auto"):
         return found
-    attacked = queries.evaluate(recipe, limit=limit, say=say)
+    attacked = queries.evaluate(recipe, limit=limit, say=say, output=output)
     return replace(found, readings=(*found.readings, *(r for r in attacked if r.metric != "clean_accuracy")))
+
+
+def _job(recipe: Recipe, file: Any, asked: tuple[int | None, str], say: Say) -> _Job:
+    """What is measured of an `evaluate_file.OnnxFile`. asked: the limit and the output."""
+    (limit, output), spec = asked, file.spec(asked[1])
+    say(f"profile: outputs of {file.path.name}: {file.said}")
+    if not recipe.data.path:
+        return _Job(recipe, file.timed, spec, say, whole=file.alone)
+    found, images = queries.images(recipe, spec, limit or 0)
+    judged = file.judged(images, len(found.labels), wanted=output)
+    for note in judged.notes:
+        say(f"profile: {note}")
+    return _Job(recipe, file.timed, judged.spec, say, whole=judged.path, images=images, judged=judged)
 
 
 def _measured(recipe: Recipe, job: _Job) -> Profiled:
@@ -111,13 +120,19 @@ def table(recipe: Recipe, *, say: Say) -> Any:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is measured on every device alike. images: `nn.data.Split` or None."""
+    """What is measured on every device alike: the file `path`.
+
+    whole: what answers images and makes engines, None for the same. images, judged: `nn.data.Split` and the
+    `evaluate_file.Judged` that answers them; or None.
+    """
 
     recipe: Recipe
     path: Path
     spec: InputSpec
-    images: Any
     say: Say
+    whole: Path | None
+    images: Any = None
+    judged: Any = None
 
     def on(self, device: Any) -> tuple[str, tuple[Reading, ...]]:
         """Where a device is, as its readings name the place, and what it read.
@@ -130,9 +145,13 @@ class _Job:
         self.say(f"profile: {self.path} on {where}")
         target = bundled.target(self.recipe.target)
         wanted = measure_run.Wanted(
-            self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S
-        )
+            self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S,
+            judged=self.whole,
+        )  # fmt: skip
         measured = measure_run.run(wanted, {self.path.stem: self.path}, None)
+        for reading in measured.after:
+            if self.judged is not None and reading.metric == "clean_accuracy":
+                stage("evaluate_file").check(reading, self.judged, self.images)
         for note in measured.notes:
             self.say(note)
         return where, measured.after

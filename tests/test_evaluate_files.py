@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.errors import ParityError, UsageError
-from edgeprune.stages.evaluate import input_of
+from edgeprune.stages.evaluate_file import input_of
 
 
 def quantized(scale: float) -> onnx.ModelProto:
