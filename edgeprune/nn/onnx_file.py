@@ -70,7 +70,7 @@ def opened(path: Path, *, weights: bool = True) -> ModelProto:
     except UnicodeDecodeError as error:
         name = error.object.decode("utf-8", "backslashreplace")
         raise UsageError(
-            f"{path} has the name {name!r}, which is not UTF-8", "export the file again"
+            f"{path} has the name '{name}', which is not UTF-8", "export the file again"
         ) from error
     except (OSError, DecodeError, ValueError) as error:
         raise UsageError(f"{path} is not a readable ONNX file: {error}", HINT) from error

@@ -229,6 +229,8 @@ class OnnxFile:
         if output.kind in (LABELS, RANKS):
             first = "; the first of each image counts" if output.kind == RANKS else ""
             notes.append(f"The output {output.text} gives class numbers and no logits{first}.")
+        elif not output.flat:
+            notes.append(f"The output {output.text} was read as (N, {output.size}).")
         elif _before_softmax(View(self.model), output.name) != output.name:
             more = "; what was attacked are the logits before it" if attacked else ""
             notes.append(f"The output {output.text} gives probabilities: it comes from a Softmax{more}.")
@@ -251,7 +253,7 @@ class OnnxFile:
         if len(left) > 1:
             plain = [o for o in left if not _ASIDE.search(o.name)]
             left = [o for o in plain if len(plain) == 1 or _NAMED.search(o.name)]
-            why = f"which names the classes of {len(few)} images, as others do, and is called so"
+            why = f"which names the classes of {len(few)} images, as others do that are not called so"
         if len(left) != 1:
             who = ", ".join(repr(o.name) for o in named) or "none"
             raise UsageError(
@@ -475,9 +477,11 @@ def _one_hot(model: ModelProto, name: str, classes: int, kind: str) -> str:
 def _source(view: View, name: str, ops: Sequence[str]) -> NodeProto | None:
     """The node of such an operator that an output comes from, through nodes that only change its form."""
     node = view.producers.get(name)
-    while node is not None and node.op_type not in ops:
+    for _ in view.graph.node:  # no more steps than nodes: a broken graph may go in a circle
+        if node is None or node.op_type in ops:
+            break
         node = view.producers.get(node.input[0]) if node.op_type in _PASSING and node.input else None
-    return node
+    return node if node is not None and node.op_type in ops else None
 
 
 def _follows(answers: Any, others: Any) -> bool:
