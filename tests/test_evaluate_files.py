@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeprune.devices.fake import Fake
 from edgeprune.errors import ModelError, ParityError, UnsafeModel, UsageError
 from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.onnx_file import opened
+from edgeprune.nn.onnx_open import opened
 from edgeprune.records import Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.stages import measure

@@ -26,9 +26,11 @@ def guessing(reading: Reading, split: Split, *, attacked: bool = False) -> Readi
     Args:
         attacked: the flags of an attack say it themselves where it is no better.
     """
-    right, several = round((reading.value or 0.0) * reading.n), len(split.labels.unique()) > 1
+    if len(split.labels.unique()) < 2:
+        return reading
+    right = round((reading.value or 0.0) * reading.n)
     better = beats_guessing(right, split.labels, share=0.0)
-    if not several or beats_guessing(right, split.labels) or (attacked and not better):
+    if beats_guessing(right, split.labels) or (attacked and not better):
         return reading
     is_file = reading.artifact.endswith(".onnx")
     return _flagged(

@@ -18,7 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from edgeprune.errors import MissingDependency, ModelError, ParityError, UsageError
 from edgeprune.nn.bundle import image_shape
 from edgeprune.nn.data import Split
-from edgeprune.nn.onnx_file import HINT, ONNX_ERRORS, data_files, opened
+from edgeprune.nn.onnx_file import ONNX_ERRORS
+from edgeprune.nn.onnx_open import HINT, data_files, opened
 from edgeprune.nn.onnx_view import View, copied, operand, unused
 from edgeprune.records import InputSpec, Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
@@ -271,7 +272,7 @@ def look(path: Path, folder: Path, given: str = "") -> OnnxFile:
         folder: where copies may be written. given: "CxHxW", where the file leaves them open.
 
     Raises:
-        As `nn.onnx_file.opened`.
+        As `nn.onnx_open.opened`.
         UsageError: not one image in, or nothing out, or a size that is open and can't be had.
         ParityError: a scale of its quantization is not finite or not above 0; names the node.
     """

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from edgeprune.agent_engines import beside
 from edgeprune.devices import Device
 from edgeprune.errors import UsageError
-from edgeprune.nn.onnx_file import data_files, moved
+from edgeprune.nn.onnx_open import data_files, moved
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def held(device: Device, files: Mapping[str, Path]) -> Iterator[dict[str, str]]:
     """Copies of files on the device, name -> path there, gone afterwards.
 
     Raises:
-        UsageError, ModelError: a file is not there, or what it has beside it is not whole (`nn.onnx_file.opened`).
+        UsageError, ModelError: a file is not there, or what it has beside it is not whole (`nn.onnx_open.opened`).
         DeviceError: it could not be copied.
     """
     data = {name: data_files(path) for name, path in files.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import UsageError
-from edgeprune.nn.onnx_file import data_files
+from edgeprune.nn.onnx_open import data_files
 from edgeprune.records import Reading
 
 COUNTED = "counted"
