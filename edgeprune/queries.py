@@ -63,13 +63,14 @@ def _evaluated(recipe: Recipe, subject: Any, asked: tuple[int, str], say: Say) -
     """As `evaluate`. subject: a Bundle or an `evaluate_file.OnnxFile`. asked: the limit and the output."""
     path, (limit, output) = Path(recipe.model.path), asked
     bundle = subject if isinstance(subject, Bundle) else None
-    spec = subject.input if bundle else subject.spec(output)
+    given: Any = subject
+    spec = bundle.input if bundle else given.spec(output)
     found, split = images(recipe, spec, limit)
     for note in found.notes:
         say(f"data: {note}")
     attacks, file = recipe.attack.name not in ("none", "auto"), None
     if bundle is None:
-        file = subject.judged(split, len(found.labels), wanted=output, attacked=attacks)
+        file = given.judged(split, len(found.labels), wanted=output, attacked=attacks)
         spec = file.spec
     if attacks:
         scratch = _scratch(path if file and path.is_dir() else None)

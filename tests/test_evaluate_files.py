@@ -130,7 +130,11 @@ def mirror(
             node.output[:] = [o.replace("OUT", name) for o in node.output]
             nodes.append(node)
         infos.append(helper.make_tensor_value_info(name, made[what][1], made[what][2]))
-    constants = {"four": np.int64([-1, 4, 1, 1]), "k": np.int64([3]), "turn": np.int64([1, 2, 3, 0])}
+    constants = {
+        "four": np.array([-1, 4, 1, 1], np.int64),
+        "k": np.array([3], np.int64),
+        "turn": np.array([1, 2, 3, 0], np.int64),
+    }
     numbers = [
         numpy_helper.from_array(np.asarray(v), n) for n, v in {**constants, "two": np.float32(2)}.items()
     ]

@@ -326,7 +326,7 @@ def check(reading: Reading, judged: Judged, split: Split) -> None:
 
 def _image_shape(path: Path, image: ValueInfoProto, last: bool, given: str) -> tuple[int, int, int, int]:
     """(N, C, H, W) of the input, what is open as --input says."""
-    n, *rest = _dims(image) or ()
+    n, *rest = _dims(image) or [0]
     known = (rest[2], rest[0], rest[1]) if last else tuple(rest)
     wish = image_shape(given) if given else known
     shape = tuple(size or other for size, other in zip(known, wish, strict=True))
