@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from edgeprune.errors import MissingDependency, ModelError, ParityError, UsageError
+from edgeprune.errors import MissingDependency, ModelError, UsageError
 from edgeprune.nn.bundle import image_shape
 from edgeprune.nn.data import Split
 from edgeprune.nn.onnx_file import ONNX_ERRORS
-from edgeprune.nn.onnx_open import HINT, data_files, opened
-from edgeprune.nn.onnx_view import View, copied, operand, unused
+from edgeprune.nn.onnx_open import data_files, opened
+from edgeprune.nn.onnx_view import View, copied, unused
 from edgeprune.records import InputSpec, Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
-from edgeprune.stages.evaluate import balanced
+from edgeprune.stages.evaluate import balanced, check_scales
 from edgeprune.stages.evaluate_doubts import beats_guessing
 
 # What an output is, as far as its type, its shape and the node that makes it tell.
@@ -277,7 +277,7 @@ def look(path: Path, folder: Path, given: str = "") -> OnnxFile:
         ParityError: a scale of its quantization is not finite or not above 0; names the node.
     """
     model = opened(path)
-    _check_scales(path, model)
+    check_scales(path, model)
     inputs = _inputs(model)
     dims = _dims(inputs[0]) if len(inputs) == 1 else None
     if dims is None or len(dims) != 4 or inputs[0].type.tensor_type.elem_type not in _INPUTS:
@@ -496,22 +496,3 @@ def _before_softmax(view: View, name: str) -> str:
     """What the Softmax that makes a value reads; else its own name."""
     node = view.producers.get(name)
     return node.input[0] if node is not None and node.op_type == "Softmax" else name
-
-
-def _check_scales(path: Path, model: ModelProto) -> None:
-    """A scale of 0, NaN or infinity answers something, and nothing of what the network was."""
-    view = View(model)
-    for node in view.graph.node:
-        scale = view.initializers.get(operand(node, 1))
-        if scale is None or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        try:
-            values = numpy_helper.to_array(scale)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{path} is not a readable ONNX file: {scale.name!r}: {error}", HINT) from error
-        wrong = values[~(np.isfinite(values) & (values > 0))]
-        if wrong.size:
-            raise ParityError(
-                f"{path}: the scale of {node.op_type} {node.name!r} is {wrong.flat[0]}; accepted: finite and above 0",
-                "the file was damaged: make it again with edgeprune compress",
-            )
