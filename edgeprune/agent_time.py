@@ -144,9 +144,9 @@ def _block(run: Callable[[], int | None], samples: Samples, runs: int) -> None:
 
 
 def ready(session: Session, shape: tuple[int, int, int] | None) -> Callable[[], int | None]:
-    """One run of a session on one batch, after a look at the shape of the answer."""
+    """One run of a session on one batch, after a first one; what it answers may have any shape."""
     x = session.image(shape)
-    session(x)
+    session.infer(x)
     return session.ready(x)
 
 

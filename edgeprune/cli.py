@@ -29,6 +29,7 @@ from edgeprune.cli_options import (
     Mean,
     Method,
     Model,
+    OutputName,
     Seed,
     Sets,
     Std,
@@ -135,6 +136,7 @@ def profile(
     attack: Attacked = None,
     eps: Eps = None,
     limit: Limit = None,
+    output: OutputName = None,
     sets: Sets = None,
     seed: Seed = None,
     as_json: Json = False,
@@ -152,7 +154,7 @@ def profile(
         if table:
             show_table(profiling.table(built, say=say), as_json)
             return 0
-        found = profiling.profile(built, limit=limit, say=say, trust_run=trust_run)
+        found = profiling.profile(built, limit=limit, output=output or "", say=say, trust_run=trust_run)
         show_readings(found.readings, as_json, found.trouble)
         if not as_json:
             print_lines(queries.warnings(found.readings))
@@ -177,6 +179,7 @@ def evaluate(
     attack: Attacked = None,
     eps: Eps = None,
     limit: Limit = None,
+    output: OutputName = None,
     sets: Sets = None,
     seed: Seed = None,
     as_json: Json = False,
@@ -190,7 +193,7 @@ def evaluate(
 
     def work() -> int:
         built = recipe.build({}, flags, sets or [])
-        readings = queries.evaluate(built, limit=limit, say=say, trust_run=trust_run)
+        readings = queries.evaluate(built, limit=limit, output=output or "", say=say, trust_run=trust_run)
         show_readings(readings, as_json)
         if not as_json:
             print_lines(queries.warnings(readings))

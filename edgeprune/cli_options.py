@@ -64,6 +64,10 @@ Attacked = Annotated[str | None, typer.Option("--attack", metavar="none|fgsm|pgd
 Eps = Annotated[str | None, typer.Option(help="radius of the attack", metavar="8/255")]
 Limit = Annotated[int | None, typer.Option(help="so many images, all classes alike; 0: all", metavar="N")]
 Seed = Annotated[int | None, typer.Option(help="every random choice follows from it")]
+OutputName = Annotated[
+    str | None,
+    typer.Option("--output", help="the output of an .onnx file that has the logits", metavar="NAME"),
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout and nothing else")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="any key of the recipe", metavar="TABLE.KEY=VALUE")

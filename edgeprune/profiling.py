@@ -28,33 +28,45 @@ class Profiled:
     trouble: EdgepruneError | None = None
 
 
-def profile(recipe: Recipe, *, limit: int | None, say: Say, trust_run: bool = False) -> Profiled:
+def profile(
+    recipe: Recipe, *, limit: int | None, say: Say, output: str = "", trust_run: bool = False
+) -> Profiled:
     """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each of the recipe's devices.
 
     Args:
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
-        limit, trust_run: as for `queries.evaluate`.
+        limit, output, trust_run: as for `queries.evaluate`.
 
     Raises:
         UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
     """
     path = queries.onnx_of(Path(recipe.model.path))
-    spec = stage("evaluate").input_of(path)
-    data = torch_part("data").open_data(recipe.data, spec, recipe.seed) if recipe.data.path else None
-    images = data.held_out if data else None
-    if images is not None and limit:
-        images = stage("evaluate").balanced(images, limit, recipe.seed)
-    found = _measured(recipe, _Job(recipe, path, spec, images, say))
-    if data:
-        said = (
-            queries.with_notes(r, data.notes) if r.metric == "clean_accuracy" else r for r in found.readings
-        )
-        found = replace(found, readings=tuple(said))
+    with scratch_folder() as folder:
+        file = stage("evaluate_file").look(path, folder, recipe.model.input)
+        job = _job(recipe, file, (limit, output), say)
+        found = _measured(recipe, job)
+    noted = (queries.with_notes(r, job.notes) if r.metric == "clean_accuracy" else r for r in found.readings)
+    found = replace(found, readings=tuple(noted))
     if recipe.attack.name in ("none", "auto"):
         return found
-    attacked = queries.evaluate(recipe, limit=limit, say=say, trust_run=trust_run)
+    attacked = queries.evaluate(recipe, limit=limit, say=say, output=output, trust_run=trust_run)
     return replace(found, readings=(*found.readings, *(r for r in attacked if r.metric != "clean_accuracy")))
+
+
+def _job(recipe: Recipe, file: Any, asked: tuple[int | None, str], say: Say) -> _Job:
+    """What is measured of an `evaluate_file.OnnxFile`. asked: the limit and the output."""
+    (limit, output), spec = asked, file.spec(asked[1])
+    say(f"profile: outputs of {file.path.name}: {file.said}")
+    if not recipe.data.path:
+        return _Job(recipe, file.timed, spec, say, whole=file.alone)
+    found, images = queries.images(recipe, spec, limit or 0)
+    judged = file.judged(images, len(found.labels), wanted=output)
+    for note in judged.notes:
+        say(f"profile: {note}")
+    return _Job(
+        recipe, file.timed, judged.spec, say, whole=judged.path, images=images, judged=judged, notes=found.notes
+    )  # fmt: skip
 
 
 def _measured(recipe: Recipe, job: _Job) -> Profiled:
@@ -115,13 +127,20 @@ def table(recipe: Recipe, *, say: Say) -> Any:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is measured on every device alike. images: `nn.data.Split` or None."""
+    """What is measured on every device alike: the file `path`.
+
+    whole: what answers images and makes engines, None for the same. images, judged: `nn.data.Split` and the
+    `evaluate_file.Judged` that answers them; or None. notes: what a reader must know of the images.
+    """
 
     recipe: Recipe
     path: Path
     spec: InputSpec
-    images: Any
     say: Say
+    whole: Path | None
+    images: Any = None
+    judged: Any = None
+    notes: tuple[str, ...] = ()
 
     def on(self, device: Any) -> tuple[str, tuple[Reading, ...]]:
         """Where a device is, as its readings name the place, and what it read.
@@ -134,9 +153,13 @@ class _Job:
         self.say(f"profile: {self.path} on {where}")
         target = bundled.target(self.recipe.target)
         wanted = measure_run.Wanted(
-            self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S
-        )
+            self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S,
+            judged=self.whole,
+        )  # fmt: skip
         measured = measure_run.run(wanted, {self.path.stem: self.path}, None)
+        for reading in measured.after:
+            if self.judged is not None and reading.metric == "clean_accuracy":
+                stage("evaluate_file").check(reading, self.judged, self.images)
         for note in measured.notes:
             self.say(note)
         return where, measured.after

@@ -26,18 +26,22 @@ ONLY_A_REPORT = (
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
 
 
-def evaluate(recipe: Recipe, *, limit: int | None, say: Say, trust_run: bool = False) -> tuple[Reading, ...]:
+def evaluate(
+    recipe: Recipe, *, limit: int | None, say: Say, output: str = "", trust_run: bool = False
+) -> tuple[Reading, ...]:
     """The accuracy of a file or a model on held-out images, without and, where the recipe says so, under attack.
 
     Args:
         recipe: `[attack]` with the name "auto" is none.
         limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
             `attack.limit` with one.
+        output: the name of a file's output that has the logits, "" where it is to be told.
         trust_run: code that the recipe of a run directory names may be imported.
 
     Raises:
         UnsafeModel: a run names code that `recipe.model` does not.
-        UsageError: no data, an attack that needs gradients on a file that has none, or a wrong limit.
+        UsageError: no data, an output that is not there or can't be told, an attack that needs gradients on a file
+            that has none, or a wrong limit.
         ModelError, MissingDependency, DeviceError: the file or the model can't be used.
         WorkdirError: the state of an attack can't be written.
     """
@@ -49,18 +53,41 @@ def evaluate(recipe: Recipe, *, limit: int | None, say: Say, trust_run: bool = F
     wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
     path = Path(recipe.model.path)
     is_file = path.suffix == ".onnx" or (path / "model.onnx").is_file()
-    bundle = None if is_file else load(recipe.model)
-    spec = stage("evaluate").input_of(onnx_of(path)) if bundle is None else bundle.input
-    found, images = _images(recipe, spec, wanted)
+    if output and not is_file:
+        raise UsageError(
+            f"--output {output!r} names an output of an ONNX file, and {path} is none", "leave it out"
+        )
+    with scratch_folder() as folder:
+        look = stage("evaluate_file").look
+        subject = look(onnx_of(path), folder, recipe.model.input) if is_file else load(recipe.model)
+        return _evaluated(recipe, subject, (wanted, output, trust_run), say)
+
+
+def _evaluated(recipe: Recipe, subject: Any, asked: tuple[int, str, bool], say: Say) -> tuple[Reading, ...]:
+    """As `evaluate`. subject: a Bundle or an `evaluate_file.OnnxFile`. asked: limit, output, trust_run."""
+    path, (limit, output, trust_run) = Path(recipe.model.path), asked
+    bundle = subject if isinstance(subject, Bundle) else None
+    given: Any = subject
+    spec = bundle.input if bundle else given.spec(output)
+    found, split = images(recipe, spec, limit)
+    for note in found.notes:
+        say(f"data: {note}")
+    attacks, file = recipe.attack.name not in ("none", "auto"), None
+    if bundle is None:
+        file = given.judged(split, len(found.labels), wanted=output, attacked=attacks)
+        spec = file.spec
     if attacks:
-        scratch = (path if is_file and path.is_dir() else Path("runs")) / "scratch"
-        place = _Place(wanted, found.fingerprint, scratch, say, trust_run)
-        clean, *rest = _attacked(recipe, _victim(path, bundle, recipe, place), images, place)
+        scratch = (path if file and path.is_dir() else Path("runs")) / "scratch"
+        place = _Place(limit, found.fingerprint, scratch, say, trust_run)
+        clean, *rest = _attacked(recipe, _victim(path, bundle or file, recipe, place), split, place)
     else:
-        clean, rest = _clean(path, bundle, images, (spec, _device(recipe))), []
+        clean, rest = _clean(path, bundle or file, split, _device(recipe)), []
     doubts = stage("evaluate_doubts")
-    clean = doubts.classes(doubts.guessing(clean, images, attacked=attacks), images, spec.classes)
-    if is_file:
+    if file is not None:
+        stage("evaluate_file").check(clean, file, split)
+        clean = doubts.noted(clean, file.notes)
+    clean = doubts.classes(doubts.guessing(clean, split, attacked=attacks), split, spec.classes)
+    if file is not None:
         clean = doubts.normalized(doubts.reported(clean, path), recipe.model)
     return (with_notes(clean, found.notes), *rest)
 
@@ -77,29 +104,28 @@ def _device(recipe: Recipe) -> Any:
     return import_module("edgeprune.devices").device_from_url(recipe.measure.device, setup)
 
 
-def _clean(path: Path, bundle: Bundle | None, images: Any, where: tuple[InputSpec, Any]) -> Reading:
-    """The accuracy of a model in torch, or of a file through its runtime. where: what it eats, and the device."""
-    if bundle is not None:
-        return stage("evaluate").of_network(bundle, images, path.name)
-    file = onnx_of(path)
-    artifact = stage("measure_run").artifact(file, where[0])
-    return stage("measure_answers").accuracy(artifact, images, where[1], name=file.name)[0]
+def _clean(path: Path, subject: Any, images: Any, device: Any) -> Reading:
+    """The accuracy of a Bundle in torch, or of an `evaluate_file.Judged` through its runtime on a device."""
+    if isinstance(subject, Bundle):
+        return stage("evaluate").of_network(subject, images, path.name)
+    artifact = stage("measure_run").artifact(subject.path, subject.spec)
+    return stage("measure_answers").accuracy(artifact, images, device, name=subject.path.name)[0]
 
 
-def _victim(path: Path, bundle: Bundle | None, recipe: Recipe, place: _Place) -> Any:
-    """A model in torch, the file of a run, or a bare file; a file answers on the recipe's device."""
+def _victim(path: Path, subject: Any, recipe: Recipe, place: _Place) -> Any:
+    """A Bundle, the file of a run, or a bare file (`evaluate_file.Judged`); a file answers on the recipe's device."""
     attack, device = stage("attack"), _device(recipe)
-    if bundle is not None:
-        return attack.of_bundle(bundle, path.name)
+    if isinstance(subject, Bundle):
+        return attack.of_bundle(subject, path.name)
     here = import_module("edgeprune.devices").device_from_url("local").where()
     if path.is_dir():
         victim = attack.of_run(path, place.scratch, here, recipe.model, trusted=place.trust_run)
     else:
-        victim = attack.of_file(path.name, path, place.scratch, here)
+        victim = attack.of_file(path.name, subject.path, place.scratch, here)
     if not attack.elsewhere(device):
         return victim
     there = attack.There(device, bundled.target(recipe.target), place.scratch, place.say)
-    return attack.on_device(victim, onnx_of(path), stage("evaluate").input_of(onnx_of(path)), there)
+    return attack.on_device(victim, subject.path, subject.spec, there)
 
 
 def warnings(readings: tuple[Reading, ...]) -> list[str]:
@@ -261,7 +287,7 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     return rows
 
 
-def _images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
+def images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
     """The data set, and so many of its held-out images; 0 is all."""
     data = torch_part("data").open_data(recipe.data, spec, recipe.seed)
     held_out = data.held_out

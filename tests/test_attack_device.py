@@ -29,7 +29,7 @@ from edgeprune.nn.data import Split, in_memory
 from edgeprune.plugins import build
 from edgeprune.recipe import AttackTable
 from edgeprune.stages import attack, attack_session, attack_victims, measure_build
-from edgeprune.stages.evaluate import input_of
+from edgeprune.stages.evaluate_file import input_of
 
 # Another word for the same Python: to edgeprune it is another machine's.
 PYTHON = str(Path(sys.executable).with_name("python3"))

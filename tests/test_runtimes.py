@@ -51,7 +51,7 @@ def test_a_corrupt_file_is_a_model_error(tmp_path: Path, net: Path, content: byt
 def test_a_model_that_does_not_eat_images_is_refused(tmp_path: Path) -> None:
     node = helper.make_node("Identity", ["input"], ["logits"], "same")
     path = save(tmp_path / "flat.onnx", [node], {}, [1, 10], 10)
-    with pytest.raises(UnsupportedModel, match="one float tensor"):
+    with pytest.raises(UnsupportedModel, match="one float or uint8 tensor"):
         OnnxRuntime().open(path, 1)
 
 

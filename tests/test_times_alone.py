@@ -23,7 +23,7 @@ from edgeprune.errors import UsageError
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import InputSpec, Reading
 from edgeprune.stages import attack, measure, measure_run
-from edgeprune.stages.evaluate import input_of
+from edgeprune.stages.evaluate_file import input_of
 
 WHY = "onnxruntime_perf_test tells the times of whole files alone"
 SPEC = InputSpec((3, 8, 8), 10)

@@ -53,7 +53,7 @@ def load_bundle(table: ModelTable) -> Bundle:
         )
     path, labels = _file_of(Path(table.path))
     data = _read(path)
-    given = _shape(table.input) if table.input else None
+    given = image_shape(table.input) if table.input else None
     kind = filekinds.kind_of(data, path)
     arch = zoo.canonical(table.arch) if table.arch else ""
     digest = hashlib.sha256(data).hexdigest()
@@ -277,7 +277,12 @@ def _original(source: Source) -> nn.Module:
     return _network(data, source, path)[0]
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def image_shape(text: str) -> tuple[int, int, int]:
+    """The shape that --input says.
+
+    Raises:
+        UsageError: it says none.
+    """
     match = _SHAPE.fullmatch(text.strip().lower())
     if not match or not all(int(n) for n in match.groups()):
         raise UsageError(

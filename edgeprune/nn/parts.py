@@ -15,6 +15,8 @@ from edgeprune.recipe import DataTable
 from edgeprune.records import InputSpec
 
 TARS = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".txz", ".tgz", ".tbz2")
+# Of a model that does not say its own.
+MOST_CLASSES = 2**16
 ACCEPTED = f"accepted: a folder of class folders, a tar of one ({', '.join(TARS)}), or .npz"
 
 
@@ -54,6 +56,9 @@ class Choice:
 
 def find(path: Path, spec: InputSpec, evaluate: bool) -> Parts:
     """Read or list the data at a path; with `evaluate` an array of training images is not read.
+
+    Args:
+        spec: with 0 classes any number of them is taken.
 
     Raises:
         UsageError: nothing there, not a kind that can be read, or not the model's number of classes.
@@ -137,18 +142,19 @@ def _from_arrays(path: Path, spec: InputSpec, evaluate: bool) -> Parts:
     arrays, notes = npz.read(path, skip=("train",) if evaluate else ())
     for name, part in arrays.items():
         low, high = int(part.y.min()), int(part.y.max())
-        if low < 0 or high >= spec.classes:
+        if low < 0 or high >= (spec.classes or MOST_CLASSES):
             array = f"y_{name}" if name else "y"
             raise UsageError(
-                f"{path}: {array} has labels from {low} to {high}, the model has {spec.classes} outputs",
-                f"labels are the numbers of the outputs, 0 to {spec.classes - 1}",
+                f"{path}: {array} has labels from {low} to {high}, the model has {spec.classes or 'some'} outputs",
+                f"labels are the numbers of the outputs, 0 to {(spec.classes or MOST_CLASSES) - 1}",
             )
     parts = {name: Part(name, part.x, part.y) for name, part in arrays.items()}
-    return Parts(parts, tuple(str(k) for k in range(spec.classes)), notes, sources.sha256(path))
+    count = spec.classes or 1 + max(int(part.y.max()) for part in arrays.values())
+    return Parts(parts, tuple(str(k) for k in range(count)), notes, sources.sha256(path))
 
 
 def _check_classes(path: Path, classes: tuple[str, ...], outputs: int) -> None:
-    if len(classes) == outputs:
+    if len(classes) == outputs or not outputs:
         return
     shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
     raise UsageError(

@@ -40,7 +40,9 @@ _RAISED = (
     "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelRequiresCompilation", "NoModel",
     "NoSuchFile", "NotFound", "NotImplemented", "RuntimeException",
 )  # fmt: skip
-_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_IMAGES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8",
+}  # fmt: skip
 _PROVIDER = "CPUExecutionProvider"
 _SUFFIX = "_kernel_time"
 # The profiler was seen to add 1.6 to 1.9 us to each node; more than this is noise of the machine.
@@ -105,7 +107,7 @@ class _OrtSession(Session):
 
     def infer(self, x: np.ndarray) -> np.ndarray:
         if self.dtype != "float32":
-            x = x.astype(self.dtype)
+            x = (x * 255 if self.dtype == "uint8" else x).astype(self.dtype)
         try:
             return self.inner.run([self.output_name], {self.input_name: x})[0]
         except _errors() as error:
@@ -189,7 +191,8 @@ def _events(profile: Path) -> List[Dict[str, Any]]:
 def _errors() -> Tuple[Type[Exception], ...]:
     """What ONNX Runtime raises: classes without a common base, not all of them in each version."""
     state = vars(import_module("onnxruntime.capi.onnxruntime_pybind11_state"))
-    return tuple(state[name] for name in _RAISED if name in state)
+    # A message of its own that holds a name of the file may be no UTF-8, which is a ValueError.
+    return (RuntimeError, ValueError, *(state[name] for name in _RAISED if name in state))
 
 
 def _session(path: Path, *, threads: int, profile_to: str = "") -> Any:
@@ -212,11 +215,13 @@ def _session(path: Path, *, threads: int, profile_to: str = "") -> Any:
 
 def _wrap(inner: Any, path: Path) -> _OrtSession:
     inputs, outputs = inner.get_inputs(), inner.get_outputs()
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _FLOATS:
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _IMAGES:
         found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs) or "none"
-        raise UnsupportedModel(f"{path} has the inputs {found}; accepted: one float tensor (N, C, H, W)")
+        raise UnsupportedModel(
+            f"{path} has the inputs {found}; accepted: one float or uint8 tensor (N, C, H, W)"
+        )
     shape = tuple(d if isinstance(d, int) and d > 0 else None for d in inputs[0].shape)
-    return _OrtSession(inner, inputs[0].name, outputs[0].name, _FLOATS[inputs[0].type], shape)
+    return _OrtSession(inner, inputs[0].name, outputs[0].name, _IMAGES[inputs[0].type], shape)
 
 
 def _node_times(events: Sequence[Dict[str, Any]], warmup: int) -> List[NodeTime]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from edgeprune import codec
+from torch import Tensor
+
+from edgeprune import codec, intervals
 from edgeprune.errors import WorkdirError
 from edgeprune.nn.data import Split
 from edgeprune.recipe import ModelTable
@@ -23,17 +26,29 @@ def guessing(reading: Reading, split: Split, *, attacked: bool = False) -> Readi
     Args:
         attacked: the flags of an attack say it themselves where it is no better.
     """
-    classes = len(split.labels.unique())
-    chance, low = 1 / max(1, classes), reading.spread[0] if reading.spread else 0.0
-    if classes < 2 or low > chance + HARDLY * (1 - chance) or (attacked and low <= chance):
+    if len(split.labels.unique()) < 2:
+        return reading
+    right = round((reading.value or 0.0) * reading.n)
+    better = beats_guessing(right, split.labels, share=0.0)
+    if beats_guessing(right, split.labels) or (attacked and not better):
         return reading
     is_file = reading.artifact.endswith(".onnx")
     return _flagged(
         reading,
         f"{reading.artifact} is right on {_percent(reading)} of {reading.n} images, "
-        f"{'no' if low <= chance else 'hardly'} better than guessing: look at the normalization "
+        f"{'hardly' if better else 'no'} better than guessing: look at the normalization "
         f"({FILE_EATS if is_file else '--mean, --std'}) and at the order of the classes.",
     )
+
+
+def beats_guessing(right: int, labels: Tensor, *, share: float = HARDLY) -> bool:
+    """Whether so many right answers are more than one class for all images gives, by a share of what guessing leaves.
+
+    Args:
+        labels: int64 (N,).
+    """
+    chance = 1 / max(1, len(labels.unique()))
+    return intervals.binomial(right, len(labels))[0] > chance + share * (1 - chance)
 
 
 def classes(reading: Reading, split: Split, count: int) -> Reading:
@@ -47,6 +62,13 @@ def classes(reading: Reading, split: Split, count: int) -> Reading:
         return reading
     note = f"The images are of {present} of the {count} classes that {reading.artifact} answers."
     return _told(reading, "notes", note)
+
+
+def noted(reading: Reading, notes: Iterable[str]) -> Reading:
+    """A clean_accuracy with notes of how it was had."""
+    for note in notes:
+        reading = _told(reading, "notes", note)
+    return reading
 
 
 def normalized(reading: Reading, table: ModelTable) -> Reading:

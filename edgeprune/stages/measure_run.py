@@ -51,7 +51,8 @@ class Wanted:
     """What to read: where, how long, for which target, and on which images (`nn.data.Split` or None).
 
     engines: where engines that are built on the device are kept, None for nowhere. sparse: the file holds the 2:4
-    pattern. wait_s: how long to wait for somebody else who measures on the device.
+    pattern. wait_s: how long to wait for somebody else who measures on the device. judged: the file that answers
+    images, and that engines are built from, where that is another one than the file that is timed.
     """
 
     spec: InputSpec
@@ -63,6 +64,7 @@ class Wanted:
     engines: Path | None = None
     sparse: bool = False
     wait_s: float = WAIT_S
+    judged: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _subject(wanted: Wanted, files: Mapping[str, Path], folder: Path) -> _Subjec
         return _Subject(files, files, runtime, notes)
     wanted.say(f"measure: build engines on {wanted.device.where()}")
     place = measure_build.Place(wanted.device, wanted.target, folder, wanted.sparse)
-    engines = measure_build.engines(files, place)
+    engines = measure_build.engines({name: wanted.judged or path for name, path in files.items()}, place)
     images = _few_images(wanted)
     said = [measure_build.compare(e, wanted.spec, images, wanted.device) for e in engines.values()]
     words = tuple(engine.words for engine in engines.values())
@@ -250,8 +252,9 @@ def _with_answers(
     out, logits = {}, {}
     for name, path in subject.files.items():
         wanted.say(f"measure: accuracy of {path.name} on {len(wanted.images)} held-out images")
+        judged = path if path != subject.onnx[name] else wanted.judged or path
         accuracy, logits[name] = measure_answers.accuracy(
-            artifact(path, wanted.spec), wanted.images, wanted.device, name=name, runtime=subject.runtime
+            artifact(judged, wanted.spec), wanted.images, wanted.device, name=name, runtime=subject.runtime
         )
         out[name] = (*readings[name], accuracy)
     if {"dense", "compressed"} <= set(logits):
