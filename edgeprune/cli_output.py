@@ -13,7 +13,7 @@ import typer
 
 from edgeprune.codec import to_json
 from edgeprune.context import Result
-from edgeprune.errors import EdgepruneError, told_shortage, visible
+from edgeprune.errors import EdgepruneError, shortened, told_shortage, visible
 
 USAGE = 2
 BUG = 70
@@ -58,7 +58,7 @@ def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
     except Exception as error:  # a bug: everything that was foreseen is an EdgepruneError
         if debug:
             traceback.print_exc()
-        text = f"a bug in edgeprune: {type(error).__name__}: {error}"
+        text = shortened(f"a bug in edgeprune: {type(error).__name__}: {error}")
         print_error(text, "run again with --debug and report the traceback", BUG, as_json)
         code = BUG
     raise typer.Exit(code)

@@ -40,6 +40,8 @@ LESS = (
     "free some memory or raise the limit, or let less be in memory at once, as with --set tune.batch=16 or --set "
     "data.calibration=64; the same command goes on after the last finished stage"
 )
+# Characters of a message; a value of somebody's file may have any number.
+_MOST = 2000
 ROOM = "make room there, or choose another place with -o or TMPDIR; the same command goes on after the last stage"
 
 
@@ -54,7 +56,7 @@ class EdgepruneError(Exception):
         Raises:
             NoRoom: it is about what an exhausted disk or memory has raised, which is then no fault of a file.
         """
-        self.message, self.hint = visible(message), visible(hint)
+        self.message, self.hint = shortened(visible(message)), shortened(visible(hint))
         Exception.__init__(self, self.message)
         short = None if isinstance(self, WorkdirError) else shortage(sys.exc_info()[1], self.message)
         if short:
@@ -163,6 +165,12 @@ def told_shortage() -> Iterator[None]:
         if short is None:
             raise
         raise short from error
+
+
+def shortened(text: str) -> str:
+    """Text of any length as a message: at most about 2,000 characters, with how many were left out."""
+    half = _MOST // 2
+    return text if len(text) <= _MOST else f"{text[:half]} [{len(text) - _MOST} characters] {text[-half:]}"
 
 
 def visible(text: str) -> str:

@@ -36,7 +36,7 @@ def path_of(family: str, name: str) -> Path:
     """
     stem = name.replace("-", "_")
     path = _folder(family) / f"{stem}.py"
-    if stem.startswith("_") or not path.is_file():
+    if spelled(stem) not in names(family):
         raise UsageError(f"no {family.rstrip('s')} is named {name!r}", suggest(name, names(family)))
     return path
 

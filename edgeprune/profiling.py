@@ -42,16 +42,19 @@ def profile(
         UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
     """
     path = queries.onnx_of(Path(recipe.model.path))
+    attacked = recipe.attack.name not in ("none", "auto")
+    if attacked:
+        queries.check_attack(recipe)
     with scratch_folder() as folder:
         file = stage("evaluate_file").look(path, folder, recipe.model.input)
         job = _job(recipe, file, (limit, output), say)
         found = _measured(recipe, job)
     noted = (queries.with_notes(r, job.notes) if r.metric == "clean_accuracy" else r for r in found.readings)
     found = replace(found, readings=tuple(noted))
-    if recipe.attack.name in ("none", "auto"):
+    if not attacked:
         return found
-    attacked = queries.evaluate(recipe, limit=limit, say=say, output=output, trust_run=trust_run)
-    return replace(found, readings=(*found.readings, *(r for r in attacked if r.metric != "clean_accuracy")))
+    rows = queries.evaluate(recipe, limit=limit, say=say, output=output, trust_run=trust_run)
+    return replace(found, readings=(*found.readings, *(r for r in rows if r.metric != "clean_accuracy")))
 
 
 def _job(recipe: Recipe, file: Any, asked: tuple[int | None, str], say: Say) -> _Job:

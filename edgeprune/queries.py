@@ -92,6 +92,17 @@ def _evaluated(recipe: Recipe, subject: Any, asked: tuple[int, str, bool], say: 
     return (with_notes(clean, found.notes), *rest)
 
 
+def check_attack(recipe: Recipe) -> None:
+    """Refuse an attack that can't be run, before anything is measured.
+
+    Raises:
+        UsageError: no images, or the attack does not exist or has no such option.
+    """
+    if not recipe.data.path:
+        raise UsageError(f"the attack {recipe.attack.name!r} needs images", "give --data")
+    stage("attack").job(recipes.attack(recipe), seed=recipe.seed, data="")
+
+
 def with_notes(reading: Reading, notes: Sequence[str]) -> Reading:
     """A reading whose conditions say what a reader of it must know of the images."""
     said = {"notes": [*notes, *reading.conditions.get("notes", ())]} if notes else {}

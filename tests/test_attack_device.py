@@ -320,7 +320,7 @@ def test_what_goes_wrong_there_is_said_with_its_kind(
 UNCLEAN = 'import os\nwhile (b := os.read(0, 99)):\n    os.write(1, b.replace(b"\\xed", b"?"))'
 PYTHONS = {
     "crash": "kill -11 $$",
-    "silence": "exec sleep 600",
+    "silence": "exec cat >/dev/null",
     "text": f"PYTHON \"$@\" | PYTHON -c '{UNCLEAN}'",
     "words": "echo this is no agent",
 }

@@ -70,8 +70,9 @@ def test_calibration_images_are_training_images(parts: Path) -> None:
         ({"counts": 5}, "unknown key 'counts'"),
         ({"count": None}, "count is missing"),
         ({"count": "many"}, "must be of type int"),
-        ({"count": 0}, "at least 1"),
-        ({"seed": -1}, "at least 0"),
+        ({"count": 0}, "between 1 and"),
+        ({"seed": -1}, "between 0 and"),
+        ({"seed": 10**30}, "between 0 and 4294967295"),
         ({"selection": "best"}, "'best' is not one of balanced, random, first"),
     ],
 )

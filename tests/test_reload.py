@@ -211,7 +211,7 @@ def test_a_process_that_dies_or_hangs_is_a_model_error(
 ) -> None:
     for status, stderr, words in (
         (3, "", "status 3"),
-        (1, "Traceback\nMemoryError: all gone\n", "MemoryError: all gone"),
+        (1, "Traceback\nValueError: all wrong\n", "ValueError: all wrong"),
     ):
         done = subprocess.CompletedProcess([], status, "", stderr)
         monkeypatch.setattr(export.subprocess, "run", lambda *_, done=done, **__: done)

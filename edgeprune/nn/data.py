@@ -266,9 +266,9 @@ def _calibration_recipe(path: Path) -> tuple[int, int, str]:
         if type(table.get(key)) is not kind:
             found = f"is {table[key]!r}" if key in table else "is missing"
             raise UsageError(f"{path}: {key} {found}, it must be of type {kind.__name__}")
-    for key, least in (("count", 1), ("seed", 0)):
-        if table[key] < least:
-            raise UsageError(f"{path}: {key} = {table[key]} must be at least {least}")
+    for key, least, most in (("count", 1, 10**9), ("seed", 0, 2**32 - 1)):
+        if not least <= table[key] <= most:
+            raise UsageError(f"{path}: {key} = {table[key]} must be between {least} and {most}")
     if table["selection"] not in SELECTIONS:
         raise UsageError(f"{path}: selection = {table['selection']!r} is not one of {', '.join(SELECTIONS)}")
     return table["count"], table["seed"], table["selection"]

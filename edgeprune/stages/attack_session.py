@@ -111,7 +111,7 @@ class Asked:
         body = self._heard(talk, frames.LOGITS, limit_s + IMAGE_S * len(x))
         answer = frames.read_logits(frames.LOGITS, body)
         self._classes = self._classes or answer.shape[1]
-        if answer.shape != (len(x), self._classes) or not answer.size:
+        if answer.shape != (len(x), self._classes) or not self._classes:
             raise DeviceError(f"{self.place.device.name} answered {len(x)} images with {answer.shape}")
         self.images, self.sent = self.images + len(x), self.sent + len(message)
         return answer

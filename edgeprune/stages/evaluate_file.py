@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from edgeprune.codec import scratch_folder
 from edgeprune.errors import MissingDependency, ModelError, UsageError
 from edgeprune.nn.bundle import image_shape
 from edgeprune.nn.data import Split
@@ -303,8 +303,8 @@ def input_of(path: Path) -> InputSpec:
     Raises:
         As `look`.
     """
-    with TemporaryDirectory(prefix="edgeprune-") as folder:
-        return look(path, Path(folder)).spec()
+    with scratch_folder() as folder:
+        return look(path, folder).spec()
 
 
 def check(reading: Reading, judged: Judged, split: Split) -> None:

@@ -91,7 +91,7 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
         why = f"{error.message}; {error.hint}" if error.hint else error.message
         what = "this machine, not of TensorRT" if device.name == "local" else f"{device.name}, not of its GPU"
         return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {what}: {why}.",)
-    found = re.match(rf"{TENSORRT} (\d{1, 4})\.(\d{1, 4})", str(about.get("runtime")))
+    found = re.match(rf"{TENSORRT} (\d{{1,4}})\.(\d{{1,4}})", str(about.get("runtime")))
     if found is None:
         return RUNTIME, ()
     if (int(found.group(1)), int(found.group(2))) < OLDEST:

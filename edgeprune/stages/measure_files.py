@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from edgeprune.agent_engines import beside
+from edgeprune.codec import scratch_folder
 from edgeprune.devices import Device
 from edgeprune.errors import UsageError
 from edgeprune.nn.onnx_open import data_files, moved
@@ -26,7 +26,7 @@ def held(device: Device, files: Mapping[str, Path]) -> Iterator[dict[str, str]]:
         with device.holding(files) as paths:
             yield paths
         return
-    with device.folder() as folder, TemporaryDirectory(prefix="edgeprune-") as scratch:
+    with device.folder() as folder, scratch_folder() as scratch:
         there: dict[str, str] = {}
         for number, (name, here) in enumerate(files.items()):
             if not here.is_file():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import mkdtemp
 
 from edgeprune.agent_engines import digest
+from edgeprune.codec import scratch_folder
 from edgeprune.devices import Device
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import Target
@@ -93,9 +92,9 @@ class Trials:
 
     @cached_property
     def _folder(self) -> Path:
-        folder = mkdtemp(prefix="edgeprune-engines-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
+        stack = ExitStack()
+        weakref.finalize(self, stack.close)
+        return stack.enter_context(scratch_folder())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
