@@ -2,11 +2,12 @@
 
     python benchmarks/hostile.py [--examples 200] [--seed 0] [--kind .onnx] [--verbose]
 
-Each example is a sound file with changes that follow from its number (tests/mutations.py), read by a command in a process
-and a folder of its own (tests/hostile_runs.py, tests/sound_files.py). Printed: how the commands ended. 70 is a bug;
-"ended otherwise" is an exit code that docs/security.md does not allow for the kind, or a signal; "canary" is that code out
-of a file ran; "wrote" that something outside of the output folder changed; "output" that control characters, a traceback or
-a line of more than 10,000 characters were printed. --examples 1 --seed N --kind K repeats one.
+Each example is a sound file (tests/sound_files.py) with changes that follow from its number (tests/hostile_files.py,
+tests/mutations.py), read by a command in a process and a folder of its own (tests/hostile_runs.py). Printed: how the
+commands ended. 70 is a bug; "ended otherwise" is an exit code that docs/security.md does not allow for the kind, or a
+signal; "canary" is that code out of a file ran; "wrote" that something outside of the output folder changed; "output"
+that control characters, a traceback or a line of more than 10,000 characters were printed. One is repeated by
+--kind KIND --seed N --examples 1.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from hostile_files import KINDS, Kind, prepare
 from hostile_runs import LIMIT_S, Ended, run
-from sound_files import KINDS, Kind, prepare, write_stock
+from sound_files import write_stock
 
 COLUMNS = ("kind of file", "tried", "exit 0", "refused (2, 4, 7)", "other verdicts (1, 3, 5, 6, 8)", "exit 70",
            "ended otherwise", f"over {LIMIT_S:g} s", "canary", "wrote", "output")  # fmt: skip

@@ -29,6 +29,7 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 # torch, ONNX Runtime, C++ and the system have no common class for it.
 _MEMORY = re.compile(
     "(can.?t|cannot|unable to|failed to) allocate|not enough memory|out of memory|bad[ _]alloc|MemoryError"
@@ -157,14 +158,21 @@ def not_short() -> None:
 
 @contextmanager
 def told_shortage() -> Iterator[None]:
-    """Turn what an exhausted disk or memory raises inside into `NoRoom`; also as a decorator."""
+    """Turn what an exhausted disk or memory raises inside into `NoRoom`; also as a decorator.
+
+    What a path raises that the system refuses (too long, a circle of links, forbidden) becomes a `UsageError`.
+    """
     try:
         yield
     except Exception as error:
-        short = None if isinstance(error, EdgepruneError) else shortage(error)
-        if short is None:
+        if isinstance(error, EdgepruneError):
             raise
-        raise short from error
+        told = shortage(error)
+        if told is None and isinstance(error, OSError) and error.filename and error.errno in _PATH:
+            told = UsageError(f"{error.filename} can't be used: {error.strerror}")
+        if told is None:
+            raise
+        raise told from error
 
 
 def shortened(text: str) -> str:

@@ -32,16 +32,17 @@ PAYLOADS = (
 NAMES = (
     "\x1b]0;owned\x07\x1b[31m", "a\nb\r\tc", "../" * 4 + CANARY, f"/tmp/{CANARY}", "nul\0nul", "n" * 300, "n" * 70_000,
     "", ".", "..", "con", "\u202egnp.exe", "\ud800", "\u0661\u0662", "a'); import os; os.system('" + _SHELL + "') #",
-    "$(" + _SHELL + ")", "`" + _SHELL + "`", "'; " + _SHELL + "; '", "{0.__class__}", "%s%n", "<script>alert(1)</script>",
+    "$(" + _SHELL + ")", "`" + _SHELL + "`", "'; " + _SHELL + "; '", "{0.__class__}", "%s%n",
+    "<script>alert(1)</script>",
     "__import__('os').system('" + _SHELL + "')", "forward", "__class__", "a.b.c", "None", "class", "a]b[/c]",
 )  # fmt: skip
 NUMBERS: tuple[Any, ...] = (
-    0, -1, 1, 2, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30, 10**400, 0.5, -0.0,
-    1e-320, 1e308, 1e999, -1e999, float("nan"),
+    0, -1, 1, 2, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30, 10**400, 0.5,
+    -0.0, 1e-320, 1e308, 1e999, -1e999, float("nan"),
 )  # fmt: skip
 _WORDS = (
-    "", " ", "1", "\u0661\u0662 ms", "50 %", "-1 pp", "1e999", "nan", "inf", "-0", "0x10", "1_000", "50 \uff05", "9" * 5000,
-    "null", "local", "8/0", "1/3", "3x8x8", "999999999x1x1",
+    "", " ", "1", "\u0661\u0662 ms", "50 %", "-1 pp", "1e999", "nan", "inf", "-0", "0x10", "1_000", "50 \uff05",
+    "9" * 5000, "null", "local", "8/0", "1/3", "3x8x8", "999999999x1x1",
 )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def _message(fields: list[tuple[int, int, Any]]) -> bytes:
 
 
 def protobuf(data: bytes, random: Random) -> bytes:
-    """A protobuf message with a field somewhere in its tree changed, removed, repeated or renumbered; or bytes of it."""
+    """A protobuf message with a field somewhere in its tree changed, removed, repeated or renumbered; or bytes."""
     if random.random() < 0.15:
         return flat(data, random)
     for _ in range(random.choice([1, 1, 2, 4])):

@@ -303,3 +303,15 @@ def test_no_value_of_a_target_or_a_file_runs_in_the_engine_script(
     assert not (tmp_path / "PWNED").exists()
     head = text[: text.index("set -eu")].splitlines()
     assert all(line.startswith("#") for line in head if line)
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "circle.pt", "file/inside.pt"])
+def test_a_path_that_the_system_refuses_is_no_bug(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle.pt").symlink_to("circle.pt")
+    (tmp_path / "file").touch()
+    for argv in (["why", name], ["evaluate", name, "--data", name], ["gate", name, "--budget", "macs=1"]):
+        done = CliRunner().invoke(app, argv)
+        assert done.exit_code == 2, done.output

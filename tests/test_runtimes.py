@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_files import save, write_one_conv
@@ -46,6 +47,18 @@ def test_a_corrupt_file_is_a_model_error(tmp_path: Path, net: Path, content: byt
     path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
     with pytest.raises(ModelError, match=r"bad\.onnx"):
         OnnxRuntime().open(path, 1)
+
+
+def test_what_onnx_runtime_refuses_it_does_not_also_print_in_colors(
+    net: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(net)
+    model.graph.initializer[0].raw_data = b"short"
+    del model.graph.initializer[0].float_data[:]
+    onnx.save(model, net)
+    with pytest.raises(ModelError, match="can't open"):
+        OnnxRuntime().open(net, 1)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_model_that_does_not_eat_images_is_refused(tmp_path: Path) -> None:

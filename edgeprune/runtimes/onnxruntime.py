@@ -202,7 +202,7 @@ def _session(path: Path, *, threads: int, profile_to: str = "") -> Any:
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it would log, in colors, is in what it raises
     if profile_to:
         options.enable_profiling = True
         options.profile_file_prefix = profile_to
