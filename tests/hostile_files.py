@@ -192,9 +192,8 @@ def _tar(folder: Path, random: Random) -> None:
         found[i] = (info, mutations.flat(content, random))
     elif how == "double":
         found.append(found[i])
-    with tarfile.open(
-        path, random.choice(["w", "w:gz", "w:xz"]), format=tarfile.PAX_FORMAT, errors="surrogatepass"
-    ) as tar:
+    info.name = info.name.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
+    with tarfile.open(path, random.choice(["w", "w:gz", "w:xz"])) as tar:
         for one, held in found:
             one.size = len(held) if how != "size" else random.choice([len(held), 2**40, 0])
             tar.addfile(one, io.BytesIO(held) if len(held) == one.size else None)

@@ -50,14 +50,21 @@ def test_a_corrupt_file_is_a_model_error(tmp_path: Path, net: Path, content: byt
 
 
 def test_what_onnx_runtime_refuses_it_does_not_also_print_in_colors(
-    net: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = onnx.load(net)
-    model.graph.initializer[0].raw_data = b"short"
-    del model.graph.initializer[0].float_data[:]
-    onnx.save(model, net)
+    nodes = [
+        helper.make_node("Conv", ["input", "weight", "bias"], ["conv"]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("GlobalAveragePool", ["relu"], ["logits"]),
+    ]
+    tensors = {"weight": np.zeros((4, 3, 3, 3), np.float32), "bias": np.zeros(4, np.float32)}
+    model = onnx.load(save(tmp_path / "net.onnx", nodes, tensors, [1, 3, 8, 8], [1, 4, 1, 1]))
+    bias = model.graph.initializer[1]
+    bias.ClearField("float_data")
+    bias.raw_data = b"short"
+    onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(ModelError, match="can't open"):
-        OnnxRuntime().open(net, 1)
+        OnnxRuntime().open(tmp_path / "net.onnx", 1)
     assert capfd.readouterr().err == ""
 
 
