@@ -83,13 +83,13 @@ def print_error(message: str, hint: str, code: int, as_json: bool) -> None:
 
 def shown(record: logging.LogRecord) -> bool:
     """Make what is logged fit for a terminal."""
-    record.msg, record.args = visible(record.getMessage()), ()
+    record.msg, record.args = shortened(visible(record.getMessage())), ()
     return True
 
 
 def say(text: str) -> None:
     """A line about progress, on stderr."""
-    echo(text, err=True)
+    echo(shortened(text), err=True)
 
 
 def print_table(table: Any) -> None:

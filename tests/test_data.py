@@ -438,3 +438,10 @@ def test_a_split_from_memory_takes_what_it_was_given() -> None:
     )
     assert split.take(torch.tensor([1]))[0, 0, 0, 0] == pytest.approx(48 / 255)
     assert len(split) == 2 and split.labels.tolist() == [1, 0]
+
+
+def test_notes_are_short_whatever_the_names_in_a_file(tmp_path: Path) -> None:
+    x, y = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4) % 2
+    np.savez(tmp_path / "d.npz", x=x, y=y, **{"n" * 60_000: y})
+    notes = opened(tmp_path / "d.npz", use="evaluate").notes
+    assert any("nnn" in note for note in notes) and all(len(note) < 3000 for note in notes)

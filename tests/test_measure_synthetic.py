@@ -14,8 +14,9 @@ import torch
 from onnx_files import Mirror, write_mirror
 
 from edgeprune import intervals
+from edgeprune.devices.fake import Fake
 from edgeprune.devices.local import Local
-from edgeprune.errors import MissingDependency, UsageError
+from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.nn.bundle import from_module
 from edgeprune.records import METRICS, InputSpec
 from edgeprune.stages import measure_synthetic
@@ -133,3 +134,11 @@ def test_images_are_run_in_their_order_a_few_at_a_time(
         Mirror(tmp_path),
     )
     np.testing.assert_array_equal(logits, images[:, :, 0, 0].numpy())
+
+
+def test_a_device_that_answers_other_classes_is_refused(tmp_path: Path) -> None:
+    path = write_mirror(tmp_path / "mirror.onnx")
+    pictures = Pictures(torch.rand(5, 4, 1, 1), {}, fitted=False)
+    files = {"dense": path, "compressed": path}
+    with pytest.raises(DeviceError, match="fake answered logits of 10 classes, the dense network has 4"):
+        answers(files, InputSpec((4, 1, 1), 4), pictures, Fake())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import bundled
-from edgeprune.errors import UsageError
+from edgeprune.errors import UsageError, shortened
 from edgeprune.nn import images, parts
 from edgeprune.nn.progress import bar
 from edgeprune.quantities import suggest
@@ -128,7 +128,7 @@ def open_data(table: DataTable, spec: InputSpec, seed: int) -> Data:
     if train:
         train, copies = _without_copies(train, held_out)
         notes += copies
-    return Data(train, held_out, found.labels, tuple(dict.fromkeys(notes)), found.fingerprint)
+    return Data(train, held_out, found.labels, tuple(map(shortened, dict.fromkeys(notes))), found.fingerprint)
 
 
 def calibration_indices(labels: Tensor, name_or_path: str) -> Tensor:

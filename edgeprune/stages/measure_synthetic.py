@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from edgeprune.devices import Device, device_from_url
-from edgeprune.errors import MissingDependency, UsageError
+from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading
 from edgeprune.stages.measure_answers import BATCH, RUNTIME, Logits, absent, agreement, predict
 from edgeprune.stages.measure_bound import bound
@@ -84,6 +84,7 @@ def answers(
         The readings synthetic_agreement and synthetic_kl, and the logits (N, K) of the dense file.
 
     Raises:
+        DeviceError: the answers are of another number of classes than the network has.
         UsageError, DeviceError, MissingDependency, ModelError: as for `measure_answers.predict`.
     """
     logits = {
@@ -93,6 +94,11 @@ def answers(
         )
         for name, path in files.items()
     }  # fmt: skip
+    for name, found in logits.items():
+        if found.shape[1] != spec.classes:
+            raise DeviceError(
+                f"{device.name} answered logits of {found.shape[1]} classes, the {name} network has {spec.classes}"
+            )
     about = {"images": "synthetic", "fitted": pictures.fitted, "runtime": RUNTIME, **pictures.facts}
     same = agreement(logits["dense"], logits["compressed"])
     readings = (
