@@ -121,6 +121,8 @@ def compress(
         say(f"load: {recipe.model.path}")
     dense: Bundle = bundle or load(recipe.model)
     data = torch_part("data").open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
+    if data is not None:
+        stage("evaluate_alone").check_bundle(dense, data.held_out)
     with Workdir(folder, import_module("torch").get_num_threads(), trusted=trust_run) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
         keys = work.agree(stage_keys(run))

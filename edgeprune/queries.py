@@ -73,7 +73,9 @@ def _evaluated(recipe: Recipe, subject: Any, asked: tuple[int, str, bool], say: 
     for note in found.notes:
         say(f"data: {note}")
     attacks, file = recipe.attack.name not in ("none", "auto"), None
-    if bundle is None:
+    if bundle is not None:
+        stage("evaluate_alone").check_bundle(bundle, split)
+    else:
         file = given.judged(split, len(found.labels), wanted=output, attacked=attacks)
         spec = file.spec
     if attacks:
@@ -220,6 +222,11 @@ def why(recipe: Recipe, *, say: Say) -> tuple[Any, list[str]]:
         except (MissingDependency, import_module("edgeprune.errors").ModelError) as error:
             notes.append(f"No times: {error.message}")
     rows = stage("why").run(bundle, times, recipe.prune.skip)
+    rest = 1 - sum(row.macs_share for row in rows)
+    if rest > 1e-9:
+        notes.append(
+            f"{rest:.1%} of the multiply-accumulates are in none of these layers, as those of attention."
+        )
     return rows, [*notes, stage("why").ABOUT_PQI]
 
 

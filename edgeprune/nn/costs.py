@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.nn.surgery import logits
 from edgeprune.records import Group, InputSpec
 
-LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-)  # fmt: skip
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
+
+
+def _twice(*sizes: int) -> int:
+    return 2 * prod(sizes)
+
+
+_ATEN = torch.ops.aten
+# Products that torch's counter does not know: a matrix or a vector with a vector, and nn.Bilinear.
+_PRODUCTS: dict[Any, Callable[..., int]] = {
+    _ATEN.mv: lambda a, b, *_, **__: _twice(*a),
+    _ATEN.addmv: lambda _, a, b, *__, **___: _twice(*a),
+    _ATEN.dot: lambda a, b, *_, **__: _twice(*a),
+    _ATEN._trilinear: lambda a, b, *_, **__: _twice(*a[:-1], *b),
+}
+
+
+_NOT_COUNTED = frozenset({"_cdist_forward", "_embedding_bag", "_pdist_forward"})
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,8 @@ class CostModel:
 
     sizes: tensor -> shape. positions: weight -> multiply-accumulates per entry. shares: tensor -> axis ->
     ((group, entries per channel), ...). channels: group -> C. constant_macs: what no layer's weight explains
-    (attention products). constant_params: parameters that no cut touches.
+    (attention products). constant_params: parameters that no cut touches. uncounted: operators that multiply, and by
+    how much is not known.
     """
 
     sizes: Mapping[str, tuple[int, ...]]
@@ -47,6 +67,7 @@ class CostModel:
     constant_macs: float
     constant_params: int
     parameters: frozenset[str]
+    uncounted: tuple[str, ...] = ()
 
     def cost(self, kept: Mapping[str, int]) -> dict[str, float]:
         """Parameters and multiply-accumulates (one image) when each group keeps so many channels."""
@@ -79,10 +100,11 @@ def layer_costs(network: nn.Module, example: Tensor) -> tuple[LayerCost, ...]:
     Args:
         example: float32 (N, C, H, W); the counts are for one image.
     """
-    outputs: dict[nn.Module, int] = {}
+    entries: dict[nn.Module, int] = {}
 
-    def remember(module: nn.Module, _inputs: object, output: Tensor) -> None:
-        outputs[module] = outputs.get(module, 0) + output.numel() // example.shape[0]
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counted = inputs[0] if isinstance(module, _TRANSPOSED) else output
+        entries[module] = entries.get(module, 0) + counted.numel() // example.shape[0]
 
     handles = [m.register_forward_hook(remember) for m in network.modules() if isinstance(m, LAYERS)]
     try:
@@ -90,14 +112,56 @@ def layer_costs(network: nn.Module, example: Tensor) -> tuple[LayerCost, ...]:
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(_row(name, m, outputs[m]) for name, m in network.named_modules() if m in outputs)
+    return tuple(_row(name, m, entries[m]) for name, m in network.named_modules() if m in entries)
 
 
 def total_macs(network: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one image, products without weights (attention) included."""
-    with FlopCounterMode(display=False) as counter:
+    """Multiply-accumulates of one image: convolutions, and all products, with weights or without.
+
+    Attention and recurrent layers are taken apart into the products that they are made of, whatever kernel runs them
+    otherwise. Elementwise products, sums and transforms (FFT) are none.
+    """
+    with counting() as counter:
         logits(network, example)
     return counter.get_total_flops() // 2 // example.shape[0]
+
+
+def uncounted(network: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """Operators that the network runs and whose multiply-accumulates nobody knows: of other packages, and a few."""
+    with _Seen() as seen, counting():
+        logits(network, example)
+    return tuple(sorted(seen.names))
+
+
+class _Seen(TorchDispatchMode):
+    """Keeps the names of operators that are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in ("aten", "prim", "prims") or func._opname in _NOT_COUNTED:
+            self.names.add(f"{func.namespace}::{func._opname}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Counts twice the multiply-accumulates of what runs inside; no fused kernel hides any of them."""
+    # torch.backends.mkldnn.flags would do, but warns of GPUs that are not there.
+    fused = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=_PRODUCTS) as counter,
+        ):
+            yield counter
+    finally:
+        torch._C._set_mkldnn_enabled(fused[0])
+        torch.backends.mha.set_fastpath_enabled(fused[1])
 
 
 def total_params(network: nn.Module) -> int:
@@ -127,19 +191,17 @@ def cost_model(network: nn.Module, groups: Sequence[Group], example: Tensor) -> 
         constant_macs=float(max(0, total_macs(network, example) - explained)),
         constant_params=sum(p.numel() for p in named.values()) - touched,
         parameters=frozenset(n for n in sizes if n in named),
+        uncounted=uncounted(network, example),
     )
 
 
-def _row(name: str, module: Any, outputs: int) -> LayerCost:
+def _row(name: str, module: Any, entries: int) -> LayerCost:
+    """entries: of the output; of the input where that is multiplied (transposed convolutions)."""
     weight: Tensor = module.weight
     params = sum(p.numel() for p in module.parameters(recurse=False))
     op = type(module).__name__
     if isinstance(module, nn.Linear):
-        return LayerCost(name, op, module.out_features, params, outputs * module.in_features, ())
-    per_output, diluted = weight[0].numel(), 1
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        # Each output entry sums in_channels/groups * kernel products, divided by the stride's dilution.
-        per_output = module.in_channels // module.groups * weight[0, 0].numel()
-        diluted = prod(module.stride)
-    macs = outputs * per_output // diluted
-    return LayerCost(name, op, module.out_channels, params, macs, tuple(module.kernel_size))
+        return LayerCost(name, op, module.out_features, params, entries * module.in_features, ())
+    return LayerCost(
+        name, op, module.out_channels, params, entries * weight[0].numel(), tuple(module.kernel_size)
+    )

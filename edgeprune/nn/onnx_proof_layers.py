@@ -11,9 +11,10 @@ from onnx import NodeProto, TensorProto
 
 from edgeprune.errors import ParityError, UnsupportedModel
 from edgeprune.nn.onnx_steps import maker_of
-from edgeprune.nn.onnx_view import View, attribute, title
+from edgeprune.nn.onnx_view import View, title
+from edgeprune.nn.onnx_work import MULTIPLYING, node_macs
 
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # those that take int8
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
 # What may stand between a stored weight and the node that applies it.
 _PASSING = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast")
@@ -36,14 +37,14 @@ class Layer:
 
 
 def layers(view: View, precision: str) -> Iterator[Layer]:
-    """The products of a graph, in its order, nodes without a name called after what they make.
+    """All that multiplies in a graph, in its order, nodes without a name called after what they make.
 
     Raises:
         ParityError: a float16 weight holds NaN or infinity.
         UnsupportedModel: the shape of one is not known.
     """
     for node in view.graph.node:
-        if node.op_type in PRODUCTS:
+        if node.op_type in MULTIPLYING:
             stored = [_stored(view, name) for name in node.input[:2]]
             weight = stored[1] or (stored[0] if node.op_type in ("Gemm", "MatMul") else "")
             size = prod(view.initializers[weight].dims) if weight in view.initializers else 0
@@ -92,25 +93,14 @@ def _why_not_half(view: View, node: NodeProto) -> str:
 
 def _macs(view: View, node: NodeProto) -> int:
     """Multiply-accumulates for one image: those of a whole batch, over its size."""
-    data, weight, made = (view.shape(name) for name in (*node.input[:2], node.output[0]))
-    summed = prod(size or 0 for size in weight[1:])
-    if node.op_type == "Conv":
-        total = prod(_known(view, made)) * summed
-    elif node.op_type == "ConvTranspose":
-        total = prod(_known(view, data)) * summed
-    else:
-        total = prod(_known(view, made)) * _summed(node, data)
+    total = node_macs(node, lambda name: _known(view, view.shape(name)))
     if not total:
+        shapes = [view.shape(name) for name in (*node.input[:2], node.output[0])]
         raise UnsupportedModel(
-            f"the shapes of {title(node)} are not known: {data} with {weight} gives {made}",
+            f"the shapes of {title(node)} are not known: {shapes[0]} with {shapes[1]} gives {shapes[2]}",
             "infer the shapes of the model first",
         )
     return total // _batch(view)
-
-
-def _summed(node: NodeProto, data: tuple[int | None, ...]) -> int:
-    """How many products a matrix product sums for one entry."""
-    return (data[0 if attribute(node, "transA", 0) else -1] or 0) if data else 0
 
 
 def _known(view: View, shape: tuple[int | None, ...]) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
+from edgeprune.nn.batch_dependence import TWO_LINES, check_alone
 from edgeprune.nn.remodulify import ExportedNetwork
 from edgeprune.nn.zoo import FOREIGN_ERRORS
 
 _LOG = logging.getLogger("edgeprune")
-_IMAGES = 2
+_IMAGES = 4
 
 
 def count_classes(
@@ -33,7 +34,7 @@ def count_classes(
 
     Raises:
         UnsupportedModel: it fails on such images (names the layer), answers with something else than (N, K) floats
-            (says with what), or only takes batches of one certain size.
+            (says with what), gives one logit, only takes batches of one certain size, or mixes the images of a batch.
     """
     fixed = module.fixed_batch if isinstance(module, ExportedNetwork) else None
     if fixed is not None and fixed > 1:
@@ -52,10 +53,16 @@ def count_classes(
         isinstance(answer, Tensor)
         and answer.ndim == 2
         and answer.shape[0] == len(x)
-        and answer.shape[1]
+        and answer.shape[1] > 1
         and answer.is_floating_point()
     ):
+        check_alone(module, x, where)
         return int(answer.shape[1])
+    if isinstance(answer, Tensor) and answer.is_floating_point() and answer.numel() == len(x):
+        raise UnsupportedModel(
+            f"{where} gives one number for each image, {tuple(answer.shape)}; accepted: logits of two classes or more",
+            TWO_LINES,
+        )
     raise UnsupportedModel(
         f"{where} answers {len(x)} images with {_what(answer)}, expected float logits ({len(x)}, K)",
         "give the part of the network that classifies images",

@@ -13,7 +13,7 @@ from edgeprune.nn import surgery
 from edgeprune.nn.costs import total_macs, total_params
 from edgeprune.records import Bundle, Group, Masks, Plan
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 def run(

@@ -15,7 +15,8 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgeprune.codec import scratch_folder
-from edgeprune.errors import MissingDependency, ModelError, UsageError
+from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel, UsageError
+from edgeprune.nn.batch_dependence import TWO_LINES
 from edgeprune.nn.bundle import image_shape
 from edgeprune.nn.data import Split
 from edgeprune.nn.onnx_file import ONNX_ERRORS
@@ -23,6 +24,7 @@ from edgeprune.nn.onnx_open import data_files, opened
 from edgeprune.nn.onnx_view import View, copied, unused
 from edgeprune.records import InputSpec, Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
+from edgeprune.stages import evaluate_alone
 from edgeprune.stages.evaluate import balanced, check_scales
 from edgeprune.stages.evaluate_doubts import beats_guessing
 
@@ -118,7 +120,9 @@ class OnnxFile:
             UsageError: no output has the name `wanted`.
         """
         output = self.named(wanted) if wanted else self.outputs[0] if len(self.outputs) == 1 else None
-        return InputSpec(self.shape[1:], output.size if output and output.kind == SCORES else 0)
+        return InputSpec(
+            self.shape[1:], output.size if output and output.kind == SCORES and output.size > 1 else 0
+        )
 
     def named(self, name: str) -> Output:
         """The output of that name.
@@ -213,7 +217,14 @@ class OnnxFile:
                 f"{self.path.name} can't be attacked: {output.text} gives class numbers and no logits",
                 "export the logits, (N, classes), as an output; without --attack its accuracy is measured",
             )
+        if output.kind == SCORES and output.size < 2:
+            raise UnsupportedModel(
+                f"{self.path.name} gives one number for each image, {output.text}; accepted: logits of two classes or "
+                "more, or class numbers",
+                f"{TWO_LINES}  # and export it again",
+            )
         path = self.with_output(output, classes, logits=attacked)
+        evaluate_alone.check(path, split.take(torch.arange(min(len(split), evaluate_alone.IMAGES))))
         spec = InputSpec(self.shape[1:], output.size if output.kind == SCORES else classes)
         return Judged(path, spec, output, tuple(self._notes(output, why, attacked)), bool(why))
 

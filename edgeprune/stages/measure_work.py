@@ -11,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from edgeprune.errors import ModelError
+from edgeprune.nn.onnx_work import node_macs
 
 # Bytes of one number.
 WIDTH = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -68,20 +69,13 @@ def _layers(
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> int:
-    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return 0
-    out, first, second = (shapes.get(name) for name in (node.output[0], node.input[0], node.input[1]))
-    if out is None or first is None or second is None:
+    macs = node_macs(node, lambda name: tuple(shapes[name]) if name in shapes else None)
+    if macs is None:
         raise ModelError(
             f"the shape of {node.name!r} ({node.op_type}) can't be told",
             "export the file again, with fixed H and W",
         )
-    if node.op_type == "Conv":
-        return prod(out) * prod(second[1:])
-    if node.op_type == "ConvTranspose":
-        return prod(first) * prod(second[1:])
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    return prod(out) * first[0 if transposed else -1]
+    return macs
 
 
 def _shapes(graph: onnx.GraphProto) -> Iterator[tuple[str, tuple[int, ...]]]:

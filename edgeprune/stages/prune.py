@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import codec, plugins
-from edgeprune.errors import InfeasibleBudget, WorkdirError
+from edgeprune.errors import InfeasibleBudget, UnsupportedModel, WorkdirError
 from edgeprune.methods import Method, PruneTask, Training, TrainingMethod
 from edgeprune.nn.allocate import Rules, shared_counts
 from edgeprune.nn.bundle import deployed
@@ -33,7 +33,7 @@ __all__ = [
     "write",
 ]  # fmt: skip
 
-RESULT_VERSION = 6
+RESULT_VERSION = 7
 # A budget with one of these says itself how small or fast it is to become.
 SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
 
@@ -105,6 +105,9 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: Material) -
     masks, notes = _search(network, method, task, (budget, _light(budget, task, material)), material)
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
         notes = (*notes, "The network meets the budget with all of its channels: nothing was removed.")
+    if task.costs.uncounted:
+        what = ", ".join(task.costs.uncounted)
+        notes = (*notes, f"Multiply-accumulates of {what} are not known and not in any count.")
     notes = (*notes, *_unaligned(masks, material.multiple_of, "latency" in task.record))
     if task.weights is not None:
         task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
@@ -223,7 +226,16 @@ def _unaligned(masks: Masks, multiple_of: int, timed: bool) -> tuple[str, ...]:
 
 
 def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict[str, float]:
-    """The limits on what is counted (macs, params), in numbers."""
+    """The limits on what is counted (macs, params), in numbers.
+
+    Raises:
+        UnsupportedModel: there is one on macs, and the network multiplies in ways that are not counted.
+    """
+    if "macs" in budget.limits and costs.uncounted:
+        raise UnsupportedModel(
+            f"a budget of macs can't be held: multiply-accumulates of {', '.join(costs.uncounted)} are not known",
+            "set a budget on what can be told: params, size or latency_p50",
+        )
     # `params` counts what is not zero; the cost model counts every entry, so it errs on the side of the budget.
     dense = {"macs": costs.cost({})["macs"], "params": float(total_params(network))}
     return {m: absolute(limit, dense[m]) for m, limit in budget.limits.items() if m in COUNTED}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.costs import layer_costs, normalized_example
+from edgeprune.nn.costs import layer_costs, normalized_example, total_macs
 from edgeprune.nn.graph import Graph, find_groups, provable_groups
 from edgeprune.nn.pqi import pqi
 from edgeprune.records import Bundle
@@ -53,7 +53,7 @@ def run(bundle: Bundle, times: Mapping[str, float], skip: tuple[str, ...] = ()) 
         if m.role in ("producer", "norm")
     }
     rows = layer_costs(bundle.module, example)
-    macs, seconds = sum(r.macs for r in rows) or 1, sum(times.values())
+    macs, seconds = total_macs(bundle.module, example) or 1, sum(times.values())
     return tuple(
         LayerReason(
             layer=r.name, op=r.op, channels=r.channels, params=r.params, macs=r.macs, macs_share=r.macs / macs,
