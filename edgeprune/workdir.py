@@ -60,7 +60,7 @@ def check_shipped(run: Path) -> None:
         "give `edgeprune compress` the same command again: it writes both anew",
     )
     try:
-        said = json.loads(report.read_text(encoding="utf-8"))["environment"]["files"]
+        said = codec.load(report)["environment"]["files"]
         told = {name: str(said[name]) for name in PUBLISHED if name in said}
         found = {name: digest(run / name) for name in PUBLISHED if (run / name).is_file()}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -215,7 +215,7 @@ class Workdir:
         path = self.root / LOCKFILE
         if path.exists() and not again:
             try:
-                held = dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+                held = dict(codec.load(path)["model"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise WorkdirError(
                     f"{path} is corrupt", f"delete {self.root}, or choose another directory with -o"
@@ -338,7 +338,7 @@ class Workdir:
         """
         again = f"delete {folder}; it will be made again"
         try:
-            record = dict(json.loads((folder / "record.json").read_text(encoding="utf-8")))
+            record = dict(codec.load(folder / "record.json"))
             found, files = record.pop("seal", None), dict(record["files"])
             stage, key, threads = str(record["stage"]), str(record["key"]), record.get("threads")
             there = {

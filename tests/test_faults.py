@@ -305,13 +305,17 @@ def test_no_value_of_a_target_or_a_file_runs_in_the_engine_script(
     assert all(line.startswith("#") for line in head if line)
 
 
-@pytest.mark.parametrize("name", ["n" * 5000, "circle.pt", "file/inside.pt"])
+@pytest.mark.parametrize(
+    "name", ["n" * 5000, "circle.pt", "file/inside.pt", "pipe.pt", "endless.safetensors"]
+)
 def test_a_path_that_the_system_refuses_is_no_bug(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "circle.pt").symlink_to("circle.pt")
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "endless.safetensors").symlink_to("/dev/zero")
     for argv in (["why", name], ["evaluate", name, "--data", name], ["gate", name, "--budget", "macs=1"]):
         done = CliRunner().invoke(app, argv)
         assert done.exit_code == 2, done.output

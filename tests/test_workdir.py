@@ -16,10 +16,12 @@ import pytest
 
 from edgeprune import bundled, recipe, workdir
 from edgeprune.context import Context
-from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.errors import ModelError, UsageError, WorkdirError
 from edgeprune.keys import dense_key
 from edgeprune.nn import team
+from edgeprune.nn.bundle import load_bundle
 from edgeprune.records import Budget, Bundle, InputSpec, Source
+from edgeprune.schema import ModelTable
 from edgeprune.workdir import STAGES, Workdir, check_shipped, digest
 
 
@@ -241,7 +243,7 @@ def test_a_stage_that_was_changed_together_with_its_record_is_refused(tmp_path: 
 def test_a_record_with_another_seal_is_refused(tmp_path: Path, seal: object) -> None:
     record = finished(tmp_path) / "record.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "seal": seal}))
-    with pytest.raises(WorkdirError, match="its seal is not of"):
+    with pytest.raises(WorkdirError, match="its seal is not of|surrogates not allowed"):
         finished(tmp_path)
 
 
@@ -315,3 +317,13 @@ def test_of_a_finished_stage_no_scratch_is_left(tmp_path: Path) -> None:
     with Workdir(tmp_path) as work:
         work.stage("tune", "k", lambda out: (work.scratch("k") / "state").write_text("x") and None)
     assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("labels", [5, None, [["a"]]])
+def test_a_plan_of_somebody_else_names_classes_or_none(tmp_path: Path, labels: object) -> None:
+    for name in ("recipe.toml", "model.pt2"):
+        (tmp_path / name).touch()
+    for text in (json.dumps({"labels": labels}), '{"labels": ' + "[" * 100_000 + "]" * 100_000 + "}"):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ModelError):
+            load_bundle(ModelTable(path=str(tmp_path)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from copy import deepcopy
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune import codec
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.nn import filekinds, pickles, pt2, zoo
 from edgeprune.nn.computed import compute_once, detached, note
@@ -200,13 +200,15 @@ def _file_of(path: Path) -> tuple[Path, tuple[str, ...]]:
             "run its compress again; it goes on where it stopped",
         )
     try:
-        labels = json.loads((path / _PLAN).read_text(encoding="utf-8"))["labels"]
+        labels = tuple(str(label) for label in codec.load(path / _PLAN)["labels"])
     except (OSError, ValueError, KeyError, TypeError):
         labels = ()
-    return path / _PROGRAM, tuple(str(label) for label in labels)
+    return path / _PROGRAM, labels
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # what a pipe or a device gives may never end
+        raise UsageError(f"{path} is no file")
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

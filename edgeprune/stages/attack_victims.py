@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
-from edgeprune import bundled
+from edgeprune import bundled, codec
 from edgeprune import recipe as recipes
 from edgeprune.devices import Attached, Device
 from edgeprune.errors import EdgepruneError, UnsafeModel, UnsupportedModel, UsageError
@@ -199,7 +198,7 @@ def _dense(run: Path, given: ModelTable, trusted: bool) -> tuple[Bundle | None, 
     """The model that a run started from, or why it can't be had."""
     try:
         table = recipes.build({"model": bundled.read_toml(run / "recipe.toml")["model"]}, {}).model
-        sha256 = str(json.loads((run / "edgeprune.lock").read_text(encoding="utf-8"))["model"]["sha256"])
+        sha256 = str(codec.load(run / "edgeprune.lock")["model"]["sha256"])
     except (EdgepruneError, OSError, ValueError, LookupError, TypeError) as error:
         return None, f"its recipe or its lock file can't be read ({error})"
     path = Path(table.path)
