@@ -271,12 +271,12 @@ class Last(nn.Module):
 
 
 class Norms(nn.Module):
-    """A norm of each image by itself, and a batch-norm without scale and shift."""
+    """Batch-norms with and without scale and shift."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.m = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False)
-        self.b, self.n = nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8)
+        self.b, self.n = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
