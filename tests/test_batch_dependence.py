@@ -61,7 +61,7 @@ class Less(nn.Module):
 def test_the_layer_that_mixes_the_images_of_a_batch_is_named(network: nn.Module, layer: str) -> None:
     with pytest.raises(UnsupportedModel) as refused:
         from_module(network, X)
-    assert f"in a batch of 4 than alone: {layer} mixes" in refused.value.message
+    assert f"in a batch of 2 than alone: {layer} mixes" in refused.value.message
     assert "track_running_stats=True" in refused.value.hint
 
 
@@ -96,7 +96,7 @@ def test_what_only_other_images_show_is_seen_on_them() -> None:
 @pytest.mark.parametrize("end", [None, lambda x: x[:, 0]])
 def test_one_logit_is_refused_with_the_lines_that_make_it_two(end: Function | None) -> None:
     network = Net(end=end, classes=1).eval()
-    with pytest.raises(UnsupportedModel, match=r"one number for each image, \(4,") as refused:
+    with pytest.raises(UnsupportedModel, match=r"one number for each image, \(2,") as refused:
         from_module(network, X)
     assert refused.value.hint == TWO_LINES
     names = {"torch": torch, "network": network}

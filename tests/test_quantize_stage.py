@@ -474,23 +474,8 @@ def test_a_batch_of_one_is_freed_for_judging_and_gives_the_same_answers(residual
     )
 
 
-class Fixed(nn.Module):
-    """Its answer depends on how many images there are: the batch can't be freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.conv(x))
-        return self.fc((y - y.mean((0, 2, 3), keepdim=True)).abs().mean((2, 3)))
-
-
-@pytest.mark.parametrize("dynamic_batch", [False, True])
-def test_models_are_judged_right_whatever_their_batch(dynamic_batch: bool, tmp_path: Path) -> None:
-    module = nets.build("residual") if dynamic_batch else Fixed().eval()
-    path = exported(tmp_path, module, dynamic_batch=dynamic_batch)
-    assert not frees(onnx.load(path), images(4))
+def test_models_are_judged_right_in_any_batch(tmp_path: Path) -> None:
+    path = exported(tmp_path, nets.build("residual"), dynamic_batch=True)
     result = quantize.run(path, tmp_path, job(tmp_path, labelled(path)))
     read = {r.metric: r.value for r in result.readings}
     mine = next(c for c in result.candidates if c["chosen"])

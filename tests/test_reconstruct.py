@@ -270,13 +270,13 @@ class Last(nn.Module):
         return self.fc(torch.relu(x + self.c(torch.relu(self.b(x)))).mean((1, 2)))
 
 
-class Batch(nn.Module):
-    """A batch-norm that remembers nothing, and one without scale and shift."""
+class Norms(nn.Module):
+    """Batch-norms with and without scale and shift."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.m = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False)
-        self.b, self.n = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)
+        self.b, self.n = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize(
     "network",
-    [Dense(), Dense(bias=False), Bare(), Edges(), Flat(), Last(), Batch(), Shared()],
+    [Dense(), Dense(bias=False), Bare(), Edges(), Flat(), Last(), Norms(), Shared()],
     ids=lambda network: type(network).__name__,
 )
 def test_networks_of_every_kind_come_nearer_to_the_dense_one(
@@ -329,16 +329,6 @@ def test_very_few_images_are_enough_to_run(count: int) -> None:
     small = halved(dense)
     found = repair(dense, small, images(count), seed=0)
     assert divergence(dense, found.bundle, images(count)) < divergence(dense, small, images(count))
-
-
-def test_a_network_with_a_single_logit_is_repaired_too() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
-    dense = from_module(network, nets.example())
-    small, x = halved(dense), images(64)
-    found = repair(dense, small, x, seed=0).bundle
-    wanted = answers(dense, x)
-    far, near = (float((answers(b, x) - wanted).square().mean()) for b in (small, found))
-    assert near < 0.5 * far
 
 
 class Sum(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -136,3 +136,39 @@ def _free(graph: GraphProto) -> Iterator[str]:
     for node in graph.node:
         yield from (name for name in (*node.input, *captured(node)) if name and name not in own)
     yield from (value.name for value in graph.output if value.name not in own)
+
+
+def inputs_of(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs of a model; older files list their initializers among them."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in constants]
+
+
+def add_node(model: ModelProto, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+    """A node more at the end of the graph; the name of its one output."""
+    name = unused(View(model), f"edgeprune.{op}")
+    model.graph.node.append(helper.make_node(op, list(inputs), [name], name, **attributes))
+    return name
+
+
+def add_constant(model: ModelProto, value: Any) -> str:
+    """An initializer more; its name."""
+    name = unused(View(model), "edgeprune.number")
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return name
+
+
+def one_hot(model: ModelProto, name: str, classes: int, *, ranked: bool) -> str:
+    """Rows (N, classes) of class numbers (N,), or of the first of each row if `ranked`: 1 at the class, 0 elsewhere.
+
+    A number that is none of the classes gives NaN, which is never right.
+    """
+    if ranked:
+        name = add_node(model, "Flatten", [name], axis=1)
+        name = add_node(model, "Gather", [name, add_constant(model, np.int64(0))], axis=1)
+    name = add_node(model, "Reshape", [name, add_constant(model, np.array([-1, 1], np.int64))])
+    name = add_node(model, "Cast", [name], to=TensorProto.INT64)
+    name = add_node(model, "Equal", [name, add_constant(model, np.arange(classes, dtype=np.int64)[None])])
+    name = add_node(model, "Cast", [name], to=TensorProto.FLOAT)
+    total = add_node(model, "MatMul", [name, add_constant(model, np.ones((classes, 1), np.float32))])
+    return add_node(model, "Div", [name, total])

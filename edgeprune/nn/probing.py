@@ -15,7 +15,7 @@ from edgeprune.nn.remodulify import ExportedNetwork
 from edgeprune.nn.zoo import FOREIGN_ERRORS
 
 _LOG = logging.getLogger("edgeprune")
-_IMAGES = 4
+_IMAGES = 2
 
 
 def count_classes(

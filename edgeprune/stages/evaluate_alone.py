@@ -15,8 +15,9 @@ from edgeprune.nn.bundle import deployed
 from edgeprune.nn.data import Split
 from edgeprune.nn.onnx_batch import batch_of
 from edgeprune.nn.onnx_open import opened
-from edgeprune.nn.parity import ORT_ERRORS, open_onnx
+from edgeprune.nn.parity import ORT_ERRORS
 from edgeprune.records import Bundle
+from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
 # So many images are given together and each alone.
 IMAGES = 8
@@ -44,9 +45,9 @@ def check(path: Path, x: Tensor) -> None:
     model, x = opened(path), x[:IMAGES]
     if batch_of(model) is not None or len(x) < 2:
         return
-    network = open_onnx(model)
-    together, alone = network(x), torch.cat([network(image) for image in x.split(1)])
-    if together.shape != alone.shape or differs(together, alone):
+    session = OnnxRuntime().open(path, 1)
+    together, *alone = (torch.from_numpy(session(part.numpy())) for part in (x, *x.split(1)))
+    if together.shape != torch.cat(alone).shape or differs(together, torch.cat(alone)):
         raise UnsupportedModel(
             f"{path.name} gives an image another output in a batch of {len(x)} than alone: {_first(model, x)} mixes "
             "the images of a batch",
@@ -66,9 +67,10 @@ def _first(model: onnx.ModelProto, x: Tensor) -> str:
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(told.SerializeToString(), options, ["CPUExecutionProvider"])
-        given = session.get_inputs()[0].name
-        together = session.run(list(nodes), {given: x.numpy()})
-        parts = [session.run(list(nodes), {given: image.numpy()}) for image in x.split(1)]
+        given = session.get_inputs()[0]
+        x = x.half() if "float16" in given.type else x
+        together = session.run(list(nodes), {given.name: x.numpy()})
+        parts = [session.run(list(nodes), {given.name: image.numpy()}) for image in x.split(1)]
     except ORT_ERRORS:
         return "it"
     for number, (name, node) in enumerate(nodes.items()):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from edgeprune.codec import scratch_folder
 from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel, UsageError
@@ -21,7 +21,7 @@ from edgeprune.nn.bundle import image_shape
 from edgeprune.nn.data import Split
 from edgeprune.nn.onnx_file import ONNX_ERRORS
 from edgeprune.nn.onnx_open import data_files, opened
-from edgeprune.nn.onnx_view import View, copied, unused
+from edgeprune.nn.onnx_view import View, add_constant, add_node, copied, inputs_of, one_hot, unused
 from edgeprune.records import InputSpec, Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.stages import evaluate_alone
@@ -101,7 +101,7 @@ class OnnxFile:
     @property
     def image(self) -> ValueInfoProto:
         """The input."""
-        return _inputs(self.model)[0]
+        return inputs_of(self.model)[0]
 
     @property
     def kind(self) -> int:
@@ -183,9 +183,9 @@ class OnnxFile:
         model = copied(self.model)
         _take_image(model, self)
         if output.kind in (LABELS, RANKS):
-            name = _one_hot(model, name, classes, output.kind)
+            name = one_hot(model, name, classes, ranked=output.kind == RANKS)
         elif not output.flat:
-            name = _added(model, "Flatten", [name], axis=1)
+            name = add_node(model, "Flatten", [name], axis=1)
         _keep(
             model,
             name,
@@ -289,7 +289,7 @@ def look(path: Path, folder: Path, given: str = "") -> OnnxFile:
     """
     model = opened(path)
     check_scales(path, model)
-    inputs = _inputs(model)
+    inputs = inputs_of(model)
     dims = _dims(inputs[0]) if len(inputs) == 1 else None
     if dims is None or len(dims) != 4 or inputs[0].type.tensor_type.elem_type not in _INPUTS:
         found = "; ".join(_text(value) for value in inputs) or "none"
@@ -392,11 +392,6 @@ def _asked(file: OnnxFile, value: ValueInfoProto) -> tuple[int, ...]:
         ) from error
 
 
-def _inputs(model: ModelProto) -> list[ValueInfoProto]:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in constants]
-
-
 def _dims(value: ValueInfoProto) -> list[int] | None:
     """The shape, 0 where it is open; None where there is none."""
     kind = value.type.tensor_type
@@ -421,19 +416,6 @@ def _text(value: ValueInfoProto) -> str:
     return f"{value.name!r} {_type(value)} ({', '.join(words)})"
 
 
-def _added(model: ModelProto, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-    """A node more at the end; the name of what it makes."""
-    name = unused(View(model), f"edgeprune.{op}")
-    model.graph.node.append(helper.make_node(op, list(inputs), [name], name, **attributes))
-    return name
-
-
-def _constant(model: ModelProto, value: Any) -> str:
-    name = unused(View(model), "edgeprune.number")
-    model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    return name
-
-
 def _keep(model: ModelProto, name: str, kind: int, dims: Sequence[int | str]) -> None:
     """Make a value the only output."""
     same = [
@@ -445,7 +427,7 @@ def _keep(model: ModelProto, name: str, kind: int, dims: Sequence[int | str]) ->
 
 def _take_image(model: ModelProto, file: OnnxFile) -> None:
     """Make the file take float32 (N, C, H, W) in [0, 1], whatever its input was; in place."""
-    image, graph = _inputs(model)[0], model.graph
+    image, graph = inputs_of(model)[0], model.graph
     bytes_, narrow = file.kind == TensorProto.UINT8, file.kind in _FLOATS
     if narrow and not file.last:
         return
@@ -460,7 +442,7 @@ def _take_image(model: ModelProto, file: OnnxFile) -> None:
         value = f"{name}.last"
     if bytes_:
         # Exact, and unlike a Cast it has gradients in the network that attacks read from the file.
-        scale = [_constant(model, np.float32(1 / 255)), _constant(model, np.uint8(0))]
+        scale = [add_constant(model, np.float32(1 / 255)), add_constant(model, np.uint8(0))]
         nodes.append(helper.make_node("QuantizeLinear", [value, *scale], [image.name], f"{name}.bytes"))
     elif not narrow:
         nodes.append(helper.make_node("Cast", [value], [image.name], f"{name}.cast", to=file.kind))
@@ -471,19 +453,6 @@ def _take_image(model: ModelProto, file: OnnxFile) -> None:
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *rest])
-
-
-def _one_hot(model: ModelProto, name: str, classes: int, kind: str) -> str:
-    """1 at the class that is named, 0 elsewhere; NaN, which is never right, where it is none of the classes."""
-    if kind == RANKS:
-        name = _added(model, "Flatten", [name], axis=1)
-        name = _added(model, "Gather", [name, _constant(model, np.int64(0))], axis=1)
-    name = _added(model, "Reshape", [name, _constant(model, np.array([-1, 1], np.int64))])
-    name = _added(model, "Cast", [name], to=TensorProto.INT64)
-    name = _added(model, "Equal", [name, _constant(model, np.arange(classes, dtype=np.int64)[None])])
-    name = _added(model, "Cast", [name], to=TensorProto.FLOAT)
-    total = _added(model, "MatMul", [name, _constant(model, np.ones((classes, 1), np.float32))])
-    return _added(model, "Div", [name, total])
 
 
 def _source(view: View, name: str, ops: Sequence[str]) -> NodeProto | None:

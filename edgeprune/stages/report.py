@@ -89,7 +89,7 @@ def _locate(path: Path) -> Path:
         file = path / "report.json" if folder else path
         found = file.is_file()
     except OSError as error:
-        raise UsageError(f"{path} can't be read: {error}") from error
+        raise UsageError(f"{path} can't be read: {error.strerror}") from error
     if folder and not found:
         hint = "the run has not finished: give `edgeprune compress` the same command again to resume it"
         raise UsageError(f"{path} has no report.json", hint)
