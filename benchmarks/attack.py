@@ -28,16 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn.bundle import deployed, load_bundle
-from edgeprune.nn.data import Split, in_memory, open_data
+from edgeprune.data.dataset import Split, in_memory, open_data
+from edgeprune.measure.evaluate import balanced
+from edgeprune.models.bundle import deployed, load_bundle
 from edgeprune.quantities import eps_of
-from edgeprune.recipe import AttackTable, DataTable, ModelTable
+from edgeprune.recipe.schema import AttackTable, DataTable, ModelTable
 from edgeprune.records import Bundle
-from edgeprune.stages import attack
-from edgeprune.stages.evaluate import balanced
+from edgeprune.robustness import models_under_attack, stage
+from edgeprune.robustness.job import attack_job
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "resnet20_cifar10.py"
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 SIDES = ("reference", "edgeprune")
 
 
@@ -162,11 +165,11 @@ def ours(bundle: Bundle, part: Split, setting: Setting) -> Result:
     """The attack stage, as `evaluate --attack standard` runs it."""
     network = frozen(bundle)
     wall, cpu = time.perf_counter(), time.process_time()
-    victim = attack.of_network("dense", network, bundle.source.sha256)
+    victim = models_under_attack.of_network("dense", network, bundle.source.sha256)
     table = AttackTable("standard", setting.eps, setting.norm, batch=len(part))
-    job = attack.job(table, seed=setting.seed, data=part.name)
+    job = attack_job(table, seed=setting.seed, data=part.name)
     with tempfile.TemporaryDirectory() as scratch:
-        found = attack.run(victim, part, job, scratch=Path(scratch), say=say)
+        found = stage.run(victim, part, job, scratch=Path(scratch), say=say)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Result(
         [], list(found.clean_right), list(found.survived), wall, cpu, dict(found.broken), dict(found.seconds)

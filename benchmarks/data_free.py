@@ -21,18 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from linf import pgd, right
 
-import edgeprune
-from edgeprune.nn.bundle import deployed
-from edgeprune.nn.data import open_data
-from edgeprune.recipe import DataTable
+from edgeprune import api
+from edgeprune.data.dataset import open_data
+from edgeprune.models.bundle import deployed
+from edgeprune.recipe.schema import DataTable
 from edgeprune.records import Bundle
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "resnet20_cifar10.py"
+
 MEAN, STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
+
 ROWS: dict[str, tuple[str, ...]] = {
     "default": (),
     "stochastic": ("--set", "prune.mode=stochastic", "--set", "prune.repair=none"),
@@ -92,12 +94,10 @@ def one(given: argparse.Namespace, folder: Path, row: tuple[str, str, int]) -> d
         "speedup": dense["latency_p50"] / found["latency_p50"], "agreement": found.get("synthetic_agreement"),
     }  # fmt: skip
     if given.attack:
-        result["robust"] = robust(edgeprune.load(run), given.data, given.attack)
+        result["robust"] = robust(api.load(run), given.data, given.attack)
         reference = folder / f"dense-robust-{given.attack}.json"
         if not reference.exists():
-            model = edgeprune.load(
-                given.weights, arch=f"{EXAMPLE}:resnet20", input="3x32x32", mean=MEAN, std=STD
-            )
+            model = api.load(given.weights, arch=f"{EXAMPLE}:resnet20", input="3x32x32", mean=MEAN, std=STD)
             reference.write_text(json.dumps(robust(model, given.data, given.attack)))
         result["dense_robust"] = json.loads(reference.read_text())
     file.write_text(json.dumps(result))

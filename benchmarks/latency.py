@@ -29,13 +29,15 @@ from latency_accuracy import accuracies
 from latency_cases import MULTIPLE, THOROUGH, Case, case, material, ours, seconds, write
 from torch import nn
 
-from edgeprune.nn import costs, surgery
-from edgeprune.nn.allocate import levels
-from edgeprune.nn.bundle import from_module
-from edgeprune.recipe import PruneTable
+from edgeprune.models import costs, surgery
+from edgeprune.models.bundle import from_module
+from edgeprune.recipe.schema import PruneTable
+from edgeprune.structure.allocation import levels
 
 BUDGETS = (0.75, 0.5)
+
 UNIFORM = (0.9, 0.8, 0.7, 0.6)
+
 SEEDS = 2
 
 

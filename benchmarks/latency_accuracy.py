@@ -19,14 +19,17 @@ import torch
 from latency_cases import THOROUGH, Case, case, material, ours, seconds, write
 from torch import Tensor
 
-from edgeprune.nn import costs, data
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.recipe import DataTable, PruneTable, TuneTable
+from edgeprune.data import dataset
+from edgeprune.measure import evaluate
+from edgeprune.models import costs
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.prune.latency_search import AIM
+from edgeprune.recipe.schema import DataTable, PruneTable, TuneTable
 from edgeprune.records import Bundle
-from edgeprune.stages import evaluate, tune
-from edgeprune.stages.prune_latency import AIM
+from edgeprune.train import tune
 
 UNIFORM, TABLE, MACS = "uniform", "by the table", "by multiply-accumulates"
+
 WAYS = {
     UNIFORM: PruneTable(method="taylor", allocation="uniform"),
     TABLE: PruneTable(method="taylor"),
@@ -42,25 +45,25 @@ def share_right(network: Bundle, images: Tensor, labels: Tensor) -> float:
     return float((answers.argmax(1) == labels).double().mean())
 
 
-def trained(given: argparse.Namespace, folder: Path) -> tuple[Case, data.Data]:
+def trained(given: argparse.Namespace, folder: Path) -> tuple[Case, dataset.Data]:
     """The trained network with its latency table, and its images."""
     network = latency_networks.resnet20()
     network.load_state_dict(torch.load(given.weights, weights_only=True))
     bundle = from_module(network.eval(), torch.rand(1, 3, 32, 32))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     bundle = replace(bundle, input=replace(bundle.input, mean=mean, std=std))
-    images = data.open_data(DataTable(path=given.data), bundle.input, 0)
+    images = dataset.open_data(DataTable(path=given.data), bundle.input, 0)
     return case("ResNet-20, trained", bundle, costs.normalized_example(bundle.input, 0), folder), images
 
 
 def row(
-    given: argparse.Namespace, trained: tuple[Case, data.Data], how: tuple[str, float, int], file: Path
+    given: argparse.Namespace, trained: tuple[Case, dataset.Data], how: tuple[str, float, int], file: Path
 ) -> None:
     """Cut to a share of the time, tune, read; the network goes to the file and what was read into one beside it."""
     (it, images), (way, share, seed) = trained, how
     assert images.train is not None
-    seen = data.calibration_images(images, "default")
-    labels = images.train.labels[data.calibration_indices(images.train.labels, "default")]
+    seen = dataset.calibration_images(images, "default")
+    labels = images.train.labels[dataset.calibration_indices(images.train.labels, "default")]
     more: dict[str, Any] = {"images": seen, "labels": labels}
     if way == MACS:
         more["clock"] = None

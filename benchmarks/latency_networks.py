@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from resnet20_cifar10 import ResNet20
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from resnet20_cifar10 import ResNet20
 
 CLASSES = 100
 

@@ -22,25 +22,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from linf import fgsm, pgd, right
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from linf import fgsm, pgd, right
-
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.nn.costs import cost_model, normalized_example
-from edgeprune.nn.graph import find_groups
-from edgeprune.recipe import PruneTable
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.models.costs import cost_model, normalized_example
+from edgeprune.prune import cut, stage
+from edgeprune.recipe.schema import PruneTable
 from edgeprune.records import Budget, Bundle, Limit
-from edgeprune.stages import cut, prune
+from edgeprune.structure.groups import find_groups
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 HELD_OUT, EPOCHS, BATCH, RATE = 500, 60, 64, 1e-3
+
 EPS = (0.05, 0.1)
+
 STEPS = 20
+
 CLASSES = 10
+
 SALIENCY = "saliency"
+
 # The published baseline ranks the pairs of the trained network once; here that is one step, and merges of equal weight.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "saliency, in one step, unscaled": ("data-free", {"mode": "baseline", "step": 1.0, "scaled": False}),
@@ -55,7 +60,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
     "random": ("uniform-random", {}),
 }
+
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
 COLUMNS = ("accuracy", *(f"{attack} {eps:g}" for eps in EPS for attack in ("FGSM", "PGD-20")))
 
 
@@ -132,10 +139,10 @@ def pruned(dense: Bundle, share: float, table: PruneTable, seed: int) -> Bundle:
     macs = cost_model(dense.module, groups, example).cost(kept)["macs"]
     budget = Budget({"macs": Limit("macs", "absolute", macs, f"{macs:.0f}")})
     uniform = PruneTable(method=table.method, options=table.options, allocation="uniform", repair="none")
-    chosen = prune.run(dense, uniform, budget, prune.Material(None, None, {}, 1, seed))
+    chosen = stage.run(dense, uniform, budget, stage.PruningInputs(None, None, {}, 1, seed))
     if {g: int(keep.sum()) for g, keep in chosen.masks.channels.items()} != kept:
         raise SystemExit(f"{table.method} kept other counts than {kept}")
-    return cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, example, edited=chosen.edited)[1]
+    return cut.run_cut(dense, chosen.groups, chosen.masks, chosen.left_out, example, edited=chosen.edited)[1]
 
 
 def measured(bundle: Bundle, test: Images) -> dict[str, float]:

@@ -21,16 +21,18 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from edgeprune import plugins, targets
+from edgeprune.devices._base import device_from_url
+from edgeprune.export import stage
+from edgeprune.measure import latency
+from edgeprune.methods._base import PruneTask
+from edgeprune.models import architectures, costs, surgery
+from edgeprune.models.bundle import from_module
+from edgeprune.recipe.schema import ExportTable, MeasureTable
+from edgeprune.structure import groups
+from edgeprune.structure.allocation import Rules
 
-from edgeprune import bundled, plugins
-from edgeprune.devices import device_from_url
-from edgeprune.methods import PruneTask
-from edgeprune.nn import costs, graph, surgery, zoo
-from edgeprune.nn.allocate import Rules
-from edgeprune.nn.bundle import from_module
-from edgeprune.recipe import ExportTable, MeasureTable
-from edgeprune.stages import export, measure
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 MODELS = (
     "resnet20",
@@ -48,13 +50,13 @@ def network(spec: str) -> tuple[nn.Module, Tensor]:
         import resnet20_cifar10
 
         return resnet20_cifar10.resnet20().eval(), torch.rand(1, 3, 32, 32)
-    return zoo.architecture(spec).eval(), torch.rand(1, 3, 224, 224)
+    return architectures.architecture(spec).eval(), torch.rand(1, 3, 224, 224)
 
 
 def ours(dense: nn.Module, x: Tensor, share: float, multiple_of: int) -> tuple[nn.Module, float]:
     """The network as edgeprune cuts it (group magnitude, proof included), and the seconds that it took."""
     start = time.perf_counter()
-    found = graph.provable_groups(dense, graph.find_groups(dense, x), x, 0)
+    found = groups.provable_groups(dense, groups.find_groups(dense, x), x, 0)
     model = costs.cost_model(dense, found.groups, x)
     rules = Rules({"macs": share * model.cost({})["macs"]}, multiple_of)
     task = PruneTask(found.groups, model, rules, lambda net, pixels: net(pixels))
@@ -89,7 +91,7 @@ def peer(dense: nn.Module, x: Tensor, share: float, multiple_of: int) -> tuple[n
 def row(spec: str, share: float, threads: int, folder: Path) -> str:
     """One line of the table."""
     dense, x = network(spec)
-    multiple_of = bundled.target("local").multiple_of["fp32"]
+    multiple_of = targets.target("local").multiple_of["fp32"]
     files, cells = {}, {}
     for name, cut in (("dense", None), ("ours", ours), ("peer", peer)):
         try:
@@ -97,14 +99,14 @@ def row(spec: str, share: float, threads: int, folder: Path) -> str:
             start = time.perf_counter()
             path = folder / f"{name}.onnx"
             bundle = from_module(small, x)
-            export.run(small.eval(), bundle.input, path, opset=20, table=ExportTable(), meta={}, real=None)
+            stage.run(small.eval(), bundle.input, path, opset=20, table=ExportTable(), meta={}, real=None)
         except Exception as error:
             cells[name] = f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:60]}"
             continue
         files[name] = path
         macs = costs.total_macs(small, x) / costs.total_macs(dense, x)
         cells[name] = f"{100 * macs:5.1f} % | {seconds:6.1f} s | {time.perf_counter() - start:5.1f} s"
-    timed = measure.latency(files, device_from_url("local"), MeasureTable(threads=threads))
+    timed = latency.latency(files, device_from_url("local"), MeasureTable(threads=threads))
     p50 = {n: next(r.value for r in rows if r.metric == "latency_p50") for n, rows in timed.readings.items()}
     lines = [f"| {spec} | dense | 100.0 % | | | {1e3 * p50['dense']:.2f} ms | 1.00x |"]
     for name in ("ours", "peer"):

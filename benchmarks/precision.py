@@ -25,23 +25,30 @@ import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from precision_networks import Normalized, large, small_mobilenet, train
+from resnet20_cifar10 import resnet20
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from resnet20_cifar10 import resnet20
-
+from edgeprune.data.dataset import Data, calibration_indices, open_data
+from edgeprune.data.synthesis import synthesize
 from edgeprune.devices.local import Local
-from edgeprune.nn.data import Data, calibration_indices, open_data
-from edgeprune.nn.onnx_proof import closeness, prove
-from edgeprune.nn.parity import open_onnx
-from edgeprune.nn.synthesis import synthesize
-from edgeprune.recipe import DataTable, ExportTable, MeasureTable, QuantizeTable
+from edgeprune.export import stage
+from edgeprune.measure import latency
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.quantize import job as job_module
+from edgeprune.quantize import stage as stage_module
+from edgeprune.quantize.job import CalibrationSet
+from edgeprune.quantize.stage import FILE
+from edgeprune.quantize.verification import closeness, verify
+from edgeprune.recipe.schema import DataTable, ExportTable, MeasureTable, QuantizeTable
 from edgeprune.records import InputSpec
-from edgeprune.stages import export, measure, quantize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 LARGE, SMALL = InputSpec((3, 224, 224), 100), InputSpec((3, 32, 32), 10)
+
 LARGE_IMAGES, COMPARED = 24, 300
+
 FP32, PLAIN, OURS = "fp32", "quantize_static", "edgeprune"
 
 
@@ -135,10 +142,10 @@ def timed(files: Files, table: MeasureTable) -> str:
     against = {}
     for other in (FP32, PLAIN):
         pair = {"dense": files.paths[other], "compressed": files.paths[OURS]}
-        against[other] = measure.latency(pair, Local(), table)
+        against[other] = latency.latency(pair, Local(), table)
     found = []
     for other in (FP32, PLAIN):
-        clock, ratio = measure.speedup(against[other]) or ("", None)
+        clock, ratio = latency.latency_ratio(against[other]) or ("", None)
         assert ratio is not None
         note = " CPU time" if clock == "cpu" else ""
         found.append(f"{ratio.value:.2f} x ({ratio.low:.2f}-{ratio.high:.2f}{note})")
@@ -146,7 +153,7 @@ def timed(files: Files, table: MeasureTable) -> str:
     return " | ".join([*(f"{1e3 * value:.2f}" for value in medians), *found])
 
 
-def p50(latency: measure.Latency, name: str) -> float:
+def p50(latency: latency.Latency, name: str) -> float:
     """The median in seconds: of CPU time where other work got in the way and there is such a clock."""
     reading = latency.readings[name][0]
     on_cpu = reading.conditions.get("cpu_p50")
@@ -190,7 +197,7 @@ def how(choice: Mapping[str, Any]) -> str:
 
 def share(files: Files) -> str:
     """MACs in int8 in the file, and as ONNX Runtime runs them."""
-    proof = prove(files.model(OURS), "int8", allowed=files.choice["float_layers"])
+    proof = verify(files.model(OURS), "int8", allowed=files.choice["float_layers"])
     return f"{100 * proof.low_macs / proof.macs:.1f} % ({100 * (proof.runtime_low_macs or 0) / proof.macs:.1f} %)"
 
 
@@ -198,18 +205,18 @@ def build(name: str, network: nn.Module, spec: InputSpec, known: Calibration, wo
     """Export a network and quantize it both ways on the same images."""
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=work))
     exported, plain = folder / "fp32.onnx", folder / "plain.onnx"
-    export.run(network.eval(), spec, exported, opset=20, table=ExportTable(), meta={}, real=None)
+    stage.run(network.eval(), spec, exported, opset=20, table=ExportTable(), meta={}, real=None)
     quantize_static(
         exported, plain, Images(known.images), per_channel=True, activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )  # fmt: skip
     kind = "synthesized" if known.labels is None else "calibration"
-    job = quantize.Job(
-        QuantizeTable(), "int8", ("fp32", "int8"), "u8", quantize.Material(known.images, known.labels, kind),
+    job = job_module.Job(
+        QuantizeTable(), "int8", ("fp32", "int8"), "u8", CalibrationSet(known.images, known.labels, kind),
         folder, lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
-    result = quantize.run(exported, folder / "quantize", job)
-    paths = {FP32: exported, PLAIN: plain, OURS: folder / "quantize" / quantize.FILE}
+    result = stage_module.run(exported, folder / "quantize", job)
+    paths = {FP32: exported, PLAIN: plain, OURS: folder / "quantize" / FILE}
     return Files(paths, result.choice, len(known.images))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from edgeprune.nn.zoo import architecture
+from edgeprune.models.architectures import architecture
 
 KEPT = ("latency_p50", "Compared with", "Speed:", "Budget")
 

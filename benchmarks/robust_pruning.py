@@ -26,25 +26,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cifar_networks import NETWORKS
 from linf import fgsm, pgd, right
 from robust_rows import Row, rows
 
-from edgeprune.nn import train
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.nn.costs import normalized_example, total_params
-from edgeprune.nn.data import Data, divide, in_memory, open_data
-from edgeprune.nn.store import load_tensors, save_network
+from edgeprune.data.dataset import Data, divide, in_memory, open_data
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.models.costs import normalized_example, total_params
+from edgeprune.models.storage import load_tensors, save_network
+from edgeprune.prune import cut, stage
 from edgeprune.quantities import limit
-from edgeprune.recipe import DataTable, PruneTable, TuneTable
+from edgeprune.recipe.schema import DataTable, PruneTable, TuneTable
 from edgeprune.records import Budget, Bundle, InputSpec
-from edgeprune.stages import cut, prune, tune
+from edgeprune.train import evaluation, job, loop, tune
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+
 SPEC = InputSpec((3, 32, 32), 10, MEAN, STD)
+
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 20
+
 CALIBRATION = "small"
 
 
@@ -122,7 +125,7 @@ def dense(setting: Setting, seed: int, trained_on: bool) -> str:
     table = replace(lesson(setting), epochs=setting.epochs * (2 if trained_on else 1))
     assert data.train is not None
     with tempfile.TemporaryDirectory() as scratch:
-        train.fit(deployed(bundle), train.Course(data.train, table, seed, Path(scratch)))
+        loop.fit(deployed(bundle), job.TrainingJob(data.train, table, seed, Path(scratch)))
     save_network(bundle.module, weights)
     result.write_text(json.dumps(measured(setting, bundle, data)))
     return name
@@ -146,12 +149,14 @@ def one(setting: Setting, row: Row, seed: int) -> str:
     scratch = file.with_suffix("")
     indices = torch.arange(min(1024, len(data.train)))
     seen, labels = data.train.take(indices), data.train.labels[indices]
-    material = prune.Material(
+    material = stage.PruningInputs(
         seen, labels, {}, 1, seed, train=data.train, table=table, scratch=scratch / "prune"
     )
-    chosen = prune.run(bundle, choice, budget, material)
+    chosen = stage.run(bundle, choice, budget, material)
     example = normalized_example(SPEC, seed + 1)
-    _, small = cut.run(bundle, chosen.groups, chosen.masks, chosen.left_out, example, edited=chosen.edited)
+    _, small = cut.run_cut(
+        bundle, chosen.groups, chosen.masks, chosen.left_out, example, edited=chosen.edited
+    )
     if row.tuned:
         small, _ = tune.run(
             small, replace(data, held_out=divide(data.held_out, 0.02, 0)[1]), table, calibration=CALIBRATION,
@@ -216,7 +221,7 @@ def measured(setting: Setting, bundle: Bundle, data: Data) -> dict[str, Any]:
     network = deployed(bundle).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    correct, count = train.accuracy(network, data.held_out)
+    correct, count = evaluation.accuracy(network, data.held_out)
     chosen = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))[: setting.attack]
     survived = {"fgsm": 0, "pgd": 0}
     generator = torch.Generator().manual_seed(0)
@@ -240,11 +245,11 @@ def phases(setting: Setting) -> None:
                    "gamma": gamma}  # fmt: skip
         choice = PruneTable(method="sap", granularity="weight", multiple_of=1, options=options)
         seen = data.train.take(torch.arange(2))
-        material = prune.Material(
+        material = stage.PruningInputs(
             seen, data.train.labels[:2], {}, 1, 0, train=data.train, table=table,
             scratch=Path(setting.folder, f"phases-{gamma:g}"),
         )  # fmt: skip
-        record = prune.run(bundle, choice, Budget({}), material).record["pqi"]
+        record = stage.run(bundle, choice, Budget({}), material).record["pqi"]
         left = [sum(counts) for counts in zip(*record["kept"].values(), strict=True)]
         for kept, index, accuracy in zip(left, record["mean"], record["accuracy"], strict=True):
             print(f"| {gamma:g} | {kept / left[0]:.1%} | {index:.3f} | {accuracy:.1%} |")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from edgeprune.plugins import importer
+from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from edgeprune.api import Run, compress, load
@@ -11,14 +14,5 @@ if TYPE_CHECKING:
 # ONNX Runtime >= 1.29 collects telemetry unless it is told not to before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__version__ = "0.1.0"
 __all__ = ["Run", "__version__", "compress", "load"]
-
-
-def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used, so that `--help` imports nothing heavy."""
-    if name in ("Run", "compress", "load"):
-        from importlib import import_module
-
-        return getattr(import_module("edgeprune.api"), name)
-    raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")
+__getattr__ = importer(__name__, api="Run compress load")

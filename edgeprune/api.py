@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgeprune import context, pipeline, recipe
+from edgeprune import models, pipeline, recipe
 from edgeprune.errors import EdgepruneError, told_shortage
-from edgeprune.nn import bundle as bundles
 from edgeprune.records import Bundle, Report, Verdict
 
 
@@ -42,7 +41,7 @@ def load(path: str | Path, **model: Any) -> Bundle:
     ...
     edgeprune.errors.UsageError: no such file: 'no-such-file.pt2'
     """
-    return context.load(recipe.build({}, {"model": {"path": str(path), **model}}).model)
+    return pipeline.load(recipe.build({}, {"model": {"path": str(path), **model}}).model)
 
 
 @told_shortage()
@@ -94,7 +93,7 @@ def compress(
     flags["prune"] = {"method": method, **more.get("prune", {})}
     if data is not None:
         flags["data"] = {"path": str(data), **more.get("data", {})}
-    bundle = bundles.from_module(model, example_inputs, mean=mean, std=std)
+    bundle = models.from_module(model, example_inputs, mean=mean, std=std)
     built = recipe.build({}, flags)
     result = pipeline.compress(built, output, say=_quiet, bundle=bundle, trust_run=trust_run)
     if result.trouble is not None:
@@ -102,7 +101,7 @@ def compress(
     if result.exit_code:
         missed = ", ".join(f"{c.metric} {c.limit}" for c in result.verdict.checks if c.status == "fail")
         raise EdgepruneError(f"the run in {result.folder} is complete, but misses its budget: {missed}")
-    return Run(result.folder, result.report, result.verdict, bundles.deployed(result.bundle))
+    return Run(result.folder, result.report, result.verdict, models.deployed(result.bundle))
 
 
 def _quiet(text: str) -> None:

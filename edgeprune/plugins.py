@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping
 
 from edgeprune.errors import MissingDependency, UsageError
 from edgeprune.quantities import suggest
@@ -88,6 +88,22 @@ def build(family: str, name: str, given: Mapping[str, Any]) -> Any:
         return cls(**given)
     except TypeError as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def importer(package: str, **homes: str) -> Callable[[str], Any]:
+    """A package's `__getattr__` (PEP 562) that imports a module when one of its names is first used.
+
+    Args:
+        homes: module -> the names that it has, with spaces between.
+    """
+    home = {name: module for module, names in homes.items() for name in names.split()}
+
+    def find(name: str) -> Any:
+        if name in home:
+            return getattr(import_module(f"{package}.{home[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 def _folder(family: str) -> Path:

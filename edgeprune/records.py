@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 REPORT_SCHEMA = "edgeprune.report/1"
+
 MOST_SAMPLES = 10**12
+
 # A device and its processor as `devices.Device.where` and `abreast.names` write them; processors' names have a digit.
 _PLACE = re.compile(
     r"(?:local(?:://\?python=.+)?|fake(?::.+)?|ssh://\S+|adb://\S*)(?: \w*\d\w*)?"
@@ -82,7 +84,7 @@ class Plan:
 class Bundle:
     """A network that can be saved, rebuilt and pruned again; dense when `plans` is empty.
 
-    `module` is the bare network (eats normalized input); `nn.bundle.deployed` adds the normalization. `notes`: what was
+    `module` is the bare network (takes normalized input); `models.deployed` adds the normalization. `notes`: what was
     changed in it while it was loaded.
     """
 
@@ -289,9 +291,12 @@ class Metric:
 
 
 _COUNTED, _BOUNDED = "counted", "computed: interval bounds"
+
 # A time, a number of bytes and a number of joules that something which exists can have.
 _TIME, _FILE, _MEMORY, _JOULES, _COUNT = (1e-9, 1e5), (1.0, 1e13), (0.0, 1e13), (1e-12, 1e6), (1.0, 1e15)
+
 _LEVELS = (-200.0, 200.0)
+
 _SHARE, _CHANGE = (0.0, 1.0), (-1.0, 1.0)
 
 METRICS: Dict[str, Metric] = {

@@ -9,9 +9,10 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from edgeprune.devices import Attached, device_from_url
+from edgeprune.devices._base import ShellDevice, device_from_url
 
 SERIAL = "R5CT10ABCDE"
+
 _SCRIPT = r"""#!/bin/sh
 fault='@FOLDER@/fault'
 if [ "$1" = -s ]; then
@@ -41,7 +42,6 @@ push | pull)
 esac
 """
 
-
 _BENCHMARK = r"""#!/bin/sh
 # Acts like onnxruntime_perf_test: one row a run, slower for the dense model; the first of a process is slow.
 echo "$0 $*" >>"$(dirname "$0")/../../calls"
@@ -69,13 +69,13 @@ echo "Session creation time cost: 0.01 s"
 """
 
 
-def native(folder: Path) -> Attached:
+def native(folder: Path) -> ShellDevice:
     """The phone with the benchmark program, which lies in a new folder with a library here."""
     folder.mkdir()
     (folder / "onnxruntime_perf_test").write_text(_BENCHMARK)
     (folder / "libonnxruntime.so").write_text("")
     device = device_from_url(f"adb://{SERIAL}", {"benchmark": str(folder), "cores": 2})
-    assert isinstance(device, Attached)
+    assert isinstance(device, ShellDevice)
     return device
 
 

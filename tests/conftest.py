@@ -8,14 +8,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from hypothesis import settings
+
 # Before anything imports torch or numpy, and inherited by the processes that tests start: with two threads on two
 # busy cores, small convolutions take several times as long as with one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest
-from hypothesis import settings
-
 settings.register_profile("edgeprune", deadline=None, derandomize=True, database=None)
+
 settings.load_profile("edgeprune")
 
 

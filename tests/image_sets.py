@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from edgeprune.data import dataset
+from edgeprune.data.dataset import Data, Split, in_memory, open_data
 from edgeprune.errors import UsageError
-from edgeprune.nn import data as data_module
-from edgeprune.nn.data import Data, Split, in_memory, open_data
-from edgeprune.recipe import DataTable
+from edgeprune.recipe.schema import DataTable
 from edgeprune.records import InputSpec
 
 SPEC = InputSpec((3, 8, 8), 2)
@@ -41,11 +41,11 @@ def opened(path: Path, use: str = "all", spec: InputSpec = SPEC, seed: int = 0) 
     return open_data(DataTable(path=str(path), use=use), spec, seed)
 
 
-def everything(split: data_module.Split) -> torch.Tensor:
+def everything(split: dataset.Split) -> torch.Tensor:
     return split.take(torch.arange(len(split)))
 
 
-def content(split: data_module.Split | None) -> set[bytes]:
+def content(split: dataset.Split | None) -> set[bytes]:
     return set() if split is None else {image.numpy().tobytes() for image in everything(split)}
 
 

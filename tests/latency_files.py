@@ -15,14 +15,16 @@ import nets
 import onnx
 from torch import nn
 
-from edgeprune.nn import costs, graph
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.nn.latency_survey import Bench, Subject, subject
-from edgeprune.recipe import ExportTable
+from edgeprune.export import stage
+from edgeprune.latency.sampling import ProfiledNetwork, TimingBackend, subject
+from edgeprune.models import costs
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Group
-from edgeprune.stages import export
+from edgeprune.structure.groups import find_groups, provable_groups
 
 BLOCK = 4
+
 CALL_S = 1e-6
 
 
@@ -39,20 +41,18 @@ def exported(name: str) -> Path:
     """The file of one of the networks, made once."""
     bundle = from_module(nets.build(name), nets.example())
     path = folder() / f"{name}.onnx"
-    export.run(deployed(bundle), bundle.input, path, opset=20, table=ExportTable(), meta={}, real=None)
+    stage.run(deployed(bundle), bundle.input, path, opset=20, table=ExportTable(), meta={}, real=None)
     return path
 
 
 @cache
 def groups(name: str) -> tuple[Group, ...]:
     network = nets.build(name)
-    return graph.provable_groups(
-        network, graph.find_groups(network, nets.example()), nets.example(), 0
-    ).groups
+    return provable_groups(network, find_groups(network, nets.example()), nets.example(), 0).groups
 
 
 @cache
-def subject_of(name: str) -> Subject:
+def subject_of(name: str) -> ProfiledNetwork:
     return subject(exported(name), costs.cost_model(nets.build(name), groups(name), nets.example()))
 
 
@@ -104,8 +104,8 @@ class MadeUp:
     def nodes(self, path: Path) -> list[tuple[str, float]]:
         return node_seconds(onnx.load(path))
 
-    def bench(self, folder: Path, place: str = "made-up") -> Bench:
-        return Bench(self.time, self.nodes, place, folder)
+    def bench(self, folder: Path, place: str = "made-up") -> TimingBackend:
+        return TimingBackend(self.time, self.nodes, place, folder)
 
 
 def seconds_of(name: str, network: nn.Module) -> float:

@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from edgeprune.devices import Answer, Device
+from edgeprune.devices._base import Device
 from edgeprune.devices.fake import Fake
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.records import Artifact, InputSpec
 
 

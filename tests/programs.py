@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn.bounds import Bounds, Interval
-from edgeprune.nn.tracing import Program, Ref, Weight
+from edgeprune.bounds.interval import Interval
+from edgeprune.bounds.propagation import Bounds
+from edgeprune.models.tracing import Program, Ref, Weight
 
 
 def run(

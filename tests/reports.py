@@ -11,13 +11,15 @@ from xml.etree import ElementTree
 
 from hypothesis import strategies as st
 
+from edgeprune.gate import verdict
 from edgeprune.quantities import limit
 from edgeprune.records import METRICS, REPORT_SCHEMA, Budget, Check, Reading, Report
-from edgeprune.stages import gate
-from edgeprune.stages import report as stage
+from edgeprune.report import stage
 
 HERE = "local x86_64"
+
 EVIL = '<script>alert("x")</script>'
+
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -28,6 +30,7 @@ ODD = st.one_of(
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
 )
+
 VOID = {"meta", "wbr"}
 
 
@@ -245,5 +248,5 @@ def budget(**limits: str) -> Budget:
 
 
 def check(made: Report, metric: str, text: str, baseline: Report | None = None) -> Check:
-    (only,) = gate.run(made, budget(**{metric: text}), baseline, baseline_missing=False).checks
+    (only,) = verdict.run(made, budget(**{metric: text}), baseline, baseline_missing=False).checks
     return only

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cow")
+
 ARCH = """
 from torch import nn
 
@@ -22,6 +23,7 @@ def build():
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
     )
 """
+
 RECIPE = """
 target = "local"
 seed = 3
@@ -38,11 +40,13 @@ iterations = 10
 [budget]
 macs = "60 %"
 """
+
 # A Python that answers as the agent would, whatever it is asked to run.
 PYTHON = r"""#!/bin/sh
 op=$(grep -a -o '"op": "[a-z]*"' | tail -n 1 | cut -d '"' -f 4)
 cat "answers/${op:-about}.json"
 """
+
 PLAIN = (
     "--set",
     "prune.method=magnitude",
@@ -87,8 +91,8 @@ def _warm() -> None:
     ):
         if path.stem != "__init__":
             import_module(".".join(["edgeprune", *path.relative_to(package).with_suffix("").parts]))
-    import_module("edgeprune.cli")
-    import_module("edgeprune.tables")
+    import_module("edgeprune.cli.app")
+    import_module("edgeprune.cli.tables")
 
 
 def _write_models(stock: Path) -> None:

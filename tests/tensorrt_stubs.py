@@ -20,14 +20,17 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeprune import agent
-from edgeprune.agent_cuda import SIGNATURES, Cuda
-from edgeprune.devices import Answer, Device
+from edgeprune.agent import program
+from edgeprune.devices._base import Device
 from edgeprune.devices.fake import Fake
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import EdgepruneError
+from edgeprune.runtimes.engine.cuda import SIGNATURES, Cuda
 
 RUN_MS = 0.25
+
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16}
+
 NOT_SUPPORTED = "NonZero"
 
 
@@ -178,6 +181,7 @@ Names = {
     "DataType": ["FLOAT", "HALF", "INT32"],
     "LayerType": ["CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "SHUFFLE"],
 }
+
 ENUMS: dict[str, Any] = {name: Enum(name, members) for name, members in Names.items()}  # type: ignore[misc]
 
 
@@ -528,7 +532,7 @@ class Board(Device):
         request = json.loads(stdin)
         self.asked.append(f"{request['op']} {request['runtime']}")
         try:
-            return Answer(0, json.dumps(agent.handle(request)), "")
+            return Answer(0, json.dumps(program.handle(request)), "")
         except EdgepruneError as error:
             said = {"error": error.message, "kind": type(error).__name__, "hint": error.hint}
             return Answer(error.exit_code, json.dumps(said), "")

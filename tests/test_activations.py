@@ -14,10 +14,10 @@ from onnx import ModelProto, helper
 from test_onnx_prepare import floats, model_of
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import activations
-from edgeprune.nn.activations import BINS, Seen, load, observe, save
-from edgeprune.nn.onnx_prepare import prepare
-from edgeprune.nn.ranges import CALIBRATORS, ranges
+from edgeprune.quantize import observers
+from edgeprune.quantize.calibrators import CALIBRATORS, ranges
+from edgeprune.quantize.observers import BINS, Seen, load, observe, save
+from edgeprune.quantize.prepare import prepare
 
 
 def residual(batch: int | str = 1) -> ModelProto:
@@ -97,7 +97,7 @@ def test_neither_the_order_nor_the_size_of_batches_changes_what_is_seen(
     model = residual(batch)
     whole = observe(model, images)
     assert_same(whole, observe(model, images.flip(0)))
-    monkeypatch.setattr(activations, "_MOST_IMAGES", 1)
+    monkeypatch.setattr(observers, "_MOST_IMAGES", 1)
     assert_same(whole, observe(model, images), means=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     )
 )
 def test_any_values_in_any_batches_are_counted_as_all_at_once(batches: list[list[float]]) -> None:
-    parts, whole = activations._Tally("x"), activations._Tally("x")
+    parts, whole = observers._Tally("x"), observers._Tally("x")
     for batch in batches:
         parts.add(np.float32(batch))
     whole.add(np.float32([value for batch in batches for value in batch]))

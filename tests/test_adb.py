@@ -11,11 +11,12 @@ import adb_stand_in
 import pytest
 from onnx_files import write_net, write_one_conv
 
-from edgeprune import perf_test
-from edgeprune.devices import Answer, Device, device_from_url
+from edgeprune.devices import _ort_perf_test
+from edgeprune.devices._base import Device, device_from_url
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, UsageError
-from edgeprune.recipe import MeasureTable
-from edgeprune.stages import measure
+from edgeprune.measure import latency
+from edgeprune.recipe.schema import MeasureTable
 
 # As the sources of ONNX Runtime write it: the folder of the model, seconds with six digits, bytes, %, number; then the
 # statistics.
@@ -139,7 +140,7 @@ def test_pip_is_no_way_to_onnx_runtime_on_a_phone() -> None:
 
 
 def test_rows_of_a_result_file_become_seconds() -> None:
-    assert perf_test.samples(ROWS) == [0.0105, 0.0102016, 1.85739e-05]
+    assert _ort_perf_test.samples(ROWS) == [0.0105, 0.0102016, 1.85739e-05]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_rows_of_a_result_file_become_seconds() -> None:
 )
 def test_a_result_file_without_times_is_a_device_error(rows: str) -> None:
     with pytest.raises(DeviceError, match="wrote no times"):
-        perf_test.samples(rows)
+        _ort_perf_test.samples(rows)
 
 
 @pytest.fixture
@@ -194,18 +195,18 @@ def test_the_benchmark_program_stops_when_its_time_is_up(native: Device, phone: 
 
 def test_a_slow_and_a_fast_model_are_compared_round_by_round(native: Device, tmp_path: Path) -> None:
     files = {"dense": write_net(tmp_path / "slow.onnx"), "compressed": write_net(tmp_path / "model.onnx")}
-    timed = measure.latency(files, native, MeasureTable(iterations=1000, seconds=0.9, warmup=12))
+    timed = latency.latency(files, native, MeasureTable(iterations=1000, seconds=0.9, warmup=12))
     # 0.9 s of each, in 12 rounds of 20 and 9 ms: 5 of each in a round.
     assert {name: len(times) for name, times in timed.samples.items()} == {"dense": 60, "compressed": 60}
     ratio = timed.ratios["wall"]
-    assert ratio.n == perf_test.ROUNDS >= measure.LEAST_BLOCKS
+    assert ratio.n == _ort_perf_test.ROUNDS >= latency.LEAST_BLOCKS
     assert ratio.value == pytest.approx(10.0)
 
 
 def test_the_time_of_a_file_with_a_batch_is_that_of_one_image(native: Device, tmp_path: Path) -> None:
     files = {f"b{n}": write_one_conv(tmp_path / f"m{n}.onnx", batch=n) for n in (1, 8)}
     files["free"] = write_one_conv(tmp_path / "m.onnx", batch="N")
-    timed = measure.latency(files, native, MeasureTable(iterations=12, seconds=1.0, warmup=12))
+    timed = latency.latency(files, native, MeasureTable(iterations=12, seconds=1.0, warmup=12))
     rows = {name: readings[0] for name, readings in timed.readings.items()}
     assert {name: row.value for name, row in rows.items()} == pytest.approx(
         {"b1": 0.002, "b8": 0.00025, "free": 0.002}
@@ -216,7 +217,7 @@ def test_the_time_of_a_file_with_a_batch_is_that_of_one_image(native: Device, tm
 def test_a_file_that_is_no_onnx_is_not_taken_for_one_image(native: Device, tmp_path: Path) -> None:
     (tmp_path / "model.ort").write_bytes(b"ORTM")
     with pytest.raises(ModelError, match="not a readable ONNX file"):
-        measure.latency({"a": tmp_path / "model.ort"}, native, MeasureTable(iterations=12, seconds=1.0))
+        latency.latency({"a": tmp_path / "model.ort"}, native, MeasureTable(iterations=12, seconds=1.0))
 
 
 def test_a_benchmark_program_that_leaves_runs_out_is_a_device_error(native: Device, tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_a_benchmark_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_a_request_is_answered_as_the_agent_would() -> None:
-    answer = perf_test.respond(
+    answer = _ort_perf_test.respond(
         json.dumps({"op": "fly"}), "/x", lambda argv, limit: pytest.fail("nothing to run")
     )
     assert answer.status == 2

@@ -14,10 +14,11 @@ import pytest
 from onnx_files import write_one_conv
 
 import edgeprune
-from edgeprune import agent, agent_memory, agent_time
+from edgeprune.agent import program, resources
+from edgeprune.agent import timing as timing_module
 from edgeprune.devices.local import Local
 from edgeprune.errors import MissingDependency, UsageError
-from edgeprune.runtimes import NodeTime, Runtime, Session
+from edgeprune.runtimes._base import NodeTime, Runtime, Session
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
 ORT = {"runtime": "onnxruntime"}
@@ -65,7 +66,7 @@ def test_errors_are_answers_with_the_exit_code_of_their_kind(text: str, code: in
 
 def test_a_library_that_prints_does_not_spoil_the_answer() -> None:
     code = (
-        "import os, sys, edgeprune.agent as a\n"
+        "import os, sys, edgeprune.agent.program as a\n"
         "a.handle = lambda request: [print('noise'), os.write(1, b'noise'), {'fine': True}][-1]\n"
         "sys.exit(a.main())"
     )
@@ -118,7 +119,7 @@ class RecordedRuntime(Runtime):
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedRuntime:
     runtime = RecordedRuntime()
-    monkeypatch.setattr(agent, "_runtime", lambda name, options: runtime)
+    monkeypatch.setattr(program, "_runtime", lambda name, options: runtime)
     return runtime
 
 
@@ -135,14 +136,14 @@ def timing(**change: Any) -> dict[str, Any]:
 
 
 def test_models_take_turns_in_blocks_and_in_changing_order(recorded: RecordedRuntime) -> None:
-    agent.handle(timing())
+    program.handle(timing())
     checked, warmed = "AB", "ABAB"
     # each block starts with a run that is not counted
     assert "".join(recorded.log) == checked + warmed + "A" * 6 + "B" * 6 + "B" * 6 + "A" * 6
 
 
 def test_as_many_runs_are_counted_as_were_asked_for(recorded: RecordedRuntime) -> None:
-    answer = agent.handle(timing(iterations=13))
+    answer = program.handle(timing(iterations=13))
     for row in answer["models"].values():
         assert len(row["wall_ns"]) == len(row["cpu_ns"]) == 13
         assert row["batch"] == 2
@@ -150,13 +151,13 @@ def test_as_many_runs_are_counted_as_were_asked_for(recorded: RecordedRuntime) -
 
 
 def test_when_time_is_up_ten_runs_are_still_made(recorded: RecordedRuntime) -> None:
-    answer = agent.handle(timing(iterations=10**6, seconds=1e-9, warmup=10**6))
+    answer = program.handle(timing(iterations=10**6, seconds=1e-9, warmup=10**6))
     assert len(answer["models"]["a"]["wall_ns"]) == 10
     assert answer["warmup"] == 0
 
 
 def test_cpu_time_is_left_out_where_other_threads_do_part_of_the_work(recorded: RecordedRuntime) -> None:
-    answer = agent.handle(timing(threads=2))
+    answer = program.handle(timing(threads=2))
     assert answer["models"]["a"]["cpu_ns"] == []
     assert len(answer["models"]["a"]["wall_ns"]) == 10
 
@@ -180,7 +181,7 @@ def test_cpu_time_is_left_out_where_other_threads_do_part_of_the_work(recorded: 
 )
 def test_a_wrong_field_is_named(change: dict[str, Any], said: str, net: Path) -> None:
     with pytest.raises(UsageError, match=said):
-        agent.handle({**timing(models={"a": str(net)}), **change})
+        program.handle({**timing(models={"a": str(net)}), **change})
 
 
 def test_memory_grows_by_at_least_the_weights(tmp_path: Path) -> None:
@@ -199,21 +200,21 @@ def test_memory_grows_by_at_least_the_weights(tmp_path: Path) -> None:
 
 def test_memory_is_absent_with_a_reason_where_the_system_does_not_tell(tmp_path: Path, net: Path) -> None:
     request = {"model": str(net), "threads": 1}
-    answer = agent_memory.answer(request, OnnxRuntime(), tmp_path)
+    answer = resources.memory_reply(request, OnnxRuntime(), tmp_path)
     assert answer["peak"] is None
     assert "/proc" in answer["why"]
 
 
 def test_memory_is_absent_when_an_earlier_peak_hides_the_model(tmp_path: Path, net: Path) -> None:
     (tmp_path / "status").write_text("VmHWM:\t500 kB\nVmRSS:\t100 kB\n")
-    answer = agent_memory.answer({"model": str(net), "threads": 1}, OnnxRuntime(), tmp_path)
+    answer = resources.memory_reply({"model": str(net), "threads": 1}, OnnxRuntime(), tmp_path)
     assert answer["peak"] is None
     assert "clear_refs" in answer["why"]
 
 
 def test_a_process_that_seems_to_shrink_has_added_nothing(tmp_path: Path, net: Path) -> None:
     (tmp_path / "status").write_text("VmHWM:\t90 kB\nVmRSS:\t100 kB\n")
-    answer = agent_memory.answer({"model": str(net), "threads": 1}, OnnxRuntime(), tmp_path)
+    answer = resources.memory_reply({"model": str(net), "threads": 1}, OnnxRuntime(), tmp_path)
     assert (answer["peak"], answer["at_load"], answer["baseline"]) == (0, 0, 100 * 1024)
 
 
@@ -236,7 +237,7 @@ def test_predictions_keep_the_order_of_the_images(tmp_path: Path, batch: int | s
         "x": str(tmp_path / "x.npy"),
         "out": str(tmp_path / "y.npy"),
     }
-    assert agent.handle({**request, "workers": workers, **ORT}) == {"images": 100, "classes": 10}
+    assert program.handle({**request, "workers": workers, **ORT}) == {"images": 100, "classes": 10}
     session = OnnxRuntime().open(write_one_conv(tmp_path / "one.onnx", batch=1), 1)
     one_by_one = np.concatenate([session.infer(image[None]) for image in x])
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), one_by_one, atol=1e-5)
@@ -251,7 +252,7 @@ def test_no_images_give_no_logits(tmp_path: Path, net: Path) -> None:
         "out": str(tmp_path / "y.npy"),
         **ORT,
     }
-    assert agent.handle(request) == {"images": 0, "classes": 10}
+    assert program.handle(request) == {"images": 0, "classes": 10}
     assert np.load(tmp_path / "y.npy").shape == (0, 10)
 
 
@@ -259,7 +260,7 @@ def test_no_images_give_no_logits(tmp_path: Path, net: Path) -> None:
 def test_images_that_are_no_array_are_refused(tmp_path: Path, net: Path, content: bytes) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(UsageError, match=r"\.npy"):
-        agent.handle(
+        program.handle(
             {
                 "op": "predict",
                 "model": str(net),
@@ -273,7 +274,7 @@ def test_images_that_are_no_array_are_refused(tmp_path: Path, net: Path, content
 def test_a_pickled_array_is_not_loaded(tmp_path: Path, net: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UsageError, match=r"\.npy"):
-        agent.handle(
+        program.handle(
             {
                 "op": "predict",
                 "model": str(net),
@@ -285,7 +286,9 @@ def test_a_pickled_array_is_not_loaded(tmp_path: Path, net: Path) -> None:
 
 
 def test_a_profile_has_each_node_once_with_its_work(net: Path) -> None:
-    nodes = agent.handle({"op": "profile", "model": str(net), "threads": 1, "iterations": 20, **ORT})["nodes"]
+    nodes = program.handle({"op": "profile", "model": str(net), "threads": 1, "iterations": 20, **ORT})[
+        "nodes"
+    ]
     work = {node["op"]: node["macs"] for node in nodes}
     assert work["Conv"] == 16 * 8 * 8 * 3 * 9  # out channels x pixels x in channels x kernel
     assert work["Gemm"] == 16 * 10
@@ -296,7 +299,7 @@ def test_a_profile_has_each_node_once_with_its_work(net: Path) -> None:
 def test_a_missing_runtime_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, net: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependency) as caught:
-        agent.handle(timing(models={"a": str(net)}))
+        program.handle(timing(models={"a": str(net)}))
     assert caught.value.hint == "pip install onnxruntime"
 
 
@@ -307,11 +310,11 @@ def test_timing_goes_before_other_work_only_where_that_leaves_it_a_core(
     recorded: RecordedRuntime, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, expected: str
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(agent_time, "cores", lambda: cores)
+    monkeypatch.setattr(timing_module, "cores", lambda: cores)
     monkeypatch.setattr(
-        agent_time.os, "sched_setscheduler", lambda pid, policy, param: asked.append(policy), raising=False
+        timing_module.os, "sched_setscheduler", lambda pid, policy, param: asked.append(policy), raising=False
     )
-    answer = agent.handle(timing(threads=threads))
+    answer = program.handle(timing(threads=threads))
     assert answer["priority"] == expected
     # and gives the place back afterwards
     assert asked == ([os.SCHED_FIFO, os.sched_getscheduler(0)] if expected == "real-time" else [])
@@ -323,8 +326,8 @@ def test_where_real_time_is_not_allowed_timing_goes_on(
     def refuse(*args: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(agent_time, "cores", lambda: 4)
-    monkeypatch.setattr(agent_time.os, "sched_setscheduler", refuse, raising=False)
-    answer = agent.handle(timing())
+    monkeypatch.setattr(timing_module, "cores", lambda: 4)
+    monkeypatch.setattr(timing_module.os, "sched_setscheduler", refuse, raising=False)
+    answer = program.handle(timing())
     assert answer["priority"] == "normal"
     assert len(answer["models"]["a"]["wall_ns"]) == 10

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeprune import agent_cuda
 from edgeprune.errors import DeviceError, MissingDependency
+from edgeprune.runtimes.engine import cuda as cuda_module
+from edgeprune.runtimes.engine.cuda import SIGNATURES, Cuda
 
 # The signatures are those of the CUDA Runtime API manual; "the GPU's memory" is the host's, high up in its 64 bits.
 SOURCE = r"""
@@ -55,7 +56,7 @@ error cudaRuntimeGetVersion(int *v) { *v = 12060; return 0; }
 
 
 @pytest.fixture(scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> agent_cuda.Cuda:
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> Cuda:
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -65,10 +66,10 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> agent_cuda.Cuda:
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-w", "-o", str(library), str(folder / "cuda.c")], check=True
     )
-    return agent_cuda.load(("no-such-library.so", str(library)))
+    return cuda_module.load(("no-such-library.so", str(library)))
 
 
-def test_what_goes_to_the_gpu_comes_back(cuda: agent_cuda.Cuda) -> None:
+def test_what_goes_to_the_gpu_comes_back(cuda: Cuda) -> None:
     x, y = np.arange(1000, dtype=np.float32), np.zeros(1000, np.float32)
     stream, there = cuda.made("cudaStreamCreate"), cuda.made("cudaMalloc", x.nbytes)
     assert stream == 0x7000000000000001, "handles keep all of their 64 bits"
@@ -79,7 +80,7 @@ def test_what_goes_to_the_gpu_comes_back(cuda: agent_cuda.Cuda) -> None:
     np.testing.assert_array_equal(x, y)
 
 
-def test_a_graph_is_launched_between_two_events(cuda: agent_cuda.Cuda) -> None:
+def test_a_graph_is_launched_between_two_events(cuda: Cuda) -> None:
     stream, ran = cuda.made("cudaStreamCreate"), []
     graph = cuda.captured(lambda: ran.append(1), stream)
     assert graph == 0x7000000000000003 and ran == [1]
@@ -90,14 +91,14 @@ def test_a_graph_is_launched_between_two_events(cuda: agent_cuda.Cuda) -> None:
     assert cuda.elapsed_ns(start, end) == 250_000
 
 
-def test_work_that_can_not_be_captured_gives_no_graph(cuda: agent_cuda.Cuda) -> None:
+def test_work_that_can_not_be_captured_gives_no_graph(cuda: Cuda) -> None:
     def fails() -> None:
         raise DeviceError("not while capturing")
 
     assert cuda.captured(fails, cuda.made("cudaStreamCreate")) == 0
 
 
-def test_the_gpu_says_what_it_is(cuda: agent_cuda.Cuda) -> None:
+def test_the_gpu_says_what_it_is(cuda: Cuda) -> None:
     assert (cuda.name(), cuda.capability(), cuda.integrated(), cuda.version()) == (
         "Orin",
         "8.7",
@@ -108,7 +109,7 @@ def test_the_gpu_says_what_it_is(cuda: agent_cuda.Cuda) -> None:
     assert (cuda.in_use(), cuda.memory()) == (3 << 32, 8 << 32)
 
 
-def test_an_error_is_said_in_cudas_words_with_what_to_do(cuda: agent_cuda.Cuda) -> None:
+def test_an_error_is_said_in_cudas_words_with_what_to_do(cuda: Cuda) -> None:
     with pytest.raises(DeviceError) as error:
         cuda.made("cudaMalloc", 2**41)
     assert error.value.message == "cudaMalloc failed with CUDA error 2: out of memory"
@@ -117,14 +118,14 @@ def test_an_error_is_said_in_cudas_words_with_what_to_do(cuda: agent_cuda.Cuda) 
 
 def test_a_machine_without_cuda_says_what_to_install() -> None:
     with pytest.raises(MissingDependency) as missing:
-        agent_cuda.load(("no-such-library.so",))
+        cuda_module.load(("no-such-library.so",))
     assert "no-such-library.so" in missing.value.message
     assert "sudo apt install nvidia-jetpack" in missing.value.hint
 
 
 def test_every_function_that_is_called_has_its_types() -> None:
-    folder = Path(agent_cuda.__file__).parent
+    folder = Path(cuda_module.__file__).parent
     used = set()
-    for path in (folder / "agent_cuda.py", folder / "runtimes" / "tensorrt.py"):
+    for path in (folder / "cuda.py", folder.parent / "tensorrt.py"):
         used |= set(re.findall(r'"(cuda[A-Z]\w+)"', path.read_text()))
-    assert used <= set(agent_cuda.SIGNATURES)
+    assert used <= set(SIGNATURES)

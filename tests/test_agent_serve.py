@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from onnx_files import write_net
 
 import edgeprune
-from edgeprune import agent_frames as frames
+from edgeprune.agent import protocol
 from edgeprune.errors import DeviceError
 
 SHAPE = (5, 3, 4, 4)
+
 ORT = {"op": "serve", "runtime": "onnxruntime"}
 
 
 def sent(x: Any, last: Any) -> tuple[int, bytes, Any]:
     """Kind and body of a message, and the images that it arrives as."""
-    kind, body = frames.images(x, last)
-    return kind, body, frames.pixels(kind, body, last)
+    kind, body = protocol.images(x, last)
+    return kind, body, protocol.pixels(kind, body, last)
 
 
 @given(seed=st.integers(0, 2**32 - 1), changed=st.integers(0, 5 * 3 * 4 * 4))
@@ -39,9 +40,9 @@ def test_images_arrive_bit_by_bit_as_they_were_sent(seed: int, changed: int) -> 
     kind, body, back = sent(x, last)
     assert back.dtype == np.float32 and back.tobytes() == x.tobytes()
     assert sent(x, None)[2].tobytes() == x.tobytes()
-    whole = frames.images(x, None)[1]
+    whole = protocol.images(x, None)[1]
     assert len(body) <= len(whole) + 4
-    assert changed > 0.9 * x.size or kind == frames.CHANGED
+    assert changed > 0.9 * x.size or kind == protocol.CHANGED
 
 
 def test_only_what_changed_is_sent() -> None:
@@ -51,39 +52,40 @@ def test_only_what_changed_is_sent() -> None:
     x[:, :, 4:8, 9:13] = 0.5
     kind, body, back = sent(x, last)
     values = 64 * 3 * 4 * 4 * 4
-    assert kind == frames.CHANGED and values < len(body) < values + 5000 < x.nbytes / 20
+    assert kind == protocol.CHANGED and values < len(body) < values + 5000 < x.nbytes / 20
     assert (back == x).all() and (last[:, :, 4:8, 9:13] != 0.5).any(), "the ones before stay as they were"
-    assert sent(x[:60], last)[0] == frames.WHOLE, "other images have nothing to change"
+    assert sent(x[:60], last)[0] == protocol.WHOLE, "other images have nothing to change"
     assert sent(last[:0], None)[2].shape == (0, 3, 32, 32)
 
 
 def test_a_message_that_was_changed_on_its_way_is_noticed() -> None:
-    message = frames.packed(*frames.images(np.ones(SHAPE, np.float32), None))
-    first, body = message[: frames.HEAD_BYTES], message[frames.HEAD_BYTES :]
-    found = frames.head(first)
-    assert found is not None and frames.checked(found, body) == body
+    message = protocol.packed(*protocol.images(np.ones(SHAPE, np.float32), None))
+    first, body = message[: protocol.HEAD_BYTES], message[protocol.HEAD_BYTES :]
+    found = protocol.head(first)
+    assert found is not None and protocol.checked(found, body) == body
     for wrong in (body[:-1], body + b"x", body.replace(b"\x80", b"\x81", 1)):
         with pytest.raises(DeviceError, match="not what was sent"):
-            frames.checked(found, wrong)
-    assert frames.head(b'{"error": "no such file", "kind": ""}'[: frames.HEAD_BYTES]) is None
-    assert frames.head(first[:-1]) is None
+            protocol.checked(found, wrong)
+    assert protocol.head(b'{"error": "no such file", "kind": ""}'[: protocol.HEAD_BYTES]) is None
+    assert protocol.head(first[:-1]) is None
 
 
 def test_what_is_no_message_of_images_or_of_logits_is_refused() -> None:
     x = np.ones(SHAPE, np.float32)
-    _, whole = frames.images(x, None)
-    kind, changes = frames.images(x, x)
+    _, whole = protocol.images(x, None)
+    kind, changes = protocol.images(x, x)
     for wrong, body, last in (
-        (kind, changes, None), (frames.LOGITS, whole, x), (frames.WHOLE, whole[:-4], None), (frames.WHOLE, b"", None),
+        (kind, changes, None), (protocol.LOGITS, whole, x), (protocol.WHOLE, whole[:-4], None),
+        (protocol.WHOLE, b"", None),
         (kind, changes[:-3], x), (kind, changes[:21] + bytes(3), x), (kind, whole, x),
     ):  # fmt: skip
         with pytest.raises(DeviceError):
-            frames.pixels(wrong, body, last)
-    logits = frames.logits(np.arange(6, dtype=np.float32).reshape(2, 3))
-    assert frames.read_logits(frames.LOGITS, logits).tolist() == [[0, 1, 2], [3, 4, 5]]
-    for wrong, body in ((frames.WHOLE, logits), (frames.LOGITS, logits[:-1]), (frames.LOGITS, b"")):
+            protocol.pixels(wrong, body, last)
+    logits = protocol.logits(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert protocol.read_logits(protocol.LOGITS, logits).tolist() == [[0, 1, 2], [3, 4, 5]]
+    for wrong, body in ((protocol.WHOLE, logits), (protocol.LOGITS, logits[:-1]), (protocol.LOGITS, b"")):
         with pytest.raises(DeviceError):
-            frames.read_logits(wrong, body)
+            protocol.read_logits(wrong, body)
 
 
 class Agent:
@@ -103,9 +105,9 @@ class Agent:
 
     def hear(self) -> tuple[int, bytes]:
         assert self.process.stdout is not None
-        found = frames.head(self.process.stdout.read(frames.HEAD_BYTES))
+        found = protocol.head(self.process.stdout.read(protocol.HEAD_BYTES))
         assert found is not None
-        return found.kind, frames.checked(found, self.process.stdout.read(found.size))
+        return found.kind, protocol.checked(found, self.process.stdout.read(found.size))
 
     def end(self) -> tuple[str, str]:
         out, errors = self.process.communicate(timeout=60)
@@ -133,16 +135,16 @@ def test_it_answers_message_for_message_until_its_input_ends(
     agent = Agent({**ORT, "model": str(net), "workers": workers})
     agents.append(agent)
     kind, ready = agent.hear()
-    assert kind == frames.READY and json.loads(ready)["workers"] == workers
+    assert kind == protocol.READY and json.loads(ready)["workers"] == workers
     assert json.loads(ready)["runtime"].startswith("onnxruntime ")
     rng, last = np.random.default_rng(0), None
     for count in (7, 7, 1, 0, 33):
         x = rng.random((count, 3, 8, 8), dtype=np.float32)
         if last is not None and last.shape == x.shape:
             x[1:] = last[1:]
-        agent.say(frames.packed(*frames.images(x, last)))
+        agent.say(protocol.packed(*protocol.images(x, last)))
         kind, body = agent.hear()
-        np.testing.assert_allclose(frames.read_logits(kind, body), session(x), atol=1e-4)
+        np.testing.assert_allclose(protocol.read_logits(kind, body), session(x), atol=1e-4)
         last = x
     assert agent.end() == ("", "") and agent.process.returncode == 0
 
@@ -169,9 +171,9 @@ def test_what_goes_wrong_is_said_in_words_and_ends_it(tmp_path: Path, agents: li
     agent = Agent({**ORT, "model": model, **({"runtime": "none"} if how == "no runtime" else {})})
     agents.append(agent)
     if how in ("another shape", "damaged"):
-        assert agent.hear()[0] == frames.READY
+        assert agent.hear()[0] == protocol.READY
         size = (2, 3, 8, 8) if how == "damaged" else (2, 1, 8, 8)
-        message = frames.packed(*frames.images(np.ones(size, np.float32), None))
+        message = protocol.packed(*protocol.images(np.ones(size, np.float32), None))
         agent.say(message[:-1] + b"\x00" if how == "damaged" else message)
     out, errors = agent.end()
     answer = json.loads(out)
@@ -185,7 +187,8 @@ def test_it_ends_with_its_input_even_in_the_middle_of_a_batch(tmp_path: Path, ag
         "import sys, time\n"
         "from edgeprune import agent\nfrom edgeprune.runtimes import onnxruntime as ort\n"
         "ort._OrtSession.infer = lambda self, x: print('busy', file=sys.stderr, flush=True) or time.sleep(600)\n"
-        "sys.exit(agent.main())\n"
+        "from edgeprune.agent.program import main\n"
+        "sys.exit(main())\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -194,8 +197,8 @@ def test_it_ends_with_its_input_even_in_the_middle_of_a_batch(tmp_path: Path, ag
     agent.process = process
     agents.append(agent)
     agent.say(json.dumps({**ORT, "model": str(write_net(tmp_path / "net.onnx", 4))}).encode() + b"\n")
-    assert agent.hear()[0] == frames.READY
-    agent.say(frames.packed(*frames.images(np.ones((1, 3, 8, 8), np.float32), None)))
+    assert agent.hear()[0] == protocol.READY
+    agent.say(protocol.packed(*protocol.images(np.ones((1, 3, 8, 8), np.float32), None)))
     assert process.stderr is not None and process.stderr.readline() == b"busy\n"
     agent.end()
     assert process.returncode == DeviceError.exit_code
@@ -204,9 +207,9 @@ def test_it_ends_with_its_input_even_in_the_middle_of_a_batch(tmp_path: Path, ag
 def test_it_ends_quietly_when_nobody_listens_any_more(tmp_path: Path, agents: list[Agent]) -> None:
     agent = Agent({**ORT, "model": str(write_net(tmp_path / "net.onnx", 4))})
     agents.append(agent)
-    assert agent.hear()[0] == frames.READY
+    assert agent.hear()[0] == protocol.READY
     assert agent.process.stdout is not None
     agent.process.stdout.close()
-    agent.say(frames.packed(*frames.images(np.ones((1, 3, 8, 8), np.float32), None)))
+    agent.say(protocol.packed(*protocol.images(np.ones((1, 3, 8, 8), np.float32), None)))
     assert agent.process.wait(60) == 0
     assert agent.process.stderr is not None and b"Traceback" not in agent.process.stderr.read()

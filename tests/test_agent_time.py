@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from onnx_files import write_one_conv
 
 import edgeprune
-from edgeprune import agent, agent_time, intervals
-from edgeprune.agent_time import LEAST, Rule, precision, take_turns
+from edgeprune import confidence, host
+from edgeprune.agent import program
+from edgeprune.agent.timing import LEAST, Rule, precision, take_turns
 
 STEADY = (1000, 1001, 999)
 
@@ -93,8 +94,8 @@ def timed_clock(values: list[float]) -> Callable[[], float]:
 @given(st.lists(st.integers(1, 10**6), min_size=6, max_size=80))
 def test_the_precision_is_the_farther_end_of_the_interval(samples: list[int]) -> None:
     ordered = sorted(samples)
-    low, high = intervals.quantile_interval(ordered, 0.5) or (0, 0)
-    median, found = intervals.quantile(ordered, 0.5), precision(samples)
+    low, high = confidence.quantile_interval(ordered, 0.5) or (0, 0)
+    median, found = confidence.quantile(ordered, 0.5), precision(samples)
     assert found is not None
     assert low >= median * (1 - found) - 1e-6 and high <= median * (1 + found) + 1e-6
     assert found == pytest.approx(max(high / median - 1, 1 - low / median))
@@ -109,7 +110,7 @@ def test_fifty_small_models_are_timed_in_one_request(tmp_path: Path) -> None:
         f"c{n}": str(write_one_conv(tmp_path / f"{n}.onnx", channels=1 + n % 7, size=1 + n % 5))
         for n in range(50)
     }
-    answer = agent.handle({
+    answer = program.handle({
         "op": "time", "runtime": "onnxruntime", "models": files, "threads": 1, "warmup": 1, "iterations": 100,
         "seconds": 0.2, "precision": 0.02, "least": 10, "apart": True,
     })  # fmt: skip
@@ -124,8 +125,8 @@ def test_the_state_of_the_machine_is_told_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = iter([{"temperature_c": 40.0, "load": 0.5}, {"temperature_c": 55.0}])
-    monkeypatch.setattr(agent_time.agent_sensors, "state", lambda gpu: next(states))
-    answer = agent.handle({
+    monkeypatch.setattr(host, "state", lambda gpu: next(states))
+    answer = program.handle({
         "op": "time", "runtime": "onnxruntime", "models": {"a": str(write_one_conv(tmp_path / "a.onnx"))},
         "threads": 1, "iterations": 10, "seconds": 1,
     })  # fmt: skip
@@ -135,6 +136,7 @@ def test_the_state_of_the_machine_is_told_before_and_after(
 
 
 PARTS = sorted(Path(edgeprune.__file__).parent.glob("agent*.py"))
+
 # In the standard library or the language only since Python 3.9 or later.
 TOO_NEW = {
     "removeprefix",

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgeprune.errors import EdgepruneError
-from edgeprune.nn.annealing import Candidates, anneal, baseline, entropy, greedy, margin_score, paper_score
+from edgeprune.methods._data_free.selection import (
+    Candidates,
+    anneal,
+    baseline,
+    entropy,
+    greedy,
+    margin_score,
+    paper_score,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

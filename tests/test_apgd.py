@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeprune.nn.apgd import Task, climb, cross_entropies, targeted_dlr, targets
-from edgeprune.nn.asking import Tried
-from edgeprune.nn.perturb import Ball
+from edgeprune.attacks._apgd import Task, climb, cross_entropies, targeted_dlr, targets
+from edgeprune.models.queries import AttackResult
+from edgeprune.train.adversarial import Ball
 
 # Steps of 100 after which the step may be halved: 22, then 19, 16, 13, 10, 7, 6 and 6 more.
 CHECKPOINTS = (22, 41, 57, 70, 80, 87, 93, 99)
+
 EPS = 0.1
 
 
@@ -38,7 +39,7 @@ def safe(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.stack([torch.full((len(x),), 1e6), score(x)], 1)
 
 
-def run(score: Callable[[Tensor], Tensor], x: Tensor, ball: Ball, steps: int = 100) -> Tried:
+def run(score: Callable[[Tensor], Tensor], x: Tensor, ball: Ball, steps: int = 100) -> AttackResult:
     return climb(safe(score), task(x), ball, loss=second, steps=steps, rho=0.75, generator=seeded())
 
 
@@ -217,7 +218,7 @@ def test_that_others_break_changes_nothing_for_the_image_that_stands(norm: str) 
         score = x.flatten(1).sum(1) - 8.67
         return torch.stack([(20 * x).sin().flatten(1).sum(1) * 0.1 - score, score], 1)
 
-    def walk(x: Tensor) -> Tried:
+    def walk(x: Tensor) -> AttackResult:
         return climb(
             wavy, task(x), Ball(norm, EPS), loss=cross_entropies, steps=40, rho=0.75, generator=seeded(2)
         )

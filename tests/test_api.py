@@ -16,6 +16,7 @@ from edgeprune import api
 from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
 
 FAST = {"iterations": 20, "seconds": 1.0}
+
 ROUGH = {"images": 8, "steps": 4}
 
 
@@ -34,13 +35,13 @@ def test_the_public_names_are_all_there_and_come_late() -> None:
 def test_a_module_in_memory_is_compressed_and_itself_not_changed(tmp_path: Path) -> None:
     network = nets.build("depthwise")
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    run = edgeprune.compress(
+    run = api.compress(
         network, nets.example(), budget={"macs": "60 %"}, output=tmp_path / "run", mean=(0.5,) * 3, std=(0.2,) * 3,
         measure=FAST, synthesize=ROUGH,
     )  # fmt: skip
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    bundle = edgeprune.load(tmp_path / "run")
-    from edgeprune.nn.bundle import deployed
+    bundle = api.load(tmp_path / "run")
+    from edgeprune.models.bundle import deployed
 
     x = nets.example(1, seed=9)
     torch.testing.assert_close(deployed(bundle)(x), run.module(x), rtol=1e-5, atol=1e-6)
@@ -54,7 +55,7 @@ def test_a_module_in_memory_is_compressed_and_itself_not_changed(tmp_path: Path)
 
 def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleBudget):
-        edgeprune.compress(
+        api.compress(
             nets.build("plain"),
             nets.example(),
             budget={"macs": "1 %"},
@@ -62,7 +63,7 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
             synthesize=ROUGH,
         )
     with pytest.raises(UsageError, match="unknown metric"):
-        edgeprune.compress(nets.build("plain"), nets.example(), budget={"speed": "2"}, output=tmp_path / "b")
+        api.compress(nets.build("plain"), nets.example(), budget={"speed": "2"}, output=tmp_path / "b")
     with pytest.raises(ModelError):
         (tmp_path / "x.pt").write_bytes(b"no model")
-        edgeprune.load(tmp_path / "x.pt")
+        api.load(tmp_path / "x.pt")

@@ -21,11 +21,12 @@ import pytest
 from onnx_files import write_net, write_one_conv
 from sshd import Sshd, sshd
 
-from edgeprune import packing
-from edgeprune.devices import Device, device_from_url
+from edgeprune.agent import archive
+from edgeprune.devices._base import Device, device_from_url
 from edgeprune.devices.local import Local
 
 pytestmark = pytest.mark.skipif(bool(arm64.why_not()), reason=arm64.why_not() or "-")
+
 ASK = {"runtime": "onnxruntime", "threads": 1}
 
 
@@ -75,7 +76,7 @@ def write_quantized(path: Path) -> Path:
 
 def on_arm64(request: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Have a request answered by the device half under qemu."""
-    (tmp_path / "edgeprune.pyz").write_bytes(packing.pyz())
+    (tmp_path / "edgeprune.pyz").write_bytes(archive.pyz())
     done = arm64.python([str(tmp_path / "edgeprune.pyz")], json.dumps(request).encode(), 300)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)

@@ -22,17 +22,20 @@ from onnx import helper
 from onnx_files import save
 from sshd import Sshd, sshd
 
-from edgeprune import bundled
-from edgeprune.devices import Attached, Device, device_from_url
+from edgeprune import targets
+from edgeprune.data.dataset import Split, in_memory
+from edgeprune.devices._base import Device, ShellDevice, device_from_url
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, UsageError
-from edgeprune.nn.data import Split, in_memory
+from edgeprune.measure.engines import Engine
+from edgeprune.measure.evaluate_file import input_of
 from edgeprune.plugins import build
-from edgeprune.recipe import AttackTable
-from edgeprune.stages import attack, attack_session, attack_victims, measure_build
-from edgeprune.stages.evaluate_file import input_of
+from edgeprune.recipe.schema import AttackTable
+from edgeprune.robustness import job, models_under_attack, readings, remote_model, stage
+from edgeprune.robustness.job import attack_job
 
 # Another word for the same Python: to edgeprune it is another machine's.
 PYTHON = str(Path(sys.executable).with_name("python3"))
+
 QUERIES = 7
 
 
@@ -40,14 +43,14 @@ QUERIES = 7
 class Board:
     """A machine, the folder that its temporary files lie in, and its server where it has one."""
 
-    device: Attached
+    device: ShellDevice
     there: Path
     server: Sshd | None = None
 
 
-def attached(url: str) -> Attached:
+def attached(url: str) -> ShellDevice:
     device = device_from_url(url)
-    assert isinstance(device, Attached)
+    assert isinstance(device, ShellDevice)
     return device
 
 
@@ -98,10 +101,12 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def victim(
     net: Path, device: Device, scratch: Path, say: Callable[[str], None] = lambda _: None
-) -> attack.Victim:
+) -> job.ModelUnderAttack:
     """The file, judged by the device; only asked, so that nothing but Square runs."""
-    here = replace(attack.of_file("net.onnx", net, scratch, "here"), twin=None)
-    return attack.on_device(here, net, input_of(net), attack.There(device, None, scratch, say, 0.0))
+    here = replace(models_under_attack.of_file("net.onnx", net, scratch, "here"), twin=None)
+    return models_under_attack.on_device(
+        here, net, input_of(net), models_under_attack.OnDevice(device, None, scratch, say, 0.0)
+    )
 
 
 def images(net: Path, count: int = 24) -> Split:
@@ -109,17 +114,17 @@ def images(net: Path, count: int = 24) -> Split:
     pixels = torch.randint(
         0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    here = attack.of_file("net.onnx", net, net.parent / "scratch", "here")
+    here = models_under_attack.of_file("net.onnx", net, net.parent / "scratch", "here")
     return in_memory("test", pixels, here.answers(pixels / 255).argmax(1))
 
 
-def square(batch: int = 0) -> attack.Job:
-    job = attack.job(AttackTable(name="standard", eps="2/255", batch=batch), seed=0, data="some")
+def square(batch: int = 0) -> job.Job:
+    job = attack_job(AttackTable(name="standard", eps="2/255", batch=batch), seed=0, data="some")
     return replace(job, attacks={"square": build("attacks", "square", {"queries": QUERIES})})
 
 
-def run(found: attack.Victim, split: Split, scratch: Path, batch: int = 0) -> attack.Verdicts:
-    return attack.run(found, split, square(batch), scratch=scratch, say=lambda _: None)
+def run(found: job.ModelUnderAttack, split: Split, scratch: Path, batch: int = 0) -> job.Verdicts:
+    return stage.run(found, split, square(batch), scratch=scratch, say=lambda _: None)
 
 
 def left(board: Board) -> list[str]:
@@ -141,7 +146,7 @@ def test_square_asks_the_device_itself_in_one_session(board: Board, net: Path, t
         == f"Square asked the device: a session of onnxruntime that stayed open on {there.where.split()[0]}."
     )
     verdicts = run(there, split, tmp_path / "there-state")
-    here = replace(attack.of_file("net.onnx", net, tmp_path / "s", "here"), twin=None)
+    here = replace(models_under_attack.of_file("net.onnx", net, tmp_path / "s", "here"), twin=None)
     assert verdicts.by == run(here, split, tmp_path / "here-state").by
     assert 0 < sum(verdicts.survived) < len(split)
     assert len(said) == 1 and said[0].startswith(
@@ -155,12 +160,12 @@ def test_every_image_that_square_asks_about_is_one_that_the_device_answered(
 ) -> None:
     there, split = victim(net, over_ssh.device, tmp_path / "s"), images(net)
     verdicts = run(there, split, tmp_path / "state")
-    rows = attack.readings(there, square(), verdicts, part="test")
+    rows = readings.readings_of(there, square(), verdicts, part="test")
     by = {r.metric: r for r in rows}["broken_by_square"]
     queries, tried = by.conditions["queries"], by.conditions["tried"]
     assert tried * 1 < queries <= tried * QUERIES
     # One image for the classes, each image as it is, two looks of the attack itself, and the verdict.
-    assert isinstance(there.answers, attack_session.Asked)
+    assert isinstance(there.answers, remote_model.Asked)
     assert there.answers.images == 1 + len(split) + queries + 3 * tried
     assert there.answers.sent < 4 * 3 * 8 * 8 * there.answers.images, "what did not change is not sent again"
     robust = next(r for r in rows if r.metric == "robust_accuracy")
@@ -172,8 +177,8 @@ def test_answers_are_those_of_this_machine_however_many_messages_they_take(
     over_ssh: Board, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = victim(net, over_ssh.device, tmp_path)
-    here = attack.of_file("net.onnx", net, tmp_path, "here")
-    monkeypatch.setattr("edgeprune.agent_frames.MOST_BYTES", 5 * 4 * 3 * 8 * 8)
+    here = models_under_attack.of_file("net.onnx", net, tmp_path, "here")
+    monkeypatch.setattr("edgeprune.agent.protocol.MOST_BYTES", 5 * 4 * 3 * 8 * 8)
     x = torch.rand(13, 3, 8, 8)
     with there.asked():
         for batch in (x, x.clone().index_fill_(3, torch.tensor([2]), 0.5), x[:4], x[:0]):
@@ -219,7 +224,7 @@ def test_a_connection_that_is_lost_in_the_middle_is_said_and_the_attack_goes_on_
     again = victim(net, over_ssh.device, tmp_path / "s")
     resumed = run(again, split, tmp_path / "b", batch=8)
     assert (resumed.by, resumed.queries) == (undisturbed.by, undisturbed.queries)
-    assert isinstance(again.answers, attack_session.Asked)
+    assert isinstance(again.answers, remote_model.Asked)
     assert again.answers.images < sum(undisturbed.queries.values()), "finished batches are not asked again"
 
 
@@ -228,8 +233,8 @@ import signal, sys
 # What was started in the background of a shell would pass over Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
-from edgeprune import agent_frames as frames
-from edgeprune.devices import device_from_url
+from edgeprune.agent import protocol as frames
+from edgeprune.devices._base import device_from_url
 from pathlib import Path
 device, x = device_from_url(sys.argv[2]), np.ones((64, 3, 8, 8), np.float32)
 with device.exclusively(), device.holding({"model": Path(sys.argv[1])}) as there:
@@ -303,12 +308,14 @@ def test_what_goes_wrong_there_is_said_with_its_kind(
         Path(python).write_text(f"#!/bin/sh\n{PYTHONS[fault].replace('PYTHON', PYTHON)}\n")
         Path(python).chmod(0o755)
     if fault == "silence":
-        monkeypatch.setattr(attack_session, "OPEN_S", 0.2)
+        monkeypatch.setattr(remote_model, "OPEN_S", 0.2)
     file = tmp_path / "net.onnx"
     file.write_bytes(b"no model" if fault == "no model" else net.read_bytes())
-    here = replace(attack.of_file("net.onnx", net, tmp_path, "here"), twin=None)
+    here = replace(models_under_attack.of_file("net.onnx", net, tmp_path, "here"), twin=None)
     device = attached(f"local://?python={'/no/such/python' if fault == 'no python' else python}")
-    there = attack.on_device(here, file, input_of(net), attack.There(device, None, tmp_path))
+    there = models_under_attack.on_device(
+        here, file, input_of(net), models_under_attack.OnDevice(device, None, tmp_path)
+    )
     kind, says = FAULTS[fault]
     with pytest.raises(kind, match=says) as caught:
         there.answers(torch.rand(2, 1 if fault == "shape" else 3, 8, 8))
@@ -318,12 +325,14 @@ def test_what_goes_wrong_there_is_said_with_its_kind(
 
 # A way on which one byte arrives as another one.
 UNCLEAN = 'import os\nwhile (b := os.read(0, 99)):\n    os.write(1, b.replace(b"\\xed", b"?"))'
+
 PYTHONS = {
     "crash": "kill -11 $$",
     "silence": "exec cat >/dev/null",
     "text": f"PYTHON \"$@\" | PYTHON -c '{UNCLEAN}'",
     "words": "echo this is no agent",
 }
+
 FAULTS: dict[str, tuple[type[Exception], str]] = {
     "no python": (MissingDependency, "local has no /no/such/python"),
     "no model": (ModelError, "can't open .*on local"),
@@ -343,7 +352,9 @@ def test_a_device_whose_agent_can_not_stay_open_is_asked_for_verdicts_alone(
     x = torch.rand(12, 3, 8, 8)
     assert there.answers(x).argmax(1).tolist() == [*range(10), 0, 1]
     assert there.fast is not None
-    torch.testing.assert_close(there.fast(x), attack.of_file("n", net, tmp_path, "here").answers(x))
+    torch.testing.assert_close(
+        there.fast(x), models_under_attack.of_file("n", net, tmp_path, "here").answers(x)
+    )
     assert there.notes[-1] == "Square asked a copy of the file here; every verdict is that of fake."
 
 
@@ -355,13 +366,15 @@ def test_where_the_target_has_tensorrt_an_engine_is_built_there_once_and_asked(
     def engines(files: Any, place: Any) -> Any:
         built.extend(files.values())
         (place.folder / "it.engine").write_bytes(b"an engine")
-        return {name: measure_build.Engine(place.folder / "it.engine", net, "fp32") for name in files}
+        return {name: Engine(place.folder / "it.engine", net, "fp32") for name in files}
 
-    monkeypatch.setattr(attack_victims, "choose", lambda target, device: ("tensorrt", ("On the GPU.",)))
-    monkeypatch.setattr(attack_victims, "engines", engines)
-    here = replace(attack.of_file("net.onnx", net, tmp_path, "here"), twin=None)
-    device, target = attached(f"local://?python={PYTHON}"), bundled.target("jetson-orin-nano")
-    there = attack.on_device(here, net, input_of(net), attack.There(device, target, tmp_path / "scratch"))
+    monkeypatch.setattr(models_under_attack, "choose", lambda target, device: ("tensorrt", ("On the GPU.",)))
+    monkeypatch.setattr(models_under_attack, "built_engines", engines)
+    here = replace(models_under_attack.of_file("net.onnx", net, tmp_path, "here"), twin=None)
+    device, target = attached(f"local://?python={PYTHON}"), targets.target("jetson-orin-nano")
+    there = models_under_attack.on_device(
+        here, net, input_of(net), models_under_attack.OnDevice(device, target, tmp_path / "scratch")
+    )
     assert there.notes == (
         "On the GPU.",
         "Square asked the device: a session of tensorrt that stayed open on local.",
@@ -374,11 +387,11 @@ def test_where_the_target_has_tensorrt_an_engine_is_built_there_once_and_asked(
 
 
 def test_this_python_and_canned_answers_are_not_elsewhere() -> None:
-    assert not attack.elsewhere(device_from_url("local"))
-    assert not attack.elsewhere(device_from_url(f"local://?python={sys.executable}"))
-    assert not attack.elsewhere(device_from_url("fake"))
-    assert attack.elsewhere(device_from_url(f"local://?python={PYTHON}"))
-    assert attack.elsewhere(device_from_url("ssh://board"))
+    assert not models_under_attack.elsewhere(device_from_url("local"))
+    assert not models_under_attack.elsewhere(device_from_url(f"local://?python={sys.executable}"))
+    assert not models_under_attack.elsewhere(device_from_url("fake"))
+    assert models_under_attack.elsewhere(device_from_url(f"local://?python={PYTHON}"))
+    assert models_under_attack.elsewhere(device_from_url("ssh://board"))
 
 
 @pytest.mark.skipif(bool(arm64.why_not()), reason=arm64.why_not() or "-")
@@ -398,7 +411,7 @@ def test_square_asks_an_arm64_under_qemu(net: Path, tmp_path: Path, monkeypatch:
         split = images(net, 8)
         there = victim(net, device, tmp_path / "s")
         verdicts = run(there, split, tmp_path / "state")
-        here = replace(attack.of_file("net.onnx", net, tmp_path / "s", "here"), twin=None)
+        here = replace(models_under_attack.of_file("net.onnx", net, tmp_path / "s", "here"), twin=None)
         assert there.where == f"{server.url} aarch64 (emulated)"
         assert verdicts.by == run(here, split, tmp_path / "here-state").by
         assert device.check(["ls", "-A", "/tmp"]) == ""

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn.data import Split, in_memory
+from edgeprune.data.dataset import Split, in_memory
 from edgeprune.plugins import build
-from edgeprune.recipe import AttackTable
-from edgeprune.stages import attack
+from edgeprune.recipe.schema import AttackTable
+from edgeprune.robustness import gradient_masking, models_under_attack, stage
+from edgeprune.robustness.job import Verdicts, attack_job
 
 EPS = 2 / 255
+
 SIDE, CLASSES = 6, 4
 
 
@@ -94,15 +96,15 @@ def said(
     ball: tuple[str, str] = ("Linf", "2/255"),
 ) -> str:
     split = split or images()
-    job = attack.job(AttackTable(name=name, norm=ball[0], eps=ball[1]), seed=0, data="some")
+    job = attack_job(AttackTable(name=name, norm=ball[0], eps=ball[1]), seed=0, data="some")
     few = {
         "pgd": {"steps": 10}, "apgd-ce": {"steps": 10}, "apgd-t": {"steps": 10, "classes": 3},
         "fab-t": {"steps": 5, "classes": 3}, "square": {"queries": 300},
     }  # fmt: skip
     job = replace(job, attacks={n: build("attacks", n, few[n]) for n in job.attacks})
-    victim = attack.of_network("net", network.eval(), "s")
-    found = attack.run(victim, split, job, scratch=tmp_path / name, say=lambda _: None)
-    return " ".join(attack.flags(victim, split, job, found))
+    victim = models_under_attack.of_network("net", network.eval(), "s")
+    found = stage.run(victim, split, job, scratch=tmp_path / name, say=lambda _: None)
+    return " ".join(gradient_masking.flags(victim, split, job, found))
 
 
 def test_a_plain_network_shows_none_of_them(tmp_path: Path) -> None:
@@ -184,12 +186,12 @@ def test_where_no_gradient_is_it_is_said_truly_what_was_tried_and_square_is_aske
 )
 def test_a_few_images_that_square_broke_by_chance_are_no_sign(broken: int, n: int, fires: bool) -> None:
     """The exact interval of 2 in 39 begins at 0.6 %, of 3 in 39 at 1.6 %, of 18 in 1000 at 1.07 %."""
-    job = attack.job(AttackTable(name="standard", eps="2/255"), seed=0, data="some")
+    job = attack_job(AttackTable(name="standard", eps="2/255"), seed=0, data="some")
     by = ("square",) * broken + ("",) * (n - broken)
     tried = dict.fromkeys(job.attacks, n)
-    found = attack.Verdicts(by, tried, tried, dict.fromkeys(job.attacks, 0.0), "white box", 8)
-    victim = attack.of_network("net", Plain().eval(), "s")
-    flags = attack.flags(victim, images(n), job, found)
+    found = Verdicts(by, tried, tried, dict.fromkeys(job.attacks, 0.0), "white box", 8)
+    victim = models_under_attack.of_network("net", Plain().eval(), "s")
+    flags = gradient_masking.flags(victim, images(n), job, found)
     assert any(f"square, which only asks, broke {broken} images" in flag for flag in flags) == fires
 
 

@@ -14,17 +14,28 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from edgeprune.attacks import Attack, Logits
+from edgeprune.attacks._base import Attack
+from edgeprune.data.dataset import Split, in_memory
 from edgeprune.errors import UsageError
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.perturb import Ball
+from edgeprune.models.queries import Logits
 from edgeprune.plugins import build
-from edgeprune.recipe import AttackTable
-from edgeprune.stages import attack
-from edgeprune.stages.attack_memory import batch_size
-from edgeprune.stages.attack_readings import told
+from edgeprune.recipe.schema import AttackTable
+from edgeprune.robustness import (
+    attack_plan,
+    gradient_masking,
+    job,
+    models_under_attack,
+    readings,
+    stage,
+    surrogate_check,
+)
+from edgeprune.robustness.attack_plan import batch_size
+from edgeprune.robustness.job import ModelUnderAttack, Verdicts, attack_job
+from edgeprune.robustness.readings import told
+from edgeprune.train.adversarial import Ball
 
 CLASSES, PIXELS = 4, 3 * 8 * 8
+
 EPS = 2 / 255
 
 
@@ -72,9 +83,9 @@ def robust(split: Split, eps: float) -> list[bool]:
         return [bool((torch.cat([m[:y], m[y + 1 :]]) > 0).all()) for m, y in zip(margin, rows, strict=True)]
 
 
-def quick(table: AttackTable | None = None, seed: int = 0, queries: int = 60) -> attack.Job:
+def quick(table: AttackTable | None = None, seed: int = 0, queries: int = 60) -> job.Job:
     """The standard evaluation with fewer steps."""
-    job = attack.job(table or AttackTable(name="standard", eps="2/255"), seed=seed, data="some")
+    job = attack_job(table or AttackTable(name="standard", eps="2/255"), seed=seed, data="some")
     few = {
         "apgd-ce": build("attacks", "apgd-ce", {"steps": 12}),
         "apgd-t": build("attacks", "apgd-t", {"steps": 12, "classes": 3}),
@@ -84,20 +95,20 @@ def quick(table: AttackTable | None = None, seed: int = 0, queries: int = 60) ->
     return replace(job, attacks={name: few.get(name, member) for name, member in job.attacks.items()})
 
 
-def run(victim: attack.Victim, job: attack.Job, scratch: Path, split: Split | None = None) -> attack.Verdicts:
-    return attack.run(victim, images() if split is None else split, job, scratch=scratch, say=lambda _: None)
+def run(victim: ModelUnderAttack, job: job.Job, scratch: Path, split: Split | None = None) -> Verdicts:
+    return stage.run(victim, images() if split is None else split, job, scratch=scratch, say=lambda _: None)
 
 
 def test_the_verdicts_on_a_linear_network_are_those_of_the_closed_form(tmp_path: Path) -> None:
-    verdicts = run(attack.of_network("net", Linear(), "w"), quick(), tmp_path)
+    verdicts = run(models_under_attack.of_network("net", Linear(), "w"), quick(), tmp_path)
     assert list(verdicts.survived) == robust(images(), EPS)
-    assert [i for i, by in enumerate(verdicts.by) if by == attack.CLEAN] == [0, 1, 2]
+    assert [i for i, by in enumerate(verdicts.by) if by == job.CLEAN] == [0, 1, 2]
     assert 0 < sum(verdicts.survived) < 57
     assert verdicts.how == "white box"
 
 
 def test_an_image_that_is_broken_is_not_attacked_again(tmp_path: Path) -> None:
-    verdicts = run(attack.of_network("net", Linear(), "w"), quick(), tmp_path)
+    verdicts = run(models_under_attack.of_network("net", Linear(), "w"), quick(), tmp_path)
     left = 60
     for name, tried in verdicts.tried.items():
         assert tried == left
@@ -106,9 +117,9 @@ def test_an_image_that_is_broken_is_not_attacked_again(tmp_path: Path) -> None:
     assert verdicts.queries["square"] == 60 * verdicts.tried["square"]
 
 
-def batched() -> attack.Job:
+def batched() -> job.Job:
     """Eight batches without an attack, then PGD and Square on what is left."""
-    job = attack.job(AttackTable(name="standard", eps="1/255", batch=8), seed=3, data="some")
+    job = attack_job(AttackTable(name="standard", eps="1/255", batch=8), seed=3, data="some")
     members = {
         "pgd": build("attacks", "pgd", {"steps": 3}),
         "square": build("attacks", "square", {"queries": 9}),
@@ -120,7 +131,7 @@ def batched() -> attack.Job:
 def test_an_evaluation_that_was_killed_goes_on_at_its_last_batch_with_the_same_verdicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    victim, write, count = attack.of_network("net", Linear(), "w"), attack._write, 0
+    victim, write, count = models_under_attack.of_network("net", Linear(), "w"), stage._write, 0
 
     def writing(limit: int) -> Callable[..., None]:
         def counted(*arguments: object) -> None:
@@ -132,14 +143,14 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_batch_with_the_same_v
 
         return counted
 
-    monkeypatch.setattr(attack, "_write", writing(0))
+    monkeypatch.setattr(stage, "_write", writing(0))
     undisturbed, batches, count = run(victim, batched(), tmp_path / "a"), count, 0
     assert batches >= 17
-    monkeypatch.setattr(attack, "_write", writing(stop))
+    monkeypatch.setattr(stage, "_write", writing(stop))
     with pytest.raises(KeyboardInterrupt):
         run(victim, batched(), tmp_path / "b")
     count = 0
-    monkeypatch.setattr(attack, "_write", writing(0))
+    monkeypatch.setattr(stage, "_write", writing(0))
     resumed = run(victim, batched(), tmp_path / "b")
     assert (resumed.by, resumed.tried, resumed.queries) == (
         undisturbed.by, undisturbed.tried, undisturbed.queries,
@@ -148,7 +159,7 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_batch_with_the_same_v
 
 
 def test_another_job_or_a_broken_state_is_not_gone_on_with(tmp_path: Path) -> None:
-    victim = attack.of_network("net", Linear(), "w")
+    victim = models_under_attack.of_network("net", Linear(), "w")
     first = run(victim, batched(), tmp_path)
     assert run(victim, batched(), tmp_path) == first, "a finished one is read"
     for other in (
@@ -158,8 +169,8 @@ def test_another_job_or_a_broken_state_is_not_gone_on_with(tmp_path: Path) -> No
     ):
         assert other.key(victim) != batched().key(victim)
         assert run(victim, other, tmp_path) != first
-    assert batched().key(attack.of_network("net", Linear(), "v")) != batched().key(victim)
-    (tmp_path / attack.STATE).write_text("{")
+    assert batched().key(models_under_attack.of_network("net", Linear(), "v")) != batched().key(victim)
+    (tmp_path / stage.STATE).write_text("{")
     assert run(victim, batched(), tmp_path).by == first.by
 
 
@@ -193,7 +204,7 @@ def test_whatever_an_attack_does_the_artifact_is_only_asked_about_images_in_the_
             return Linear()(x)
 
     job = replace(quick(), ball=Ball(norm, eps), attacks={"corner": Corner()})
-    run(attack.Victim("file", "s", answers), job, tmp_path, split)
+    run(ModelUnderAttack("file", "s", answers), job, tmp_path, split)
     centres = split.take(torch.arange(20))
     for x in asked:
         assert float(x.min()) >= 0 and float(x.max()) <= 1
@@ -210,9 +221,9 @@ def test_what_gradients_of_the_twin_find_counts_only_where_the_artifact_errs(tmp
     split = replace(images(), labels=labels)
     job = replace(quick(), attacks={"pgd": build("attacks", "pgd", {})})
     twin = Linear()
-    victim = attack.Victim("file", "s", lambda x: artifact(x).detach(), twin)
+    victim = ModelUnderAttack("file", "s", lambda x: artifact(x).detach(), twin)
     verdicts = run(victim, job, tmp_path / "a", split)
-    itself = run(attack.of_network("net", artifact, "s"), job, tmp_path / "b", split)
+    itself = run(models_under_attack.of_network("net", artifact, "s"), job, tmp_path / "b", split)
     assert verdicts.how == "white box on the torch network, replayed on the file"
     assert verdicts.broken["pgd"] < itself.broken["pgd"]
     assert list(verdicts.tried) == ["clean", "pgd", "apgd-ce-to-the-end"]
@@ -221,11 +232,11 @@ def test_what_gradients_of_the_twin_find_counts_only_where_the_artifact_errs(tmp
 def test_images_made_against_the_dense_network_are_tried_too(tmp_path: Path) -> None:
     job = replace(quick(), attacks={n: m for n, m in quick().attacks.items() if n != "square"})
     hidden = Wrapped(lambda logits: logits.detach())
-    alone = attack.of_network("net", hidden, "s")
+    alone = models_under_attack.of_network("net", hidden, "s")
     with pytest.raises(UsageError, match="needs gradients") as caught:
-        run(attack.Victim("x.onnx", "s", alone.answers), job, tmp_path / "a")
+        run(ModelUnderAttack("x.onnx", "s", alone.answers), job, tmp_path / "a")
     assert "standard" in caught.value.hint
-    helped = attack.of_network("net", hidden, "s", others={"dense": Linear()})
+    helped = models_under_attack.of_network("net", hidden, "s", others={"dense": Linear()})
     verdicts = run(helped, quick(), tmp_path / "b")
     assert list(verdicts.tried) == ["clean", "apgd-ce-from-dense", "square"]
     assert verdicts.broken["apgd-ce-from-dense"] > 20
@@ -234,7 +245,7 @@ def test_images_made_against_the_dense_network_are_tried_too(tmp_path: Path) -> 
 
 def test_modes_places_and_gradients_of_the_networks_are_as_they_were(tmp_path: Path) -> None:
     network = Wrapped(nn.Dropout(0.5)).train()
-    run(attack.of_network("net", network, "s"), quick(queries=5), tmp_path)
+    run(models_under_attack.of_network("net", network, "s"), quick(queries=5), tmp_path)
     assert network.training and all(layer.training for layer in network.modules())
     assert network.linear.weight.requires_grad and network.linear.weight.grad is None
 
@@ -253,23 +264,23 @@ def test_of_a_masked_network_pgd_says_that_it_is_robust_and_is_flagged_and_stand
     split, network = images(), Wrapped(MASKED[name])
     with torch.no_grad():
         split.labels[3:] = network(split.take(torch.arange(60))).argmax(1)[3:]
-    victim = attack.of_network("net", network, "s")
+    victim = models_under_attack.of_network("net", network, "s")
     job = quick(AttackTable(name="pgd", eps="2/255"))
     verdicts = run(victim, job, tmp_path / "pgd", split)
     assert sum(verdicts.survived) >= 50, "of 57; the true number is 15"
-    flags = " ".join(attack.flags(victim, split, job, verdicts))
+    flags = " ".join(gradient_masking.flags(victim, split, job, verdicts))
     assert "Take --attack standard" in flags or "No gradient reaches" in flags
     assert name == "argmax" or "is zero or not finite on" in flags
     job = quick(queries=200)
     worst = run(victim, job, tmp_path / "standard", split)
-    flags = " ".join(attack.flags(victim, split, job, worst))
+    flags = " ".join(gradient_masking.flags(victim, split, job, worst))
     assert "gradient" in flags and sum(worst.survived) < sum(verdicts.survived)
     if name == "scaled":
         assert worst.survived[3:] == tuple(robust(images(), EPS))[3:]
         return
     assert "square, which only asks, broke" in flags or "No gradient reaches" in flags
     # On steps and plateaus a search without gradients is lost, too; the dense network's own images are not.
-    helped = attack.of_network("net", network, "s", others={"dense": Linear()})
+    helped = models_under_attack.of_network("net", network, "s", others={"dense": Linear()})
     assert sum(run(helped, job, tmp_path / "helped", split).survived) <= 25
 
 
@@ -320,17 +331,19 @@ def test_a_masked_file_is_called_robust_by_pgd_and_flagged_and_broken_by_standar
         tmp_path / "net.onnx", scale=1e4 if name == "scaled" else 1, tail="argmax" if name == "argmax" else ""
     )
     split, said = images(), list[str]()
-    victim = attack.proven(attack.of_file("net.onnx", path, tmp_path, "here"), split, say=said.append)
+    victim = surrogate_check.proven(
+        models_under_attack.of_file("net.onnx", path, tmp_path, "here"), split, say=said.append
+    )
     assert victim.own and "agrees with the file on 100.0 %" in said[0]
     job = quick(AttackTable(name="pgd", eps="2/255"))
     pgd = run(victim, job, tmp_path / "pgd", split)
     assert sum(pgd.survived) >= 50, "of 57; the true number is 15"
-    flags = " ".join(attack.flags(victim, split, job, pgd))
+    flags = " ".join(gradient_masking.flags(victim, split, job, pgd))
     assert ("is zero or not finite on" if name == "scaled" else "No gradient reaches") in flags
     job = quick(queries=300)
     worst = run(victim, job, tmp_path / "standard", split)
     assert sum(worst.survived) < sum(pgd.survived)
-    assert "gradient" in " ".join(attack.flags(victim, split, job, worst))
+    assert "gradient" in " ".join(gradient_masking.flags(victim, split, job, worst))
     if name == "scaled":
         assert list(worst.survived) == robust(split, EPS)
 
@@ -341,24 +354,24 @@ def test_of_a_quantized_file_the_attacks_that_see_the_quantization_come_after_th
     """The float network that is given is another one, so that transferred images find little."""
     path = file_of(tmp_path / "net.onnx", step=1 / 255)
     split = images()
-    victim = attack.of_file(
+    victim = models_under_attack.of_file(
         "net.onnx", path, tmp_path, "here", twin=Linear(seed=2), others={"dense": Linear(seed=3)}
     )
     assert not victim.own and victim.straight is not None
-    victim = attack.proven(victim, split, say=lambda _: None)
+    victim = surrogate_check.proven(victim, split, say=lambda _: None)
     verdicts = run(victim, quick(), tmp_path / "a", split)
     assert list(verdicts.steps) == [
         "apgd-ce", "apgd-ce-to-the-end", "apgd-ce-from-dense", "apgd-t", "fab-t",
-        *(f"{n}{attack.STRAIGHT}" for n in ("apgd-ce", "apgd-ce-to-the-end", "apgd-t", "fab-t")), "square",
+        *(f"{n}{attack_plan.STRAIGHT}" for n in ("apgd-ce", "apgd-ce-to-the-end", "apgd-t", "fab-t")), "square",
     ]  # fmt: skip
     assert verdicts.how == (
         "white box on the torch network and on its straight-through twin, replayed on the file"
     )
     # An eps of two whole steps of the scale: rounding changes nothing that an attack can reach.
     assert list(verdicts.survived) == robust(split, EPS)
-    _, worst, *_ = attack.readings(victim, quick(), verdicts, part="test")
+    _, worst, *_ = readings.readings_of(victim, quick(), verdicts, part="test")
     told = worst.conditions["transfer_only"]
-    seen = sum(count for name, count in verdicts.broken.items() if name.endswith(attack.STRAIGHT))
+    seen = sum(count for name, count in verdicts.broken.items() if name.endswith(attack_plan.STRAIGHT))
     assert seen > 10 and told["right"] == sum(verdicts.survived) + seen + verdicts.broken["square"]
     assert told["value"] == told["right"] / 60 and told["spread"][0] < told["value"] < told["spread"][1]
     assert worst.value is not None and told["lowered"] == seen / 60
@@ -368,16 +381,18 @@ def test_of_a_quantized_file_the_attacks_that_see_the_quantization_come_after_th
         found = run(victim, job, tmp_path / name, split)
         both = [name, "pgd-to-the-end"] if name == "pgd" else [name]
         moved = ["pgd-from-dense"] if name == "pgd" else []
-        assert list(found.steps) == [*both, *moved, *(f"{n}{attack.STRAIGHT}" for n in both)]
-        used = attack.readings(victim, job, found, part="test")[1].conditions["also from"]
+        assert list(found.steps) == [*both, *moved, *(f"{n}{attack_plan.STRAIGHT}" for n in both)]
+        used = readings.readings_of(victim, job, found, part="test")[1].conditions["also from"]
         assert used == (["dense"] if moved else []), "only what was tried is claimed"
-        assert found.broken[f"{name}{attack.STRAIGHT}"] > 10
-        assert "transfer_only" in attack.readings(victim, job, found, part="test")[1].conditions
+        assert found.broken[f"{name}{attack_plan.STRAIGHT}"] > 10
+        assert "transfer_only" in readings.readings_of(victim, job, found, part="test")[1].conditions
 
 
 def test_a_bare_quantized_file_is_its_own_float_network_without_the_rounding(tmp_path: Path) -> None:
     split = images()
-    victim = attack.of_file("net.onnx", file_of(tmp_path / "net.onnx", step=4 / 255), tmp_path, "here")
+    victim = models_under_attack.of_file(
+        "net.onnx", file_of(tmp_path / "net.onnx", step=4 / 255), tmp_path, "here"
+    )
     assert victim.own and victim.twin is not None and victim.straight is not None
     x = split.take(torch.arange(5))
     with torch.no_grad():
@@ -406,40 +421,44 @@ def test_what_was_read_from_a_file_is_only_used_when_it_answers_as_the_file_does
         (Fails(), "no such kernel"),
         (nn.Flatten(), "(60, 192)"),
     ):
-        found = attack.proven(attack.Victim("f.onnx", "s", answers, twin, own=True), split, say=said.append)
+        found = surrogate_check.proven(
+            ModelUnderAttack("f.onnx", "s", answers, twin, own=True), split, say=said.append
+        )
         assert found.twin is None and not found.own
         assert says in found.notes[0] and "was only asked, which overstates" in found.notes[0]
-    victim = attack.Victim("f.onnx", "s", answers, network, straight=other)
-    found = attack.proven(victim, split, say=said.append)
+    victim = ModelUnderAttack("f.onnx", "s", answers, network, straight=other)
+    found = surrogate_check.proven(victim, split, say=said.append)
     assert found.twin is network and found.straight is None
     assert "see the quantization were not tried" in found.notes[0]
     assert len(said) == 4
-    right = attack.Victim("f.onnx", "s", answers, network, own=True)
-    assert attack.proven(right, split, say=said.append) is right
-    given = attack.Victim("f.onnx", "s", answers, other)
-    assert attack.proven(given, split, say=said.append) is given, "a network that was given is not looked at"
+    right = ModelUnderAttack("f.onnx", "s", answers, network, own=True)
+    assert surrogate_check.proven(right, split, say=said.append) is right
+    given = ModelUnderAttack("f.onnx", "s", answers, other)
+    assert surrogate_check.proven(given, split, say=said.append) is given, (
+        "a network that was given is not looked at"
+    )
     keys = {quick().key(v) for v in (right, given, victim, found)}
     assert len(keys) == 3, "what is attacked with is part of the key; given and found are attacked alike"
 
 
 def test_a_file_with_an_operator_that_torch_is_not_taught_is_only_asked(tmp_path: Path) -> None:
     path = file_of(tmp_path / "net.onnx", tail="ThresholdedRelu")
-    victim = attack.of_file("net.onnx", path, tmp_path, "here")
+    victim = models_under_attack.of_file("net.onnx", path, tmp_path, "here")
     assert victim.twin is None and "ThresholdedRelu 'tail'" in victim.notes[0]
     with pytest.raises(UsageError, match=r"net.onnx has none"):
         run(victim, quick(AttackTable(name="pgd", eps="2/255")), tmp_path / "a")
     assert list(run(victim, quick(queries=5), tmp_path / "b").steps) == ["square"]
     quantized = file_of(tmp_path / "q.onnx", tail="ThresholdedRelu", step=1 / 255)
-    victim = attack.of_file("q.onnx", quantized, tmp_path, "here", twin=Linear())
+    victim = models_under_attack.of_file("q.onnx", quantized, tmp_path, "here", twin=Linear())
     assert victim.straight is None and "see the quantization were not tried" in victim.notes[0]
 
 
 def test_an_honest_network_is_not_flagged(tmp_path: Path) -> None:
-    victim = attack.of_network("net", Linear(0.1), "s")
+    victim = models_under_attack.of_network("net", Linear(0.1), "s")
     for name in ("pgd", "standard"):
         job = quick(AttackTable(name=name, eps="2/255"))
         verdicts = run(victim, job, tmp_path / name)
-        assert attack.flags(victim, images(), job, verdicts) == ()
+        assert gradient_masking.flags(victim, images(), job, verdicts) == ()
 
 
 class Noisy(nn.Module):
@@ -460,9 +479,9 @@ class Noisy(nn.Module):
 def test_what_makes_an_accuracy_doubtful_is_said(
     tmp_path: Path, change: Callable[[Tensor], Tensor], says: str
 ) -> None:
-    victim = attack.of_network("net", Wrapped(change), "s")
+    victim = models_under_attack.of_network("net", Wrapped(change), "s")
     job = quick(AttackTable(name="fgsm", eps="1/255"))
-    flags = attack.flags(victim, images(), job, run(victim, job, tmp_path))
+    flags = gradient_masking.flags(victim, images(), job, run(victim, job, tmp_path))
     assert any(says in flag for flag in flags)
 
 
@@ -482,11 +501,11 @@ def test_more_steps_and_a_larger_eps_that_help_the_model_are_said(tmp_path: Path
                 split.labels[: len(x)], CLASSES
             )
 
-    victim = attack.of_network("net", Shelter(), "s")
+    victim = models_under_attack.of_network("net", Shelter(), "s")
     split = replace(split, labels=split.labels.clone())
     job = quick(AttackTable(name="fgsm", eps="2/255"))
-    verdicts = attack.Verdicts(("",) * 60, {"clean": 60, "fgsm": 60}, {}, {}, "white box", 64)
-    flags = " ".join(attack.flags(victim, split, job, verdicts))
+    verdicts = Verdicts(("",) * 60, {"clean": 60, "fgsm": 60}, {}, {}, "white box", 64)
+    flags = " ".join(gradient_masking.flags(victim, split, job, verdicts))
     assert "twice the eps" in flags and "into any other image" in flags
 
 
@@ -503,20 +522,20 @@ def test_more_steps_and_a_larger_eps_that_help_the_model_are_said(tmp_path: Path
 )
 def test_images_that_do_not_fit_are_refused(tmp_path: Path, split: Split, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        run(attack.of_network("net", Linear(), "s"), quick(), tmp_path, split)
+        run(models_under_attack.of_network("net", Linear(), "s"), quick(), tmp_path, split)
 
 
 def test_pixels_outside_0_and_1_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = Split.take
     monkeypatch.setattr(Split, "take", lambda self, rows: 4 * take(self, rows) - 2)
     with pytest.raises(UsageError, match=r"go from -.* to .*need pixels in \[0, 1\]"):
-        run(attack.of_network("net", Linear(), "s"), quick(), tmp_path, images())
+        run(models_under_attack.of_network("net", Linear(), "s"), quick(), tmp_path, images())
 
 
 def test_readings_say_what_broke_what_and_how_it_was_had(tmp_path: Path) -> None:
-    victim, job = attack.of_network("net", Linear(), "w"), quick()
+    victim, job = models_under_attack.of_network("net", Linear(), "w"), quick()
     verdicts = run(victim, job, tmp_path)
-    clean, worst, *each = attack.readings(victim, job, verdicts, part="test", flags=("careful",))
+    clean, worst, *each = readings.readings_of(victim, job, verdicts, part="test", flags=("careful",))
     assert (clean.metric, clean.value, clean.n) == ("clean_accuracy", 57 / 60, 60)
     assert (worst.metric, worst.value) == ("robust_accuracy", sum(robust(images(), EPS)) / 60)
     assert worst.spread is not None and worst.spread[0] < worst.value < worst.spread[1]
@@ -530,13 +549,13 @@ def test_readings_say_what_broke_what_and_how_it_was_had(tmp_path: Path) -> None
 
 def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(tmp_path: Path) -> None:
     victims = {
-        "dense": attack.of_network("dense", Linear(), "a"),
-        "pruned": attack.of_network("compressed", Linear(seed=2), "b"),
-        "exported": attack.of_network("model.onnx", Linear(0.5), "c"),
+        "dense": models_under_attack.of_network("dense", Linear(), "a"),
+        "pruned": models_under_attack.of_network("compressed", Linear(seed=2), "b"),
+        "exported": models_under_attack.of_network("model.onnx", Linear(0.5), "c"),
     }
     job = replace(quick(), attacks={"pgd": build("attacks", "pgd", {"steps": 5})})
     said: list[str] = []
-    found = attack.run_stages(victims, images(), job, scratch=tmp_path, say=said.append)
+    found = stage.run_stages(victims, images(), job, scratch=tmp_path, say=said.append)
     stages = [(r.conditions["stage"], r.metric) for r in found.ledger]
     metrics = ("clean_accuracy", "robust_accuracy")
     assert stages == [(stage, metric) for stage in victims for metric in metrics]
@@ -552,14 +571,14 @@ def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(
     assert pair["gained"] == pair["lost"] == 0 and pair["p"] == 1
     assert found.before[0].value == found.after[0].value
     known = (replace(found.ledger[0], conditions={"stage": "pruned"}),)
-    merged = attack.merged(known, found.ledger)
+    merged = readings.merged(known, found.ledger)
     assert [(r.conditions["stage"], r.metric) for r in merged] == [
         ("dense", metrics[0]), ("dense", metrics[1]), ("pruned", metrics[0]), ("pruned", metrics[1]),
         ("exported", metrics[0]), ("exported", metrics[1]),
     ]  # fmt: skip
     # Of all images and of those that were attacked: both stand there, stage by stage.
     more = (replace(known[0], n=10_000), replace(known[0], n=10_000, conditions={"stage": "tuned"}))
-    merged = attack.merged(more, found.ledger)
+    merged = readings.merged(more, found.ledger)
     assert [(r.conditions["stage"], r.metric, r.n) for r in merged][2:6] == [
         ("pruned", metrics[0], 10_000), ("pruned", metrics[0], found.ledger[0].n),
         ("pruned", metrics[1], found.ledger[0].n), ("tuned", metrics[0], 10_000),
@@ -567,21 +586,21 @@ def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(
 
 
 def test_a_note_says_which_attack_broke_what() -> None:
-    verdicts = attack.Verdicts(
+    verdicts = Verdicts(
         ("", "pgd", "clean", "pgd", "square"), {"clean": 5, "pgd": 4, "square": 2}, {}, {}, "", 1
     )
     assert told(verdicts) == "of 5 images 1 are wrong as they are; broken by pgd 2, square 1; 1 survive"
 
 
 def test_verdicts_are_compared_image_by_image() -> None:
-    old = attack.Verdicts(("", "", "", "clean", "pgd", ""), {}, {}, {}, "", 1)
-    new = attack.Verdicts(("", "pgd", "clean", "", "", "pgd"), {}, {}, {}, "", 1)
-    found = attack.compare(old, new)
+    old = Verdicts(("", "", "", "clean", "pgd", ""), {}, {}, {}, "", 1)
+    new = Verdicts(("", "pgd", "clean", "", "", "pgd"), {}, {}, {}, "", 1)
+    found = readings.compare(old, new)
     assert (found["clean_accuracy"]["gained"], found["clean_accuracy"]["lost"]) == (1, 1)
     assert (found["robust_accuracy"]["gained"], found["robust_accuracy"]["lost"]) == (2, 3)
     assert found["robust_accuracy"]["change"] == pytest.approx(-1 / 6)
     with pytest.raises(ValueError, match="6 and on 1"):
-        attack.compare(old, replace(new, by=("",)))
+        readings.compare(old, replace(new, by=("",)))
 
 
 def test_batches_are_powers_of_two_that_fit() -> None:
@@ -603,7 +622,7 @@ def test_batches_are_powers_of_two_that_fit() -> None:
 def test_no_attack_is_no_job() -> None:
     for name in ("none", "auto"):
         with pytest.raises(UsageError, match="is no attack"):
-            attack.job(AttackTable(name=name), seed=0, data="")
+            attack_job(AttackTable(name=name), seed=0, data="")
     with pytest.raises(UsageError, match="too large") as caught:
-        attack.job(AttackTable(name="pgd", eps="8"), seed=0, data="")
+        attack_job(AttackTable(name="pgd", eps="8"), seed=0, data="")
     assert "8/255" in caught.value.hint

@@ -14,12 +14,13 @@ from nets import NETS, build, example
 from torch import Tensor, nn
 
 from edgeprune import plugins
-from edgeprune.attacks import STANDARD, Attack, Found
+from edgeprune.attacks._base import STANDARD, Attack, Found
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
-from edgeprune.nn.asking import slope, wrong
-from edgeprune.nn.perturb import Ball
+from edgeprune.models.queries import loss_and_gradient, wrong
+from edgeprune.train.adversarial import Ball
 
 NAMES = plugins.names("attacks")
+
 # Small enough for a test; every part of each algorithm is met.
 QUICK = {
     "fgsm": {},
@@ -29,7 +30,9 @@ QUICK = {
     "fab-t": {"steps": 8, "classes": 3},
     "square": {"queries": 60},
 }
+
 BALLS = {"Linf": Ball("Linf", 0.05), "L2": Ball("L2", 0.4)}
+
 # Of adding and subtracting pixels in float32.
 ROUNDING = 1e-6
 
@@ -494,7 +497,7 @@ def test_what_only_a_faster_stand_in_has_wrong_is_attacked_again(
     x, y = torch.full((6, 1, 4, 4), 0.5), torch.zeros(6, dtype=torch.int64)
     network, ball = Sign(8.5), BALLS["Linf"]
     alone = quick(name)(network, x, y, ball, seeded())
-    monkeypatch.setattr("edgeprune.attacks.folded", lambda module, images: Sign(8.2))
+    monkeypatch.setattr("edgeprune.attacks._base.folded", lambda module, images: Sign(8.2))
     found = quick(name)(network, x, y, ball, seeded())
     assert alone.broken.all() and torch.equal(found.broken, alone.broken)
     assert torch.equal(wrong(network(found.images), y), found.broken)
@@ -505,6 +508,6 @@ def test_a_slope_is_found_where_gradients_are_switched_off(off: type[torch.no_gr
     network = Sign(8.0)
     with off():
         x = torch.full((2, 1, 4, 4), 0.5) * 1
-        answer, losses, gradient = slope(network, x, lambda a: a[:, 1])
+        answer, losses, gradient = loss_and_gradient(network, x, lambda a: a[:, 1])
     assert torch.equal(gradient, torch.ones(2, 1, 4, 4)) and losses.tolist() == [0, 0]
     assert not answer.requires_grad and not losses.requires_grad

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from image_sets import Answers, stripes
 from torch import Tensor, nn
 
-import edgeprune
-from edgeprune.nn.augmenting import augment, decide
-from edgeprune.nn.data import Data, in_memory
-from edgeprune.recipe import TuneTable
+from edgeprune import api
+from edgeprune.data.dataset import Data, in_memory
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train.job import augment, decide
 
 AUTO = TuneTable(epochs=1)
 
@@ -155,7 +155,7 @@ def test_every_training_is_spared_what_the_dense_network_minds(method: str, tmp_
     x, y = sides(80)
     np.savez(tmp_path / "d.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
     torch.manual_seed(0)
-    run = edgeprune.compress(
+    run = api.compress(
         Sides(), torch.rand(2, 3, 8, 8), data=str(tmp_path / "d.npz"), budget={"macs": "80 %"},
         output=tmp_path / "run", prune={"method": method}, tune={"epochs": 2, "batch": 16},
         export={"precision": "fp32"},

@@ -13,11 +13,12 @@ from onnx import helper
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.batch_dependence import TWO_LINES, check_alone
-from edgeprune.nn.bundle import from_module
-from edgeprune.stages import evaluate_alone
+from edgeprune.measure import alone
+from edgeprune.models.batch_dependence import TWO_LINES, check_alone
+from edgeprune.models.bundle import from_module
 
 Function = Callable[[Tensor], Tensor]
+
 X = torch.rand(2, 3, 16, 16)
 
 
@@ -127,10 +128,10 @@ def write(path: Path, axis: int) -> Path:
 
 def test_a_file_that_mixes_the_images_of_a_batch_is_refused_with_the_node(tmp_path: Path) -> None:
     x = torch.rand(5, 3, 16, 16)
-    evaluate_alone.check(write(tmp_path / "fine.onnx", 1), x)
+    alone.check(write(tmp_path / "fine.onnx", 1), x)
     path = write(tmp_path / "mixed.onnx", 0)
     with pytest.raises(UnsupportedModel, match=r"in a batch of 5 than alone: shares \(Softmax\) mixes"):
-        evaluate_alone.check(path, x)
+        alone.check(path, x)
 
 
 def test_a_file_for_single_images_can_not_mix_them(tmp_path: Path) -> None:
@@ -138,4 +139,4 @@ def test_a_file_for_single_images_can_not_mix_them(tmp_path: Path) -> None:
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, path)
-    evaluate_alone.check(path, torch.rand(5, 3, 16, 16))
+    alone.check(path, torch.rand(5, 3, 16, 16))

@@ -10,16 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import (
-    Small,
-    stripes,
-    weights,
-)
+from image_sets import Small, stripes, weights
 from torch import nn
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn.train import Course, accuracy, fit, recalibrate_bn
-from edgeprune.recipe import TuneTable
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train.batchnorm import recalibrate_bn
+from edgeprune.train.evaluation import accuracy
+from edgeprune.train.job import TrainingJob
+from edgeprune.train.loop import fit
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
 
@@ -68,7 +67,7 @@ def test_recalibration_is_that_of_torch_for_one_batch_and_uses_no_dropout() -> N
 
 def test_recalibration_repairs_statistics_that_were_lost(tmp_path: Path) -> None:
     module, split = Small(), stripes()
-    fit(module, Course(split, replace(TABLE, epochs=8), 0, tmp_path))
+    fit(module, TrainingJob(split, replace(TABLE, epochs=8), 0, tmp_path))
     good = accuracy(module, split)[0]
     for layer in (module.bn, module.bn2):
         layer.running_mean.fill_(5.0)  # type: ignore[union-attr]

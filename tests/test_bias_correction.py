@@ -14,15 +14,16 @@ import torch
 from onnx import ModelProto, helper, numpy_helper
 
 from edgeprune.errors import ParityError
-from edgeprune.nn.activations import Seen, observe
-from edgeprune.nn.bias_correction import corrected
-from edgeprune.nn.onnx_prepare import prepare
-from edgeprune.nn.onnx_proof import closeness, prove
-from edgeprune.nn.onnx_quantize import quantized
-from edgeprune.nn.parity import open_onnx
-from edgeprune.nn.ranges import ranges
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.quantize.bias_correction import corrected
+from edgeprune.quantize.calibrators import ranges
+from edgeprune.quantize.observers import Seen, observe
+from edgeprune.quantize.prepare import prepare
+from edgeprune.quantize.qdq import quantized
+from edgeprune.quantize.verification import closeness, verify
 
 Arrays = dict[str, np.ndarray]
+
 # Powers of two of which int8 keeps no more than one digit beside the largest weight: rounding errors are large.
 COARSE = np.array([1.0, 0.0123, -0.0071, 0.0152, -0.0037, 0.0214])
 
@@ -164,7 +165,7 @@ def test_a_file_stays_what_it_was_and_its_means_come_closer(depthwise: Path, sch
     else:
         model = files.quantize(depthwise, scheme, PIXELS.numpy())
     after = corrected(model, floats, seen)
-    assert prove(after, "int8").low_macs == prove(model, "int8").macs
+    assert verify(after, "int8").low_macs == verify(model, "int8").macs
     assert error_of_means(floats, after) < error_of_means(floats, model)
 
 

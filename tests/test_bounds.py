@@ -17,15 +17,18 @@ from programs import box_of, inputs, outside, run, within
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.nn import zoo
-from edgeprune.nn.bounds import Bounds, Interval, Unbounded, activation_bounds, consumer_impact, delta_from
-from edgeprune.nn.bounds_scalar import Curve, applied, changes, curve, values
-from edgeprune.nn.certify import input_box
-from edgeprune.nn.tracing import Call, Program, trace
+from edgeprune.bounds.activations import Curve, applied, changes, curve, values
+from edgeprune.bounds.interval import Interval, Unbounded
+from edgeprune.bounds.propagation import Bounds, activation_bounds, consumer_impact, delta_from
+from edgeprune.methods._data_free.impact import input_box
+from edgeprune.models import architectures
+from edgeprune.models.tracing import Call, Program, trace
 from edgeprune.records import InputSpec
 
 BANKS = ("activations", "pools", "arithmetic", "moves", "layers")
+
 ALL = (*BANKS, "transformer", *nets.NETS)
+
 _TRACED: dict[str, tuple[Program, dict[str, Tensor], tuple[int, ...]]] = {}
 
 
@@ -114,7 +117,7 @@ def test_trained_resnets_keep_to_their_bounds(shared: Path, which: str) -> None:
     file = shared / "models" / f"resnet20-cifar10-{which}.pt"
     if not file.is_file():
         pytest.skip(f"no {file}")
-    network = zoo.architecture(RESNET20).eval()
+    network = architectures.architecture(RESNET20).eval()
     network.load_state_dict(torch.load(file, weights_only=True))
     program, state = trace(network, torch.zeros(1, 3, 32, 32)), network.state_dict()
     box = input_box(InputSpec((3, 32, 32), 10, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -411,6 +414,7 @@ def functions(traced) -> Functions:
 
 # What is lost where numbers get too small to have all their digits is not part of the bounds.
 ENDS = st.floats(-12, 12, width=32).map(lambda v: v if abs(v) > 1e-20 else 0.0)
+
 SHARES = st.lists(st.floats(0, 1), min_size=8, max_size=8)
 
 

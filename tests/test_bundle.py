@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgeprune import codec
+from edgeprune import serialization
 from edgeprune.errors import EdgepruneError, ModelError, UnsafeModel, UnsupportedModel, UsageError
-from edgeprune.nn import bundle as bundles
-from edgeprune.nn import zoo
-from edgeprune.recipe import ModelTable
+from edgeprune.models import architectures, bundle
+from edgeprune.models import bundle as bundle_module
+from edgeprune.models.bundle import deployed, from_module, load_bundle, sha256_file
+from edgeprune.recipe.schema import ModelTable
 from edgeprune.records import Bundle, InputSpec, Plan, Source
-from edgeprune.stages import load
 
 ARCHITECTURE = """
 from torch import nn
@@ -33,6 +33,7 @@ def net(classes=5):
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
     )
 """
+
 SHAPE = "3x12x12"
 
 
@@ -112,7 +113,7 @@ def test_every_kind_of_file_gives_the_network_that_was_saved(kind: str, tmp_path
     # The name says nothing: what a file is, is told by its content.
     path = written(kind, tmp_path / "model.bin")
     needs_arch = kind in ("state_dict", "old_state_dict", "checkpoint", "safetensors")
-    bundle = bundles.load_bundle(table(path, arch if needs_arch else ""))
+    bundle = load_bundle(table(path, arch if needs_arch else ""))
     x = torch.rand(4, 3, 12, 12)
     with torch.no_grad():
         assert torch.equal(bundle.module(x), make()(x))
@@ -121,7 +122,7 @@ def test_every_kind_of_file_gives_the_network_that_was_saved(kind: str, tmp_path
     assert len(list(bundle.module.parameters())) == len(list(make().parameters()))
     assert bundle.input == InputSpec((3, 12, 12), 5) and bundle.plans == ()
     source = bundle.source
-    assert source.path == str(path.resolve()) and source.sha256 == bundles.sha256_file(path)
+    assert source.path == str(path.resolve()) and source.sha256 == sha256_file(path)
     assert source.kind == {"old_state_dict": "state_dict", "checkpoint": "state_dict"}.get(kind, kind)
     assert source.arch == (arch if needs_arch else "")
 
@@ -130,20 +131,20 @@ def test_a_relative_architecture_file_is_remembered_with_its_whole_path(
     tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bundle = bundles.load_bundle(table(written("state_dict", Path("a.pt")), "architecture.py:net"))
+    bundle = load_bundle(table(written("state_dict", Path("a.pt")), "architecture.py:net"))
     assert bundle.source.arch == arch and bundle.source.path == str(tmp_path / "a.pt")
 
 
 def test_normalization_goes_inside_and_pixels_stay_outside(tmp_path: Path) -> None:
     path = written("pickle", tmp_path / "a.pt")
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
-    bundle = bundles.load_bundle(table(path, mean=mean, std=std))
+    bundle = load_bundle(table(path, mean=mean, std=std))
     pixels = torch.rand(3, 3, 12, 12)
     wanted = (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     with torch.no_grad():
-        assert torch.equal(bundles.deployed(bundle)(pixels), make()(wanted))
+        assert torch.equal(deployed(bundle)(pixels), make()(wanted))
         assert torch.equal(bundle.module(pixels), make()(pixels))
-    assert bundles.deployed(bundle).get_submodule("network") is bundle.module
+    assert deployed(bundle).get_submodule("network") is bundle.module
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,10 @@ def test_normalization_goes_inside_and_pixels_stay_outside(tmp_path: Path) -> No
 )
 def test_a_network_of_a_zoo_needs_no_other_flag(spec: str, normalized: bool, tmp_path: Path) -> None:
     try:
-        net = zoo.architecture(f"{spec}?num_classes=6")
+        net = architectures.architecture(f"{spec}?num_classes=6")
     except EdgepruneError as error:
         pytest.skip(f"{error.message}: {error.hint}")
-    bundle = bundles.load_bundle(ModelTable(path=str(written("pickle", tmp_path / "a.pth", net))))
+    bundle = load_bundle(ModelTable(path=str(written("pickle", tmp_path / "a.pth", net))))
     assert bundle.input.shape == (3, 224, 224) and bundle.input.classes == 6
     assert bool(bundle.input.mean) is normalized
 
@@ -181,14 +182,14 @@ def test_auxiliary_answers_in_training_are_left_out_when_deployed() -> None:
         lambda y: y,
     )
     for wrap in wraps:
-        bundle = bundles.from_module(Auxiliary(wrap), x)
-        network = bundles.deployed(bundle)
+        bundle = from_module(Auxiliary(wrap), x)
+        network = deployed(bundle)
         assert torch.equal(network.train()(x), network.eval()(x))
 
 
 def error_of(path: Path | str, arch: str = "", **more: Any) -> EdgepruneError:
     with pytest.raises(EdgepruneError) as caught:
-        bundles.load_bundle(table(Path(path), arch, **more))
+        load_bundle(table(Path(path), arch, **more))
     return caught.value
 
 
@@ -199,7 +200,7 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_no_model_at_all_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no model was given"):
-        bundles.load_bundle(ModelTable())
+        load_bundle(ModelTable())
 
 
 @pytest.mark.parametrize(
@@ -289,14 +290,14 @@ def test_a_file_with_nan_names_the_tensors_and_how_many(
 def test_a_mask_of_infinities_that_is_not_saved_is_fine() -> None:
     net = make()
     net.register_buffer("mask", torch.tensor([0.0, float("-inf")]), persistent=False)
-    assert bundles.from_module(net, torch.rand(1, 3, 12, 12)).input.classes == 5
+    assert from_module(net, torch.rand(1, 3, 12, 12)).input.classes == 5
 
 
 def test_prefixes_of_wrappers_are_taken_off_and_told(
     tmp_path: Path, arch: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "edgeprune")
-    bundles.load_bundle(table(written("checkpoint", tmp_path / "a.pt"), arch))
+    load_bundle(table(written("checkpoint", tmp_path / "a.pt"), arch))
     assert "['model']['state_dict']" in caplog.text and "prefix 'module.'" in caplog.text
 
 
@@ -307,11 +308,11 @@ def test_tied_weights_that_safetensors_leaves_out_are_found_again(tmp_path: Path
         "    m = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten())\n"
         "    m[1].weight = m[0].weight\n    return m\n"
     )
-    net = zoo.architecture(f"{tmp_path / 'tied.py'}:net")
+    net = architectures.architecture(f"{tmp_path / 'tied.py'}:net")
     state = net.state_dict()
     del state["1.weight"]
     save_file(state, tmp_path / "a.safetensors")
-    loaded = bundles.load_bundle(table(tmp_path / "a.safetensors", f"{tmp_path / 'tied.py'}:net")).module
+    loaded = load_bundle(table(tmp_path / "a.safetensors", f"{tmp_path / 'tied.py'}:net")).module
     assert loaded[1].weight is loaded[0].weight and torch.equal(loaded[0].weight, net[0].weight)
 
 
@@ -319,7 +320,7 @@ def test_half_precision_is_loaded_as_float32_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "edgeprune")
-    bundle = bundles.load_bundle(table(written("pickle", tmp_path / "a.pt", make().half())))
+    bundle = load_bundle(table(written("pickle", tmp_path / "a.pt", make().half())))
     assert {p.dtype for p in bundle.module.parameters()} == {torch.float32}
     assert "float16" in caplog.text
 
@@ -342,7 +343,7 @@ def test_an_input_that_the_network_can_not_eat_names_the_layer(tmp_path: Path) -
 
 def test_an_exported_program_knows_its_input_and_refuses_another(tmp_path: Path) -> None:
     path = written("pt2", tmp_path / "a.pt2")
-    assert bundles.load_bundle(table(path, input="")).input.shape == (3, 12, 12)
+    assert load_bundle(table(path, input="")).input.shape == (3, 12, 12)
     assert "was exported for 3x12x12" in error_of(path, input="3x16x16").message
 
 
@@ -358,7 +359,7 @@ def test_torchscript_is_refused_unread_and_the_lines_that_convert_it_work(
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     exec(error.hint.split("python -c '")[1].split("'")[0])
-    bundle = bundles.load_bundle(table(tmp_path / "weights.pt", arch))
+    bundle = load_bundle(table(tmp_path / "weights.pt", arch))
     assert torch.equal(bundle.module(torch.ones(1, 3, 12, 12)), make()(torch.ones(1, 3, 12, 12)))
 
 
@@ -397,7 +398,7 @@ def test_a_file_written_without_checksums_loads_with_a_warning(
         path = written("pickle", tmp_path / "a.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert bundles.load_bundle(table(path)).input.classes == 5 and "no checksums" in caplog.text
+    assert load_bundle(table(path)).input.classes == 5 and "no checksums" in caplog.text
 
 
 def test_an_archive_that_unpacks_to_many_times_its_size_is_refused_before(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def test_a_name_that_could_be_source_is_refused_whatever_the_network_comes_from(
         f"from torch import nn\ndef net():\n    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())\n"
         f"    m._modules = {{{name!r}: m[0], '1': m[1]}}\n    return m\n"
     )
-    torch.save(zoo.architecture(f"{tmp_path / 'a.py'}:net").state_dict(), tmp_path / "a.pt")
+    torch.save(architectures.architecture(f"{tmp_path / 'a.py'}:net").state_dict(), tmp_path / "a.pt")
     torch.save(named(name), tmp_path / "b.pt")
     parameter, buffer = make(), make()
     parameter._parameters[name] = nn.Parameter(torch.ones(1))
@@ -440,7 +441,7 @@ def test_a_name_that_could_be_source_is_refused_whatever_the_network_comes_from(
     errors = [error_of(tmp_path / "a.pt", f"{tmp_path / 'a.py'}:net"), error_of(tmp_path / "b.pt")]
     for net in (named(name), parameter, buffer):
         with pytest.raises(EdgepruneError) as caught:
-            bundles.from_module(net, torch.rand(1, 3, 12, 12))
+            from_module(net, torch.rand(1, 3, 12, 12))
         errors.append(caught.value)
     assert all(isinstance(e, UnsafeModel) and "accepted: letters, digits" in e.message for e in errors)
 
@@ -476,7 +477,7 @@ class Answering(nn.Module):
 )  # fmt: skip
 def test_an_answer_that_is_no_logits_is_told(answer: Callable[[Tensor], Any], words: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
-        bundles.from_module(Answering(answer), torch.rand(1, 3, 8, 8))
+        from_module(Answering(answer), torch.rand(1, 3, 8, 8))
     assert words in caught.value.message
 
 
@@ -484,7 +485,7 @@ def test_a_module_in_memory_is_never_changed() -> None:
     net = make().train()
     net[0].weight.requires_grad_(False)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    bundle = bundles.from_module(net, (torch.rand(2, 3, 12, 12),), mean=(0.5,) * 3, std=(0.5,) * 3)
+    bundle = from_module(net, (torch.rand(2, 3, 12, 12),), mean=(0.5,) * 3, std=(0.5,) * 3)
     for parameter in bundle.module.parameters():
         parameter.data.zero_()
     assert net.training and not net[0].weight.requires_grad
@@ -498,7 +499,7 @@ def test_two_networks_in_memory_are_told_apart_by_their_weights() -> None:
     x = torch.rand(1, 3, 12, 12)
     one, same, other = make(), make(), make()
     other[5].bias.data += 1
-    digests = [bundles.from_module(net, x).source.sha256 for net in (one, same, other)]
+    digests = [from_module(net, x).source.sha256 for net in (one, same, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -507,7 +508,7 @@ def test_two_networks_in_memory_are_told_apart_by_their_weights() -> None:
 )
 def test_example_inputs_of_another_kind_are_refused(wrong: Any) -> None:
     with pytest.raises(UsageError, match="example_inputs"):
-        bundles.from_module(make(), wrong)
+        from_module(make(), wrong)
 
 
 def cut_plan() -> Plan:
@@ -546,12 +547,12 @@ def cut_network() -> nn.Sequential:
 def test_a_cut_network_is_rebuilt_from_its_source_plan_and_weights(
     kind: str, tmp_path: Path, arch: str
 ) -> None:
-    dense = bundles.load_bundle(
+    dense = load_bundle(
         table(written(kind, tmp_path / "a.bin"), arch if kind in ("state_dict", "safetensors") else "")
     )
     small = cut_network()
     save_file(small.state_dict(), tmp_path / "weights.safetensors")
-    again = bundles.rebuild(dense.source, dense.input, (cut_plan(),), tmp_path / "weights.safetensors")
+    again = bundle.rebuild(dense.source, dense.input, (cut_plan(),), tmp_path / "weights.safetensors")
     x = torch.rand(2, 3, 12, 12)
     with torch.no_grad():
         assert torch.equal(again.module(x), small(x))
@@ -560,19 +561,19 @@ def test_a_cut_network_is_rebuilt_from_its_source_plan_and_weights(
 
 def test_rebuilding_from_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
     path = written("pickle", tmp_path / "a.pt")
-    dense = bundles.load_bundle(table(path))
+    dense = load_bundle(table(path))
     save_file(cut_network().state_dict(), tmp_path / "weights.safetensors")
     written("pickle", path, make(classes=9))
     with pytest.raises(ModelError, match="not the file any more"):
-        bundles.rebuild(dense.source, dense.input, (cut_plan(),), tmp_path / "weights.safetensors")
+        bundle.rebuild(dense.source, dense.input, (cut_plan(),), tmp_path / "weights.safetensors")
     path.unlink()
     with pytest.raises(ModelError, match="is gone"):
-        bundles.rebuild(dense.source, dense.input, (cut_plan(),), tmp_path / "weights.safetensors")
+        bundle.rebuild(dense.source, dense.input, (cut_plan(),), tmp_path / "weights.safetensors")
 
 
 def test_rebuilding_what_came_from_memory_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        bundles.rebuild(Source("memory"), InputSpec((3, 12, 12), 5), (), tmp_path / "weights.safetensors")
+        bundle.rebuild(Source("memory"), InputSpec((3, 12, 12), 5), (), tmp_path / "weights.safetensors")
     assert "model.pt2" in caught.value.hint
 
 
@@ -582,25 +583,25 @@ def finished(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.toml").write_text('target = "local"\n')
-    bundle = bundles.from_module(make(), torch.rand(1, 3, 12, 12), mean=(0.5,) * 3, std=(0.25,) * 3)
-    program = torch.export.export(bundles.deployed(bundle), (torch.rand(1, 3, 12, 12),))
+    bundle = from_module(make(), torch.rand(1, 3, 12, 12), mean=(0.5,) * 3, std=(0.25,) * 3)
+    program = torch.export.export(deployed(bundle), (torch.rand(1, 3, 12, 12),))
     torch.export.save(program, folder / "model.pt2")
-    codec.write(folder / "plan.json", {"labels": list("abcde")})
+    serialization.write(folder / "plan.json", {"labels": list("abcde")})
     return folder
 
 
 def test_a_run_directory_loads_its_network_with_the_normalization_inside(finished: Path) -> None:
-    bundle = bundles.load_bundle(ModelTable(path=str(finished)))
+    bundle = load_bundle(ModelTable(path=str(finished)))
     pixels = torch.rand(3, 3, 12, 12)
     with torch.no_grad():
-        assert torch.allclose(bundles.deployed(bundle)(pixels), make()((pixels - 0.5) / 0.25), atol=1e-6)
+        assert torch.allclose(deployed(bundle)(pixels), make()((pixels - 0.5) / 0.25), atol=1e-6)
     assert bundle.input == InputSpec((3, 12, 12), 5) and bundle.labels == tuple("abcde")
     assert bundle.source.path == str(finished / "model.pt2")
 
 
 def test_labels_that_do_not_fit_are_left_out(finished: Path) -> None:
     (finished / "plan.json").write_text(json.dumps({"labels": ["a"]}))
-    assert bundles.load_bundle(ModelTable(path=str(finished))).labels == ()
+    assert load_bundle(ModelTable(path=str(finished))).labels == ()
 
 
 def test_a_directory_that_is_no_run_and_a_run_that_is_not_finished_are_told_apart(finished: Path) -> None:
@@ -626,15 +627,18 @@ def test_a_program_for_one_batch_size_only_is_refused_unless_it_is_one(tmp_path:
         program = torch.export.export(Mixing(batch), (torch.rand(batch, 3, 8, 8),))
         torch.export.save(program, tmp_path / f"{batch}.pt2")
     assert "batches of 2" in error_of(tmp_path / "2.pt2", input="").message
-    assert bundles.load_bundle(table(tmp_path / "1.pt2", input="")).input.classes == 4
+    assert load_bundle(table(tmp_path / "1.pt2", input="")).input.classes == 4
 
 
 def test_the_stage_describes_what_it_loaded_in_a_line(tmp_path: Path) -> None:
     path = written("pickle", tmp_path / "a.pt")
-    bundle = load.run(table(path, mean=(0.5,) * 3, std=(0.25,) * 3))
+    bundle = bundle_module.run(table(path, mean=(0.5,) * 3, std=(0.25,) * 3))
     assert isinstance(bundle, Bundle)
     normalized = "normalized with mean 0.5,0.5,0.5 and std 0.25,0.25,0.25"
-    assert load.describe(bundle) == f"Sequential: 285 parameters, 3x12x12 images, {normalized}, 5 classes"
+    assert (
+        bundle_module.describe(bundle)
+        == f"Sequential: 285 parameters, 3x12x12 images, {normalized}, 5 classes"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -665,7 +669,7 @@ def test_a_damaged_file_loads_or_is_refused_but_never_crashes(
     path.write_bytes(bytes(data[: int(len(data) * share)]))
     needs_arch = kind not in ("pickle", "pt2")
     try:
-        bundles.load_bundle(table(path, f"{folder / 'architecture.py'}:net" if needs_arch else ""))
+        load_bundle(table(path, f"{folder / 'architecture.py'}:net" if needs_arch else ""))
     except EdgepruneError as error:
         assert error.exit_code in (2, 4) and error.message
 
@@ -675,6 +679,6 @@ def test_a_real_trained_network_loads_with_its_architecture_file(shared: Path) -
     weights = shared / "models" / "resnet20-cifar10-clean.pt"
     if not examples.is_file() or not weights.is_file():
         pytest.skip(f"{examples} or {weights} is not here")
-    bundle = bundles.load_bundle(ModelTable(path=str(weights), arch=f"{examples}:resnet20", input="3x32x32"))
+    bundle = load_bundle(ModelTable(path=str(weights), arch=f"{examples}:resnet20", input="3x32x32"))
     assert bundle.input.classes == 10
     assert sum(p.numel() for p in bundle.module.parameters()) == 269_722

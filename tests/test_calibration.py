@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import (
-    content,
-    folder,
-    opened,
-)
+from image_sets import content, folder, opened
 
+from edgeprune.data.dataset import calibration_digest, calibration_images, calibration_indices
 from edgeprune.errors import UsageError
-from edgeprune.nn.data import calibration_digest, calibration_images, calibration_indices
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.attacks.pgd import Pgd
-from edgeprune.intervals import binomial
-from edgeprune.nn.capture import quiet
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.onnx_twin import settled, twin
-from edgeprune.nn.perturb import Ball
-from edgeprune.stages.attack_certified import SHARES, certified, proven
+from edgeprune.confidence import binomial
+from edgeprune.data.dataset import Split, in_memory
+from edgeprune.models.torch_export import quiet
+from edgeprune.robustness.certified import SHARES, certified, proven
+from edgeprune.robustness.onnx_module.module import settled, to_torch
+from edgeprune.train.adversarial import Ball
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -200,7 +200,7 @@ def test_a_file_is_certified_as_the_network_that_it_was_made_from(tmp_path: Path
     images = pixels(24, (3, 4, 4))
     split = right(network, images)
     x = split.take(torch.arange(2))
-    found = twin(file_of(network, tmp_path / "net.onnx", x[: 1 if free else 2], free=free))
+    found = to_torch(file_of(network, tmp_path / "net.onnx", x[: 1 if free else 2], free=free))
     shares = (1, 1 / 4, 1 / 8)
     read, wanted = (
         [r.value for r in certified(n, split, Ball("Linf", 0.06), artifact="a", shares=shares)]
@@ -219,7 +219,7 @@ def test_why_a_file_has_no_bound_is_one_short_sentence(tmp_path: Path) -> None:
 
     split = right(Hard(), pixels(4))
     x = split.take(torch.arange(1))
-    found = twin(file_of(Hard(), tmp_path / "net.onnx", x, free=True))
+    found = to_torch(file_of(Hard(), tmp_path / "net.onnx", x, free=True))
     for reading in certified(found, split, Ball("Linf", 0.01), artifact="a"):
         why = reading.conditions["why"]
         assert reading.value is None and "argmax" in why and "\n" not in why and len(why) <= 160

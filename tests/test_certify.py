@@ -16,15 +16,21 @@ from operator_banks import RESNET20
 from programs import box_of, inputs, lively, run, within
 from torch import Tensor, nn
 
+from edgeprune.bounds.interval import Interval, Unbounded
 from edgeprune.errors import ModelError
-from edgeprune.nn import surgery, zoo
-from edgeprune.nn.bounds import Interval, Unbounded
-from edgeprune.nn.bundle import from_module
-from edgeprune.nn.certify import bundle_change, full_size, input_box, logit_change, margin_change
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.tracing import Program, trace
+from edgeprune.methods._data_free.impact import (
+    bundle_change,
+    full_size,
+    input_box,
+    logit_change,
+    margin_change,
+)
+from edgeprune.models import architectures, surgery
+from edgeprune.models.bundle import from_module
+from edgeprune.models.tracing import Program, trace
+from edgeprune.prune import cut
 from edgeprune.records import Bundle, InputSpec, Masks
-from edgeprune.stages import cut
+from edgeprune.structure.groups import find_groups
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,7 +46,7 @@ def pruned(dense: Bundle, every: int = 4) -> Bundle:
     example = torch.rand(2, *dense.input.shape, generator=torch.Generator().manual_seed(0))
     groups = find_groups(dense.module, example).groups
     masks = Masks({g.name: torch.arange(g.channels) % every != 1 for g in groups})
-    return cut.run(dense, groups, masks, {}, example)[1]
+    return cut.run_cut(dense, groups, masks, {}, example)[1]
 
 
 def edited(network: nn.Module, amount: float = 0.02) -> nn.Module:
@@ -58,7 +64,7 @@ def bundle(name: str) -> Bundle:
     if name == "resnet20":
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            network = lively(zoo.architecture(RESNET20))
+            network = lively(architectures.architecture(RESNET20))
         return from_module(network, torch.zeros(1, 3, 32, 32), mean=MEAN, std=STD)
     return from_module(nets.build(name), nets.example(), mean=MEAN, std=STD)
 
@@ -158,7 +164,7 @@ def test_a_trained_resnet_changes_by_no_more_than_is_certified(cases, shared: Pa
     if not file.is_file():
         pytest.skip(f"no {file}")
     dense, small, program = cases("resnet20")
-    network = zoo.architecture(RESNET20).eval()
+    network = architectures.architecture(RESNET20).eval()
     network.load_state_dict(torch.load(file, weights_only=True))
     twin, tensors = deepcopy(network), small.plans[0].tensors
     surgery.cut(twin, tensors)

@@ -17,14 +17,16 @@ import torch
 from image_sets import Small, same, stripes, weights
 from torch import Tensor, nn
 
+from edgeprune.data.dataset import Split
 from edgeprune.errors import UsageError, WorkdirError
-from edgeprune.nn import train
-from edgeprune.nn.checkpoint import Checkpoint, Progress, key
-from edgeprune.nn.data import Split
-from edgeprune.nn.train import CHECKPOINT, Course, Hooks, fit
-from edgeprune.recipe import TuneTable
+from edgeprune.models.storage import Checkpoint, Progress, key
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train import loop
+from edgeprune.train.job import Hooks, TrainingJob
+from edgeprune.train.loop import CHECKPOINT, fit
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
+
 CPU = torch.device("cpu")
 
 
@@ -53,7 +55,7 @@ def watched(split: Split, after: int = 10**9) -> tuple[Split, Interrupted]:
 
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint after every step."""
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("teacher", [None, Small(7)])
@@ -63,7 +65,7 @@ def test_an_interrupted_training_ends_with_the_same_weights_bit_for_bit(
 ) -> None:
     table = replace(TABLE, distill=0.5 if teacher else 0.0)
     whole, broken, resumed = Small(), Small(), Small()
-    course = Course(stripes(), table, 3, tmp_path / "whole", teacher)
+    course = TrainingJob(stripes(), table, 3, tmp_path / "whole", teacher)
     history = fit(whole, course)
     course = replace(course, scratch=tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
@@ -91,7 +93,7 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], after: int
 ) -> None:
     table = replace(TABLE, epochs=2, **change)
-    course = Course(stripes(), table, 3, tmp_path / "whole", None, stripes(16, "val", 1))
+    course = TrainingJob(stripes(), table, 3, tmp_path / "whole", None, stripes(16, "val", 1))
     whole, resumed = Small(), Small()
     history = fit(whole, course)
     course = replace(course, scratch=tmp_path / "broken")
@@ -115,7 +117,7 @@ def test_a_training_that_is_killed_in_the_middle_of_an_epoch_goes_on_there(tmp_p
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from edgeprune.nn import train
+from edgeprune.train import loop as train
 sys.path.insert(0, sys.argv[2])
 from image_sets import Small, stripes
 from test_checkpoint import TABLE
@@ -125,14 +127,14 @@ def step(optimizer, lr):
     steps.append(lr)
     if len(steps) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-train.fit(Small(), train.Course(stripes(), TABLE, 5, Path(sys.argv[1])), train.Hooks(after_step=step))
+train.fit(Small(), train.TrainingJob(stripes(), TABLE, 5, Path(sys.argv[1])), train.Hooks(after_step=step))
 """
     arguments = [sys.executable, "-c", script, str(tmp_path / "killed"), str(Path(__file__).parent)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     whole, resumed, steps = Small(), Small(), Counter()
-    fit(whole, Course(stripes(), TABLE, 5, tmp_path / "whole"))
-    second = fit(resumed, Course(stripes(), TABLE, 5, tmp_path / "killed"), Hooks(after_step=steps))
+    fit(whole, TrainingJob(stripes(), TABLE, 5, tmp_path / "whole"))
+    second = fit(resumed, TrainingJob(stripes(), TABLE, 5, tmp_path / "killed"), Hooks(after_step=steps))
     # The seventh step was killed before its checkpoint; of twelve, six were done.
     assert steps.count == 6 and second.resumed == 1
     assert same(weights(resumed), weights(whole))
@@ -166,7 +168,7 @@ def test_what_hooks_remember_comes_back_with_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often(monkeypatch)
-    course = Course(stripes(), TABLE, 0, tmp_path)
+    course = TrainingJob(stripes(), TABLE, 0, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         fit(Small(), course, counting(Counter(stop_at=7)))
     again = Counter()
@@ -175,7 +177,7 @@ def test_what_hooks_remember_comes_back_with_the_checkpoint(
 
 
 def test_a_training_that_was_done_is_not_done_again(tmp_path: Path) -> None:
-    course = Course(stripes(), TABLE, 0, tmp_path)
+    course = TrainingJob(stripes(), TABLE, 0, tmp_path)
     first, second, steps = Small(), Small(), Counter()
     history = fit(first, course)
     again = fit(second, course, Hooks(after_step=steps))
@@ -195,16 +197,16 @@ def test_a_training_that_was_done_is_not_done_again(tmp_path: Path) -> None:
     ids=["seed", "table", "images", "validation", "teacher"],
 )
 def test_a_checkpoint_of_another_training_is_not_used(
-    tmp_path: Path, change: Callable[[Course], Course]
+    tmp_path: Path, change: Callable[[TrainingJob], TrainingJob]
 ) -> None:
-    course = Course(stripes(), replace(TABLE, epochs=1), 0, tmp_path)
+    course = TrainingJob(stripes(), replace(TABLE, epochs=1), 0, tmp_path)
     fit(Small(), course)
     assert fit(Small(), course).resumed == 1
     assert fit(Small(), change(course)).resumed == 0
 
 
 def test_a_checkpoint_of_other_weights_or_hooks_is_not_used(tmp_path: Path) -> None:
-    course = Course(stripes(), replace(TABLE, epochs=1), 0, tmp_path)
+    course = TrainingJob(stripes(), replace(TABLE, epochs=1), 0, tmp_path)
     fit(Small(), course, counting(Counter()))
     assert fit(Small(), course, counting(Counter())).resumed == 1
     assert fit(Small(), course, counting(Counter(5))).resumed == 0
@@ -214,7 +216,7 @@ def test_a_checkpoint_of_other_weights_or_hooks_is_not_used(tmp_path: Path) -> N
 @pytest.mark.parametrize("damage", ["empty", "other", "short", "flipped"])
 def test_a_damaged_checkpoint_means_to_start_again(tmp_path: Path, damage: str) -> None:
     module, again = Small(), Small()
-    course = Course(stripes(), replace(TABLE, epochs=2), 0, tmp_path)
+    course = TrainingJob(stripes(), replace(TABLE, epochs=2), 0, tmp_path)
     fit(module, course)
     path = tmp_path / CHECKPOINT
     content = bytearray(path.read_bytes())
@@ -268,7 +270,7 @@ def test_all_of_the_progress_comes_back(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_says_where(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).mkdir()
     with pytest.raises(WorkdirError, match=r"training\.pt can't be written"):
-        fit(Small(), Course(stripes(), TABLE, 0, tmp_path))
+        fit(Small(), TrainingJob(stripes(), TABLE, 0, tmp_path))
 
 
 def test_a_key_hears_every_value_type_and_shape() -> None:

@@ -17,16 +17,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgeprune import codec
-from edgeprune.cli import app
-from edgeprune.nn import zoo
+from edgeprune import serialization
+from edgeprune.cli.app import app
+from edgeprune.models import architectures
+from edgeprune.pipeline.run_directory import digest
 from edgeprune.records import Report
-from edgeprune.workdir import digest
 
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
+
 # Images enough to go through every step, too few and too rough to be good.
 ROUGH = ["--set", "synthesize.images=8", "--set", "synthesize.steps=4"]
+
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
+
 runner = CliRunner()
 
 
@@ -86,8 +89,8 @@ def test_a_run_leaves_everything_that_a_user_takes_away(run: tuple[Path, dict[st
     for name in ("model.onnx", "dense.onnx", "model.pt2", "weights.safetensors", "plan.json", "recipe.toml",
                  "report.json", "report.md", "report.html", "edgeprune.lock"):  # fmt: skip
         assert (out / name).stat().st_size > 0, name
-    report = codec.read(Report, out / "report.json")
-    assert codec.to_json(report) == answer["report"]
+    report = serialization.read(Report, out / "report.json")
+    assert serialization.to_json(report) == answer["report"]
 
 
 def test_the_budget_holds_and_every_metric_of_a_file_was_read(run: tuple[Path, dict[str, object]]) -> None:
@@ -401,7 +404,7 @@ def test_truncated_model_files_are_clear_errors(weights: Path, tmp_path: Path, s
 
 @pytest.mark.parametrize("spec", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
 def test_a_model_of_the_zoos_pickled_whole_needs_no_flag_of_its_own(spec: str, tmp_path: Path) -> None:
-    torch.save(zoo.architecture(spec), tmp_path / "whole.pt")
+    torch.save(architectures.architecture(spec), tmp_path / "whole.pt")
     out = ["-o", str(tmp_path / "run"), *FAST, "--method", "magnitude", "--json"]
     done = runner.invoke(app, ["compress", str(tmp_path / "whole.pt"), "--target", "jetson", *out])
     assert done.exit_code == 0, done.output

@@ -13,7 +13,7 @@ import torch
 from onnx import ModelProto, helper
 
 from edgeprune.errors import ParityError, UnsupportedModel, UsageError
-from edgeprune.nn.onnx_proof import MOST_DB, closeness
+from edgeprune.quantize.verification import MOST_DB, closeness
 
 
 def mirror(path: Path, factor: list[float], batch: int | str = 1) -> ModelProto:

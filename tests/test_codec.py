@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune import codec
+from edgeprune import serialization
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.records import (
     REPORT_SCHEMA,
@@ -29,9 +29,13 @@ from edgeprune.records import (
 )
 
 NAMES = st.text(max_size=12)
+
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
 INDICES = st.lists(st.integers(0, 4096), max_size=5).map(tuple)
+
 JSON_SCALARS = st.none() | st.booleans() | st.integers() | FINITE | NAMES
+
 SPECS = st.builds(
     InputSpec,
     shape=st.tuples(st.integers(1, 9), st.integers(1, 999), st.integers(1, 999)),
@@ -41,6 +45,7 @@ SPECS = st.builds(
     low=FINITE,
     high=FINITE,
 )
+
 READINGS = st.builds(
     Reading,
     metric=NAMES,
@@ -52,6 +57,7 @@ READINGS = st.builds(
     artifact=NAMES,
     conditions=st.dictionaries(NAMES, JSON_SCALARS, max_size=3),
 )
+
 RECORDS = st.one_of(
     SPECS,
     READINGS,
@@ -105,12 +111,12 @@ def reading() -> Reading:
 
 @given(RECORDS)
 def test_a_record_comes_back_equal_through_json_text(record: Any) -> None:
-    text = json.dumps(codec.to_json(record), allow_nan=False)
-    assert codec.from_json(type(record), json.loads(text)) == record
+    text = json.dumps(serialization.to_json(record), allow_nan=False)
+    assert serialization.from_json(type(record), json.loads(text)) == record
 
 
 def test_a_record_is_written_as_this_json(reading: Reading) -> None:
-    assert codec.to_json(reading) == {
+    assert serialization.to_json(reading) == {
         "metric": "latency_p50",
         "value": 0.0123,
         "unit": "s",
@@ -125,19 +131,21 @@ def test_a_record_is_written_as_this_json(reading: Reading) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_becomes_null_everywhere(reading: Reading, value: float) -> None:
     broken = dataclasses.replace(reading, metric="own", value=value, conditions={"deep": [{"x": value}]})
-    written = codec.to_json(broken)
+    written = serialization.to_json(broken)
     assert written["value"] is None
     assert written["conditions"] == {"deep": [{"x": None}]}
-    assert codec.from_json(Reading, written).value is None
+    assert serialization.from_json(Reading, written).value is None
 
 
 def test_a_field_with_a_default_may_be_missing() -> None:
-    assert codec.from_json(InputSpec, {"shape": [3, 32, 32], "classes": 10}) == InputSpec((3, 32, 32), 10)
+    assert serialization.from_json(InputSpec, {"shape": [3, 32, 32], "classes": 10}) == InputSpec(
+        (3, 32, 32), 10
+    )
 
 
 def test_a_whole_number_is_a_float_where_one_is_asked(reading: Reading) -> None:
-    data = {**codec.to_json(reading), "value": 1, "spread": None}
-    value = codec.from_json(Reading, data).value
+    data = {**serialization.to_json(reading), "value": 1, "spread": None}
+    value = serialization.from_json(Reading, data).value
     assert value == 1.0
     assert type(value) is float
 
@@ -164,20 +172,20 @@ def test_a_wrong_field_is_named_with_what_was_found(
     reading: Reading, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        codec.from_json(Reading, {**codec.to_json(reading), **change})
+        serialization.from_json(Reading, {**serialization.to_json(reading), **change})
     assert caught.value.message == message
 
 
 def test_a_number_too_large_for_a_float_is_refused(reading: Reading) -> None:
     with pytest.raises(UsageError, match=r"Reading.value must be a finite number, found int 1000"):
-        codec.from_json(Reading, {**codec.to_json(reading), "value": 10**400})
+        serialization.from_json(Reading, {**serialization.to_json(reading), "value": 10**400})
 
 
 def test_a_missing_field_is_named(reading: Reading) -> None:
-    data = codec.to_json(reading)
+    data = serialization.to_json(reading)
     del data["where"]
     with pytest.raises(UsageError, match="Reading: missing 1 required positional argument: 'where'"):
-        codec.from_json(Reading, data)
+        serialization.from_json(Reading, data)
 
 
 def test_a_wrong_value_deep_inside_is_named_by_its_path() -> None:
@@ -185,29 +193,29 @@ def test_a_wrong_value_deep_inside_is_named_by_its_path() -> None:
         "checks": [{"metric": "size", "limit": "2 MB", "status": 1, "value": 1, "threshold": 2, "margin": 1}]
     }
     with pytest.raises(UsageError, match=r"Verdict\.checks\[0\]\.status must be a str, found int 1"):
-        codec.from_json(Verdict, {**data, "ok": True, "exit_code": 0})
+        serialization.from_json(Verdict, {**data, "ok": True, "exit_code": 0})
 
 
 def test_a_file_is_written_and_read_back(tmp_path: Path, reading: Reading) -> None:
-    codec.write(tmp_path / "r.json", reading)
-    assert codec.read(Reading, tmp_path / "r.json") == reading
+    serialization.write(tmp_path / "r.json", reading)
+    assert serialization.read(Reading, tmp_path / "r.json") == reading
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, reading: Reading) -> None:
-    codec.write(tmp_path / "r.json", reading)
+    serialization.write(tmp_path / "r.json", reading)
     with pytest.raises(TypeError):
-        codec.write(tmp_path / "r.json", {"x": object()})
-    assert codec.read(Reading, tmp_path / "r.json") == reading
+        serialization.write(tmp_path / "r.json", {"x": object()})
+    assert serialization.read(Reading, tmp_path / "r.json") == reading
 
 
 def test_no_prefix_of_a_file_reads_as_the_record(tmp_path: Path, reading: Reading) -> None:
-    codec.write(tmp_path / "r.json", reading)
+    serialization.write(tmp_path / "r.json", reading)
     whole = (tmp_path / "r.json").read_bytes().rstrip()
     for length in range(len(whole)):
         (tmp_path / "cut.json").write_bytes(whole[:length])
         with pytest.raises(UsageError, match=r"cut\.json is not a readable JSON file"):
-            codec.read(Reading, tmp_path / "cut.json")
+            serialization.read(Reading, tmp_path / "cut.json")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,7 @@ def test_a_foreign_file_is_refused_with_the_error_that_was_asked_for(tmp_path: P
     path = tmp_path / "foreign.json"
     path.write_bytes(content)
     with pytest.raises(WorkdirError, match="foreign.json is not a "):
-        codec.read(Reading, path, WorkdirError)
+        serialization.read(Reading, path, WorkdirError)
 
 
 @pytest.mark.parametrize(
@@ -238,21 +246,21 @@ def test_a_foreign_file_is_refused_with_the_error_that_was_asked_for(tmp_path: P
 )
 def test_json_that_can_not_be_meant_is_refused(text: str, found: str) -> None:
     with pytest.raises(ValueError, match=found):
-        codec.parse(text)
+        serialization.parse(text)
 
 
 def test_what_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "large.json").touch()
-    os.truncate(tmp_path / "large.json", codec.LARGEST + 1)
+    os.truncate(tmp_path / "large.json", serialization.LARGEST + 1)
     os.mkfifo(tmp_path / "pipe")
     for name in ("large.json", "pipe", "."):
         with pytest.raises(UsageError, match="it is no file of at most"):
-            codec.read(InputSpec, tmp_path / name)
+            serialization.read(InputSpec, tmp_path / name)
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none.json is not a readable JSON file: .*No such file"):
-        codec.read(Target, tmp_path / "none.json")
+        serialization.read(Target, tmp_path / "none.json")
 
 
 JSON = st.recursive(
@@ -267,7 +275,7 @@ JSON = st.recursive(
 )
 def test_any_json_gives_a_record_or_a_usage_error(data: Any) -> None:
     try:
-        record = codec.from_json(Reading, data)
+        record = serialization.from_json(Reading, data)
     except UsageError:
         return
     assert record.value is None or math.isfinite(record.value)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from edgeprune.nn import bundle, pt2
-from edgeprune.nn.remodulify import remodulify
+from edgeprune.models import bundle
+from edgeprune.models.from_export import remodulify
+from edgeprune.safe_loading import pt2_archive
 
 LAYERS = {"0": "Conv2d", "2": "Conv2d", "5": "Linear"}
 
@@ -124,7 +125,7 @@ def test_a_program_that_computes_its_weights_gets_its_layers_again(name: str, de
         program = program.run_decompositions() if decomposed else program
         file = io.BytesIO()
         torch.export.save(program, file)
-    again = remodulify(pt2.load(file.getvalue(), "net.pt2"))
+    again = remodulify(pt2_archive.load_pt2(file.getvalue(), "net.pt2"))
     assert layers(again) == LAYERS
     assert sorted(again.state_dict()) == sorted(f"{key}.{t}" for key in LAYERS for t in ("weight", "bias"))
     assert "0.weight" in again.computed  # type: ignore[operator]

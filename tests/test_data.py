@@ -12,23 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import (
-    content,
-    everything,
-    folder,
-    opened,
-    picture,
-    refusal,
-)
+from image_sets import content, everything, folder, opened, picture, refusal
 from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
-from edgeprune.cli import app
+from edgeprune.cli.app import app
+from edgeprune.data import dataset, images
+from edgeprune.data.dataset import calibration_images, in_memory
+from edgeprune.data.splits import stratified
 from edgeprune.errors import UsageError
-from edgeprune.nn import data as data_module
-from edgeprune.nn import images
-from edgeprune.nn.data import calibration_images, in_memory
-from edgeprune.nn.parts import stratified
 from edgeprune.records import InputSpec
 
 
@@ -397,7 +389,7 @@ def test_a_set_too_large_for_memory_gives_the_same_images_from_its_files(
     parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = opened(parts)
-    monkeypatch.setattr(data_module, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(dataset, "MEMORY_BYTES", 1000)
     on_demand = opened(parts)
     assert isinstance(on_demand.held_out.pixels, images.OnDemand)
     assert torch.equal(everything(on_demand.held_out), everything(decoded.held_out))

@@ -13,10 +13,12 @@ from tracing_once import traced
 
 from edgeprune import plugins
 from edgeprune.errors import EdgepruneError, UsageError
-from edgeprune.methods import PruneTask, SurveyMethod, counts, data_free
-from edgeprune.nn import costs, graph, surgery
-from edgeprune.nn.allocate import Rules
+from edgeprune.methods import data_free
+from edgeprune.methods._base import PruneTask, SurveyMethod, counts
+from edgeprune.models import costs, surgery
 from edgeprune.records import InputSpec
+from edgeprune.structure import groups
+from edgeprune.structure.allocation import Rules
 
 MODES = ("reconstruction", "baseline", "greedy", "stochastic")
 
@@ -36,7 +38,7 @@ def call(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def task_for(network: nn.Module, share: float = 0.6, **more: object) -> PruneTask:
-    found = graph.provable_groups(network, graph.find_groups(network, nets.example()), nets.example(), 0)
+    found = groups.provable_groups(network, groups.find_groups(network, nets.example()), nets.example(), 0)
     model = costs.cost_model(network, found.groups, nets.example())
     rules = Rules({"macs": share * model.cost({})["macs"]})
     given: dict[str, object] = {"unlabelled": images(), "spec": InputSpec(nets.SHAPE, 5), "seed": 7, **more}

@@ -15,17 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_sets import (
-    content,
-    folder,
-    opened,
-    picture,
-    refusal,
-)
+from image_sets import content, folder, opened, picture, refusal
 from PIL import Image
 
+from edgeprune.data import images
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import images
 from edgeprune.records import InputSpec
 
 

@@ -14,21 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import plugins
+from edgeprune.data.dataset import Split, in_memory
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, Training
+from edgeprune.methods._base import PruneTask, Training
+from edgeprune.methods._deadwooding import constrained_distillation, shrinkage
+from edgeprune.methods._deadwooding.constrained_distillation import Metric
 from edgeprune.methods.deadwooding import Deadwooding
-from edgeprune.nn import constrained, duals, train
-from edgeprune.nn.allocate import Rules
-from edgeprune.nn.costs import cost_model, total_params
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.masked import holding
-from edgeprune.nn.objectives import of_table
-from edgeprune.nn.units import of_weights
-from edgeprune.recipe import TuneTable
+from edgeprune.models.costs import cost_model, total_params
+from edgeprune.recipe.schema import TuneTable
 from edgeprune.records import Masks
+from edgeprune.structure.allocation import Rules
+from edgeprune.structure.groups import find_groups
+from edgeprune.structure.units import of_weights
+from edgeprune.train import evaluation, job, loop
+from edgeprune.train.objectives import of_table
+from edgeprune.train.tune import holding
 
 GRANULARITIES = ("weight", "2:4", "channel")
+
 TABLE = TuneTable(epochs=2, objective="fgsm", lr=0.02, batch=16, augment="off", mixed="fp32", val_share=0.25)
 
 
@@ -49,7 +52,7 @@ def images(count: int, seed: int) -> Split:
 def task_of(
     network: nn.Module, granularity: str, scratch: Path, table: TuneTable = TABLE, share: float = 0.5
 ) -> PruneTask:
-    """What `stages.prune` would hand to the method, with half of the parameters to stay."""
+    """What `prune.stage` would hand to the method, with half of the parameters to stay."""
     example = nets.example()
     groups = find_groups(network, example, ()).groups if granularity == "channel" else ()
     weights = None if granularity == "channel" else of_weights(network, granularity)
@@ -181,10 +184,10 @@ def test_without_a_dual_step_nothing_shrinks_and_stage_a_is_training_as_usual(tm
     _, masks, task = run("plain", "weight", tmp_path / "one", method, table=table)
     reference = nets.build("plain")
     assert task.training is not None
-    course = train.Course(
+    course = job.TrainingJob(
         task.training.split, replace(table, epochs=1, distill=0.0), task.training.seed, tmp_path / "two"
     )
-    train.fit(reference, course)
+    loop.fit(reference, course)
     assert same(chosen(masks), task.keep(task.units.norms(reference)))
     assert all(set(curve) == {0.0} for curve in task.record["deadwooding"]["lambda"].values())
 
@@ -205,7 +208,7 @@ def test_without_constraints_stage_b_is_plain_masked_training_bit_for_bit(
     task.units.apply(reference, chosen(masks))
     training = task.training
     assert training is not None
-    course = train.Course(
+    course = job.TrainingJob(
         training.split,
         replace(table, keep="best"),
         training.seed,
@@ -214,7 +217,7 @@ def test_without_constraints_stage_b_is_plain_masked_training_bit_for_bit(
         training.validation,
     )
     stays = task.units.entries(chosen(masks), reference)
-    history = train.fit(reference, course, holding(reference, stays))
+    history = loop.fit(reference, course, holding(reference, stays))
     assert same(network.state_dict(), reference.state_dict())
     record = task.record["deadwooding"]
     assert (record["validation"], record["best"]) == (list(history.validation), history.best)
@@ -264,8 +267,8 @@ def test_distances_of_the_worked_example() -> None:
     t, s, y = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([0])
     assert torch.allclose(t.softmax(1), torch.tensor([[0.66524, 0.24473, 0.09003]]), atol=5e-6)
     found = {
-        "one": constrained.Metric(temperature=1.0), "four": constrained.Metric(temperature=4.0),
-        "tv": constrained.Metric("tv"), "w1": constrained.Metric("w1"), "ce": constrained.Metric("ce"),
+        "one": Metric(temperature=1.0), "four": Metric(temperature=4.0),
+        "tv": Metric("tv"), "w1": Metric("w1"), "ce": Metric("ce"),
     }  # fmt: skip
     values = {name: float(metric(s, t, y)) for name, metric in found.items()}
     # Six decimals are written; the logarithm of three classes alike is that of 3.
@@ -277,18 +280,20 @@ def test_the_cost_of_a_batch_is_the_lagrangian_over_the_sum_of_weights() -> None
     network, teacher = nets.build("groupnormed"), nets.build("groupnormed", seed=5)
     x, y = nets.example(6), torch.arange(6) % 5
     objective = of_table(TABLE, None)
-    bank = duals.Multipliers(
+    bank = shrinkage.Multipliers(
         {"kd": torch.tensor(2.0, dtype=torch.float64), "adv": torch.tensor(0.5, dtype=torch.float64)}
     )
     slack = {"kd": 1e-4, "adv": 2e-4}
-    metric = constrained.Metric("teacher_clean", 2.0)
-    stage = constrained.Distillation(objective, "ce", teacher, metric, slack, {"kd": 1.0, "adv": 1.0}, bank)
+    metric = Metric("teacher_clean", 2.0)
+    stage = constrained_distillation.Distillation(
+        objective, "ce", teacher, metric, slack, {"kd": 1.0, "adv": 1.0}, bank
+    )
     found = float(stage.loss(network, x, y, torch.Generator().manual_seed(1)).detach())
     moved = objective.attack(network, x, y, torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = teacher(x)
-        kd = float(constrained.divergence(wanted, network(x), 2.0))
-        adv = float(constrained.divergence(wanted, network(moved), 2.0))
+        kd = float(constrained_distillation.divergence(wanted, network(x), 2.0))
+        adv = float(constrained_distillation.divergence(wanted, network(moved), 2.0))
         ce = float(nn.functional.cross_entropy(network(x), y))
     assert kd > slack["kd"]
     assert adv > slack["adv"]
@@ -306,16 +311,16 @@ def test_a_teacher_that_is_worse_than_knowing_nothing_gives_no_slack(tmp_path: P
 
 def test_the_own_value_of_a_teacher_is_its_distance_under_the_attack(tmp_path: Path) -> None:
     teacher, split = nets.build("plain"), images(20, 2)
-    metric = constrained.Metric("ce")
-    own, nothing = constrained.own_value(teacher, split, of_table(TABLE, None), metric, 3)
-    again = constrained.own_value(teacher, split, of_table(TABLE, None), metric, 3)
-    clean = constrained.own_value(
+    metric = Metric("ce")
+    own, nothing = constrained_distillation.own_value(teacher, split, of_table(TABLE, None), metric, 3)
+    again = constrained_distillation.own_value(teacher, split, of_table(TABLE, None), metric, 3)
+    clean = constrained_distillation.own_value(
         teacher, split, of_table(replace(TABLE, objective="natural"), None), metric, 3
     )
     assert (own, nothing) == again
     assert nothing == pytest.approx(1.609438, abs=1e-5)
     assert clean[0] == pytest.approx(
-        train.mean_loss(teacher, split.take(torch.arange(20)), split.labels), rel=1e-5
+        evaluation.mean_loss(teacher, split.take(torch.arange(20)), split.labels), rel=1e-5
     )
     assert own > clean[0]
 

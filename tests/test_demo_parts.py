@@ -10,24 +10,26 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from edgeprune import demo
+from edgeprune.data.dataset import Data, open_data
 from edgeprune.errors import MissingDependency
-from edgeprune.nn.data import Data, open_data
-from edgeprune.recipe import DataTable
+from edgeprune.pipeline import demonstration
+from edgeprune.recipe.schema import DataTable
 from edgeprune.records import InputSpec
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoFiles:
-    return demo.prepare(tmp_path_factory.mktemp("demo"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> demonstration.DemoFiles:
+    return demonstration.prepare(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
-def data(made: demo.DemoFiles) -> Data:
-    return open_data(DataTable(path=str(made.data)), InputSpec((1, demo.SIZE, demo.SIZE), 10), 0)
+def data(made: demonstration.DemoFiles) -> Data:
+    return open_data(
+        DataTable(path=str(made.data)), InputSpec((1, demonstration.SIZE, demonstration.SIZE), 10), 0
+    )
 
 
-def test_the_demo_network_knows_digits_that_it_never_saw(made: demo.DemoFiles, data: Data) -> None:
+def test_the_demo_network_knows_digits_that_it_never_saw(made: demonstration.DemoFiles, data: Data) -> None:
     network = torch.export.load(made.model).module()
     with torch.no_grad():
         answers = torch.cat([network(x).argmax(1) for x, _ in data.held_out.batches(7)])
@@ -47,7 +49,7 @@ def test_the_demo_data_are_all_digits_in_two_parts(data: Data) -> None:
 
 
 def test_the_demo_pixels_are_the_scanned_ones_made_larger() -> None:
-    pixels, labels = demo.digits()
+    pixels, labels = demonstration.digits()
     scanned = load_digits()
     assert pixels.dtype == np.uint8 and pixels.shape == (1797, 16, 16)
     assert np.array_equal(labels, scanned.target)
@@ -66,7 +68,7 @@ def test_the_demo_without_scikit_learn_says_how_to_install_it(monkeypatch: pytes
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependency) as caught:
-        demo.digits()
+        demonstration.digits()
     assert caught.value.hint == "pip install scikit-learn"
 
 

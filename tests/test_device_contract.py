@@ -16,15 +16,15 @@ import adb_stand_in
 import pytest
 from sshd import sshd
 
-from edgeprune.devices import Attached, device_from_url
+from edgeprune.devices._base import ShellDevice, device_from_url
 from edgeprune.errors import DeviceError, UsageError
-from edgeprune.facts import FACTS
+from edgeprune.host.machine import FACTS
 
 HOSTILE = 'a b\'; touch pwned; $(touch pwned) `touch pwned` "$HOME" * \\ \n-end é'
 
 
 @pytest.fixture(scope="module", params=["local", "ssh", "adb"])
-def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attached]:
+def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShellDevice]:
     """One machine of each kind, with a temporary folder of its own."""
     folder = tmp_path_factory.mktemp(request.param)
     there = folder / "there"
@@ -45,9 +45,9 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 yield attached(server.url)
 
 
-def attached(url: str) -> Attached:
+def attached(url: str) -> ShellDevice:
     found = device_from_url(url)
-    assert isinstance(found, Attached)
+    assert isinstance(found, ShellDevice)
     return found
 
 
@@ -59,7 +59,7 @@ def soon(true: Callable[[], bool]) -> bool:
     return true()
 
 
-def test_a_command_has_its_input_its_outputs_and_its_status(device: Attached) -> None:
+def test_a_command_has_its_input_its_outputs_and_its_status(device: ShellDevice) -> None:
     answer = device.run(["sh", "-c", "cat; echo wrong >&2; exit 3"], "one\ntwo", 60)
     assert answer.status == 3
     assert answer.stdout == "one\ntwo"
@@ -69,28 +69,30 @@ def test_a_command_has_its_input_its_outputs_and_its_status(device: Attached) ->
 
 
 @pytest.mark.parametrize("status", [1, 127, 255])
-def test_a_status_is_the_commands_whatever_the_way_there_makes_of_it(device: Attached, status: int) -> None:
+def test_a_status_is_the_commands_whatever_the_way_there_makes_of_it(
+    device: ShellDevice, status: int
+) -> None:
     assert device.run(["sh", "-c", f"exit {status}"], "", 60).status == status
 
 
-def test_a_killed_command_is_told_by_its_signal(device: Attached) -> None:
+def test_a_killed_command_is_told_by_its_signal(device: ShellDevice) -> None:
     assert device.run(["sh", "-c", "kill -9 $$"], "", 60).status == -9
 
 
-def test_no_word_of_a_command_is_read_by_a_shell(device: Attached, tmp_path: Path) -> None:
+def test_no_word_of_a_command_is_read_by_a_shell(device: ShellDevice, tmp_path: Path) -> None:
     words = [HOSTILE, "", "-n", "~", "{a,b}", "!!", "#x", "\t"]
     assert device.run(["printf", "%s|", *words], "", 60).stdout == "".join(f"{w}|" for w in words)
     assert not list(tmp_path.rglob("pwned"))
     assert not Path("pwned").exists()
 
 
-def test_a_long_input_arrives_whole(device: Attached) -> None:
+def test_a_long_input_arrives_whole(device: ShellDevice) -> None:
     text = "0123456789abcdef\n" * 20_000
     assert device.run(["cat"], text, 60).stdout == text
 
 
 def test_a_command_that_takes_too_long_is_killed_with_what_it_started(
-    device: Attached, tmp_path: Path
+    device: ShellDevice, tmp_path: Path
 ) -> None:
     note = tmp_path / "pid"
     script = 'sleep 600 & echo $! >"$1"; echo so far >&2; wait'
@@ -109,7 +111,7 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("size", [0, 1, 3_000_003])
-def test_a_file_comes_back_as_it_was(device: Attached, tmp_path: Path, size: int) -> None:
+def test_a_file_comes_back_as_it_was(device: ShellDevice, tmp_path: Path, size: int) -> None:
     here = tmp_path / "some file.bin"
     here.write_bytes((bytes(range(256)) * (size // 256 + 1))[:size])
     with device.folder() as folder:
@@ -119,7 +121,7 @@ def test_a_file_comes_back_as_it_was(device: Attached, tmp_path: Path, size: int
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "some file.bin"]
 
 
-def test_a_file_that_is_not_there_is_a_device_error(device: Attached, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_a_device_error(device: ShellDevice, tmp_path: Path) -> None:
     with pytest.raises(DeviceError):
         device.get(str(tmp_path / "nothing"), tmp_path / "back")
     with pytest.raises(DeviceError):
@@ -130,7 +132,7 @@ def test_a_file_that_is_not_there_is_a_device_error(device: Attached, tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
 
 
-def test_a_folder_goes_with_all_that_is_in_it(device: Attached) -> None:
+def test_a_folder_goes_with_all_that_is_in_it(device: ShellDevice) -> None:
     with device.folder() as folder:
         device.check(["sh", "-c", 'mkdir "$1/a" && echo x >"$1/a/b"', "sh", folder])
         assert Path(folder, "a/b").is_file()
@@ -138,7 +140,7 @@ def test_a_folder_goes_with_all_that_is_in_it(device: Attached) -> None:
     assert not Path(folder).exists()
 
 
-def test_files_are_held_under_names_that_every_system_takes(device: Attached, tmp_path: Path) -> None:
+def test_files_are_held_under_names_that_every_system_takes(device: ShellDevice, tmp_path: Path) -> None:
     strange = tmp_path / "a b'; touch pwned; $(id) é.onnx"
     strange.write_text("model")
     with device.holding({"dense": strange, "compressed": strange}) as there:
@@ -150,7 +152,7 @@ def test_files_are_held_under_names_that_every_system_takes(device: Attached, tm
         pass
 
 
-def test_it_says_what_it_is(device: Attached) -> None:
+def test_it_says_what_it_is(device: ShellDevice) -> None:
     facts = device.facts()
     assert facts["machine"] == os.uname().machine
     assert facts["cores"] == os.cpu_count()
@@ -159,7 +161,7 @@ def test_it_says_what_it_is(device: Attached) -> None:
     assert device.where() == f"{device.name} {facts['machine']}"
 
 
-def test_only_one_may_measure_at_a_time(device: Attached) -> None:
+def test_only_one_may_measure_at_a_time(device: ShellDevice) -> None:
     with device.exclusively():
         said = rf"in use: by .* process {os.getpid()}, since 20"
         with pytest.raises(DeviceError, match=said) as caught, device.exclusively():
@@ -171,7 +173,7 @@ def test_only_one_may_measure_at_a_time(device: Attached) -> None:
         pass
 
 
-def test_one_may_wait_for_the_other(device: Attached) -> None:
+def test_one_may_wait_for_the_other(device: ShellDevice) -> None:
     said: list[str] = []
     first = device.exclusively()
     first.__enter__()
@@ -188,7 +190,7 @@ HOLD = """
 import os, signal, sys, time
 # What was started in the background of a shell would pass over Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from edgeprune.devices import device_from_url
+from edgeprune.devices._base import device_from_url
 device = device_from_url(sys.argv[1])
 with device.folder() as folder, device.exclusively():
     print(folder, flush=True)
@@ -197,7 +199,7 @@ with device.folder() as folder, device.exclusively():
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_program_leaves_nothing_there(device: Attached, how: signal.Signals) -> None:
+def test_a_killed_program_leaves_nothing_there(device: ShellDevice, how: signal.Signals) -> None:
     command = [sys.executable, "-c", HOLD, device.name]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert holder.stdout is not None
@@ -215,12 +217,12 @@ def test_a_killed_program_leaves_nothing_there(device: Attached, how: signal.Sig
         pass
 
 
-def base(device: Attached) -> Path:
+def base(device: ShellDevice) -> Path:
     with device.folder() as folder:
         return Path(folder).parent
 
 
-def test_what_a_dead_keeper_left_is_removed_by_the_next(device: Attached) -> None:
+def test_what_a_dead_keeper_left_is_removed_by_the_next(device: ShellDevice) -> None:
     """As after a power cut: nobody was there to tidy up."""
     left = base(device) / "edgeprune-LeFt12"
     left.mkdir()
@@ -237,7 +239,7 @@ def test_what_a_dead_keeper_left_is_removed_by_the_next(device: Attached) -> Non
 
 @pytest.mark.parametrize(("beat", "free"), [("now", False), ("old", True), ("of another start", True)])
 def test_a_lock_whose_holder_was_not_heard_of_for_long_is_free(
-    device: Attached, beat: str, free: bool
+    device: ShellDevice, beat: str, free: bool
 ) -> None:
     up = int(float(Path("/proc/uptime").read_text().split()[0]))
     when = {"now": up, "old": up - 91, "of another start": up + 5000}[beat]
@@ -264,7 +266,7 @@ def test_a_lock_whose_holder_was_not_heard_of_for_long_is_free(
                 file.unlink() if file.is_file() else file.rmdir()
 
 
-def test_two_who_take_over_a_stale_lock_at_once_do_not_both_have_it(device: Attached) -> None:
+def test_two_who_take_over_a_stale_lock_at_once_do_not_both_have_it(device: ShellDevice) -> None:
     (base(device) / "edgeprune.lock").symlink_to("edgeprune-GoNe12/.keeper")
     code = HOLD.replace("device.run", "sys.stdin.readline() or device.run").replace('"", 600)', '"", 1)')
     holders = [

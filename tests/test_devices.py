@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from onnx_files import Scripted, write_net
 
-from edgeprune.devices import Answer, device_from_url
+from edgeprune.devices._base import device_from_url
 from edgeprune.devices.fake import Fake
 from edgeprune.devices.local import Local
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, UsageError
-from edgeprune.recipe import MeasureTable
-from edgeprune.stages import measure
+from edgeprune.measure import latency
+from edgeprune.recipe.schema import MeasureTable
 
 TABLE = MeasureTable(iterations=200)
+
 TWO = '{"dense": {"wall_ns": [9000]}, "compressed": {"wall_ns": [9000]}}'
 
 
@@ -50,7 +52,7 @@ def test_a_wrong_file_of_canned_readings_is_refused(
 ) -> None:
     (tmp_path / "readings.json").write_text(content)
     with pytest.raises(UsageError, match=r"readings\.json"):
-        measure.latency(pair, Fake(str(tmp_path / "readings.json")), TABLE)
+        latency.latency(pair, Fake(str(tmp_path / "readings.json")), TABLE)
 
 
 def test_a_command_that_takes_too_long_is_stopped() -> None:
@@ -105,7 +107,7 @@ def test_this_machine_says_what_it_is() -> None:
     facts = Local().facts()
     assert facts["cores"] >= 1
     assert facts["machine"]
-    assert measure.where(Local()) == f"local {facts['machine']}"
+    assert latency.where(Local()) == f"local {facts['machine']}"
 
 
 def test_facts_are_numbers_in_base_units_and_what_is_not_said_is_absent() -> None:
@@ -167,7 +169,7 @@ def test_a_crash_or_nonsense_from_the_device_is_a_device_error(
     pair: dict[str, Path], answer: Answer, said: str
 ) -> None:
     with pytest.raises(DeviceError) as caught:
-        measure.latency(pair, Scripted(answer), TABLE)
+        latency.latency(pair, Scripted(answer), TABLE)
     assert said in caught.value.message
     assert caught.value.exit_code == 6
 
@@ -181,6 +183,6 @@ def test_errors_of_the_agent_keep_their_kind_and_hint(
 ) -> None:
     said = {"error": "no runtime", "kind": kind, "hint": "pip install onnxruntime"}
     with pytest.raises(expected) as caught:
-        measure.latency(pair, Scripted(Answer(3, json.dumps(said), "")), TABLE)
+        latency.latency(pair, Scripted(Answer(3, json.dumps(said), "")), TABLE)
     assert caught.value.message == "no runtime (on scripted)"
     assert caught.value.hint == "pip install onnxruntime"

@@ -17,15 +17,17 @@ from training_tasks import ROBUST, TABLE, answers, check_budget, flat, images, s
 
 from edgeprune.errors import UsageError
 from edgeprune.methods import dnr
+from edgeprune.methods._dnr.rewiring import rewire
 from edgeprune.methods.dnr import DNR
-from edgeprune.nn import perturb, surgery, train
-from edgeprune.nn.allocate import Rules
-from edgeprune.nn.costs import total_params
-from edgeprune.nn.rewiring import rewire
-from edgeprune.nn.train import Course, History, Hooks
-from edgeprune.recipe import TuneTable
+from edgeprune.models import surgery
+from edgeprune.models.costs import total_params
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.structure.allocation import Rules
+from edgeprune.train import adversarial, evaluation, loop
+from edgeprune.train.job import History, Hooks, TrainingJob
 
 NORMLESS = "groupnormed"
+
 # No layer of "transposed" has input channels in fours.
 KINDS = [
     (name, kind)
@@ -42,8 +44,8 @@ class Killed(Exception):
 def watch(monkeypatch: pytest.MonkeyPatch, change: Callable[[Hooks, nn.Module], Hooks]) -> None:
     """Train with other hooks than the method's own."""
 
-    def fit(module: nn.Module, course: Course, hooks: Hooks) -> History:
-        return train.fit(module, course, change(hooks, module))
+    def fit(module: nn.Module, course: TrainingJob, hooks: Hooks) -> History:
+        return loop.fit(module, course, change(hooks, module))
 
     monkeypatch.setattr(dnr, "fit", fit)
 
@@ -119,7 +121,7 @@ def test_a_network_that_may_keep_everything_is_only_trained(tmp_path: Path) -> N
     masks = flat(DNR(regularizer="none")(network, task))
     training = task.training
     assert training is not None
-    train.fit(plain, Course(training.split, TABLE, 3, tmp_path / "b"))
+    loop.fit(plain, TrainingJob(training.split, TABLE, 3, tmp_path / "b"))
     assert all(bool(keep.all()) for keep in masks.values())
     assert same(network.state_dict(), plain.state_dict())
 
@@ -148,9 +150,9 @@ def sparse_momentum(scratch: Path, table: TuneTable, **options: Any) -> tuple[nn
         task.units.apply(network, found.stayed)
         masks.update(found.masks)
 
-    train.fit(
+    loop.fit(
         network,
-        Course(training.split, table, 3, scratch),
+        TrainingJob(training.split, table, 3, scratch),
         Hooks(after_step=after_step, after_epoch=after_epoch, **options),
     )
     return network, masks
@@ -160,7 +162,7 @@ def test_with_clean_images_alone_and_no_dynamic_term_it_is_sparse_momentum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, wanted = sparse_momentum(tmp_path / "a", TABLE)
-    monkeypatch.setattr(perturb, "perturb", lambda *_, **__: pytest.fail("an attack was made"))
+    monkeypatch.setattr(adversarial, "perturb", lambda *_, **__: pytest.fail("an attack was made"))
     network = build("plain")
     masks = flat(
         DNR(beta=1.0, rho=0.0, rate=0.5)(network, task_of(network, "weight", tmp_path / "b", ROBUST))
@@ -300,8 +302,8 @@ def test_the_cut_network_answers_as_the_masked_one(
     task = task_of(network, "channel", tmp_path)
     masked: list[Tensor] = []
 
-    def fit(module: nn.Module, course: Course, hooks: Hooks) -> History:
-        history = train.fit(module, course, hooks)
+    def fit(module: nn.Module, course: TrainingJob, hooks: Hooks) -> History:
+        history = loop.fit(module, course, hooks)
         masked.append(answers(module))
         return history
 
@@ -413,7 +415,7 @@ def test_half_of_the_weights_learn_what_there_is_to_learn(tmp_path: Path) -> Non
         network = build("plain")
         task = task_of(network, kind, tmp_path / kind.replace(":", ""), table)
         DNR(start="scratch")(network, task)
-        right, of = train.accuracy(network, images(50, 8))
+        right, of = evaluation.accuracy(network, images(50, 8))
         assert right / of > 0.9
 
 

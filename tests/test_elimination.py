@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeprune.nn import elimination
-from edgeprune.nn.elimination import Order, Reader, eliminate
+from edgeprune.repair import backward_elimination
+from edgeprune.repair.backward_elimination import Order, Reader, eliminate
 
 
 def reader(units: int, taps: int = 1, outputs: int = 4, seed: int = 0) -> tuple[Reader, Tensor]:
@@ -27,7 +27,7 @@ def owned(units: int, taps: int = 1) -> tuple[tuple[int, ...], ...]:
 
 def ridge_of(given: Reader) -> float:
     assert given.moments is not None
-    return elimination.RIDGE * float(given.moments.diagonal()[:-1].mean())
+    return backward_elimination.RIDGE * float(given.moments.diagonal()[:-1].mean())
 
 
 def brute_force(given: Reader, x: Tensor, gone: tuple[int, ...]) -> float:

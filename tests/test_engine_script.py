@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import bundled, plugins
+from edgeprune import plugins, targets
 from edgeprune.records import Artifact, InputSpec, Target
 
 SH = shutil.which("sh")
+
 pytestmark = pytest.mark.skipif(SH is None, reason="needs a POSIX shell")
 
 # From samples/common/sampleOptions.cpp of NVIDIA/TensorRT at the tags of VERSIONS: flags that all of them have,
@@ -25,6 +26,7 @@ ALWAYS = """
     noDataTransfers useCudaGraph useSpinWait separateProfileRun warmUp duration iterations avgRuns sleepTime
     idleTime streams percentile exportTimes exportProfile exportLayerInfo
 """
+
 BETWEEN = {
     "workspace": (802, 1000),
     "buildOnly": (802, 1000),
@@ -39,6 +41,7 @@ BETWEEN = {
     "noCudaGraph": (1100, 9999),
     "noSpinWait": (1100, 9999),
 }
+
 # What trtexec calls itself, and major * 100 + minor.
 VERSIONS = {
     "v8201": 802,
@@ -118,14 +121,14 @@ def board(tmp_path: Path, code: str, text: str) -> Board:
 
 @pytest.fixture(scope="module")
 def orin() -> Target:
-    return bundled.target("jetson-orin-nano")
+    return targets.target("jetson-orin-nano")
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in bundled.names("targets") if bundled.target(n).runtime == "tensorrt"]
+    "name", [n for n in targets.names("targets") if targets.target(n).runtime == "tensorrt"]
 )
 def test_the_script_of_every_jetson_is_valid_shell_and_names_its_board(name: str, tmp_path: Path) -> None:
-    target = bundled.target(name)
+    target = targets.target(name)
     for dynamic_batch in (False, True):
         file = tmp_path / "build_engine.sh"
         file.write_text(script(target, dynamic_batch=dynamic_batch))

@@ -12,9 +12,9 @@ import quantized_files as files
 import torch
 from onnx import ModelProto, helper, numpy_helper
 
-from edgeprune.nn.activations import Seen
-from edgeprune.nn.equalize import equalized
-from edgeprune.nn.parity import open_onnx
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.quantize.equalization import equalized
+from edgeprune.quantize.observers import Seen
 
 Arrays = dict[str, np.ndarray]
 

@@ -20,22 +20,27 @@ from onnx import helper, numpy_helper
 from reports import check, plain_report, reading
 from typer.testing import CliRunner
 
-from edgeprune import choices, codec, intervals, queries, recipe
-from edgeprune.cli import app
+from edgeprune import confidence, serialization
+from edgeprune.cli.app import app
+from edgeprune.data.dataset import in_memory
 from edgeprune.errors import UsageError
-from edgeprune.nn.bundle import deployed, load_bundle
-from edgeprune.nn.data import in_memory
-from edgeprune.nn.onnx_batch import freed
-from edgeprune.recipe import ExportTable, ModelTable
+from edgeprune.export import stage
+from edgeprune.measure import evaluate
+from edgeprune.models.bundle import deployed, load_bundle
+from edgeprune.onnx_graph.index import freed
+from edgeprune.pipeline import evaluation
+from edgeprune.pipeline.run_directory import PUBLISHED, digest, own_scratch
+from edgeprune.recipe import parse, schema
+from edgeprune.recipe.schema import ExportTable, ModelTable
 from edgeprune.records import Report
-from edgeprune.stages import evaluate_doubts, export
-from edgeprune.stages.attack_file import open_file
-from edgeprune.stages.attack_victims import HARMLESS
-from edgeprune.workdir import PUBLISHED, digest, own_scratch
+from edgeprune.robustness.models_under_attack import HARMLESS, open_file
 
 runner = CliRunner()
+
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Plain"
+
 FLAGS = ["--arch", ARCH, "--input", "3x8x8"]
+
 QUICK = ["--eps", "1/255", "--limit", "10"]
 
 
@@ -55,10 +60,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.mkdir()
     bundle = load_bundle(ModelTable(path=str(folder / "plain.pt"), arch=ARCH, input="3x8x8"))
     table = ExportTable()
-    export.run(deployed(bundle), bundle.input, run / "model.onnx", opset=18, table=table, meta={}, real=None)
-    export.save_modules(bundle, run)
+    stage.run(deployed(bundle), bundle.input, run / "model.onnx", opset=18, table=table, meta={}, real=None)
+    stage.save_modules(bundle, run)
     model = {"path": str(folder / "plain.pt"), "arch": ARCH, "input": "3x8x8"}
-    (run / "recipe.toml").write_text(recipe.to_toml(recipe.build({"model": model}, {})))
+    (run / "recipe.toml").write_text(parse.to_toml(parse.build({"model": model}, {})))
     (run / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": bundle.source.sha256}}))
     told(run, plain_report([], []))
     return folder
@@ -67,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(run: Path, report: Report) -> None:
     """A report of the files as they are."""
     files = {name: digest(run / name) for name in PUBLISHED if (run / name).exists()}
-    codec.write(run / "report.json", replace(report, environment={"files": files}))
+    serialization.write(run / "report.json", replace(report, environment={"files": files}))
 
 
 def evaluated(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -118,7 +123,7 @@ def test_a_model_a_run_and_a_file_are_attacked_each_in_its_way(
     for rows in found:
         robust = rows["robust_accuracy"]
         assert rows["clean_accuracy"]["value"] == 1.0 and robust["n"] == 10
-        assert robust["spread"] == list(intervals.binomial(robust["conditions"]["right"], 10))
+        assert robust["spread"] == list(confidence.binomial(robust["conditions"]["right"], 10))
     worst = [rows["robust_accuracy"]["value"] for rows in found]
     assert worst[1] <= worst[0] < 1 and worst[1] <= worst[2] < 1
 
@@ -198,7 +203,7 @@ def test_code_that_only_the_recipe_of_a_run_names_is_not_run(
         shutil.copy(made / "plain.pt", file)
         (tmp_path / "x.py").write_text("import os\nos.mkdir('ran')\nnet = None\n")
     more = {"trust_pickle": True, "arch": f"{tmp_path / 'x.py'}:net", "allow_class": ["os.mkdir"]}
-    text = recipe.to_toml(recipe.build({"model": {**table, names: more[names]}}, {}))
+    text = parse.to_toml(parse.build({"model": {**table, names: more[names]}}, {}))
     (tmp_path / "run" / "recipe.toml").write_text(text)
     (tmp_path / "run" / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": digest(file)}}))
     quick = ["--set", "measure.iterations=10", "--set", "measure.seconds=0.1"] if command == "profile" else []
@@ -247,7 +252,7 @@ def test_in_a_terminal_the_attacks_and_the_warnings_are_said_in_words(
     assert "fgsm, Linf eps 1/255, white box." in done.stdout and "survived" in done.stdout
     assert "10 of 10 images are right without an attack" in done.stderr
     facts = {"flags": ["odd"], "notes": ["so"]}
-    lines = queries.warnings((reading("clean_accuracy", 1.0, conditions=facts),))
+    lines = evaluation.warnings((reading("clean_accuracy", 1.0, conditions=facts),))
     assert lines == ["note: so", "WARNING: odd"]
 
 
@@ -326,23 +331,23 @@ def test_an_accuracy_that_looks_like_other_images_or_another_normalization_is_do
 def test_how_near_to_guessing_an_accuracy_is(right: int, word: str) -> None:
     """With ten classes guessing is right on 10 %; what is doubted ends at 19 %."""
     split = in_memory("test", torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.arange(100) % 10)
-    given = reading("clean_accuracy", right / 100, n=100, spread=intervals.binomial(right, 100))
+    given = reading("clean_accuracy", right / 100, n=100, spread=confidence.binomial(right, 100))
     for attacked in (False, True):
-        flags = evaluate_doubts.guessing(given, split, attacked=attacked).conditions.get("flags", [])
+        flags = evaluate.guessing(given, split, attacked=attacked).conditions.get("flags", [])
         silent = not word or (attacked and word == "no better")
         assert [f"{word} than guessing" in f for f in flags] == ([] if silent else [True])
     only = in_memory("test", torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9))
-    assert evaluate_doubts.guessing(given, only) is given
+    assert evaluate.guessing(given, only) is given
 
 
 def test_a_report_that_says_nothing_of_the_accuracy_raises_no_doubt(tmp_path: Path) -> None:
     given = reading("clean_accuracy", 0.2, n=100, spread=(0.1, 0.3))
-    assert evaluate_doubts.reported(given, tmp_path) is given
-    codec.write(tmp_path / "report.json", plain_report([], []))
-    assert evaluate_doubts.reported(given, tmp_path) is given
+    assert evaluate.reported(given, tmp_path) is given
+    serialization.write(tmp_path / "report.json", plain_report([], []))
+    assert evaluate.reported(given, tmp_path) is given
     near = reading("clean_accuracy", 0.35, n=100, spread=(0.25, 0.45))
-    codec.write(tmp_path / "report.json", plain_report([], [near]))
-    assert evaluate_doubts.reported(given, tmp_path) is given
+    serialization.write(tmp_path / "report.json", plain_report([], [near]))
+    assert evaluate.reported(given, tmp_path) is given
 
 
 def test_a_file_with_a_fixed_batch_is_asked_many_images_at_a_time_and_answers_the_same(
@@ -388,20 +393,20 @@ def test_the_paired_test_is_the_two_sided_binomial_one(gained: int, lost: int) -
     n = gained + lost
     odds = [comb(n, k) / 2**n for k in range(n + 1)]
     exact = sum(p for p in odds if p <= odds[gained] * (1 + 1e-9))
-    assert intervals.mcnemar(gained, lost) == pytest.approx(exact, rel=1e-9)
-    assert intervals.mcnemar(lost, gained) == intervals.mcnemar(gained, lost)
+    assert confidence.mcnemar(gained, lost) == pytest.approx(exact, rel=1e-9)
+    assert confidence.mcnemar(lost, gained) == confidence.mcnemar(gained, lost)
 
 
 def test_the_paired_test_on_known_and_on_impossible_counts() -> None:
-    assert intervals.mcnemar(0, 5) == 0.0625 and intervals.mcnemar(0, 6) == 0.03125
-    assert 0 < intervals.mcnemar(0, 1000) < 1e-300
+    assert confidence.mcnemar(0, 5) == 0.0625 and confidence.mcnemar(0, 6) == 0.03125
+    assert 0 < confidence.mcnemar(0, 1000) < 1e-300
     with pytest.raises(ValueError, match="at least 0"):
-        intervals.mcnemar(-1, 2)
+        confidence.mcnemar(-1, 2)
 
 
 def test_the_gate_reads_an_accuracy_under_attack_with_its_interval() -> None:
     """Undecided while the limit lies inside the interval; in pairs 10 lost and 10 gained of 1000 are +-0.88 pp."""
-    worst = reading("robust_accuracy", 0.45, n=500, spread=intervals.binomial(225, 500))
+    worst = reading("robust_accuracy", 0.45, n=500, spread=confidence.binomial(225, 500))
     for text, status in (
         ("40 %", "pass"),
         ("44 %", "inconclusive"),
@@ -409,7 +414,7 @@ def test_the_gate_reads_an_accuracy_under_attack_with_its_interval() -> None:
         ("50 %", "fail"),
     ):
         assert check(plain_report([], [worst]), "robust_accuracy", text).status == status
-    spread = intervals.binomial(450, 1000)
+    spread = confidence.binomial(450, 1000)
     dense = reading("robust_accuracy", 0.45, spread=spread)
     after = reading("robust_accuracy", 0.45, spread=spread, conditions={"paired": {"gained": 10, "lost": 10}})
     assert check(plain_report([dense], [after]), "robust_accuracy", "-0.9 pp").status == "pass"
@@ -422,7 +427,7 @@ def test_the_gate_reads_an_accuracy_under_attack_with_its_interval() -> None:
 
 def test_auto_is_pgd_after_robust_training_and_standard_where_a_robust_accuracy_is_asked_for() -> None:
     def decided(**tables: Any) -> tuple[str, str]:
-        table = recipe.attack(recipe.build({}, tables))
+        table = parse.attack(parse.build({}, tables))
         return table.name, table.eps
 
     assert decided() == ("none", "8/255")
@@ -440,4 +445,4 @@ def test_auto_is_pgd_after_robust_training_and_standard_where_a_robust_accuracy_
 def test_the_radius_that_people_mean_is_the_one_that_is_used() -> None:
     from edgeprune.quantities import USUAL_EPS, eps_of
 
-    assert {norm: eps_of(text, norm) for norm, text in choices.USUAL_EPS_TEXT.items()} == USUAL_EPS
+    assert {norm: eps_of(text, norm) for norm, text in schema.USUAL_EPS_TEXT.items()} == USUAL_EPS

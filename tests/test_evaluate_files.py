@@ -11,15 +11,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeprune.data.dataset import Split, in_memory
 from edgeprune.devices.fake import Fake
 from edgeprune.errors import ModelError, ParityError, UnsafeModel, UsageError
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.onnx_open import opened
+from edgeprune.measure import counts
+from edgeprune.measure.evaluate_file import Judged, check, input_of, look
+from edgeprune.measure.place import held
+from edgeprune.onnx_graph.index import opened
 from edgeprune.records import Reading
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
-from edgeprune.stages import measure
-from edgeprune.stages.evaluate_file import Judged, check, input_of, look
-from edgeprune.stages.measure_files import held
 
 
 def quantized(scale: float) -> onnx.ModelProto:
@@ -298,7 +298,7 @@ def test_data_that_are_missing_short_or_outside_the_folder_are_refused(
 def test_data_beside_a_file_count_in_its_size_and_travel_with_it(tmp_path: Path) -> None:
     files = {name: outside(tmp_path / name) for name in ("dense", "compressed")}
     one = files["dense"]
-    assert measure.size(one).value == one.stat().st_size + one.with_name("w.bin").stat().st_size
+    assert counts.size(one).value == one.stat().st_size + one.with_name("w.bin").stat().st_size
     with held(Fake(), files) as there:
         for path in there.values():
             assert OnnxRuntime().open(Path(path), 1).input_shape == (None, 1, 2, 2)

@@ -12,16 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edgeprune import pipeline, recipe
-from edgeprune.context import Result
+from edgeprune.data import dataset, splits
+from edgeprune.data.dataset import Split
 from edgeprune.errors import UsageError
-from edgeprune.nn import data as data_module
-from edgeprune.nn import parts
-from edgeprune.nn.bundle import from_module
-from edgeprune.nn.data import Split
+from edgeprune.models.bundle import from_module
+from edgeprune.pipeline import compression
+from edgeprune.pipeline.context import Result
+from edgeprune.recipe import parse
 from edgeprune.records import InputSpec
 
 CLASSES = 5
+
 TABLES = {
     "measure": {"iterations": 10, "seconds": 0.5, "warmup": 1},
     "synthesize": {"images": 8, "steps": 4},
@@ -62,7 +63,7 @@ def folders(tmp_path: Path) -> Path:
 def compressed(data: Path, out: Path, use: str, said: list[str], **tables: object) -> Result:
     flags = {**TABLES, "data": {"path": str(data), "use": use}, **tables}
     bundle = from_module(nets.build("residual"), nets.example())
-    return pipeline.compress(recipe.build({}, flags), out, say=said.append, bundle=bundle)
+    return compression.compress(parse.build({}, flags), out, say=said.append, bundle=bundle)
 
 
 def check(result: Result, said: Sequence[str]) -> None:
@@ -81,17 +82,17 @@ def test_the_training_part_is_neither_opened_nor_learned_from(
     """Its files are no images, and its pixels raise when they are taken; each control run dies of its poison."""
     with pytest.raises(UsageError, match="can.t be decoded"):
         compressed(folders, tmp_path / "control", "all", [])
-    decode = data_module._decode
+    decode = dataset._decode
 
-    def poisoned(part: parts.Part, spec: InputSpec, at_once: bool) -> Split:
+    def poisoned(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
         if part.name == "test":
             return decode(part, spec, at_once)
         return Split(part.name, torch.from_numpy(part.labels), Poison())
 
-    monkeypatch.setattr(data_module, "_decode", poisoned)
+    monkeypatch.setattr(dataset, "_decode", poisoned)
     said: list[str] = []
     check(compressed(folders, tmp_path / "run", "evaluate", said), said)
-    monkeypatch.setattr(data_module, "_notes", lambda *_: ())  # it reads the size of some training images
+    monkeypatch.setattr(dataset, "_notes", lambda *_: ())  # it reads the size of some training images
     for tables in ({}, {"prune": {"method": "magnitude", "repair": "data"}}, {"tune": {"epochs": 1}}):
         with pytest.raises(Opened):
             compressed(folders, tmp_path / "control", "all", [], **tables)

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 import edgeprune
 from edgeprune.errors import ParityError, UnsupportedModel, UsageError
-from edgeprune.nn import onnx_export, onnx_file, parity
-from edgeprune.nn.bundle import deployed
-from edgeprune.recipe import ExportTable
+from edgeprune.export import stage, torch_to_onnx
+from edgeprune.models.bundle import deployed
+from edgeprune.onnx_graph import cleanup, session
+from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading, Source
-from edgeprune.stages import export
 
 SPEC = InputSpec(nets.SHAPE, 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+
 PLAIN = InputSpec(nets.SHAPE, 5)
+
 Result = tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]
 
 
@@ -45,7 +47,7 @@ def ship(
 ) -> Result:
     table = ExportTable(dynamic_batch=dynamic_batch)
     meta = {"labels": json.dumps(["a", "b"]), "parent": "abc123"}
-    return export.run(wrapped(network, spec), spec, out, opset=opset, table=table, meta=meta, real=real)
+    return stage.run(wrapped(network, spec), spec, out, opset=opset, table=table, meta=meta, real=real)
 
 
 def answers(file: Path, pixels: Tensor) -> np.ndarray:
@@ -98,14 +100,14 @@ def test_a_file_answers_like_its_module_and_its_nodes_are_called_like_its_layers
         wanted = wrapped(network)(pixels).detach().numpy()
         np.testing.assert_allclose(answers(out, pixels), wanted, atol=1e-5)
     model = onnx.load(out)
-    applied = [node.name for node in model.graph.node if node.op_type in onnx_file.WEIGHTED]
+    applied = [node.name for node in model.graph.node if node.op_type in cleanup.WEIGHTED]
     assert set(applied) == weighted(network) and len(applied) == len(set(applied))
     held = {item.name for item in model.graph.initializer}
     assert {f"{layer}.weight" for layer in weighted(network)} <= held
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
     assert [(r.metric, r.n, r.conditions["inputs"]) for r in readings] == [
-        (parity.METRIC, 6, "random"),
-        (parity.METRIC, 4, "real"),
+        (session.METRIC, 6, "random"),
+        (session.METRIC, 4, "real"),
     ]
     assert all(r.value is not None and r.value < 1e-5 for r in readings)
     assert notes == () and artifact.opset == 20
@@ -120,7 +122,7 @@ def test_the_opset_is_the_one_that_was_asked_for_in_the_oldest_file_version_that
     model = onnx.load(out)
     assert [(item.domain, item.version) for item in model.opset_import] == [("", opset)]
     assert (artifact.opset, model.ir_version) == (opset, file_version)
-    assert {n.name for n in model.graph.node if n.op_type in onnx_file.WEIGHTED} == weighted(network)
+    assert {n.name for n in model.graph.node if n.op_type in cleanup.WEIGHTED} == weighted(network)
     assert {f"{layer}.weight" for layer in weighted(network)} <= {
         item.name for item in model.graph.initializer
     }
@@ -133,7 +135,7 @@ def test_an_old_opset_is_reached_by_conversion_where_onnx_can_convert(tmp_path: 
     _, _, notes = ship(network, tmp_path / "model.onnx", opset=17)
     assert notes == ("model.onnx was exported at opset 18 and converted to 17",)
     model = onnx.load(tmp_path / "model.onnx")
-    assert [n.name for n in model.graph.node if n.op_type in onnx_file.WEIGHTED] == ["0", "3"]
+    assert [n.name for n in model.graph.node if n.op_type in cleanup.WEIGHTED] == ["0", "3"]
     _, _, notes = ship(nets.build("residual"), tmp_path / "model.onnx", opset=17)
     assert len(notes) == 1 and "TorchScript" in notes[0]
 
@@ -309,7 +311,7 @@ def test_other_answers_than_logits_are_refused(tmp_path: Path) -> None:
             return {"logits": self.network(x)}
 
     with pytest.raises(UnsupportedModel, match="with a dict"):
-        export.run(Pair(), PLAIN, tmp_path / "m.onnx", opset=20, table=ExportTable(), meta={}, real=None)
+        stage.run(Pair(), PLAIN, tmp_path / "m.onnx", opset=20, table=ExportTable(), meta={}, real=None)
 
 
 def test_an_open_batch_is_refused_where_the_network_fixes_it(tmp_path: Path) -> None:
@@ -323,12 +325,12 @@ def test_an_open_batch_is_refused_where_the_network_fixes_it(tmp_path: Path) -> 
 def test_a_network_that_does_not_fit_in_one_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_export, "MAX_BYTES", 1000)
+    monkeypatch.setattr(torch_to_onnx, "MAX_BYTES", 1000)
     with pytest.raises(UnsupportedModel, match="one ONNX file holds at most"):
         ship(nets.build("plain"), tmp_path / "m.onnx")
     module = wrapped(nets.build("plain"))
     tensors = (*module.parameters(), *module.buffers())
-    monkeypatch.setattr(onnx_export, "MAX_BYTES", sum(t.numel() * t.element_size() for t in tensors))
+    monkeypatch.setattr(torch_to_onnx, "MAX_BYTES", sum(t.numel() * t.element_size() for t in tensors))
     with pytest.raises(UnsupportedModel, match=r"m\.onnx would have .* holds at most"):
         ship(nets.build("plain"), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -373,7 +375,7 @@ def slim_that_loses_a_node(model: ModelProto, **_: object) -> ModelProto:
 def test_a_simplification_that_fails_or_changes_answers_is_left_away(
     slim: Callable[..., ModelProto], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_file.onnxslim, "slim", slim)
+    monkeypatch.setattr(cleanup.onnxslim, "slim", slim)
     network = nets.build("residual")
     _, readings, notes = ship(network, tmp_path / "model.onnx")
     assert len(notes) == 1 and "was not simplified" in notes[0] and words in notes[0]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgeprune.nn.apgd import Task
-from edgeprune.nn.asking import lengths
-from edgeprune.nn.fab import ETA, nearest, onto_plane
+from edgeprune.attacks._apgd import Task
+from edgeprune.attacks._fab import ETA, nearest, onto_plane
+from edgeprune.models.queries import lengths
 
 NORMS = ("Linf", "L2")
 

@@ -22,12 +22,12 @@ import torch
 from rich.table import Table
 from typer.testing import CliRunner
 
-from edgeprune import bundled, cli_output, codec
-from edgeprune.channels import Answer
-from edgeprune.cli import app
-from edgeprune.devices import Device
+from edgeprune import serialization, targets
+from edgeprune.cli import output
+from edgeprune.cli.app import app
+from edgeprune.devices._base import Device
 from edgeprune.devices.local import Local
-from edgeprune.engine_script import engine_script
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import (
     DeviceError,
     EdgepruneError,
@@ -37,15 +37,19 @@ from edgeprune.errors import (
     told_shortage,
     visible,
 )
-from edgeprune.nn.calling import logits
-from edgeprune.nn.folding import folded
+from edgeprune.models.batchnorm_folding import folded
+from edgeprune.models.inference import logits
 from edgeprune.records import Artifact, InputSpec
-from edgeprune.stages.report_markdown import plain
-from edgeprune.stages.report_markup import escape
+from edgeprune.report.markdown import plain
+from edgeprune.report.markup import escape
+from edgeprune.runtimes.engine.build_script import engine_script
 
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
+
 HOSTILE = "a\x1b]0;owned\x07b\rc\x9bd\u202ee\u2066f\x7fg"
+
 SEEN = "a\\x1b]0;owned\\x07b\\rc\\x9bd\\u202ee\\u2066f\\x7fg"
+
 ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
@@ -101,7 +105,7 @@ def test_a_file_that_finds_no_room_leaves_the_one_before_and_says_what_is_needed
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(NoRoom) as caught, codec.replace_file(path) as file:
+    with pytest.raises(NoRoom) as caught, serialization.replace_file(path) as file:
         file.write(bytes(1234))
     assert (
         f"{path} can't be written: No space left on device; 1234 bytes are needed, " in caught.value.message
@@ -126,7 +130,7 @@ def test_what_is_renamed_is_on_the_disk_before_and_so_is_its_new_name(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", renamed)
-    with codec.replace_folder(tmp_path / "stage" / "key") as folder:
+    with serialization.replace_folder(tmp_path / "stage" / "key") as folder:
         (folder / "one").write_bytes(b"1")
     assert steps == [
         ("sync", "one"),
@@ -136,7 +140,7 @@ def test_what_is_renamed_is_on_the_disk_before_and_so_is_its_new_name(
         ("sync", tmp_path.name),
     ]
     steps.clear()
-    with codec.replace_file(tmp_path / "file") as file:
+    with serialization.replace_file(tmp_path / "file") as file:
         file.write(b"1")
     assert steps == [("sync", f"file.{os.getpid()}.tmp"), ("rename", "file"), ("sync", tmp_path.name)]
 
@@ -146,7 +150,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_live_one_has_is_not(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = (
-        "import sys; from edgeprune import codec; from pathlib import Path\n"
+        "import sys; from edgeprune import serialization as codec; from pathlib import Path\n"
         "with codec.scratch_folder() as folder: (folder / 'x').touch(); print(folder, flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -156,14 +160,14 @@ def test_what_a_killed_process_left_is_swept_and_what_a_live_one_has_is_not(
     with process:
         assert process.stdout is not None
         other = Path(process.stdout.readline().strip())
-        with codec.scratch_folder() as mine:
+        with serialization.scratch_folder() as mine:
             assert other.is_dir() and mine.is_dir()
         process.kill()
         process.wait()
     (tmp_path / "report.md.1.tmp").touch()
     (tmp_path / "edgeprune-ssh-0").mkdir()
-    codec.sweep(tmp_path, codec.LEFT_FILES)
-    with codec.scratch_folder() as mine:
+    serialization.sweep(tmp_path, serialization.LEFT_FILES)
+    with serialization.scratch_folder() as mine:
         assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "edgeprune-ssh-0", mine])
 
 
@@ -264,18 +268,18 @@ def test_control_characters_leave_as_escapes_on_every_way(
 ) -> None:
     assert visible(HOSTILE) == SEEN and visible("two\nlines\tand é ✅") == "two\nlines\tand é ✅"
     assert str(UsageError(HOSTILE)) == SEEN and UsageError("x", HOSTILE).hint == SEEN
-    cli_output.say(HOSTILE)
-    cli_output.print_lines([HOSTILE])
+    output.say(HOSTILE)
+    output.print_lines([HOSTILE])
     table = Table(title=HOSTILE)
     table.add_column("name", no_wrap=True)
     table.add_row(HOSTILE)
     table.add_row("[link=http://x]y[/]")
-    cli_output.print_table(table)
+    output.print_table(table)
     out, err = capsys.readouterr()
     assert err == f"{SEEN}\n" and out.startswith(f"{SEEN}\n") and "[link=http://x]y[/]" in out
     assert not set("\x1b\x07\r\x9b\u202e\u2066\x7f") & set(out)
     record = logging.LogRecord("edgeprune", logging.INFO, "", 0, "found %s", (HOSTILE,), None)
-    assert cli_output.shown(record) and record.getMessage() == f"found {SEEN}"
+    assert output.shown(record) and record.getMessage() == f"found {SEEN}"
     assert escape(HOSTILE) == SEEN
     assert not set("\x1b\x07\r\x9b\u202e\u2066\x7f") & set(plain(HOSTILE))
 
@@ -295,7 +299,7 @@ def test_control_characters_leave_as_escapes_on_every_way(
 def test_no_value_of_a_target_or_a_file_runs_in_the_engine_script(
     title: str, setup: dict[str, str], file: str, tmp_path: Path
 ) -> None:
-    target = replace(bundled.target("jetson-orin-nano"), title=title, setup=setup)
+    target = replace(targets.target("jetson-orin-nano"), title=title, setup=setup)
     artifact = Artifact(file, "onnx", "fp32", InputSpec((3, 8, 8), 5), "", 1, opset=18)
     text = engine_script(target, artifact, dynamic_batch=True)
     (tmp_path / "build_engine.sh").write_text(text)

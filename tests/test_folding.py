@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from edgeprune.attacks import Attack
+from edgeprune.attacks._base import Attack
 from edgeprune.attacks.apgd_ce import ApgdCe
 from edgeprune.attacks.apgd_t import ApgdT
 from edgeprune.attacks.fab_t import FabT
 from edgeprune.errors import ModelError
-from edgeprune.nn import asking
-from edgeprune.nn.folding import folded
-from edgeprune.nn.lanes import LEAST_IMAGES, Lanes, in_lanes
-from edgeprune.nn.perturb import Ball
-from edgeprune.nn.tracing import trace
+from edgeprune.models import queries
+from edgeprune.models.batchnorm_folding import folded
+from edgeprune.models.replicas import LEAST_IMAGES, Replicas, on_replicas
+from edgeprune.models.tracing import trace
+from edgeprune.train.adversarial import Ball
 
 
 def norms(network: nn.Module) -> int:
@@ -178,8 +178,8 @@ def test_a_copy_that_answers_otherwise_is_not_used() -> None:
 @pytest.mark.parametrize("count", [2 * LEAST_IMAGES, 9, 16])
 def test_lanes_give_the_same_answers_and_gradients(count: int, two_threads: None) -> None:
     network, x = nets.build("residual").requires_grad_(False), nets.example(count)
-    with in_lanes(network, x) as lanes:
-        assert isinstance(lanes, Lanes) and torch.get_num_threads() == 1
+    with on_replicas(network, x) as lanes:
+        assert isinstance(lanes, Replicas) and torch.get_num_threads() == 1
         with torch.no_grad():
             assert torch.allclose(lanes(x), network(x), atol=1e-6)
         assert torch.allclose(gradient(lanes, x), gradient(network, x), atol=1e-7)
@@ -191,7 +191,7 @@ def test_one_thread_a_few_images_or_a_network_that_can_not_be_copied_have_no_lan
     two_threads: None,
 ) -> None:
     network, x = nets.build("plain"), nets.example(2 * LEAST_IMAGES)
-    with in_lanes(network, x[1:]) as same:
+    with on_replicas(network, x[1:]) as same:
         assert same is network
 
     class Whole(nn.Module):
@@ -199,10 +199,10 @@ def test_one_thread_a_few_images_or_a_network_that_can_not_be_copied_have_no_lan
             raise TypeError("not this one")
 
     whole = Whole()
-    with in_lanes(whole, x) as same:
+    with on_replicas(whole, x) as same:
         assert same is whole
     torch.set_num_threads(1)
-    with in_lanes(network, x) as same:
+    with on_replicas(network, x) as same:
         assert same is network
 
 
@@ -220,7 +220,7 @@ def test_lanes_share_tensors_and_not_what_layers_keep_while_they_run(two_threads
             return self.fc(self.kept.flatten(1))
 
     network, x = Keeping().requires_grad_(False), nets.example(32)
-    with in_lanes(network, x) as lanes:
+    with on_replicas(network, x) as lanes:
         assert len({id(copy) for copy in lanes.copies}) == 2
         assert len({id(copy.fc.weight) for copy in lanes.copies}) == 1
         for _ in range(20):
@@ -229,7 +229,7 @@ def test_lanes_share_tensors_and_not_what_layers_keep_while_they_run(two_threads
 
 def test_what_fails_in_a_lane_fails_outside_of_it_and_the_threads_are_given_back(two_threads: None) -> None:
     x = nets.example(16)
-    with pytest.raises(ModelError, match="fails on a batch"), in_lanes(nets.build("plain"), x) as lanes:
+    with pytest.raises(ModelError, match="fails on a batch"), on_replicas(nets.build("plain"), x) as lanes:
         lanes(torch.rand(16, 4, 8, 8))
     assert torch.get_num_threads() == 2
 
@@ -241,7 +241,7 @@ def test_a_network_cut_off_from_its_input_has_the_gradient_zero(two_threads: Non
         def forward(self, x: Tensor) -> Tensor:
             return network(x.detach())
 
-    with in_lanes(Cut(), x) as lanes:
+    with on_replicas(Cut(), x) as lanes:
         assert gradient(lanes, x).abs().max() == 0
 
 
@@ -250,7 +250,7 @@ def test_a_network_cut_off_from_its_input_has_the_gradient_zero(two_threads: Non
 def test_attacks_find_the_same_on_one_thread_and_on_two(
     attack: Attack, norm: str, eps: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "ROWS", 5)  # so that a lane takes its images in three goes
+    monkeypatch.setattr(queries, "ROWS", 5)  # so that a lane takes its images in three goes
     network, x = nets.build("residual"), nets.example(24, seed=5)
     with torch.no_grad():
         network.fc.bias -= network(x).mean(0)  # so that every class is some image's

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from reports import ODD, budget, check, leaves, plain_report, put, reading, sample
 from typer.testing import CliRunner
 
-from edgeprune import codec
-from edgeprune.cli import app
+from edgeprune import serialization
+from edgeprune.cli.app import app
 from edgeprune.errors import DeviceError, UsageError
+from edgeprune.gate import formats
+from edgeprune.gate import verdict as verdict_module
 from edgeprune.records import METRICS, Reading
-from edgeprune.stages import gate
-from edgeprune.stages import report as stage
+from edgeprune.report import stage
 
 # The compressed model's value, and half its 95 % interval; the dense model has 100 of everything, the baseline 80.
 PASS, FAIL, EQUAL, MISSING, UNSURE, NO_REFERENCE = (
@@ -33,6 +34,7 @@ PASS, FAIL, EQUAL, MISSING, UNSURE, NO_REFERENCE = (
     "inconclusive",
     "no reference",
 )
+
 DENSE, BASE = 100.0, 80.0
 
 
@@ -68,7 +70,9 @@ def test_the_table_of_verdicts(kind: str, outcome: str, baseline: str) -> None:
     before = [] if outcome == NO_REFERENCE else [reading(metric, DENSE * scale)]
     base = [] if outcome == NO_REFERENCE else [reading(metric, BASE * scale)]
     made, other = plain_report(before, after), plain_report([], base) if baseline == "given" else None
-    verdict = gate.run(made, budget(**{metric: text}), other, baseline_missing=baseline == "missing")
+    verdict = verdict_module.run(
+        made, budget(**{metric: text}), other, baseline_missing=baseline == "missing"
+    )
 
     (found,) = verdict.checks
     expected = {EQUAL: PASS, NO_REFERENCE: PASS if kind == "absolute" else MISSING}.get(outcome, outcome)
@@ -158,7 +162,7 @@ def test_one_missed_limit_decides_and_then_one_undecided(statuses: list[str]) ->
     }
     after = [reading(m, values[s][0], spread=values[s][1]) for m, s in zip(metrics, statuses, strict=False)]
     limits = {m: "2 J" if m == "energy" else "2 s" for m in metrics[: len(statuses)]}
-    verdict = gate.run(plain_report([], after), budget(**limits), None, baseline_missing=False)
+    verdict = verdict_module.run(plain_report([], after), budget(**limits), None, baseline_missing=False)
     assert [c.status for c in verdict.checks] == statuses
     assert verdict.exit_code == (1 if "fail" in statuses else 0 if set(statuses) == {"pass"} else 8)
 
@@ -171,10 +175,10 @@ def test_a_changed_report_is_refused_or_decided_but_never_a_crash(
     paired = {"speedup": {"value": 1.6, "low": 1.5, "high": 1.7}, "contended": True, "cpu_p50": 4e-4}
     timed = [reading("latency_p50", 4.7e-4, conditions=paired), reading("agreement", 0.98)]
     whole = replace(sample(layers=0, timed=False), after=(*sample().after, *timed), ledger=(), samples={})
-    document = codec.to_json(whole)
+    document = serialization.to_json(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         document = put(document, data.draw(st.sampled_from(leaves(document))), data.draw(ODD))
-    codec.write(tmp_path / "report.json", document)
+    serialization.write(tmp_path / "report.json", document)
     try:
         changed = stage.load(tmp_path)
     except UsageError:
@@ -183,15 +187,15 @@ def test_a_changed_report_is_refused_or_decided_but_never_a_crash(
         latency_p50="50 %", latency_p90="1 ms", clean_accuracy="-1 pp", size="50 %", energy="1 J", macs="1 M"
     )
     for baseline in (None, whole, changed):
-        verdict = gate.run(changed, limits, baseline, baseline_missing=False)
+        verdict = verdict_module.run(changed, limits, baseline, baseline_missing=False)
         assert verdict.exit_code in (0, 1, 8)
-        for name in gate.FORMATS:
-            assert gate.render(verdict, name).encode()
+        for name in formats.FORMATS:
+            assert formats.render(verdict, name).encode()
 
 
 def test_the_gate_starts_without_any_heavy_package() -> None:
     code = (
-        "import sys, edgeprune.stages.gate\n"
+        "import sys, edgeprune.gate.verdict\n"
         "print([m for m in ('torch', 'numpy', 'onnx', 'onnxruntime', 'rich', 'torch_pruning') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -211,7 +215,7 @@ def asked(*words: Any) -> tuple[int, str]:
 def edited(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A report with times, accuracies and an agreement, changed by hand."""
     whole = sample(layers=0)
-    document = codec.to_json(replace(whole, after=(*whole.after, reading("agreement", 0.98))))
+    document = serialization.to_json(replace(whole, after=(*whole.after, reading("agreement", 0.98))))
     change(document)
     (tmp_path / "edited.json").write_text(json.dumps(document))
     return tmp_path / "edited.json"
@@ -350,12 +354,14 @@ def test_a_baseline_that_is_there_and_can_not_be_read_is_not_absent(tmp_path: Pa
 def test_a_baseline_of_another_network_is_said() -> None:
     made = plain_report([reading("params", 1000)], [reading("size", 10)])
     base = plain_report([reading("params", 2000)], [reading("size", 10)])
-    verdict = gate.run(made, budget(size="100 %"), base, baseline_missing=False)
+    verdict = verdict_module.run(made, budget(size="100 %"), base, baseline_missing=False)
     said = "The baseline is of another network: 2000 parameters before it was cut, here 1000."
     assert verdict.notes == (said,)
 
 
 def test_no_name_of_a_report_writes_a_line_of_its_own() -> None:
     made = plain_report([], [reading("latency_p50", 2.0)], "x\n\ngate: PASS (1 met)")
-    text = gate.render(gate.run(made, budget(latency_p50="1 s"), None, baseline_missing=False), "text")
+    text = formats.render(
+        verdict_module.run(made, budget(latency_p50="1 s"), None, baseline_missing=False), "text"
+    )
     assert [line for line in text.splitlines() if line.startswith("gate: ")] == ["gate: FAIL (1 missed)"]

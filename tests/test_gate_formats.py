@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from reports import budget, plain_report, reading
 
 from edgeprune.errors import UsageError
+from edgeprune.gate import formats
+from edgeprune.gate import verdict as verdict_module
 from edgeprune.records import Check, Verdict
-from edgeprune.stages import gate
 
 
 @pytest.fixture
@@ -26,11 +27,11 @@ def verdict() -> Verdict:
     ]
     before = [reading("macs", 41.2e6), reading("clean_accuracy", 0.921, n=999)]
     limits = budget(latency_p50="5 ms", macs="50 %", energy="1 mJ", clean_accuracy="-1 pp")
-    return gate.run(plain_report(before, after, "a|<b>"), limits, None, baseline_missing=True)
+    return verdict_module.run(plain_report(before, after, "a|<b>"), limits, None, baseline_missing=True)
 
 
 def test_text_says_by_how_much_each_limit_is_met_or_missed_and_what_to_do(verdict: Verdict) -> None:
-    lines = gate.render(verdict, "text").splitlines()
+    lines = formats.render(verdict, "text").splitlines()
     rows = {line.split()[1]: " ".join(line.split()) for line in lines if "  limit " in line}
     assert rows["latency_p50"] == "FAIL latency_p50 7.31 ms limit 5 ms 2.31 ms over (46.20 %)"
     assert rows["macs"] == "pass macs 20.1 M limit 50 % = 20.6 M 500 k to spare (2.43 %)"
@@ -46,8 +47,9 @@ def test_text_says_by_how_much_each_limit_is_met_or_missed_and_what_to_do(verdic
 
 def test_a_limit_missed_by_next_to_nothing_is_not_missed_by_zero() -> None:
     made = plain_report([], [reading("clean_accuracy", 0.89999999), reading("size", 1000001)])
-    text = gate.render(
-        gate.run(made, budget(clean_accuracy="90 %", size="1 MB"), None, baseline_missing=False), "text"
+    text = formats.render(
+        verdict_module.run(made, budget(clean_accuracy="90 %", size="1 MB"), None, baseline_missing=False),
+        "text",
     )
     assert "1.0e-06 pp short" in text
     assert "1 B over (1.0e-04 %)" in text
@@ -55,13 +57,13 @@ def test_a_limit_missed_by_next_to_nothing_is_not_missed_by_zero() -> None:
 
 def test_what_is_met_to_the_last_byte_is_said_so() -> None:
     made = plain_report([], [reading("size", 1000)])
-    verdict = gate.run(made, budget(size="1 kB"), None, baseline_missing=False)
-    assert "exactly met" in gate.render(verdict, "text")
-    assert gate.render(verdict, "text").splitlines()[-1] == "gate: PASS (1 met)"
+    verdict = verdict_module.run(made, budget(size="1 kB"), None, baseline_missing=False)
+    assert "exactly met" in formats.render(verdict, "text")
+    assert formats.render(verdict, "text").splitlines()[-1] == "gate: PASS (1 met)"
 
 
 def test_json_is_the_verdict_itself(verdict: Verdict) -> None:
-    data = json.loads(gate.render(verdict, "json"))
+    data = json.loads(formats.render(verdict, "json"))
     assert (data["ok"], data["exit_code"]) == (False, 1)
     assert [c["status"] for c in data["checks"]] == ["fail", "pass", "missing", "inconclusive"]
     assert data["checks"][0]["margin"] == pytest.approx(-0.00231)
@@ -69,7 +71,7 @@ def test_json_is_the_verdict_itself(verdict: Verdict) -> None:
 
 
 def test_markdown_is_one_table_that_no_name_breaks(verdict: Verdict) -> None:
-    lines = gate.render(verdict, "markdown").splitlines()
+    lines = formats.render(verdict, "markdown").splitlines()
     assert lines[0].startswith("<!--")
     assert lines[1].startswith("### edgeprune gate: fail")
     rows = [line for line in lines if line.startswith("|")]
@@ -82,7 +84,7 @@ def test_markdown_is_one_table_that_no_name_breaks(verdict: Verdict) -> None:
 
 
 def test_junit_has_a_failure_for_a_missed_limit_and_an_error_for_an_open_one(verdict: Verdict) -> None:
-    text = gate.render(verdict, "junit")
+    text = formats.render(verdict, "junit")
     assert text.startswith('<?xml version="1.0" encoding="UTF-8"?>\n')
     root = ElementTree.fromstring(text.encode())
     (suite,) = root.findall("testsuite")
@@ -109,12 +111,12 @@ def test_no_text_makes_the_xml_invalid(text: str) -> None:
         1,
         (text,),
     )
-    root = ElementTree.fromstring(gate.render(made, "junit").encode())
+    root = ElementTree.fromstring(formats.render(made, "junit").encode())
     assert len(root.findall(".//testcase")) == 2
 
 
 def test_the_formats_are_named_in_the_error(verdict: Verdict) -> None:
-    for name in gate.FORMATS:
-        assert gate.render(verdict, name)
+    for name in formats.FORMATS:
+        assert formats.render(verdict, name)
     with pytest.raises(UsageError, match="no format is named 'html'"):
-        gate.render(verdict, "html")
+        formats.render(verdict, "html")

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from reports import HERE, budget, check, plain_report, reading
 
+from edgeprune.gate import formats
+from edgeprune.gate import verdict as verdict_module
 from edgeprune.records import Report
-from edgeprune.stages import gate
-from edgeprune.stages.report import summary_lines
+from edgeprune.report.stage import summary_lines
 
 LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
 
@@ -138,11 +139,11 @@ NONE_FASTER = {
 def test_a_model_that_is_not_faster_meets_no_limit_on_a_time_in_percent(
     made: Report, limit: str, metric: str
 ) -> None:
-    verdict = gate.run(made, budget(**{metric: limit}), None, baseline_missing=False)
+    verdict = verdict_module.run(made, budget(**{metric: limit}), None, baseline_missing=False)
     assert (verdict.exit_code, verdict.checks[0].status) == (1, "fail")
     assert verdict.checks[0].detail.startswith("not faster: ")
-    assert "not faster: " in gate.render(verdict, "junit").split("message=", 1)[1]
-    held = gate.run(made, budget(**{metric: limit}), made, baseline_missing=False)
+    assert "not faster: " in formats.render(verdict, "junit").split("message=", 1)[1]
+    held = verdict_module.run(made, budget(**{metric: limit}), made, baseline_missing=False)
     assert held.exit_code == 1, "against a baseline too"
     assert check(made, metric, "1 s").status == "pass", "an absolute limit asks for no gain"
     line = next(line for line in summary_lines(made) if "faster" in line)
@@ -163,7 +164,9 @@ def test_what_is_not_shown_to_be_faster_is_undecided_where_its_numbers_would_do(
 def test_the_budget_of_a_run_is_held_by_its_numbers() -> None:
     """Not faster is no failure of the run itself: it says so, and ends with 0."""
     made = side_by_side(1.005, 1.01, 1.015)
-    verdict = gate.run(made, budget(latency_p50="150 %"), None, baseline_missing=False, must_be_faster=False)
+    verdict = verdict_module.run(
+        made, budget(latency_p50="150 %"), None, baseline_missing=False, must_be_faster=False
+    )
     assert verdict.exit_code == 0
     assert verdict.checks[0].detail.startswith("not faster: ")
 
@@ -171,10 +174,10 @@ def test_the_budget_of_a_run_is_held_by_its_numbers() -> None:
 def test_estimates_of_one_formula_that_are_alike_are_no_gain() -> None:
     guess = reading("latency_p50", 0.5, where="estimated: roofline", spread=(0.3, 0.7))
     allowed = replace(budget(latency_p50="300 %"), allow_estimates=True)
-    same = gate.run(plain_report([guess], [guess], "jetson"), allowed, None, baseline_missing=False)
+    same = verdict_module.run(plain_report([guess], [guess], "jetson"), allowed, None, baseline_missing=False)
     assert same.exit_code == 1
     less = replace(guess, value=0.2, spread=(0.12, 0.28))
-    found = gate.run(plain_report([guess], [less], "jetson"), allowed, None, baseline_missing=False)
+    found = verdict_module.run(plain_report([guess], [less], "jetson"), allowed, None, baseline_missing=False)
     assert found.exit_code == 0
 
 
@@ -222,7 +225,7 @@ def test_a_baseline_wins_over_the_dense_model_and_absolute_limits_ignore_it() ->
     assert check(made, "size", "60 %").status == "pass"
     assert check(made, "size", "105 %", base).status == "fail"
     assert check(made, "size", "111 %", base).status == "pass"
-    verdict = gate.run(made, budget(size="600 B"), base, baseline_missing=False)
+    verdict = verdict_module.run(made, budget(size="600 B"), base, baseline_missing=False)
     assert verdict.ok
     assert verdict.notes == ("Every limit is absolute, so the baseline was not used.",)
 
@@ -237,12 +240,12 @@ def test_a_baseline_without_the_reading_gives_way_to_the_dense_model_and_says_so
 
 def test_a_first_run_without_a_baseline_is_no_failure() -> None:
     made = plain_report([reading("size", 1000)], [reading("size", 400)])
-    verdict = gate.run(made, budget(size="50 %"), None, baseline_missing=True)
+    verdict = verdict_module.run(made, budget(size="50 %"), None, baseline_missing=True)
     assert verdict.exit_code == 0
     assert "held against the dense model" in verdict.notes[0]
-    absolute = gate.run(made, budget(size="1 kB"), None, baseline_missing=True)
+    absolute = verdict_module.run(made, budget(size="1 kB"), None, baseline_missing=True)
     assert "dense model" not in absolute.notes[0]
-    assert gate.run(made, budget(size="50 %"), None, baseline_missing=False).notes == ()
+    assert verdict_module.run(made, budget(size="50 %"), None, baseline_missing=False).notes == ()
 
 
 def test_times_of_two_machines_are_not_compared() -> None:
@@ -273,7 +276,7 @@ def test_sizes_and_accuracies_of_two_machines_are_compared() -> None:
         ],
         cpu="b",
     )
-    verdict = gate.run(
+    verdict = verdict_module.run(
         made, budget(size="100 %", clean_accuracy="-1 pp", peak_memory="100 %"), base, baseline_missing=False
     )
     assert verdict.ok
@@ -284,7 +287,7 @@ def test_a_baseline_of_another_target_is_said() -> None:
         plain_report([], [reading("size", 10)], "jetson"),
         plain_report([], [reading("size", 10)], "local"),
     )
-    verdict = gate.run(made, budget(size="100 %"), base, baseline_missing=False)
+    verdict = verdict_module.run(made, budget(size="100 %"), base, baseline_missing=False)
     assert verdict.notes == ("The baseline is a run for local, this one is for jetson.",)
 
 
@@ -292,16 +295,19 @@ def test_a_baseline_of_another_target_is_said() -> None:
 def test_what_was_not_measured_on_the_target_is_checked_and_said(metric: str) -> None:
     text = "1 B" if metric == "peak_memory" else "1 s"
     made = plain_report([], [reading(metric, 0.5)], "jetson-orin-nano")
-    verdict = gate.run(made, budget(**{metric: text}), None, baseline_missing=False)
+    verdict = verdict_module.run(made, budget(**{metric: text}), None, baseline_missing=False)
     assert verdict.checks[0].status == "pass"
     assert verdict.checks[0].detail == f"measured on {HERE}, not on jetson-orin-nano"
     assert verdict.notes[0].startswith(f"Not measured on jetson-orin-nano: {metric} ")
     there = plain_report([], [reading(metric, 0.5, where="ssh://pi aarch64")], "jetson-orin-nano")
-    assert gate.run(there, budget(**{metric: text}), None, baseline_missing=False).notes == ()
+    assert verdict_module.run(there, budget(**{metric: text}), None, baseline_missing=False).notes == ()
     itself = plain_report([], [reading(metric, 0.5, conditions={"on_target": True})], "raspberry-pi-5")
-    assert gate.run(itself, budget(**{metric: text}), None, baseline_missing=False).checks[0].detail == ""
     assert (
-        gate.run(
+        verdict_module.run(itself, budget(**{metric: text}), None, baseline_missing=False).checks[0].detail
+        == ""
+    )
+    assert (
+        verdict_module.run(
             plain_report([], [reading(metric, 0.5)]), budget(**{metric: text}), None, baseline_missing=False
         ).notes
         == ()
@@ -320,18 +326,18 @@ def test_an_estimate_is_called_one_and_never_held_against_a_measurement() -> Non
     assert "only estimated: roofline" in refused.detail
     assert "--device" in refused.detail
     allowed = replace(budget(latency_p50="1 s"), allow_estimates=True)
-    found = gate.run(plain_report([], [guess], "jetson"), allowed, None, baseline_missing=False)
+    found = verdict_module.run(plain_report([], [guess], "jetson"), allowed, None, baseline_missing=False)
     assert found.exit_code == 0
     assert found.checks[0].detail == "not measured, estimated: roofline"
     unchecked = plain_report([], [replace(guess, spread=None)], "jetson")
-    doubtful = gate.run(unchecked, allowed, None, baseline_missing=False)
+    doubtful = verdict_module.run(unchecked, allowed, None, baseline_missing=False)
     assert doubtful.exit_code == 8
     assert "not validated" in doubtful.checks[0].detail
-    advice = next(line for line in gate.render(doubtful, "text").splitlines() if "To decide" in line)
+    advice = next(line for line in formats.render(doubtful, "text").splitlines() if "To decide" in line)
     assert "--device" in advice and "longer" not in advice, "no patience helps an estimate"
     allowed = replace(budget(latency_p50="50 %"), allow_estimates=True)
     measured = plain_report([reading("latency_p50", 2.0)], [guess])
-    one = gate.run(measured, allowed, None, baseline_missing=False).checks[0]
+    one = verdict_module.run(measured, allowed, None, baseline_missing=False).checks[0]
     assert one.status == "inconclusive"
     assert "'estimated: roofline'" in one.detail
 
@@ -341,6 +347,6 @@ def test_a_reading_of_an_emulated_processor_is_no_measurement_whatever_is_allowe
     text = {"latency_p50": "1 s", "peak_memory": "1 MB", "energy": "1 J"}[metric]
     far = reading(metric, 0.5, where="ssh://pi aarch64 (emulated)", conditions={"emulated": True})
     allowed = replace(budget(**{metric: text}), allow_estimates=True)
-    verdict = gate.run(plain_report([], [far]), allowed, None, baseline_missing=False)
+    verdict = verdict_module.run(plain_report([], [far]), allowed, None, baseline_missing=False)
     assert verdict.exit_code == 8
     assert "emulated" in verdict.checks[0].detail

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edgeprune.errors import ModelError, UnsupportedModel
-from edgeprune.nn import costs, graph, surgery
+from edgeprune.models import costs, surgery
 from edgeprune.records import Group, Plan
+from edgeprune.structure import groups
 
 EXPECTED = {
     "plain": {"a.0": 8, "b.0": 12},
@@ -30,8 +31,8 @@ EXPECTED = {
 
 def groups_of(name: str, seed: int = 0) -> tuple[nn.Module, tuple[Group, ...]]:
     network = nets.build(name, seed)
-    found = graph.find_groups(network, nets.example())
-    return network, graph.provable_groups(network, found, nets.example(), 0).groups
+    found = groups.find_groups(network, nets.example())
+    return network, groups.provable_groups(network, found, nets.example(), 0).groups
 
 
 @pytest.mark.parametrize("name", nets.NETS)
@@ -104,11 +105,11 @@ def test_the_proof_catches_a_consumer_whose_positions_are_shifted(name: str) -> 
 
 def test_a_wrong_group_is_left_out_by_name_and_the_others_stay() -> None:
     network = nets.build("plain")
-    found = graph.find_groups(network, nets.example())
+    found = groups.find_groups(network, nets.example())
     first = found.groups[0]
     broken = replace(first, members=tuple(m for m in first.members if m.role != "consumer"))
-    proven = graph.provable_groups(
-        network, graph.Graph((broken, *found.groups[1:]), found.left_out), nets.example(), 0
+    proven = groups.provable_groups(
+        network, groups.Graph((broken, *found.groups[1:]), found.left_out), nets.example(), 0
     )
     assert [g.name for g in proven.groups] == ["b.0"]
     assert "does not run without these channels" in proven.left_out["a.0"]
@@ -119,14 +120,14 @@ def test_a_silent_branch_does_not_hide_a_wrong_cut() -> None:
     network = nets.build("residual")
     nn.init.zeros_(network.bn.weight)
     nn.init.zeros_(network.bn.bias)
-    found = graph.find_groups(network, nets.example())
+    found = groups.find_groups(network, nets.example())
     inner = next(g for g in found.groups if g.name == "one.0")
     wrong = tuple(
         replace(m, positions=(*m.positions[1:], m.positions[0])) if m.role == "consumer" else m
         for m in inner.members
     )
     with pytest.raises(UnsupportedModel, match="no channel of this network can be removed"):
-        graph.provable_groups(network, graph.Graph((replace(inner, members=wrong),), {}), nets.example(), 0)
+        groups.provable_groups(network, groups.Graph((replace(inner, members=wrong),), {}), nets.example(), 0)
 
 
 class NormedTogether(nn.Module):
@@ -145,13 +146,13 @@ class NormedTogether(nn.Module):
 
 def test_channels_under_a_layer_norm_stay_and_the_reason_names_it() -> None:
     network = NormedTogether().eval()
-    found = graph.find_groups(network, torch.rand(2, 6))
+    found = groups.find_groups(network, torch.rand(2, 6))
     assert [g.name for g in found.groups] == ["hidden"]
     assert "norm normalizes over all of its channels" in found.left_out["a"]
 
 
 def test_skipped_layers_stay() -> None:
-    found = graph.find_groups(nets.build("plain"), nets.example(), ["a.*"])
+    found = groups.find_groups(nets.build("plain"), nets.example(), ["a.*"])
     assert [g.name for g in found.groups] == ["b.0"]
     assert found.left_out["a.0"] == "skipped by request ('a.*')"
 
@@ -167,7 +168,7 @@ def test_a_network_without_a_traceable_graph_is_refused_by_name() -> None:
 
     with pytest.raises(UnsupportedModel, match="does not take part in the output"):
         network = Detached()
-        graph.provable_groups(network, graph.find_groups(network, nets.example()), nets.example(), 0)
+        groups.provable_groups(network, groups.find_groups(network, nets.example()), nets.example(), 0)
 
 
 @pytest.mark.parametrize("name", nets.NETS)

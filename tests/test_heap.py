@@ -12,7 +12,7 @@ import pytest
 # them the heap finds its size.
 COUNT = """
 import resource, sys, torch
-from edgeprune.nn.heap import keep_freed
+from edgeprune.models.replicas import keep_freed_memory as keep_freed
 if sys.argv[1] == "keep":
     assert keep_freed()
 else:

@@ -11,28 +11,37 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn import graph
-from edgeprune.nn.bounds import Interval, Unbounded, activation_bounds
-from edgeprune.nn.impacts import Scene, always_zero, left_behind, logit_changes
-from edgeprune.nn.merging import compensate, is_homogeneous, merge, unit_rows, why_not_mergeable
-from edgeprune.nn.pairs import Pair, greedy_matching, pair_saliency, scaled_saliency
-from edgeprune.nn.readers import tensors_of
-from edgeprune.nn.tracing import trace
+from edgeprune.bounds.interval import Interval, Unbounded
+from edgeprune.bounds.propagation import activation_bounds
+from edgeprune.methods._data_free.impact import BoundedNetwork, always_zero, logit_changes, mean_contribution
+from edgeprune.methods._data_free.merging import (
+    compensate,
+    is_homogeneous,
+    merge,
+    unit_rows,
+    why_not_mergeable,
+)
+from edgeprune.methods._data_free.pairing import Pair, greedy_matching, pair_saliency, scaled_saliency
+from edgeprune.models.tracing import trace
 from edgeprune.records import Group
+from edgeprune.repair.consumers import tensors_of
+from edgeprune.structure import groups
 
 SAMPLES = 20
 
 
-def scene_of(network: nn.Module, x: Tensor, *, collapsed: bool = True) -> tuple[Scene, tuple[Group, ...]]:
+def scene_of(
+    network: nn.Module, x: Tensor, *, collapsed: bool = True
+) -> tuple[BoundedNetwork, tuple[Group, ...]]:
     """A network in the box [0, 1], and what can go of it."""
     program = trace(network, x)
     box = programs.box_of(tuple(x.shape[1:]), 0.0, 1.0)
     with torch.no_grad():
         bounds = activation_bounds(program, tensors_of(network), box, collapsed=collapsed)
-    return Scene(program, network, bounds), graph.find_groups(network, x).groups
+    return BoundedNetwork(program, network, bounds), groups.find_groups(network, x).groups
 
 
-def candidates(scene: Scene, group: Group) -> list[Pair]:
+def candidates(scene: BoundedNetwork, group: Group) -> list[Pair]:
     """Some merges, or where there are none some units alone."""
     if why_not_mergeable(scene.program, scene.network, group) is not None:
         return [Pair(u, u, 0.0) for u in range(0, group.channels, 3)]
@@ -43,11 +52,11 @@ def candidates(scene: Scene, group: Group) -> list[Pair]:
     return greedy_matching(pair_saliency(rows.incoming, rows.outgoing, rows.bias), 4)
 
 
-def edited(scene: Scene, group: Group, pair: Pair) -> nn.Module:
+def edited(scene: BoundedNetwork, group: Group, pair: Pair) -> nn.Module:
     """A copy in which a candidate is gone."""
     network = deepcopy(scene.network)
     if pair.keep == pair.remove:
-        means = left_behind(scene.program, network, group)
+        means = mean_contribution(scene.program, network, group)
         assert compensate(scene.program, network, group, [pair.remove], means) == ()
     else:
         merge(network, group, [pair])
@@ -124,7 +133,7 @@ def test_more_candidates_than_go_at_a_time_are_bounded_one_like_the_other(
     scene, groups = scene_of(nets.build("plain"), nets.example())
     pairs = candidates(scene, groups[0])
     whole = logit_changes(scene, groups[0], pairs)
-    monkeypatch.setattr("edgeprune.nn.impacts.BATCH", 3)
+    monkeypatch.setattr("edgeprune.methods._data_free.impact.BATCH", 3)
     parts = logit_changes(scene, groups[0], pairs)
     torch.testing.assert_close((parts.lo, parts.hi), (whole.lo, whole.hi))
 
@@ -147,13 +156,13 @@ def test_the_means_that_are_left_behind_are_those_of_batch_norm() -> None:
         network.a[1].weight.fill_(1.0)
         network.a[1].bias.zero_()
     scene, (first, second) = scene_of(network, nets.example())
-    means = left_behind(scene.program, network, first)
+    means = mean_contribution(scene.program, network, first)
     half = torch.full((8,), 1 / (2 * torch.pi) ** 0.5, dtype=torch.float64)
     torch.testing.assert_close(means["b.0"], half, atol=0.02, rtol=0)
-    assert left_behind(scene.program, network, second)["fc"].shape == (12 * 16,)
+    assert mean_contribution(scene.program, network, second)["fc"].shape == (12 * 16,)
     bare = worked()
     scene, (group,) = scene_of(bare, torch.zeros(1, 1, 1, 2).double())
-    assert left_behind(scene.program, bare, group)["3"].tolist() == [0.0] * 3
+    assert mean_contribution(scene.program, bare, group)["3"].tolist() == [0.0] * 3
 
 
 class Unknown(nn.Module):

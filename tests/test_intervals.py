@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from edgeprune.intervals import binomial, quantile, quantile_interval
+from edgeprune.confidence import binomial, quantile, quantile_interval
 
 
 @pytest.mark.parametrize(

@@ -8,28 +8,33 @@ from typing import Any
 
 import pytest
 
-from edgeprune import bundled, choices, recipe
-from edgeprune.context import Context
+from edgeprune import targets
 from edgeprune.errors import UsageError
-from edgeprune.keys import stage_keys
+from edgeprune.pipeline.context import Context, stage_keys
+from edgeprune.pipeline.run_directory import STAGES, Workdir
+from edgeprune.recipe import parse, schema
 from edgeprune.records import Bundle, InputSpec, Source
-from edgeprune.workdir import STAGES, Workdir
 
 MODEL = Bundle(None, Source("pt2", "net.pt2", "1"), InputSpec((3, 8, 8), 5))  # type: ignore[arg-type]
+
 LEARN = SimpleNamespace(fingerprint="f", train=object())
+
 WATCH = SimpleNamespace(fingerprint="f", train=None)
+
 UNATTACKED = STAGES[:-1]
+
 # A precision is chosen where there are images to choose by.
 CHOOSING = ["dense", "prune", "cut", "tune", "export", "quantize", "measure"]
+
 WITHOUT = [name for name in CHOOSING if name != "quantize"]
 
 
 def keys(folder: Path, *, data: Any = None, model: Bundle = MODEL, **tables: Any) -> dict[str, str]:
     """The keys of a run; recipe tables as keywords."""
-    made = recipe.build({}, tables)
-    target = bundled.target(made.target)
+    made = parse.build({}, tables)
+    target = targets.target(made.target)
     device = SimpleNamespace(where=lambda: "local here", name="local", facts=dict)
-    run = Context(made, target, recipe.budget(made), Workdir(folder), model, data, device, print)
+    run = Context(made, target, parse.budget(made), Workdir(folder), model, data, device, print)
     return stage_keys(run)
 
 
@@ -107,7 +112,7 @@ def test_held_out_images_change_what_is_measured_and_not_what_is_pruned(tmp_path
 
 
 def test_a_choice_that_may_look_at_the_images_of_the_repair_depends_on_which_they_are(tmp_path: Path) -> None:
-    found = {wish: keys(tmp_path, data=LEARN, prune={"repair": wish}) for wish in choices.REPAIRS}
+    found = {wish: keys(tmp_path, data=LEARN, prune={"repair": wish}) for wish in schema.REPAIRS}
     assert found["auto"]["prune"] == found["none"]["prune"]
     assert len({k["prune"] for k in found.values()}) == len({k["tune"] for k in found.values()}) == 3
 

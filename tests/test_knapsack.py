@@ -13,11 +13,10 @@ from latency_files import MadeUp
 from torch import Tensor
 
 from edgeprune.errors import InfeasibleBudget
-from edgeprune.nn.allocate import Rules, levels, losses_of
-from edgeprune.nn.knapsack import allocate_timed
-from edgeprune.nn.latency_survey import survey
-from edgeprune.nn.latency_table import TIME, TimedCosts
-from edgeprune.nn.refine import refine
+from edgeprune.latency.allocation import allocate_timed, refine
+from edgeprune.latency.sampling import survey
+from edgeprune.latency.table import TIME, TimedCosts
+from edgeprune.structure.allocation import Rules, levels, losses_of
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgeprune.nn.latency_fit import fit
+from edgeprune.latency.table import fit
 
 
 def blocks_of_sixteen(reads: int, makes: int) -> float:

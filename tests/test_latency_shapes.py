@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from edgeprune.errors import ModelError, UnsupportedModel
-from edgeprune.nn import costs, surgery
-from edgeprune.nn.latency_parts import charge, network_key, parts
-from edgeprune.nn.latency_shapes import resizer
-from edgeprune.nn.latency_survey import subject
+from edgeprune.latency.resized_graph import resizer
+from edgeprune.latency.sampling import subject
+from edgeprune.latency.segments import attribute_times, network_key, parts
+from edgeprune.models import costs, surgery
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
 NAMES = ("residual", "depthwise", "grouped", "concat", "split", "groupnormed")
@@ -78,14 +78,14 @@ def test_each_node_is_in_one_part_and_times_are_charged_whole(name: str) -> None
     assert sorted(n for part in network.parts for n in part.nodes) == sorted(nodes)
     ran = [(name_, 1.0 + i) for i, name_ in enumerate(nodes)]
     with_reorders = [row for pair in ran for row in (("ReorderInput_token_3", 0.25), pair)]
-    spent = charge(network.parts, [*with_reorders, ("ReorderOutput", 0.5)])
+    spent = attribute_times(network.parts, [*with_reorders, ("ReorderOutput", 0.5)])
     assert sum(spent) == pytest.approx(sum(s for _, s in ran) + 0.25 * len(ran) + 0.5)
 
 
 def test_what_a_runtime_puts_in_is_charged_to_the_part_behind_it_and_renamed_nodes_to_their_own() -> None:
     found = latency_files.subject_of("residual").parts
     place = {part.layer: i for i, part in enumerate(found)}
-    spent = charge(found, [("stem.0_nchwc", 1.0), ("ReorderOutput", 2.0), ("one.0_bn_nchwc", 4.0)])
+    spent = attribute_times(found, [("stem.0_nchwc", 1.0), ("ReorderOutput", 2.0), ("one.0_bn_nchwc", 4.0)])
     assert spent[place["stem.0"]] == 1.0 and spent[place["one.0"]] == 6.0 and sum(spent) == 7.0
 
 

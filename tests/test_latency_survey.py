@@ -13,10 +13,10 @@ import pytest
 from latency_files import MadeUp
 
 from edgeprune.errors import DeviceError, NoLayerTimes, WorkdirError
-from edgeprune.nn.allocate import levels
-from edgeprune.nn.latency_survey import BATCH, LEAST, MOST, clock_on, survey
-from edgeprune.nn.latency_table import Predictor, load, table_path
-from edgeprune.nn.progress import track
+from edgeprune.latency.sampling import BATCH, LEAST, MOST, clock_on, survey
+from edgeprune.latency.table import Predictor, load, table_path
+from edgeprune.progress import track
+from edgeprune.structure.allocation import levels
 
 
 def off(clock: Predictor, name: str, count: int = 40) -> list[float]:

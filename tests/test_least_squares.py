@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeprune.nn.least_squares import CutOff, Rows
+from edgeprune.repair.least_squares import CutOff, Rows
 
 
 def problem(rows: int, width: int = 6, outputs: int = 3) -> tuple[Tensor, Tensor, Tensor]:

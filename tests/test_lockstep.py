@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tracing_once import traced
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn import graph, surgery
-from edgeprune.nn.lockstep import Side, check_batches, check_same_calls, walk
-from edgeprune.nn.tracing import Call
+from edgeprune.models import surgery
+from edgeprune.models.tracing import Call
+from edgeprune.repair.paired_execution import Execution, check_batches, check_same_calls, run_pairwise
+from edgeprune.structure.groups import find_groups
 
 
 class Windows(nn.Module):
@@ -50,7 +51,7 @@ class Sequence(nn.Module):
 def halved(network: nn.Module) -> nn.Module:
     """The network without every second channel of what can be cut."""
     small = deepcopy(network)
-    groups = graph.find_groups(network, nets.example()).groups
+    groups = find_groups(network, nets.example()).groups
     masks = {g.name: torch.arange(g.channels) % 2 == 0 for g in groups}
     surgery.cut(small, surgery.removed_positions(groups, masks))
     return small
@@ -63,7 +64,7 @@ def test_the_walk_gives_the_answers_of_the_networks_themselves(name: str) -> Non
     check_same_calls(*programs)
     images = nets.example(5)
     assert all(check_batches(n, p, images[:2]) for n, p in zip(networks, programs, strict=True))
-    dense, small = (Side(n, p, images.split(3)) for n, p in zip(networks, programs, strict=True))
+    dense, small = (Execution(n, p, images.split(3)) for n, p in zip(networks, programs, strict=True))
     seen: list[str] = []
 
     def visit(first: Call, second: Call, moved: bool) -> None:
@@ -74,7 +75,7 @@ def test_the_walk_gives_the_answers_of_the_networks_themselves(name: str) -> Non
         assert moved or same
         seen.append(second.name)
 
-    walk(dense, small, visit)
+    run_pairwise(dense, small, visit)
     assert seen == [c.name for c in programs[1].calls]
     for side, network in zip((dense, small), networks, strict=True):
         # Nothing is kept but the answer.
@@ -95,7 +96,7 @@ def test_a_layer_that_is_changed_on_the_way_runs_as_changed() -> None:
     with torch.no_grad():
         expected.fc.bias.add_(3.0)
     programs = [traced(n, nets.example()) for n in (dense, small)]
-    sides = [Side(n, p, [nets.example(4)]) for n, p in zip((dense, small), programs, strict=True)]
+    sides = [Execution(n, p, [nets.example(4)]) for n, p in zip((dense, small), programs, strict=True)]
 
     def visit(first: Call, second: Call, moved: bool) -> None:
         if second.op == "linear":
@@ -103,7 +104,7 @@ def test_a_layer_that_is_changed_on_the_way_runs_as_changed() -> None:
             with torch.no_grad():
                 small.fc.bias.add_(3.0)
 
-    walk(sides[0], sides[1], visit)
+    run_pairwise(sides[0], sides[1], visit)
     with torch.no_grad():
         torch.testing.assert_close(sides[1].values[programs[1].output][0], expected(nets.example(4)))
 
@@ -114,9 +115,9 @@ def test_what_does_not_differ_is_run_once_and_not_said_to_have_moved() -> None:
     with torch.no_grad():
         copy.two.weight[0] += 1
     programs = [traced(n, nets.example()) for n in (network, copy)]
-    sides = [Side(n, p, [nets.example(2)]) for n, p in zip((network, copy), programs, strict=True)]
+    sides = [Execution(n, p, [nets.example(2)]) for n, p in zip((network, copy), programs, strict=True)]
     moved: list[str] = []
-    walk(*sides, lambda first, second, yes: moved.append(second.op) if yes else None)  # type: ignore[func-returns-value]
+    run_pairwise(*sides, lambda first, second, yes: moved.append(second.op) if yes else None)  # type: ignore[func-returns-value]
     # All that comes behind the convolution that was changed, but not that one itself.
     assert moved == ["batch_norm", "add", "relu", "mean", "linear"]
 
@@ -138,8 +139,8 @@ def test_a_program_for_one_image_is_run_on_several_or_found_out(kind: type[nn.Mo
     program = traced(network, nets.example())
     assert check_batches(network, program, nets.example(2)) == several
     # For one image at a time it is right in any case.
-    side, other = (Side(network, program, nets.example(3).split(1)) for _ in range(2))
-    walk(side, other, lambda *_: None)
+    side, other = (Execution(network, program, nets.example(3).split(1)) for _ in range(2))
+    run_pairwise(side, other, lambda *_: None)
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(side.values[program.output]), network(nets.example(3)))
 

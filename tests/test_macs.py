@@ -16,17 +16,18 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.nn.costs import cost_model, layer_costs, total_macs, uncounted
-from edgeprune.nn.onnx_work import node_macs
-from edgeprune.recipe import ExportTable
+from edgeprune.export import stage
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.models.costs import cost_model, layer_costs, total_macs, uncounted
+from edgeprune.onnx_graph.work import node_macs, work_of
+from edgeprune.prune.stage import counted_limits
+from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Budget, InputSpec, Limit
-from edgeprune.stages import export
-from edgeprune.stages.measure_work import work
-from edgeprune.stages.prune import counted_limits
 
 SPEC = InputSpec((3, 8, 8), 5)
+
 X = torch.rand(2, 3, 8, 8)
+
 # Sixteen words of twelve numbers come out of the convolution, five logits of as many means.
 AROUND = 16 * 12 * 3 * 4 + 12 * 5
 
@@ -100,8 +101,8 @@ def test_the_file_is_counted_like_the_network(kind: str, tmp_path: Path) -> None
     make, macs = KINDS[kind]
     path = tmp_path / "net.onnx"
     bundle = from_module(Words(make()), X)
-    export.run(deployed(bundle), SPEC, path, opset=20, table=ExportTable(), meta={}, real=None)
-    assert sum(layer.macs for layer in work(path)) == AROUND + macs
+    stage.run(deployed(bundle), SPEC, path, opset=20, table=ExportTable(), meta={}, real=None)
+    assert sum(layer.macs for layer in work_of(path)) == AROUND + macs
 
 
 def test_a_transposed_convolution_multiplies_its_inputs() -> None:
@@ -176,4 +177,4 @@ def test_weights_that_are_stored_as_they_are_take_part(tmp_path: Path) -> None:
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
         tmp_path / "m.onnx",
     )
-    assert [layer.macs for layer in work(tmp_path / "m.onnx")] == [60]
+    assert [layer.macs for layer in work_of(tmp_path / "m.onnx")] == [60]

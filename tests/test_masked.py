@@ -8,19 +8,20 @@ import nets
 import torch
 from torch import nn
 
-from edgeprune.nn.data import in_memory
-from edgeprune.nn.masked import holding
-from edgeprune.nn.train import Course, fit
-from edgeprune.nn.units import of_weights
-from edgeprune.recipe import TuneTable
+from edgeprune.data.dataset import in_memory
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.structure.units import of_weights
+from edgeprune.train.job import TrainingJob
+from edgeprune.train.loop import fit
+from edgeprune.train.tune import holding
 
 TABLE = TuneTable(epochs=2, batch=16, augment="off")
 
 
-def course(folder: Path, **table: object) -> Course:
+def course(folder: Path, **table: object) -> TrainingJob:
     pixels = (nets.example(48) * 255).clamp(0, 255).to(torch.uint8)
     split = in_memory("train", pixels, torch.arange(48) % 5)
-    return Course(split, TuneTable(**{**TABLE.__dict__, **table}), 0, folder)  # type: ignore[arg-type]
+    return TrainingJob(split, TuneTable(**{**TABLE.__dict__, **table}), 0, folder)  # type: ignore[arg-type]
 
 
 def half(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.nn.graph import find_groups
+from edgeprune.measure.bound import WHERE, bound, certificate
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.prune import cut
 from edgeprune.records import Bundle, Masks
-from edgeprune.stages import cut
-from edgeprune.stages.measure_bound import WHERE, bound, certificate
+from edgeprune.structure.groups import find_groups
 
 ANSWERS = np.array([[3.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 5.0, 4.0]], np.float32)
 
@@ -20,7 +20,7 @@ ANSWERS = np.array([[3.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 5.0, 4.0]], np.float
 def halved(dense: Bundle) -> Bundle:
     groups = find_groups(dense.module, nets.example()).groups
     masks = Masks(channels={g.name: torch.arange(g.channels) % 2 == 0 for g in groups})
-    return cut.run(dense, groups, masks, {}, nets.example())[1]
+    return cut.run_cut(dense, groups, masks, {}, nets.example())[1]
 
 
 def test_an_answer_is_certified_when_its_margin_is_more_than_the_change_of_the_difference() -> None:

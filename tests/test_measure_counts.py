@@ -13,9 +13,9 @@ from reports import check, plain_report, reading
 from torch import Tensor, nn
 
 from edgeprune.errors import UsageError
+from edgeprune.measure import counts
+from edgeprune.measure.counts import densities, nonzero_weights
 from edgeprune.quantities import limit
-from edgeprune.stages import measure
-from edgeprune.stages.measure_densities import densities, nonzero_weights
 
 
 def test_the_compressed_size_is_that_of_a_zlib_stream_at_its_highest_level(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_the_compressed_size_is_that_of_a_zlib_stream_at_its_highest_level(tmp_p
     # More than is read at once, half of it zeros.
     data = np.random.default_rng(0).bytes(1_600_000) + bytes(1_600_000)
     file.write_bytes(data)
-    found = measure.compressed_size(file, name="compressed")
+    found = counts.compressed_size(file, name="compressed")
     assert found.value == len(zlib.compress(data, 9))
     assert (found.metric, found.unit, found.where, found.artifact) == (
         "compressed_size",
@@ -33,9 +33,9 @@ def test_the_compressed_size_is_that_of_a_zlib_stream_at_its_highest_level(tmp_p
     )
     assert found.conditions == {"file": "m.onnx", "compression": "deflate level 9 (zlib)"}
     file.write_bytes(b"")
-    assert measure.compressed_size(file).value == len(zlib.compress(b"", 9))
+    assert counts.compressed_size(file).value == len(zlib.compress(b"", 9))
     with pytest.raises(UsageError, match="compressed size of .* can't be had"):
-        measure.compressed_size(tmp_path / "nowhere.onnx")
+        counts.compressed_size(tmp_path / "nowhere.onnx")
 
 
 def test_a_sparse_file_is_as_large_as_a_dense_one_and_compresses_to_less(tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_a_sparse_file_is_as_large_as_a_dense_one_and_compresses_to_less(tmp_pat
     sparse = np.where(np.abs(weights) < np.quantile(np.abs(weights), 0.9), np.float32(0), weights)
     for name, values in (("dense", weights), ("sparse", sparse)):
         (tmp_path / name).write_bytes(values.tobytes())
-    assert measure.size(tmp_path / "dense").value == measure.size(tmp_path / "sparse").value == 80000
-    sizes = [measure.compressed_size(tmp_path / name).value or 0.0 for name in ("dense", "sparse")]
+    assert counts.size(tmp_path / "dense").value == counts.size(tmp_path / "sparse").value == 80000
+    sizes = [counts.compressed_size(tmp_path / name).value or 0.0 for name in ("dense", "sparse")]
     assert sizes[1] < 0.25 * sizes[0]
 
 

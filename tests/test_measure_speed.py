@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from edgeprune.measure.why_not_faster import BALANCE, BANDWIDTH, Clues, clues, reasons, words
 from edgeprune.records import Plan, Target
-from edgeprune.runtimes import NodeTime
-from edgeprune.stages.measure_speed import BALANCE, BANDWIDTH, Clues, Ratio, clues, reasons, words
+from edgeprune.runtimes._base import NodeTime
+from edgeprune.speedup import Ratio
 
 FASTER, SLOWER, SAME, UNSURE = (
     Ratio(1.62, 1.58, 1.66, 40),
@@ -16,7 +17,6 @@ FASTER, SLOWER, SAME, UNSURE = (
     Ratio(1.004, 1.001, 1.008, 40),
     Ratio(1.05, 0.9, 1.3, 40),
 )
-
 
 HERE = "local x86_64, 1 thread"
 

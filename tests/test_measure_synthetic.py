@@ -13,14 +13,14 @@ import pytest
 import torch
 from onnx_files import Mirror, write_mirror
 
-from edgeprune import intervals
+from edgeprune import confidence
 from edgeprune.devices.fake import Fake
 from edgeprune.devices.local import Local
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
-from edgeprune.nn.bundle import from_module
+from edgeprune.measure import unlabelled
+from edgeprune.measure.unlabelled import Pictures, answers, divergence
+from edgeprune.models.bundle import from_module
 from edgeprune.records import METRICS, InputSpec
-from edgeprune.stages import measure_synthetic
-from edgeprune.stages.measure_synthetic import Pictures, answers, divergence
 
 
 def logits_of(*shares: tuple[float, ...]) -> np.ndarray:
@@ -54,16 +54,16 @@ def test_the_interval_of_the_mean_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        low, high = measure_synthetic._interval_of_mean(rng.exponential(size=60))
+        low, high = unlabelled._interval_of_mean(rng.exponential(size=60))
         covered += low <= 1.0 <= high
     assert 0.88 <= covered / 200 <= 0.98
 
 
 def test_the_interval_is_the_same_however_much_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).exponential(size=40)
-    whole = measure_synthetic._interval_of_mean(values)
-    monkeypatch.setattr(measure_synthetic, "AT_ONCE", 100)
-    assert measure_synthetic._interval_of_mean(values) == pytest.approx(whole, rel=0.05)
+    whole = unlabelled._interval_of_mean(values)
+    monkeypatch.setattr(unlabelled, "AT_ONCE", 100)
+    assert unlabelled._interval_of_mean(values) == pytest.approx(whole, rel=0.05)
 
 
 def test_answers_that_are_no_numbers_are_left_out_and_counted() -> None:
@@ -92,7 +92,7 @@ def test_both_files_are_run_on_the_device_and_the_readings_say_what_they_are_not
     (same, kl), logits = answers(files, InputSpec((4, 1, 1), 4), pictures, Local())
     np.testing.assert_array_equal(logits, images[:, :, 0, 0].numpy())
     assert (same.metric, same.value, same.n) == ("synthetic_agreement", 1.0, 30)
-    assert same.spread == intervals.binomial(30, 30) and kl.value == 0.0
+    assert same.spread == confidence.binomial(30, 30) and kl.value == 0.0
     for reading in (same, kl):
         assert reading.where == Local().where() and reading.artifact == "compressed"
         assert reading.conditions["images"] == "synthetic"
@@ -112,7 +112,7 @@ def test_a_board_without_onnxruntime_leaves_the_answers_to_this_machine(tmp_path
     path = latency_files.exported("plain")
     pictures = Pictures(nets.example(6), {}, fitted=False)
     said: list[str] = []
-    found = measure_synthetic.run(
+    found = unlabelled.measure_unlabelled(
         (network, network), {"dense": path, "compressed": path}, pictures, Bare(), said.append
     )
     rows = {r.metric: r for r in found}
@@ -124,7 +124,7 @@ def test_a_board_without_onnxruntime_leaves_the_answers_to_this_machine(tmp_path
 def test_images_are_run_in_their_order_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_synthetic, "BATCH", 3)
+    monkeypatch.setattr(unlabelled, "BATCH", 3)
     path = write_mirror(tmp_path / "mirror.onnx")
     images = torch.rand((8, 4, 1, 1), generator=torch.Generator().manual_seed(0))
     _, logits = answers(

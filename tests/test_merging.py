@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgeprune.errors import EdgepruneError, UnsupportedModel
-from edgeprune.nn import graph, merging, surgery
-from edgeprune.nn.pairs import Pair, greedy_matching, pair_saliency, scaled_saliency
-from edgeprune.nn.paths import following_batch_norm
-from edgeprune.nn.tracing import Program, trace
+from edgeprune.methods._data_free import merging
+from edgeprune.methods._data_free.pairing import Pair, greedy_matching, pair_saliency, scaled_saliency
+from edgeprune.models import surgery
+from edgeprune.models.tracing import Program, trace
 from edgeprune.records import Group
+from edgeprune.structure import groups
+from edgeprune.structure.channel_paths import following_batch_norm
 
 F = nn.functional
 
@@ -36,7 +38,7 @@ MERGEABLE = {
 
 
 def opened(network: nn.Module, x: Tensor) -> tuple[Program, dict[str, Group]]:
-    return trace(network, x), {g.name: g for g in graph.find_groups(network, x).groups}
+    return trace(network, x), {g.name: g for g in groups.find_groups(network, x).groups}
 
 
 @cache
@@ -446,7 +448,7 @@ def reads_of(network: nn.Module, group: Group, x: Tensor) -> dict[str, Tensor]:
             found[name] = inputs[0].mean(axes)
 
         handles.append(network.get_submodule(name).register_forward_pre_hook(see))
-    surgery.logits(network, x)
+    surgery.checked_logits(network, x)
     for handle in handles:
         handle.remove()
     return found
@@ -588,7 +590,7 @@ def test_units_that_are_always_the_same_are_told_from_those_that_speak() -> None
 
 def test_one_layer_alone_has_no_units_to_merge() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
-    assert graph.find_groups(network, torch.rand(1, 3, 2, 2)).groups == ()
+    assert groups.find_groups(network, torch.rand(1, 3, 2, 2)).groups == ()
 
 
 @pytest.mark.parametrize("channels", [2, 9])

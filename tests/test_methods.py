@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from edgeprune import plugins
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
-from edgeprune.methods import Method, PruneTask, ScoreMethod, Survey, SurveyMethod, counts
-from edgeprune.nn import costs, graph, surgery
-from edgeprune.nn.allocate import Rules, allocate, keep_largest, levels, losses_of, timed_levels
-from edgeprune.nn.units import channel_sums
+from edgeprune.methods._base import Method, PruneTask, ScoreMethod, Survey, SurveyMethod, counts
+from edgeprune.models import costs, surgery
 from edgeprune.records import Group, InputSpec, Masks, Member
+from edgeprune.structure import groups
+from edgeprune.structure.allocation import Rules, allocate, keep_largest, levels, losses_of, timed_levels
+from edgeprune.structure.groups import find_groups
+from edgeprune.structure.units import channel_sums
 
 
 def call(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -27,7 +29,7 @@ def call(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def task_for(name: str, limits: dict[str, float], **rules: object) -> tuple[nn.Module, PruneTask]:
     network = nets.build(name)
-    found = graph.provable_groups(network, graph.find_groups(network, nets.example()), nets.example(), 0)
+    found = groups.provable_groups(network, find_groups(network, nets.example()), nets.example(), 0)
     model = costs.cost_model(network, found.groups, nets.example())
     absolute = {m: share * model.cost({})[m] for m, share in limits.items()}
     images, labels = nets.example(40), torch.arange(40) % 5
@@ -209,7 +211,7 @@ def test_magnitude_is_the_share_of_the_groups_squared_norm() -> None:
     network[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     network[2].weight.data = torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     x = torch.rand(1, 2)
-    groups = graph.find_groups(network, x).groups
+    groups = find_groups(network, x).groups
     task = PruneTask(groups, costs.cost_model(network, groups, x), Rules({}), call)
     scores = plugins.build("methods", "magnitude", {}).scores(network, task)
     # squared norms: 9 + 16 = 25 and 1
@@ -220,7 +222,7 @@ def test_taylor_predicts_the_change_of_the_loss_to_first_order() -> None:
     """For a tiny consumer weight the expansion is exact: removing the channel changes the loss by the score's root."""
     network = nets.build("plain")
     network.b[0].weight.data[:, 3] *= 1e-4
-    found = graph.provable_groups(network, graph.find_groups(network, nets.example()), nets.example(), 0)
+    found = groups.provable_groups(network, find_groups(network, nets.example()), nets.example(), 0)
     images, labels = nets.example(1, seed=5), torch.tensor([2])
     task = PruneTask(
         found.groups, costs.cost_model(network, found.groups, nets.example()), Rules({}), call, images, labels
@@ -274,7 +276,7 @@ def test_taylor_goes_by_the_scores_where_nothing_is_to_be_measured(
         network = nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
         )
-        groups = graph.find_groups(network, nets.example()).groups
+        groups = find_groups(network, nets.example()).groups
         model = costs.cost_model(network, groups, nets.example())
         labels = torch.arange(40) % 3
         task = PruneTask(groups, model, Rules({}), call, nets.example(40), labels)
@@ -295,7 +297,7 @@ def test_taylor_says_when_a_network_does_not_take_batch_norm_without_statistics(
             return self.net(x) + 0 * self.net.a[1].running_mean.sum()
 
     network = Own().eval()
-    found = graph.find_groups(network, nets.example()).groups
+    found = find_groups(network, nets.example()).groups
     task = PruneTask(
         found, costs.cost_model(network, found, nets.example()), Rules({}),
         call, nets.example(40), torch.zeros(40, dtype=torch.int64),

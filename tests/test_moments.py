@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn import moments
-from edgeprune.nn.moments import affordable, answers, features, input_moments, patches, positions, watching
+from edgeprune.repair import input_moments
+from edgeprune.repair.input_moments import (
+    affordable,
+    answers,
+    features,
+    moments_of_inputs,
+    patches,
+    positions,
+    watching,
+)
 
 LAYERS = {
     "plain": nn.Conv2d(3, 4, 3),
@@ -42,7 +50,7 @@ def test_patches_times_weights_are_the_outputs_of_a_convolution(kind: str) -> No
     with torch.no_grad():
         expected = layer(x)
     rows = patches(layer, x)
-    assert rows.shape == (expected[:, 0].numel(), moments.width(layer) + 1)
+    assert rows.shape == (expected[:, 0].numel(), input_moments.width(layer) + 1)
     torch.testing.assert_close(rows @ weights(layer), answers(layer, expected))
     assert answers(layer, expected)[-1].tolist() == expected[-1, :, -1, -1].tolist()
 
@@ -65,7 +73,7 @@ def test_the_rows_that_are_chosen_are_the_same_of_inputs_and_of_outputs(
     with torch.no_grad():
         y = layer(x)
     everything = patches(layer, x)
-    monkeypatch.setattr(moments, "ENTRIES", 1)
+    monkeypatch.setattr(input_moments, "ENTRIES", 1)
     torch.testing.assert_close(patches(layer, x), everything, rtol=0, atol=0)
     for most in (1, 7, 40):
         few = patches(layer, x, most)
@@ -111,8 +119,8 @@ def hand_made(network: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["plain", "residual", "concat"])
 def test_moments_are_the_mean_products_of_patches_in_batches_of_any_size(name: str) -> None:
     network, images = nets.build(name), nets.example(7)
-    layers = {n: m for n, m in network.named_modules() if moments.reads_patches(m)}
-    found = {batch: input_moments(network, layers, images, batch) for batch in (1, 3, 7, 64)}
+    layers = {n: m for n, m in network.named_modules() if input_moments.reads_patches(m)}
+    found = {batch: moments_of_inputs(network, layers, images, batch) for batch in (1, 3, 7, 64)}
     for path, layer in layers.items():
         expected = hand_made(network, layer, images)
         for batch in found.values():
@@ -126,8 +134,8 @@ def test_every_image_counts_alike_also_in_a_smaller_last_batch(monkeypatch: pyte
     layer = nn.Conv2d(1, 1, 1)
     network = nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 2))
     images = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1).expand(3, 1, 8, 8)
-    monkeypatch.setattr(moments, "ROWS", 48)
-    found = input_moments(network, {"0": layer}, images, 2)["0"]
+    monkeypatch.setattr(input_moments, "ROWS", 48)
+    found = moments_of_inputs(network, {"0": layer}, images, 2)["0"]
     assert found.tolist() == [[(1 + 4 + 16) / 3, 7 / 3], [7 / 3, 1]]
 
 
@@ -142,7 +150,7 @@ def test_a_layer_that_runs_twice_has_the_moments_of_both_inputs() -> None:
 
     network, x = Twice(), torch.tensor([[1.0, 0.0]])
     network.a.weight.data = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    found = input_moments(network, {"a": network.a}, x, 1)["a"]
+    found = moments_of_inputs(network, {"a": network.a}, x, 1)["a"]
     # The rows are (1, 0, 1) and (0, 3, 1).
     assert (2 * found).tolist() == [[1, 0, 1], [0, 9, 3], [1, 3, 2]]
 
@@ -150,15 +158,15 @@ def test_a_layer_that_runs_twice_has_the_moments_of_both_inputs() -> None:
 def test_very_wide_layers_and_those_that_do_not_run_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     network = nets.build("plain")
     layers = {"a.0": network.a[0], "fc": network.fc, "nowhere": nn.Linear(3, 3)}
-    assert set(input_moments(network, layers, nets.example(2), 2)) == {"a.0", "fc"}
-    monkeypatch.setattr(moments, "WIDEST", 191)
-    assert set(input_moments(network, layers, nets.example(2), 2)) == {"a.0"}
+    assert set(moments_of_inputs(network, layers, nets.example(2), 2)) == {"a.0", "fc"}
+    monkeypatch.setattr(input_moments, "WIDEST", 191)
+    assert set(moments_of_inputs(network, layers, nets.example(2), 2)) == {"a.0"}
 
 
 def test_looking_changes_nothing_and_stops_when_the_network_fails() -> None:
     network = nets.build("plain")
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    input_moments(network, {"a.0": network.a[0]}, nets.example(3), 2)
+    moments_of_inputs(network, {"a.0": network.a[0]}, nets.example(3), 2)
     with pytest.raises(ZeroDivisionError), watching({"fc": network.fc}, lambda *_: 1 / 0):  # type: ignore[arg-type, return-value]
         network(nets.example(1))
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
@@ -174,19 +182,19 @@ def test_features_are_the_taps_of_a_channel() -> None:
 
 
 def test_only_maps_of_patches_are_read() -> None:
-    assert moments.reads_patches(nn.Conv2d(4, 4, 3)) and moments.reads_patches(nn.Linear(2, 2))
+    assert input_moments.reads_patches(nn.Conv2d(4, 4, 3)) and input_moments.reads_patches(nn.Linear(2, 2))
     others = (
         nn.Conv2d(4, 4, 3, groups=2),
         nn.ConvTranspose2d(4, 4, 3),
         nn.Conv1d(4, 4, 3),
         nn.BatchNorm2d(4),
     )
-    assert not any(moments.reads_patches(m) for m in others)
+    assert not any(input_moments.reads_patches(m) for m in others)
 
 
 def test_a_dear_network_is_looked_at_on_fewer_images() -> None:
     images = torch.arange(256.0).view(256, 1, 1, 1)
     assert len(affordable(images, 1e6)) == 256 == len(affordable(images, 0))
-    assert len(affordable(images, moments.LOOK / 100)) == 100
-    assert len(affordable(images, 1e15)) == moments.FEWEST_IMAGES
+    assert len(affordable(images, input_moments.LOOK / 100)) == 100
+    assert len(affordable(images, 1e15)) == input_moments.FEWEST_IMAGES
     assert len(affordable(images[:5], 1e15)) == 5

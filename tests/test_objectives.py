@@ -14,14 +14,16 @@ from nets import build, example
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import objectives, perturb
-from edgeprune.nn.calling import logits
-from edgeprune.nn.objectives import Objective, hybrid_loss, of_table
-from edgeprune.nn.perturb import Ball
-from edgeprune.recipe import TuneTable
+from edgeprune.models.inference import logits
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train import adversarial, objectives
+from edgeprune.train.adversarial import Ball
+from edgeprune.train.objectives import Objective, hybrid_loss, of_table
 
 TABLE = TuneTable(objective="pgd", attack_steps=2, beta=0.5, distill=0.5)
+
 KINDS = ("natural", "fgsm", "pgd", "trades")
+
 Y = torch.tensor([0, 1, 1, 0, 1])
 
 
@@ -356,9 +358,9 @@ def test_options_that_are_left_out_fit_the_attack_and_the_norm() -> None:
 def test_the_attack_of_each_objective_is_the_one_that_its_name_says() -> None:
     module, x, y, ball = build("residual"), example(4), torch.tensor([0, 1, 2, 3]), Ball("Linf", 8 / 255)
     wanted = {
-        "fgsm": perturb.fgsm(module, x, y, ball, generator=seeded()),
-        "pgd": perturb.pgd(module, x, y, ball, steps=2, generator=seeded()),
-        "trades": perturb.trades(module, x, ball, steps=2, step=1.25 * ball.eps, generator=seeded()),
+        "fgsm": adversarial.fgsm(module, x, y, ball, generator=seeded()),
+        "pgd": adversarial.pgd(module, x, y, ball, steps=2, generator=seeded()),
+        "trades": adversarial.trades(module, x, ball, steps=2, step=1.25 * ball.eps, generator=seeded()),
     }
     for kind, expected in wanted.items():
         found = of_table(replace(TABLE, objective=kind), None).attack(module, x, y, seeded())

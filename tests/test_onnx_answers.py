@@ -8,15 +8,14 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from edgeprune.attacks import fab_t, square
-from edgeprune.nn import onnx_answers
-from edgeprune.nn.asking import asking
-from edgeprune.nn.lanes import in_lanes
-from edgeprune.nn.onnx_answers import Swift, swift
-from edgeprune.nn.perturb import Ball
-from edgeprune.nn.tape import record
-from edgeprune.nn.tape_rules import Window
-from edgeprune.nn.windows import Asker
+from edgeprune.attacks import _onnx_session, fab_t, square
+from edgeprune.attacks._onnx_session import OnnxInference, onnx_inference
+from edgeprune.attacks._tape import record
+from edgeprune.attacks._tape_rules import Window
+from edgeprune.attacks._windows import Asker
+from edgeprune.models.queries import as_logits
+from edgeprune.models.replicas import on_replicas
+from edgeprune.train.adversarial import Ball
 
 # Questions that are worth the time it takes to be ready.
 MANY = 10**9
@@ -47,7 +46,7 @@ def undecided(count: int) -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("name", ["plain", "residual", "depthwise"])
 def test_it_answers_as_the_network_does_for_any_number_of_images(name: str) -> None:
     network = nets.build(name).eval()
-    answers = swift(network, nets.example(4), MANY)
+    answers = onnx_inference(network, nets.example(4), MANY)
     assert answers is not None
     for count in (1, 3, 7):
         x = torch.rand(count, *nets.example(1).shape[1:])
@@ -57,22 +56,22 @@ def test_it_answers_as_the_network_does_for_any_number_of_images(name: str) -> N
 
 def test_on_lanes_it_answers_in_the_order_of_the_images(two_threads: None) -> None:
     network, x = nets.build("residual").eval(), torch.rand(9, *nets.example(1).shape[1:])
-    with in_lanes(network, x) as lanes:
-        answers = swift(lanes, x, MANY)
+    with on_replicas(network, x) as lanes:
+        answers = onnx_inference(lanes, x, MANY)
         assert answers is not None
         with torch.no_grad():
             assert torch.allclose(answers(x), network(x), atol=1e-5)
 
 
 def test_a_network_that_can_not_be_written_down_is_asked_itself() -> None:
-    assert swift(Odd().eval(), nets.example(4), MANY) is None
+    assert onnx_inference(Odd().eval(), nets.example(4), MANY) is None
 
 
 def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x, y = undecided(12)
 
     def found(least: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr(onnx_answers, "SWIFT_FROM", least)
+        monkeypatch.setattr(_onnx_session, "SWIFT_FROM", least)
         attack = square.Square(queries=200)
         generator = torch.Generator().manual_seed(3)
         return attack.perturb(network, x, y, Ball("Linf", 0.01), generator, lambda _: None)
@@ -106,7 +105,7 @@ def test_windows_that_reach_most_of_the_work_are_left_to_what_is_swift() -> None
         with torch.no_grad():
             return network(images)
 
-    asker = Asker(asking(network), network, Swift(answers, ModelProto()))
+    asker = Asker(as_logits(network), network, OnnxInference(answers, ModelProto()))
     for _ in range(3):
         tried = x.clone()
         tried[:, :, 2:4, 2:4] = 0
@@ -121,9 +120,9 @@ def test_the_boundary_is_searched_to_the_same_end_by_either_way(monkeypatch: pyt
     ready: list[bool] = []
 
     def found(least: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr(onnx_answers, "SWIFT_FROM", least)
+        monkeypatch.setattr(_onnx_session, "SWIFT_FROM", least)
         attack, generator = fab_t.FabT(classes=3, steps=20), torch.Generator().manual_seed(0)
-        ready.append(onnx_answers.alone(network, x, 8 * 3 * 20) is not None)
+        ready.append(_onnx_session.alone(network, x, 8 * 3 * 20) is not None)
         return attack.perturb(network, x, y, Ball("Linf", 0.02), generator, lambda _: None)
 
     (images, queries), (anew, again) = found(1), found(10**9)
@@ -138,13 +137,13 @@ def test_a_network_that_takes_a_branch_by_what_it_sees_is_asked_itself() -> None
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1)[:, :5] * (2 if bool(x.mean() > 0.1) else 1)
 
-    assert swift(Branch().eval(), nets.example(4), MANY) is None, (
+    assert onnx_inference(Branch().eval(), nets.example(4), MANY) is None, (
         "one exporter would follow a branch and not say so"
     )
 
 
 def test_few_questions_and_what_is_no_network_are_left_alone() -> None:
     network, x = nets.build("plain").eval(), nets.example(2)
-    assert swift(network, x, onnx_answers.SWIFT_FROM - 1) is None
-    assert swift(network.forward, x, MANY) is None
-    assert swift(network, x, onnx_answers.SWIFT_FROM) is not None
+    assert onnx_inference(network, x, _onnx_session.SWIFT_FROM - 1) is None
+    assert onnx_inference(network.forward, x, MANY) is None
+    assert onnx_inference(network, x, _onnx_session.SWIFT_FROM) is not None

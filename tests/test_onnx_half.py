@@ -12,13 +12,14 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeprune.nn.activations import Seen, observe
-from edgeprune.nn.onnx_half import half
-from edgeprune.nn.onnx_prepare import prepare
-from edgeprune.nn.onnx_proof import closeness, prove
-from edgeprune.nn.parity import open_onnx
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.quantize.fp16 import half
+from edgeprune.quantize.observers import Seen, observe
+from edgeprune.quantize.prepare import prepare
+from edgeprune.quantize.verification import closeness, verify
 
 PIXELS = torch.from_numpy(files.images(count=16))
+
 Nodes = list[onnx.NodeProto]
 
 
@@ -55,7 +56,7 @@ def test_the_whole_graph_is_float16_between_two_casts(tmp_path: Path) -> None:
     types = types_of(model)
     assert types["input"] == types["logits"] == TensorProto.FLOAT
     assert {kind for name, kind in types.items() if name not in ("input", "logits")} == {TensorProto.FLOAT16}
-    proof = prove(model, "fp16")
+    proof = verify(model, "fp16")
     assert proof.low_macs == proof.macs
     # float16 keeps 11 bits: 60 dB and more.
     assert closeness(floats, model, PIXELS).sqnr_db > 55
@@ -76,7 +77,7 @@ def test_nodes_that_are_skipped_stay_float32_with_casts_around_them(tmp_path: Pa
     assert ("relu", TensorProto.FLOAT) in casts(model)
     assert ("block.conv", TensorProto.FLOAT16) in casts(model)
     assert files.array_of(model, "block.conv.weight").dtype == np.float32
-    proof = prove(model, "fp16", allowed=kept)
+    proof = verify(model, "fp16", allowed=kept)
     assert proof.floats == ("block.conv",)
 
 
@@ -85,7 +86,7 @@ def test_a_network_with_gates_answers_alike_in_float16(tmp_path: Path) -> None:
     model, kept = half(floats, observe(floats, PIXELS))
     assert kept == {"n": "InstanceNormalization loses digits in float16"}
     assert closeness(floats, model, PIXELS).sqnr_db > 50
-    proof = prove(model, "fp16")
+    proof = verify(model, "fp16")
     assert proof.low_macs == proof.macs
 
 

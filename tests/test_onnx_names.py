@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 from test_export import ship, texts
 from torch import Tensor, nn
 
-from edgeprune.nn import onnx_file
+from edgeprune.onnx_graph import cleanup
 
 
 def test_a_layer_that_is_used_twice_has_two_names(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_layer_that_is_used_twice_has_two_names(tmp_path: Path) -> None:
 
     for opset in (16, 20):
         ship(Twice(), tmp_path / "model.onnx", opset=opset)
-        nodes = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type in onnx_file.WEIGHTED]
+        nodes = [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type in cleanup.WEIGHTED]
         assert [n.name for n in nodes] == ["conv", "conv@2", "fc"]
         assert nodes[0].input[1] == nodes[1].input[1] == "conv.weight"
 
@@ -43,7 +43,7 @@ def test_layers_named_like_inputs_and_outputs_do_no_harm(tmp_path: Path) -> None
 
     ship(Namesake(), tmp_path / "model.onnx", dynamic_batch=True)
     graph = onnx.load(tmp_path / "model.onnx").graph
-    assert [n.name for n in graph.node if n.op_type in onnx_file.WEIGHTED] == ["input", "batch", "logits"]
+    assert [n.name for n in graph.node if n.op_type in cleanup.WEIGHTED] == ["input", "batch", "logits"]
     assert ([v.name for v in graph.input], [v.name for v in graph.output]) == (["input"], ["logits"])
 
 
@@ -65,7 +65,7 @@ def test_layers_keep_their_names_when_a_flat_forward_calls_them(opset: int, tmp_
     nn.init.normal_(network.block.bn.bias)
     ship(network, tmp_path / "model.onnx", opset=opset)
     graph = onnx.load(tmp_path / "model.onnx").graph
-    applied = [node for node in graph.node if node.op_type in onnx_file.WEIGHTED]
+    applied = [node for node in graph.node if node.op_type in cleanup.WEIGHTED]
     assert [node.name for node in applied] == ["conv1", "block.conv1", "fc"]
     assert list(applied[1].input[1:]) == ["block.conv1.weight", "block.conv1.bias"]
     assert applied[1].output[0] == "block.conv1"
@@ -97,7 +97,7 @@ def test_layers_merged_or_applied_by_others_keep_their_names(opset: int, tmp_pat
     nn.init.normal_(network.bn.bias)
     ship(network, tmp_path / "model.onnx", opset=opset)
     applied = [
-        node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type in onnx_file.WEIGHTED
+        node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type in cleanup.WEIGHTED
     ]
     assert [node.name for node in applied] == ["conv", "head", "head.fc"]
     assert applied[0].input[1] == "conv.weight"
@@ -142,8 +142,8 @@ def test_branches_and_functions_are_cleaned_and_still_answer_the_same(tmp_path: 
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = [np.array([v], np.float32) for v in (-2.0, 5.0)]
     wanted = [session.run(None, {"x": value})[0] for value in inputs]
-    onnx_file.name_after_layers(model, {"": False, "net": False, "net.block": False}, "net.")
-    onnx_file.finish(model, {"edgeprune.version": "1"}, producer="edgeprune", version="1")
+    cleanup.name_after_layers(model, {"": False, "net": False, "net.block": False}, "net.")
+    cleanup.finish(model, {"edgeprune.version": "1"}, producer="edgeprune", version="1")
     assert "/home/me" not in texts(model) and "stack_trace" not in texts(model)
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 20), ("ours", 1)]
     assert [node.name for node in model.graph.node] == ["block.Add", "block.Greater", "If", "Half"]

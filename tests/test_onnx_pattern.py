@@ -14,15 +14,18 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from edgeprune import records
 from edgeprune.errors import ModelError, ParityError
-from edgeprune.nn.bundle import deployed
-from edgeprune.nn.onnx_pattern import PatternShare, Weight, check_pattern, pattern_share
-from edgeprune.recipe import ExportTable
+from edgeprune.export import stage
+from edgeprune.export.sparsity_check import PatternShare, Weight, check_pattern, pattern_share
+from edgeprune.models.bundle import deployed
+from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Bundle, InputSpec, Source
-from edgeprune.stages import export
 
 SPEC = InputSpec(nets.SHAPE, 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
 Promised = dict[str, tuple[int, ...]]
 
 
@@ -68,10 +71,10 @@ def patterned(network: nn.Module) -> Promised:
     return promised
 
 
-def ship(network: nn.Module, out: Path, promised: Promised | None, opset: int = 20) -> export.Reading:
+def ship(network: nn.Module, out: Path, promised: Promised | None, opset: int = 20) -> records.Reading:
     module = deployed(Bundle(network.eval(), Source("memory"), SPEC)).eval()
     table = ExportTable()
-    _, readings, _ = export.run(
+    _, readings, _ = stage.run(
         module, SPEC, out, opset=opset, table=table, meta={}, real=None, pattern=promised
     )
     return readings[-1]

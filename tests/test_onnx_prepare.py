@@ -15,8 +15,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.onnx_prepare import attributes, initializers, prepare
-from edgeprune.nn.parity import open_onnx
+from edgeprune.onnx_graph.index import attributes, initializers
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.quantize.prepare import prepare
 
 SHAPE = (1, 3, 6, 6)
 

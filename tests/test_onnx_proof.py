@@ -14,11 +14,13 @@ import quantized_files as files
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgeprune.errors import ParityError, UnsupportedModel, UsageError
-from edgeprune.nn.onnx_proof import prove
+from edgeprune.quantize.verification import verify
 
 # write_net: 3 -> 16 and 16 -> 16 convolutions of 3 x 3 on 8 x 8, of which padding keeps all, and 16 -> 10.
 FIRST, SECOND, LAST = 16 * 64 * 27, 16 * 64 * 144, 160
+
 MACS, WEIGHTS = FIRST + SECOND + LAST, 16 * 27 + 16 * 144 + 160
+
 Tamper = Callable[[ModelProto], object]
 
 
@@ -86,7 +88,7 @@ def zero_of(name: str, value: int) -> Tamper:
 
 
 def test_an_unsigned_file_is_all_int8_and_runs_as_that(u8: ModelProto) -> None:
-    proof = prove(u8, "int8")
+    proof = verify(u8, "int8")
     assert (proof.macs, proof.low_macs, proof.runtime_low_macs) == (MACS, MACS, MACS)
     assert (proof.weights, proof.low_weights, proof.floats) == (WEIGHTS, WEIGHTS, ())
     # Those of the weights, one a channel, and one of each Q and DQ of the activations.
@@ -95,7 +97,7 @@ def test_an_unsigned_file_is_all_int8_and_runs_as_that(u8: ModelProto) -> None:
 
 
 def test_a_signed_file_is_all_int8_and_runs_as_that_in_part(s8: ModelProto) -> None:
-    proof = prove(s8, "int8")
+    proof = verify(s8, "int8")
     assert (proof.macs, proof.low_macs) == (MACS, MACS)
     assert proof.runtime_low_macs is not None
     assert 0 <= proof.runtime_low_macs <= MACS
@@ -104,16 +106,16 @@ def test_a_signed_file_is_all_int8_and_runs_as_that_in_part(s8: ModelProto) -> N
 def test_a_float_bias_beside_signed_activations_is_as_it_should_be(tmp_path: Path) -> None:
     model = files.quantize(onnx_files.write_one_conv(tmp_path / "m.onnx"), "s8", files.images())
     assert files.array_of(model, files.node_of(model, "fc").input[2]).dtype == np.float32
-    assert prove(model, "int8").low_macs == FIRST + LAST
+    assert verify(model, "int8").low_macs == FIRST + LAST
 
 
 def test_a_float_file_is_none_of_it(floats: ModelProto) -> None:
-    proof = prove(floats, "fp32")
+    proof = verify(floats, "fp32")
     assert astuple(proof) == ("fp32", MACS, 0, WEIGHTS, 0, 0, ("stem", "block.conv", "fc"), None)
     with pytest.raises(ParityError, match=r"3 nodes with weights are float32.*stem"):
-        prove(floats, "int8")
+        verify(floats, "int8")
     with pytest.raises(ParityError, match="nothing of the file is in int8"):
-        prove(floats, "int8", allowed=("stem", "block.conv", "fc"))
+        verify(floats, "int8", allowed=("stem", "block.conv", "fc"))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, float("nan"), float("inf")])
@@ -122,19 +124,19 @@ def test_a_scale_that_is_none_is_caught(stored: dict[str, bytes], scheme: str, v
     model = onnx.load_from_string(stored[scheme])
     scale_of(value)(model)
     with pytest.raises(ParityError, match="the scale of relu_QuantizeLinear .relu_scale. is"):
-        prove(model, "int8")
+        verify(model, "int8")
 
 
 def test_a_scale_of_one_channel_that_is_none_is_caught(u8: ModelProto) -> None:
     one_scale_of(0.0)(u8)
     with pytest.raises(ParityError, match=r"block\.conv\.weight_scale\) is 0\.0 for channel 5"):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_a_zero_point_that_was_moved_is_caught(s8: ModelProto) -> None:
     zero_of("relu_zero_point", 3)(s8)
     with pytest.raises(ParityError, match="the zero point of relu_QuantizeLinear is 3; a signed activation"):
-        prove(s8, "int8")
+        verify(s8, "int8")
 
 
 @pytest.mark.parametrize("scheme", ["u8", "s8"])
@@ -142,7 +144,7 @@ def test_a_zero_point_of_a_weight_that_was_moved_is_caught(stored: dict[str, byt
     model = onnx.load_from_string(stored[scheme])
     zero_of("stem.weight_zero_point", -7)(model)
     with pytest.raises(ParityError, match="stem.weight_DequantizeLinear is -7; a constant must have 0"):
-        prove(model, "int8")
+        verify(model, "int8")
 
 
 @pytest.mark.parametrize("scheme", ["u8", "s8"])
@@ -150,8 +152,8 @@ def test_a_weight_that_became_float_is_caught(stored: dict[str, bytes], scheme: 
     model = onnx.load_from_string(stored[scheme])
     with_float_weight(model, "block.conv")
     with pytest.raises(ParityError, match=r"1 nodes.*block\.conv \(its weight does not come from a Dequ"):
-        prove(model, "int8")
-    proof = prove(model, "int8", allowed=("block.conv",))
+        verify(model, "int8")
+    proof = verify(model, "int8", allowed=("block.conv",))
     assert (proof.floats, proof.low_macs) == (("block.conv",), FIRST + LAST)
     assert proof.low_weights == WEIGHTS - 16 * 144
 
@@ -161,14 +163,14 @@ def test_a_pair_at_an_input_that_was_removed_is_caught(stored: dict[str, bytes],
     model = onnx.load_from_string(stored[scheme])
     without_pair(model, "input")
     with pytest.raises(ParityError, match=r"stem \(its data does not come from a DequantizeLinear\)"):
-        prove(model, "int8")
+        verify(model, "int8")
 
 
 def test_a_pair_at_an_output_that_was_removed_is_caught_by_what_the_runtime_does(u8: ModelProto) -> None:
     without_pair(u8, files.node_of(u8, "block.conv").output[0])
     with pytest.raises(ParityError, match=r"ONNX Runtime runs 1 of the int8 nodes in float32: block\.conv"):
-        prove(u8, "int8")
-    proof = prove(u8, "int8", allowed=("block.conv",))
+        verify(u8, "int8")
+    proof = verify(u8, "int8", allowed=("block.conv",))
     assert proof.runtime_low_macs == MACS - SECOND
 
 
@@ -177,24 +179,24 @@ def test_a_pair_with_two_steps_is_caught(u8: ModelProto) -> None:
     u8.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "other"))
     restorer.input[1] = "other"
     with pytest.raises(ParityError, match="are a pair with two steps: scale .* and 0.5"):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_a_bias_in_steps_of_its_own_is_caught(tmp_path: Path) -> None:
     model = files.quantize(onnx_files.write_one_conv(tmp_path / "m.onnx"), "u8", files.images())
     bias = files.maker_of(model, files.node_of(model, "fc").input[2])
-    assert prove(model, "int8").low_macs == FIRST + LAST
+    assert verify(model, "int8").low_macs == FIRST + LAST
     files.set_array(model, bias.input[1], files.array_of(model, bias.input[1]) * np.float32(1.5))
     with pytest.raises(
         ParityError, match="the bias of fc has scale .* for channel 0; that of its input times"
     ):
-        prove(model, "int8")
+        verify(model, "int8")
 
 
 def test_the_bias_of_a_layer_that_went_back_to_float_may_stay_quantized(tmp_path: Path) -> None:
     model = files.quantize(onnx_files.write_one_conv(tmp_path / "m.onnx"), "u8", files.images())
     with_float_weight(model, "fc")
-    assert prove(model, "int8", allowed=("fc",)).low_macs == FIRST
+    assert verify(model, "int8", allowed=("fc",)).low_macs == FIRST
 
 
 def test_a_quantized_bias_beside_signed_activations_is_caught(s8: ModelProto) -> None:
@@ -204,14 +206,14 @@ def test_a_quantized_bias_beside_signed_activations_is_caught(s8: ModelProto) ->
     s8.graph.node.insert(0, helper.make_node("DequantizeLinear", [*names], ["bias"], "bias_dq", axis=0))
     files.node_of(s8, "stem").input.append("bias")
     with pytest.raises(ParityError, match="the bias of stem is quantized; beside signed activations"):
-        prove(s8, "int8")
+        verify(s8, "int8")
 
 
 def test_activations_quantized_in_two_ways_are_caught(u8: ModelProto) -> None:
     zero = files.array_of(u8, "relu_zero_point")
     files.set_array(u8, "relu_zero_point", np.zeros_like(zero, np.int8))
     with pytest.raises(ParityError, match="activations are quantized in two ways"):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_a_weight_of_unsigned_bytes_is_caught(u8: ModelProto) -> None:
@@ -220,7 +222,7 @@ def test_a_weight_of_unsigned_bytes_is_caught(u8: ModelProto) -> None:
     with pytest.raises(
         ParityError, match="stem.weight_DequantizeLinear has a constant of uint8; accepted: int8"
     ):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_activations_of_sixteen_bits_are_caught(u8: ModelProto) -> None:
@@ -228,14 +230,14 @@ def test_activations_of_sixteen_bits_are_caught(u8: ModelProto) -> None:
         if item.name.endswith("zero_point") and item.data_type == TensorProto.UINT8:
             item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.uint16), item.name))
     with pytest.raises(ParityError, match="quantizes an activation to uint16; accepted: uint8 or int8"):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_a_weight_of_more_than_eight_bits_or_that_is_computed_is_no_int8_weight(s8: ModelProto) -> None:
     for name in ("stem.weight_quantized", "stem.weight_zero_point"):
         files.set_array(s8, name, files.array_of(s8, name).astype(np.int32))
     with pytest.raises(ParityError, match=r"stem \(its weight has not 8 bits\)"):
-        prove(s8, "int8")
+        verify(s8, "int8")
 
 
 def test_a_normalization_may_be_part_of_the_rounding_of_the_input(u8: ModelProto) -> None:
@@ -243,16 +245,16 @@ def test_a_normalization_may_be_part_of_the_rounding_of_the_input(u8: ModelProto
     for name, array in (("of_pixels", np.float32([0.003, 0.004, 0.005])), ("zeros", np.uint8([9, 8, 7]))):
         u8.graph.initializer.append(numpy_helper.from_array(array, name))
     quantizer.input[1:] = ["of_pixels", "zeros"]
-    assert prove(u8, "int8").runtime_low_macs == MACS
+    assert verify(u8, "int8").runtime_low_macs == MACS
 
 
 def test_zero_points_may_be_left_out_where_they_are_zero(s8: ModelProto) -> None:
-    before = astuple(prove(s8, "int8"))
+    before = astuple(verify(s8, "int8"))
     for node in s8.graph.node:
         if node.op_type == "DequantizeLinear":
             del node.input[2:]
     # What ONNX Runtime fuses of signed activations may differ.
-    assert astuple(prove(s8, "int8"))[:-1] == before[:-1]
+    assert astuple(verify(s8, "int8"))[:-1] == before[:-1]
 
 
 def test_a_file_that_the_runtime_does_not_take_is_an_error(u8: ModelProto) -> None:
@@ -262,20 +264,20 @@ def test_a_file_that_the_runtime_does_not_take_is_an_error(u8: ModelProto) -> No
     u8.opset_import.append(helper.make_opsetid("ai.onnx.preview.training", 1))
     u8.graph.output.append(helper.make_tensor_value_info("g", TensorProto.FLOAT, [1, 10]))
     with pytest.raises(UnsupportedModel, match="can't load the model"):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_a_scale_that_is_computed_is_caught(u8: ModelProto) -> None:
     u8.graph.node.insert(0, helper.make_node("Abs", ["relu_scale"], ["computed"], "abs"))
     files.node_of(u8, "relu_QuantizeLinear").input[1] = "computed"
     with pytest.raises(ParityError, match="relu_QuantizeLinear is computed"):
-        prove(u8, "int8")
+        verify(u8, "int8")
 
 
 def test_a_file_that_is_no_valid_graph_is_caught(floats: ModelProto) -> None:
     files.node_of(floats, "fc").input[0] = "nowhere"
     with pytest.raises(ParityError, match="no valid ONNX"):
-        prove(floats, "fp32")
+        verify(floats, "fp32")
 
 
 def test_a_float16_weight_with_infinity_is_caught(floats: ModelProto) -> None:
@@ -288,16 +290,16 @@ def test_a_float16_weight_with_infinity_is_caught(floats: ModelProto) -> None:
     for value in (*floats.graph.input, *floats.graph.output):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     with pytest.raises(ParityError, match=r"the weight fc\.weight of fc holds NaN or infinity"):
-        prove(floats, "fp16")
+        verify(floats, "fp16")
     proof = None
     files.set_array(floats, "fc.weight", np.ones((10, 16), np.float16))
-    proof = prove(floats, "fp16")
+    proof = verify(floats, "fp16")
     assert (proof.low_macs, proof.low_weights, proof.floats) == (MACS, WEIGHTS, ())
 
 
 def test_macs_are_those_of_one_image_whatever_the_batch(tmp_path: Path) -> None:
     found = [
-        prove(onnx.load(onnx_files.write_one_conv(tmp_path / "m.onnx", batch=batch)), "fp32").macs
+        verify(onnx.load(onnx_files.write_one_conv(tmp_path / "m.onnx", batch=batch)), "fp32").macs
         for batch in (1, 4, "N")
     ]
     assert found == [FIRST + LAST] * 3
@@ -310,7 +312,7 @@ def test_macs_of_transposed_convolutions_and_products_of_activations(tmp_path: P
         helper.make_node("MatMul", ["t", "t"], ["logits"], "mm"),
     ]
     model = onnx.load(onnx_files.save(tmp_path / "m.onnx", nodes, weights, [1, 6, 4, 4], [1, 4, 8, 8]))
-    proof = prove(model, "fp32")
+    proof = verify(model, "fp32")
     # Each of the 6 x 16 inputs meets 2 x 2 x 2 weights; 4 matrices of 8 x 8 times 8 x 8.
     assert (proof.macs, proof.weights, proof.floats) == (96 * 8 + 4 * 512, 48, ("t",))
 
@@ -319,7 +321,7 @@ def test_a_shape_that_is_not_known_is_an_error(floats: ModelProto, tmp_path: Pat
     for dim in floats.graph.input[0].type.tensor_type.shape.dim[2:]:
         dim.ClearField("dim_value")
     with pytest.raises(UnsupportedModel, match="the shapes of stem are not known"):
-        prove(floats, "fp32")
+        verify(floats, "fp32")
     nodes = [
         helper.make_node("Reshape", ["input", "input"], ["any"], "any", domain="nobody.knows"),
         helper.make_node("MatMul", ["any", "any"], ["logits"], "product"),
@@ -327,9 +329,9 @@ def test_a_shape_that_is_not_known_is_an_error(floats: ModelProto, tmp_path: Pat
     model = onnx.load(onnx_files.save(tmp_path / "m.onnx", nodes, {}, [1, 4], 4))
     model.opset_import.append(helper.make_opsetid("nobody.knows", 1))
     with pytest.raises(UnsupportedModel, match="the shapes of product are not known"):
-        prove(model, "fp32")
+        verify(model, "fp32")
 
 
 def test_a_precision_that_there_is_none_of_is_an_error(floats: ModelProto) -> None:
     with pytest.raises(UsageError, match="precision 'int4' is not one of fp32, fp16, int8"):
-        prove(floats, "int4")
+        verify(floats, "int4")

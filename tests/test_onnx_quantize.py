@@ -21,17 +21,18 @@ from test_activations import pictures, residual
 from test_onnx_prepare import exported, floats, kinds, model_of
 
 from edgeprune.errors import UnsupportedModel, UsageError
-from edgeprune.nn import onnx_file, zoo
-from edgeprune.nn.activations import observe
-from edgeprune.nn.bundle import deployed
-from edgeprune.nn.onnx_prepare import attributes, initializers, prepare
-from edgeprune.nn.onnx_proof import prove
-from edgeprune.nn.onnx_proof_runtime import optimized
-from edgeprune.nn.onnx_quantize import quantizable, quantized
-from edgeprune.nn.onnx_twin import twin
-from edgeprune.nn.parity import open_onnx
-from edgeprune.nn.ranges import ranges
+from edgeprune.models import architectures
+from edgeprune.models.bundle import deployed
+from edgeprune.onnx_graph import cleanup
+from edgeprune.onnx_graph.index import attributes, initializers
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.quantize.calibrators import ranges
+from edgeprune.quantize.observers import observe
+from edgeprune.quantize.prepare import prepare
+from edgeprune.quantize.qdq import quantizable, quantized
+from edgeprune.quantize.verification import optimized, verify
 from edgeprune.records import Bundle, InputSpec, Source
+from edgeprune.robustness.onnx_module.module import to_torch
 
 SCHEMES = ("u8", "s8")
 
@@ -455,7 +456,7 @@ def test_a_matrix_product_of_any_rank_with_a_sum_behind_it_is_multiplied_in_inte
     ]
     model = prepare(model_of(nodes, tensors))
     made = built(model)
-    prove(made, "int8")
+    verify(made, "int8")
     ran = kinds(optimized(made))
     assert ran["MatMulIntegerToFloat"] == 2 and "Gemm" not in ran and "FusedGemm" not in ran
     # No step where ONNX Runtime would not fuse, and none in the other scheme.
@@ -463,7 +464,7 @@ def test_a_matrix_product_of_any_rank_with_a_sum_behind_it_is_multiplied_in_inte
     assert ("Max" in kinds(made)) == needed
     assert "Max" not in kinds(built(model, "s8"))
     assert sqnr(answers(model, pictures(8)), answers(made, pictures(8))) > 30
-    run = twin(made)
+    run = to_torch(made)
     assert torch.allclose(
         torch.cat([run(x[None]) for x in pictures(4)]), answers(made, pictures(4)), atol=0.02
     )
@@ -561,11 +562,13 @@ def test_a_trained_resnet_keeps_its_answers_and_is_no_worse_than_the_runtimes_ow
     weights = shared / "models" / "resnet20-cifar10-clean.pt"
     if not weights.is_file():
         pytest.skip(f"no {weights}")
-    trained = zoo.architecture(f"{Path(__file__).parents[1] / 'examples' / 'resnet20_cifar10.py'}:resnet20")
+    trained = architectures.architecture(
+        f"{Path(__file__).parents[1] / 'examples' / 'resnet20_cifar10.py'}:resnet20"
+    )
     trained.load_state_dict(torch.load(weights, weights_only=True))
     spec = InputSpec((3, 32, 32), 10, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     bundle = Bundle(trained.eval(), Source("memory"), spec)
-    model = prepare(onnx_file.slim(exported(deployed(bundle), (1, 3, 32, 32))))
+    model = prepare(cleanup.slim(exported(deployed(bundle), (1, 3, 32, 32))))
     calibrating, held_out = photographs[::3], photographs[1::3]
     made = built(model, images=calibrating)
     onnx.save(model, tmp_path / "float.onnx")

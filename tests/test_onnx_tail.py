@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.nn.asking import asking
-from edgeprune.nn.lanes import in_lanes
-from edgeprune.nn.onnx_answers import Swift, swift
-from edgeprune.nn.onnx_tail import tail_at
-from edgeprune.nn.tape import Stale, record
-from edgeprune.nn.tape_rules import Window
-from edgeprune.nn.windows import Asker
+from edgeprune.attacks._onnx_session import OnnxInference, onnx_inference
+from edgeprune.attacks._onnx_tail import tail_at
+from edgeprune.attacks._tape import Stale, record
+from edgeprune.attacks._tape_rules import Window
+from edgeprune.attacks._windows import Asker
+from edgeprune.models.queries import as_logits
+from edgeprune.models.replicas import on_replicas
 
 # Questions that are worth the time it takes to be ready.
 MANY = 10**9
@@ -28,8 +28,8 @@ def early() -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def fast(network: nn.Module, x: Tensor) -> Swift:
-    found = swift(network, x, MANY)
+def fast(network: nn.Module, x: Tensor) -> OnnxInference:
+    found = onnx_inference(network, x, MANY)
     assert found is not None
     return found
 
@@ -107,8 +107,8 @@ def test_a_look_that_ends_early_leaves_the_rest_of_the_tape_unknown() -> None:
 def test_a_search_by_way_of_the_tail_gets_the_network_s_answers(two_threads: None) -> None:
     network, x = early(), torch.rand(9, 3, 24, 24)
     generator = torch.Generator().manual_seed(0)
-    with in_lanes(network, x) as lanes, torch.no_grad():
-        asker, kept = Asker(asking(lanes), lanes, fast(lanes, x)), x.clone()
+    with on_replicas(network, x) as lanes, torch.no_grad():
+        asker, kept = Asker(as_logits(lanes), lanes, fast(lanes, x)), x.clone()
         for turn in range(24):
             side = 2 + turn % 2
             top, left = torch.randint(25 - side, (2,), generator=generator).tolist()

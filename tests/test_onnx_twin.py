@@ -16,15 +16,17 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.capture import quiet
-from edgeprune.nn.onnx_twin import is_quantized, settled, twin
-from edgeprune.nn.parity import open_onnx
-from edgeprune.nn.tracing import trace
-from edgeprune.recipe import ExportTable
+from edgeprune.export import stage
+from edgeprune.models.torch_export import quiet
+from edgeprune.models.tracing import trace
+from edgeprune.onnx_graph.session import open_onnx
+from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import InputSpec
-from edgeprune.stages import export
+from edgeprune.robustness.onnx_module.module import settled, to_torch
+from edgeprune.robustness.onnx_module.plan import is_quantized
 
 SHAPE = [2, 4, 6, 6]
+
 FLOAT = TensorProto.FLOAT
 
 
@@ -50,7 +52,7 @@ def wide(shape: Sequence[int] = SHAPE, seed: int = 0) -> Tensor:
 def agree(made: ModelProto, x: Tensor, tolerance: float = 2e-6) -> None:
     """ONNX Runtime, which shares no code with torch, is the judge."""
     with torch.no_grad():
-        found = twin(made)(x)
+        found = to_torch(made)(x)
     wanted = open_onnx(made)(x)
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted.to(found.dtype), rtol=tolerance, atol=tolerance)
@@ -210,7 +212,7 @@ def test_sizes_that_the_graph_computes_are_followed() -> None:
 def exported(network: nn.Module, path: Path, *, how: str) -> ModelProto:
     """The file of a network, by torch's exporters: the newer one as the export stage uses it, and the older one."""
     if how == "stage":
-        export.run(network, InputSpec(nets.SHAPE, 5), path, opset=20, table=ExportTable(), meta={}, real=None)
+        stage.run(network, InputSpec(nets.SHAPE, 5), path, opset=20, table=ExportTable(), meta={}, real=None)
         return onnx.load(path)
     axes = {"input": {0: "batch"}} if how == "free" else None
     with quiet():
@@ -239,7 +241,7 @@ def test_an_exported_network_answers_any_batch_as_its_file_and_has_the_gradients
 ) -> None:
     network, x = nets.build(name), nets.example(6)
     made = exported(network, tmp_path / "net.onnx", how=how)
-    found, session = twin(made), open_onnx(made)
+    found, session = to_torch(made), open_onnx(made)
     point, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     answer, wanted = found(point), network(other)
     torch.testing.assert_close(answer, wanted, rtol=1e-5, atol=1e-5)
@@ -270,7 +272,7 @@ def test_a_file_that_mixes_its_one_image_with_other_axes_goes_through_image_by_i
     tensors = {"shape": numbers(4, 36), "axis": numbers(0), "w": random(36, 3)}
     made, x = model(nodes, tensors, [1, 4, 6, 6]), wide([3, 4, 6, 6])
     wanted = torch.cat([open_onnx(made)(image[None]) for image in x])
-    torch.testing.assert_close(twin(made)(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(to_torch(made)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_fixed_batch_of_several_images_is_filled_up() -> None:
@@ -281,8 +283,8 @@ def test_a_fixed_batch_of_several_images_is_filled_up() -> None:
     made = model(nodes, {"shape": numbers(2, 144), "w": random(144, 3)}, [2, 4, 6, 6])
     x = wide([5, 4, 6, 6])
     wanted = torch.cat([open_onnx(made)(x[i : i + 2]) for i in (0, 2)])
-    torch.testing.assert_close(twin(made)(x)[:4], wanted, rtol=1e-5, atol=1e-5)
-    assert twin(made)(x).shape == (5, 3)
+    torch.testing.assert_close(to_torch(made)(x)[:4], wanted, rtol=1e-5, atol=1e-5)
+    assert to_torch(made)(x).shape == (5, 3)
 
 
 def test_a_token_that_the_file_holds_for_one_image_is_there_for_each() -> None:
@@ -294,13 +296,13 @@ def test_a_token_that_the_file_holds_for_one_image_is_there_for_each() -> None:
     tensors = {"shape": numbers(1, 4, 36), "token": random(1, 1, 36), "axis": numbers(1)}
     made, x = model(nodes, tensors, [1, 4, 6, 6]), wide([3, 4, 6, 6])
     wanted = torch.cat([open_onnx(made)(image[None]) for image in x])
-    torch.testing.assert_close(twin(made)(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(to_torch(made)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_values_that_are_needed_no_more_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [helper.make_node("Relu", [f"v{i}" if i else "x"], [f"v{i + 1}"]) for i in range(20)]
     nodes.append(helper.make_node("Add", ["v20", "x"], ["y"]))
-    found, alive, most = twin(model(nodes, {})), 0, 0
+    found, alive, most = to_torch(model(nodes, {})), 0, 0
     import weakref
 
     def seen(_layer: Any, _given: Any, made: Tensor) -> None:
@@ -352,7 +354,7 @@ def test_rounding_is_half_to_even_and_ends_are_cut_off_exactly_as_in_onnx_runtim
     steps = torch.cat([torch.arange(-12, 12, 0.5), *(e + torch.arange(-3, 3, 0.25) for e in edges)])
     made, x = pair(kind, zero, scale), (steps * scale).view(1, 1, 1, -1)
     point = x.clone().requires_grad_()
-    answer = twin(made)(point)
+    answer = to_torch(made)(point)
     assert torch.equal(answer.detach(), open_onnx(made)(x))
     inside = (steps.round() + zero >= low) & (steps.round() + zero <= high)
     gradient = torch.autograd.grad((answer * 3).sum(), point)[0]
@@ -364,7 +366,7 @@ def test_rounding_is_half_to_even_and_ends_are_cut_off_exactly_as_in_onnx_runtim
 def test_without_rounding_the_ends_stay(kind: str = "uint8") -> None:
     made = pair(kind, 10, 0.5)
     x = torch.tensor([-50.0, -5.0, -1.2, 0.3, 100.0, 122.5, 900.0]).view(1, 1, 1, -1)
-    found = twin(made, rounding=False)(x).view(-1)
+    found = to_torch(made, rounding=False)(x).view(-1)
     assert found.tolist() == pytest.approx([-5, -5, -1.2, 0.3, 100, 122.5, 122.5])
 
 
@@ -383,7 +385,7 @@ def test_weights_are_dequantized_once_for_each_channel_and_biases_from_int32() -
     ]
     made = model(nodes, tensors)
     agree(made, wide(), 1e-4)
-    found = twin(made)
+    found = to_torch(made)
     assert is_quantized(made) and sorted(b.numel() for b in found.buffers()) == [5, 180]
 
 
@@ -405,10 +407,10 @@ def test_activations_may_have_a_scale_for_each_channel_and_what_is_between_stays
     made = model(between, tensors)
     agree(made, wide())
     x = wide().requires_grad_()
-    gradient = torch.autograd.grad(twin(made)(x).sum(), x)[0]
+    gradient = torch.autograd.grad(to_torch(made)(x).sum(), x)[0]
     assert float(gradient.sum()) == 2 * 4 * 25, "whole numbers are divided by the scale and multiplied again"
     for rounding in (True, False):
-        assert twin(made, rounding=rounding)(wide()).shape == (2, 4, 5, 5)
+        assert to_torch(made, rounding=rounding)(wide()).shape == (2, 4, 5, 5)
 
 
 def quantized_file(path: Path, symmetric: bool) -> ModelProto:
@@ -440,7 +442,7 @@ def test_a_file_that_onnx_runtime_quantized_is_answered_alike_and_has_gradients(
     made, x = quantized_file(tmp_path, symmetric), nets.example(16)
     session = open_onnx(made)
     wanted = torch.cat([session(part) for part in x.split(2)])
-    found = twin(made)(x)
+    found = to_torch(made)(x)
     scale = float(wanted.abs().max())
     assert float((found - wanted).square().mean().sqrt()) < 0.02 * scale
     floats = open_onnx(onnx.load(tmp_path / "float.onnx"))
@@ -450,7 +452,7 @@ def test_a_file_that_onnx_runtime_quantized_is_answered_alike_and_has_gradients(
     )
     point = x.clone().requires_grad_()
     network = nets.build("residual")
-    gradient = torch.autograd.grad(twin(made)(point)[:, 0].sum(), point)[0]
+    gradient = torch.autograd.grad(to_torch(made)(point)[:, 0].sum(), point)[0]
     wanted = torch.autograd.grad(network(point)[:, 0].sum(), point)[0]
     assert float(torch.cosine_similarity(gradient.flatten(), wanted.flatten(), 0)) > 0.9
 
@@ -474,7 +476,7 @@ def test_nodes_may_stand_in_any_order_and_what_nothing_makes_is_named() -> None:
     ]
     agree(model(nodes, {}), wide())
     with pytest.raises(UnsupportedModel, match="Add 'sum' of the file needs 'b', which nothing makes"):
-        twin(model([nodes[0], nodes[2]], {}))
+        to_torch(model([nodes[0], nodes[2]], {}))
 
 
 def test_functions_of_the_file_are_looked_into() -> None:
@@ -513,7 +515,7 @@ def test_functions_of_the_file_are_looked_into() -> None:
 )
 def test_what_is_not_known_or_fails_is_named_with_its_node(nodes: list[Any], says: str) -> None:
     with pytest.raises(UnsupportedModel, match=says):
-        twin(model(nodes, {"w": random(2, 3)}))
+        to_torch(model(nodes, {"w": random(2, 3)}))
 
 
 def test_scales_and_types_that_make_no_sense_are_refused() -> None:
@@ -521,7 +523,7 @@ def test_scales_and_types_that_make_no_sense_are_refused() -> None:
     made.graph.node[0].input[2] = ""
     made.graph.node[0].attribute.append(helper.make_attribute("output_dtype", TensorProto.FLOAT8E4M3FN))
     with pytest.raises(UnsupportedModel, match="it makes FLOAT8E4M3FN"):
-        twin(made)
+        to_torch(made)
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UnsupportedModel, match="scale"):
-            twin(pair("int8", 0, scale))
+            to_torch(pair("int8", 0, scale))

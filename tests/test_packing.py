@@ -16,16 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import packing
+from edgeprune.agent import archive
+from edgeprune.agent.archive import sources
 
 ABOUT = json.dumps({"op": "about", "runtime": "onnxruntime"})
+
 # What is light enough to travel: nothing that needs torch, and nothing of the host's work.
 LIGHT = {
-    "__init__", "agent", "bundled", "codec", "errors", "intervals", "machine", "plugins", "quantities", "records",
-    "runtimes",
+    "__init__", "agent", "confidence", "errors", "host", "plugins", "quantities", "records", "runtimes",
+    "serialization", "version",
 }  # fmt: skip
+
 # What came with 3.9 or later, and would only fail when it runs there.
 NEW_MODULES = {"tomllib", "graphlib", "zoneinfo"}
+
 NEW_METHODS = {
     "removeprefix",
     "removesuffix",
@@ -40,13 +44,15 @@ NEW_METHODS = {
 @pytest.fixture(scope="module")
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packed") / "edgeprune.pyz"
-    path.write_bytes(packing.pyz())
+    path.write_bytes(archive.pyz())
     return path
 
 
 def test_the_same_sources_give_the_same_bytes(pyz: Path) -> None:
-    assert packing.pyz() == pyz.read_bytes()
-    code = "import sys; from edgeprune import packing; sys.stdout.buffer.write(packing.pyz())"
+    assert archive.pyz() == pyz.read_bytes()
+    code = (
+        "import sys; from edgeprune.agent import archive as packing; sys.stdout.buffer.write(packing.pyz())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout == pyz.read_bytes()
 
@@ -54,7 +60,7 @@ def test_the_same_sources_give_the_same_bytes(pyz: Path) -> None:
 def test_only_light_files_travel(pyz: Path) -> None:
     names = zipfile.ZipFile(pyz).namelist()
     assert names[0] == "__main__.py"
-    assert {"edgeprune/agent.py", "edgeprune/runtimes/onnxruntime.py"} <= set(names)
+    assert {"edgeprune/agent/program.py", "edgeprune/runtimes/onnxruntime.py"} <= set(names)
     parts = {name.removesuffix(".py").split("/")[1] for name in names[1:]}
     assert {p for p in parts if not p.startswith("agent")} <= LIGHT
     assert pyz.stat().st_size < 100_000
@@ -90,8 +96,8 @@ def test_a_bare_python_runs_it(pyz: Path, python: str) -> None:
 
 @pytest.mark.parametrize("python", pythons())
 def test_it_travels_as_a_line_of_input(python: str) -> None:
-    command = [python, "-S", "-E", "-c", packing.START]
-    text = packing.line() + ABOUT
+    command = [python, "-S", "-E", "-c", archive.START]
+    text = archive.line() + ABOUT
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, json.loads(done.stdout)["kind"]) == (3, "MissingDependency"), done.stderr
     assert done.stderr == ""
@@ -99,10 +105,10 @@ def test_it_travels_as_a_line_of_input(python: str) -> None:
 
 @pytest.mark.parametrize("proc", [True, False])
 def test_it_travels_to_a_system_without_files_in_memory(tmp_path: Path, proc: bool) -> None:
-    start = packing.START if proc else packing.START.replace("/proc/", "/no-proc/")
+    start = archive.START if proc else archive.START.replace("/proc/", "/no-proc/")
     code = f"import os; del os.memfd_create\n{start}"
     done = subprocess.run(
-        [sys.executable, "-c", code], input=packing.line() + ABOUT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code], input=archive.line() + ABOUT, capture_output=True, text=True, timeout=60,
         env={"TMPDIR": str(tmp_path)}, check=False,
     )  # fmt: skip
     assert json.loads(done.stdout)["runtime"].startswith("onnxruntime"), done.stderr
@@ -111,11 +117,11 @@ def test_it_travels_to_a_system_without_files_in_memory(tmp_path: Path, proc: bo
 
 def test_a_system_without_files_in_memory_keeps_nothing_of_one_that_was_killed(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import os; del os.memfd_create\n{packing.START}"], stdin=subprocess.PIPE,
+        [sys.executable, "-c", f"import os; del os.memfd_create\n{archive.START}"], stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert process.stdin is not None and process.stderr is not None
-    process.stdin.write(packing.line().encode())
+    process.stdin.write(archive.line().encode())
     process.stdin.flush()
     try:  # the agent runs, and waits for its request, once it has the .pyz open
         until = time.monotonic() + 60
@@ -138,7 +144,7 @@ def nameless(pid: int, folder: Path) -> bool:
     return any(name.startswith(str(folder)) and name.endswith("(deleted)") for name in found)
 
 
-@pytest.mark.parametrize("path", packing.sources(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)
 def test_what_travels_is_python_3_8(path: Path) -> None:
     """Also in what only fails when it runs: new modules and methods, and types that are evaluated."""
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
@@ -182,7 +188,7 @@ def test_the_check_of_types_would_notice_new_ones() -> None:
 
 def test_the_pyz_is_a_zip_file_that_unpacks_to_the_sources(pyz: Path) -> None:
     archive = zipfile.ZipFile(io.BytesIO(pyz.read_bytes()))
-    for path in packing.sources():
+    for path in sources():
         name = path.relative_to(
             path.parents[[p.name for p in path.parents].index("edgeprune") + 1]
         ).as_posix()

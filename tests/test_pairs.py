@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edgeprune.errors import ModelError
-from edgeprune.nn.pairs import Pair, greedy_matching, pair_saliency, scaled_saliency
+from edgeprune.methods._data_free.pairing import Pair, greedy_matching, pair_saliency, scaled_saliency
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

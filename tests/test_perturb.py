@@ -13,11 +13,12 @@ from nets import NETS, build, example
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn.calling import logits
-from edgeprune.nn.perturb import Ball, crafting, cross_entropy, fgsm, perturb, pgd, trades
+from edgeprune.models.inference import logits
 from edgeprune.quantities import eps_of
+from edgeprune.train.adversarial import Ball, crafting, cross_entropy, fgsm, perturb, pgd, trades
 
 NORMS = ("Linf", "L2")
+
 # Of adding and subtracting pixels in float32.
 ROUNDING = 1e-6
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import EdgepruneError, ModelError, UnsafeModel, UsageError
-from edgeprune.nn import pickles, zoo
-from edgeprune.nn.pickle_scan import globals_of
+from edgeprune.models import architectures
+from edgeprune.safe_loading import pickle_loader
+from edgeprune.safe_loading.pickle_interpreter import globals_of
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -64,7 +65,7 @@ def network() -> nn.Sequential:
 
 def test_a_network_of_torchs_own_modules_loads_and_answers_the_same() -> None:
     net = network().eval()
-    loaded = pickles.load(saved(net), "net.pt")
+    loaded = pickle_loader.load_pickle(saved(net), "net.pt")
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(loaded(x), net(x)) and not loaded.training
 
@@ -78,10 +79,10 @@ def test_a_network_of_torchs_own_modules_loads_and_answers_the_same() -> None:
 )  # fmt: skip
 def test_a_network_of_the_zoos_loads_without_any_flag(spec: str) -> None:
     try:
-        net = zoo.architecture(spec)
+        net = architectures.architecture(spec)
     except EdgepruneError as error:
         pytest.skip(f"{error.message}: {error.hint}")
-    loaded = pickles.load(saved(net), "net.pt")
+    loaded = pickle_loader.load_pickle(saved(net), "net.pt")
     assert type(loaded) is type(net)
     theirs = net.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in loaded.state_dict().items())
@@ -105,7 +106,7 @@ def test_a_checkpoint_of_a_training_loop_loads(zipped: bool) -> None:
         "key": b"bytes",
         "set": {1, 2},
     }
-    loaded = pickles.load(saved(held, _use_new_zipfile_serialization=zipped), "checkpoint.pt")
+    loaded = pickle_loader.load_pickle(saved(held, _use_new_zipfile_serialization=zipped), "checkpoint.pt")
     assert loaded["best"] == 0.25 and loaded["step"] == 3 and loaded["options"] == held["options"]
     assert all(torch.equal(v, held["state_dict"][k]) for k, v in loaded["state_dict"].items())
     assert {k: loaded[k] for k in ("seen", "counts", "dtype", "device", "size", "key", "set")} == {
@@ -149,7 +150,7 @@ def test_no_malicious_pickle_runs_whatever_it_is_wrapped_in(tmp_path: Path) -> N
     assert len(files) > 80
     for data in files:
         with pytest.raises(UnsafeModel):
-            pickles.load(data, "evil.pt")
+            pickle_loader.load_pickle(data, "evil.pt")
         assert not marker.exists()
 
 
@@ -177,31 +178,31 @@ def test_a_hook_is_refused_with_its_function_named() -> None:
     net = network()
     net[0].register_forward_hook(print)
     with pytest.raises(UnsafeModel, match=r"builtins\.print"):
-        pickles.load(saved(net), "net.pt")
+        pickle_loader.load_pickle(saved(net), "net.pt")
 
 
 def test_a_hook_made_of_an_allowed_module_is_refused_too() -> None:
     net = network()
     net[0].register_forward_hook(nn.Identity())
     with pytest.raises(UnsafeModel, match="_forward_hooks"):
-        pickles.load(saved(net), "net.pt")
+        pickle_loader.load_pickle(saved(net), "net.pt")
 
 
 @pytest.mark.parametrize("name", ["forward", "__deepcopy__", "__call__", "_call_impl", "state_dict"])
 def test_an_attribute_can_not_take_the_place_of_a_method(name: str) -> None:
     with pytest.raises(UnsafeModel, match=name):
-        pickles.load(saved(with_attribute(name, nn.Identity())), "net.pt")
+        pickle_loader.load_pickle(saved(with_attribute(name, nn.Identity())), "net.pt")
 
 
 def test_a_constructor_of_an_allowed_class_is_not_called_with_arguments_of_the_file() -> None:
     with pytest.raises(UnsafeModel, match=r"a call of torch\.nn\.modules\.linear\.Linear"):
-        pickles.load(saved({"a": Evil(nn.Linear, 3, 4)}), "net.pt")
+        pickle_loader.load_pickle(saved({"a": Evil(nn.Linear, 3, 4)}), "net.pt")
 
 
 def test_a_tensors_rebuild_function_can_not_be_handed_another_function() -> None:
     evil = Evil(torch._tensor._rebuild_from_type_v2, nn.Linear, torch.Tensor, (3, 4), {})
     with pytest.raises(UnsafeModel, match="rebuild_from_type_v2|construction"):
-        pickles.load(saved({"a": evil}), "net.pt")
+        pickle_loader.load_pickle(saved({"a": evil}), "net.pt")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_a_tensors_rebuild_function_can_not_be_handed_another_function() -> None
 )
 def test_functions_partials_and_unknown_objects_are_refused_by_name(value: Any, named: str) -> None:
     with pytest.raises(UnsafeModel) as caught:
-        pickles.load(saved(with_attribute("extra", value)), "net.pt")
+        pickle_loader.load_pickle(saved(with_attribute("extra", value)), "net.pt")
     assert named in caught.value.message
     assert caught.value.exit_code == 4
     assert "--trust-pickle" in caught.value.hint
@@ -223,15 +224,17 @@ def test_functions_partials_and_unknown_objects_are_refused_by_name(value: Any, 
 
 def test_a_class_that_nobody_allowed_is_named_with_the_flag_that_allows_it() -> None:
     with pytest.raises(UnsafeModel) as caught:
-        pickles.load(saved(Own()), "own.pt")
+        pickle_loader.load_pickle(saved(Own()), "own.pt")
     name = f"{Own.__module__}.Own"
     assert name in caught.value.message
     assert f"--allow-class {name}" in caught.value.hint
-    assert isinstance(pickles.load(saved(Own()), "own.pt", allow_class=(name,)), Own)
+    assert isinstance(pickle_loader.load_pickle(saved(Own()), "own.pt", allow_class=(name,)), Own)
 
 
 def test_a_class_that_is_no_module_loads_when_the_user_names_it() -> None:
-    loaded = pickles.load(saved({"a": Settings()}), "a.pt", allow_class=(f"{Settings.__module__}.Settings",))
+    loaded = pickle_loader.load_pickle(
+        saved({"a": Settings()}), "a.pt", allow_class=(f"{Settings.__module__}.Settings",)
+    )
     assert loaded["a"].rate == 0.1
 
 
@@ -239,7 +242,7 @@ def test_allowing_one_class_allows_no_other(tmp_path: Path) -> None:
     net = Own()
     net.extra = Settings()  # type: ignore[assignment]
     with pytest.raises(UnsafeModel, match="Settings"):
-        pickles.load(saved(net), "own.pt", allow_class=(f"{Own.__module__}.Own",))
+        pickle_loader.load_pickle(saved(net), "own.pt", allow_class=(f"{Own.__module__}.Own",))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +252,7 @@ def test_allowing_one_class_allows_no_other(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_only_classes_can_be_allowed(name: str, words: str) -> None:
     with pytest.raises(EdgepruneError, match=words) as caught:
-        pickles.load(saved(network()), "net.pt", allow_class=(name,))
+        pickle_loader.load_pickle(saved(network()), "net.pt", allow_class=(name,))
     assert caught.value.exit_code in (2, 3)
 
 
@@ -266,7 +269,7 @@ def test_an_allowed_class_may_live_in_the_working_directory(
     del sys.modules["net_of_a_user"]
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    loaded = pickles.load(data, "net.pt", allow_class=("net_of_a_user.Net",))
+    loaded = pickle_loader.load_pickle(data, "net.pt", allow_class=("net_of_a_user.Net",))
     assert type(loaded).__name__ == "Net" and sys.path == before
     del sys.modules["net_of_a_user"]
 
@@ -282,24 +285,24 @@ def test_a_files_say_so_imports_nothing(tmp_path: Path, monkeypatch: pytest.Monk
             out.writestr("a/data.pkl", data)
             out.writestr("a/version", "3\n")
         with pytest.raises(EdgepruneError):
-            pickles.load(archive.getvalue(), "net.pt")
+            pickle_loader.load_pickle(archive.getvalue(), "net.pt")
         assert not (tmp_path / "ran").exists()
 
 
 def test_trusting_a_pickle_loads_anything_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     net = with_attribute("extra", functools.partial(nn.LayerNorm, eps=1e-6))
-    loaded = pickles.load(saved(net), "net.pt", trust=True)
+    loaded = pickle_loader.load_pickle(saved(net), "net.pt", trust=True)
     assert loaded.extra.keywords == {"eps": 1e-6}
     assert "runs whatever code" in caplog.text
 
 
 def test_trusting_loads_a_plain_pickle_too() -> None:
-    assert pickles.load(pickle.dumps({"a": 1}), "net.pkl", trust=True) == {"a": 1}
+    assert pickle_loader.load_pickle(pickle.dumps({"a": 1}), "net.pkl", trust=True) == {"a": 1}
 
 
 def test_trust_does_not_hide_a_damaged_file() -> None:
     with pytest.raises(ModelError, match="can't be unpickled"):
-        pickles.load(saved(network())[:-200], "net.pt", trust=True)
+        pickle_loader.load_pickle(saved(network())[:-200], "net.pt", trust=True)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -307,12 +310,12 @@ def test_trust_does_not_hide_a_damaged_file() -> None:
 def test_a_truncated_file_is_called_so(zipped: bool, share: float) -> None:
     data = saved(network().state_dict(), _use_new_zipfile_serialization=zipped)
     with pytest.raises(ModelError, match="truncated|corrupt|breaks off"):
-        pickles.load(data[: int(len(data) * share)], "net.pt")
+        pickle_loader.load_pickle(data[: int(len(data) * share)], "net.pt")
 
 
 def test_a_whole_network_in_the_old_format_is_told_as_such() -> None:
     with pytest.raises(UnsafeModel, match=r"without a zip archive: save it again") as caught:
-        pickles.load(saved(network(), _use_new_zipfile_serialization=False), "old.pt")
+        pickle_loader.load_pickle(saved(network(), _use_new_zipfile_serialization=False), "old.pt")
     # torch of today writes this format too.
     assert "1.6" not in caught.value.message
 
@@ -345,21 +348,21 @@ TABLES = [
 @pytest.mark.parametrize("key", TABLES)
 def test_hooks_that_are_set_after_the_network_was_built_are_found(key: str) -> None:
     with pytest.raises(UnsafeModel, match=f"functions in {key}"):
-        pickles.load(filled_later(key, b"K\x07ctorch._utils\n_rebuild_parameter\ns"), "net.pt")
+        pickle_loader.load_pickle(filled_later(key, b"K\x07ctorch._utils\n_rebuild_parameter\ns"), "net.pt")
 
 
 def test_a_table_of_parts_that_holds_something_else_is_refused() -> None:
     with pytest.raises(UnsafeModel, match="than _modules should hold"):
-        pickles.load(filled_later("_modules", b"X\x01\x00\x00\x00zK\x07s"), "net.pt")
+        pickle_loader.load_pickle(filled_later("_modules", b"X\x01\x00\x00\x00zK\x07s"), "net.pt")
 
 
 @pytest.mark.parametrize(("key", "value"), [("_forward_hooks", None), ("_modules", []), ("training", "yes"),
                                             ("_forward_hooks", torch.ones(2)), ("_buffers", 5)])  # fmt: skip
 def test_what_every_module_has_is_of_its_kind(key: str, value: Any) -> None:
     with pytest.raises(UnsafeModel, match=key):
-        pickles.load(saved(with_attribute(key, value)), "net.pt")
+        pickle_loader.load_pickle(saved(with_attribute(key, value)), "net.pt")
 
 
 def test_usage_errors_are_not_model_errors() -> None:
     with pytest.raises(UsageError):
-        pickles.load(saved(network()), "net.pt", allow_class=("builtins.print",))
+        pickle_loader.load_pickle(saved(network()), "net.pt", allow_class=("builtins.print",))

@@ -37,6 +37,7 @@ class Radio:
     power_w: float = 0.5
     band: str = "uhf" + "f"
 '''
+
 Write = Callable[..., str]
 
 
@@ -167,7 +168,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_pip_line(write: Write
 def test_a_dotted_path_names_a_class_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pigeons.py").write_text(
         "from dataclasses import dataclass\nfrom edgeprune.devices.local import Local\n"
-        "from edgeprune.devices import Device\n\n\n@dataclass(frozen=True)\nclass Pigeon(Device):\n"
+        "from edgeprune.devices._base import Device\n\n\n@dataclass(frozen=True)\nclass Pigeon(Device):\n"
         "    speed: int = 3\n    name = 'pigeon'\n"
         "    run, put, get, agent = Local.run, Local.put, Local.get, Local.agent\n"
     )

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from tracing_once import traced
 
 from edgeprune import plugins
-from edgeprune.methods import PruneTask
-from edgeprune.nn import costs, graph, progressive, surgery
-from edgeprune.nn.allocate import Rules as Budget
-from edgeprune.nn.progressive import Rules, Thinning, single_saliency
+from edgeprune.bounds import interval
+from edgeprune.methods._base import PruneTask
+from edgeprune.methods._data_free import progressive
+from edgeprune.methods._data_free.progressive import Rules, Thinning, single_saliency
+from edgeprune.models import costs, surgery
 from edgeprune.records import InputSpec
+from edgeprune.structure.allocation import Rules as Budget
+from edgeprune.structure.groups import find_groups
 
 MODES = progressive.MODES
+
 SHAPE = (1, 4, 4)
 
 
@@ -46,7 +50,7 @@ def pixels(count: int = 64) -> Tensor:
 
 def thinning(network: nn.Module, shape: tuple[int, int, int] = SHAPE, **rules: object) -> Thinning:
     example = torch.zeros(1, *shape)
-    groups = graph.find_groups(network, example).groups
+    groups = find_groups(network, example).groups
     box = programs.box_of(shape, 0.0, 1.0)
     return Thinning(network, traced(network, example), groups, box, Rules(**rules))  # type: ignore[arg-type]
 
@@ -248,7 +252,7 @@ def test_bounds_that_outgrow_their_numbers_are_none() -> None:
         network[3].weight.mul_(1e30)
         network[5].weight.mul_(1e30)
     thinned = thinning(network)
-    thinned.box = progressive.Interval(thinned.box.lo * 1e290, thinned.box.hi * 1e290)
+    thinned.box = interval.Interval(thinned.box.lo * 1e290, thinned.box.hi * 1e290)
     thinned.run({"1": 6, "3": 6}, 0)
     assert set(thinned.unbounded) == {"1", "3"}
 
@@ -283,7 +287,7 @@ def test_layers_without_bias_and_a_network_of_one_layer() -> None:
 
 def test_the_saliency_of_a_single_unit_is_what_makes_it_times_what_reads_it() -> None:
     network = perceptron(8)
-    (group,) = graph.find_groups(network, torch.zeros(1, *SHAPE)).groups
+    (group,) = find_groups(network, torch.zeros(1, *SHAPE)).groups
     made = torch.cat([network[1].weight, network[1].bias[:, None]], 1).double().norm(dim=1)
     expected = made * network[3].weight.double().norm(dim=0)
     torch.testing.assert_close(single_saliency(network, group), expected.detach())
@@ -300,7 +304,7 @@ class Poisoned:
 def test_data_is_not_touched(mode: str) -> None:
     network = perceptron(16, 12)
     example = torch.zeros(1, *SHAPE)
-    groups = graph.find_groups(network, example).groups
+    groups = find_groups(network, example).groups
     model = costs.cost_model(network, groups, example)
     poison: Tensor = Poisoned()  # type: ignore[assignment]
 

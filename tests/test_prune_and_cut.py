@@ -14,12 +14,15 @@ from torch import nn
 
 from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError, WorkdirError
 from edgeprune.methods import dnr
-from edgeprune.nn import costs, graph, progressive
-from edgeprune.nn.bundle import from_module
+from edgeprune.methods._data_free import progressive
+from edgeprune.models import costs
+from edgeprune.models.bundle import from_module
+from edgeprune.prune import budget_search, cut, stage
 from edgeprune.quantities import limit
-from edgeprune.recipe import PruneTable
+from edgeprune.recipe.schema import PruneTable
 from edgeprune.records import Budget, Bundle, Masks
-from edgeprune.stages import cut, prune
+from edgeprune.structure.groups import find_groups
+from edgeprune.train import loop
 
 
 def bundle(name: str = "residual") -> Bundle:
@@ -30,55 +33,55 @@ def budget(**limits: str) -> Budget:
     return Budget({m: limit(m, text) for m, text in limits.items()})
 
 
-def material(**probes: prune.Probe) -> prune.Material:
-    return prune.Material(None, None, probes, 1, 0)
+def material(**probes: budget_search.Probe) -> stage.PruningInputs:
+    return stage.PruningInputs(None, None, probes, 1, 0)
 
 
-def slow_as_macs(dense: Bundle) -> prune.Probe:
+def slow_as_macs(dense: Bundle) -> budget_search.Probe:
     """A device whose time is 10 ms for the dense model and in proportion to the multiply-accumulates."""
     whole = costs.total_macs(dense.module, nets.example())
-    return prune.Probe(0.01, lambda net: 0.01 * costs.total_macs(net, nets.example()) / whole)
+    return budget_search.Probe(0.01, lambda net: 0.01 * costs.total_macs(net, nets.example()) / whole)
 
 
-def macs_after(dense: Bundle, chosen: prune.Chosen) -> float:
-    plan, _ = cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
+def macs_after(dense: Bundle, chosen: stage.Chosen) -> float:
+    plan, _ = cut.run_cut(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
     return plan.macs / plan.macs_before
 
 
 @pytest.mark.parametrize(("text", "share"), [("60 %", 0.6), ("4 ms", 0.4)])
 def test_a_latency_budget_is_met_on_the_device_and_cuts_no_more_than_it_must(text: str, share: float) -> None:
     dense = bundle("plain")
-    chosen = prune.run(
+    chosen = stage.run(
         dense, PruneTable(), budget(latency_p50=text), material(latency_p50=slow_as_macs(dense))
     )
     assert 0.75 * share <= macs_after(dense, chosen) <= share
     assert any("Searched by building the file" in note for note in chosen.notes)
 
 
-def as_large_as_params(dense: Bundle) -> prune.Probe:
+def as_large_as_params(dense: Bundle) -> budget_search.Probe:
     """A file of 4 bytes a parameter, and one byte after a cut."""
     whole = sum(p.numel() for p in dense.module.parameters())
-    return prune.Probe(4.0 * whole, lambda net: float(sum(p.numel() for p in net.parameters())))
+    return budget_search.Probe(4.0 * whole, lambda net: float(sum(p.numel() for p in net.parameters())))
 
 
 def test_an_int8_file_is_held_to_its_share_when_only_the_macs_are_limited() -> None:
     dense = bundle()
     light = replace(material(size=as_large_as_params(dense)), file_share=0.3)
-    chosen = prune.run(dense, PruneTable(), budget(macs="50 %"), light)
-    _, small = cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
+    chosen = stage.run(dense, PruneTable(), budget(macs="50 %"), light)
+    _, small = cut.run_cut(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
     whole, left = (sum(p.numel() for p in b.module.parameters()) for b in (dense, small))
     assert left <= 0.15 * 4 * whole and macs_after(dense, chosen) <= 0.5
     assert any("held to 15.0% of the dense file" in note for note in chosen.notes)
     # A budget that says how small it is to become is left as it is.
-    told = prune.run(dense, PruneTable(), budget(macs="50 %", params="90 %"), light)
+    told = stage.run(dense, PruneTable(), budget(macs="50 %", params="90 %"), light)
     assert not any("held to" in note for note in told.notes)
 
 
 def test_an_int8_file_that_can_not_be_so_small_is_said_and_pruned_for_macs_alone() -> None:
     dense = bundle()
     light = replace(material(size=as_large_as_params(dense)), file_share=0.001)
-    chosen = prune.run(dense, PruneTable(), budget(macs="50 %"), light)
-    alone = prune.run(dense, PruneTable(), budget(macs="50 %"), material())
+    chosen = stage.run(dense, PruneTable(), budget(macs="50 %"), light)
+    alone = stage.run(dense, PruneTable(), budget(macs="50 %"), material())
     assert {g: k.tolist() for g, k in chosen.masks.channels.items()} == {
         g: k.tolist() for g, k in alone.masks.channels.items()
     }
@@ -88,31 +91,31 @@ def test_an_int8_file_that_can_not_be_so_small_is_said_and_pruned_for_macs_alone
 def test_counted_and_measured_limits_hold_together() -> None:
     dense = bundle()
     wanted = budget(latency_p50="90 %", macs="30 %")
-    chosen = prune.run(dense, PruneTable(), wanted, material(latency_p50=slow_as_macs(dense)))
+    chosen = stage.run(dense, PruneTable(), wanted, material(latency_p50=slow_as_macs(dense)))
     assert macs_after(dense, chosen) <= 0.3
 
 
 def test_a_latency_that_pruning_can_not_reach_says_how_far_it_got() -> None:
-    floor = prune.Probe(0.01, lambda net: 0.008)
+    floor = budget_search.Probe(0.01, lambda net: 0.008)
     with pytest.raises(InfeasibleBudget, match=r"closest got to latency_p50 8 ms \(asked for 5 ms\)"):
-        prune.run(bundle(), PruneTable(), budget(latency_p50="5 ms"), material(latency_p50=floor))
+        stage.run(bundle(), PruneTable(), budget(latency_p50="5 ms"), material(latency_p50=floor))
 
 
 def test_a_metric_that_nobody_can_read_while_pruning_is_refused() -> None:
     with pytest.raises(UsageError, match="energy can't be read while pruning"):
-        prune.run(bundle(), PruneTable(), budget(energy="1 mJ"), material())
+        stage.run(bundle(), PruneTable(), budget(energy="1 mJ"), material())
 
 
 def test_a_budget_that_holds_already_is_said_and_nothing_is_cut() -> None:
     dense = bundle()
-    chosen = prune.run(dense, PruneTable(), budget(macs="100 %"), material())
+    chosen = stage.run(dense, PruneTable(), budget(macs="100 %"), material())
     assert macs_after(dense, chosen) == 1 and any("nothing was removed" in n for n in chosen.notes)
 
 
 def test_the_choice_survives_the_disk(tmp_path: Path) -> None:
-    chosen = prune.run(bundle("concat"), PruneTable(), budget(macs="50 %"), material())
-    prune.write(chosen, tmp_path)
-    again = prune.read(tmp_path)
+    chosen = stage.run(bundle("concat"), PruneTable(), budget(macs="50 %"), material())
+    stage.write(chosen, tmp_path)
+    again = stage.read(tmp_path)
     assert again.groups == chosen.groups and again.left_out == chosen.left_out and again.notes == chosen.notes
     assert all(torch.equal(again.masks.channels[g], m) for g, m in chosen.masks.channels.items())
 
@@ -120,19 +123,19 @@ def test_the_choice_survives_the_disk(tmp_path: Path) -> None:
 def test_what_a_method_edited_goes_with_the_choice_and_survives_the_disk(tmp_path: Path) -> None:
     """Merged units: the readers of what stays have other weights than in the dense network, and nothing else has."""
     dense = bundle("plain")
-    chosen = prune.run(dense, PruneTable(options={"mode": "baseline"}), budget(macs="60 %"), material())
+    chosen = stage.run(dense, PruneTable(options={"mode": "baseline"}), budget(macs="60 %"), material())
     assert "Mode baseline: " in chosen.notes[0]
     # What went is zero everywhere; of what stays only the readers changed.
     before, keep = dense.module.state_dict(), chosen.masks.channels["a.0"]
     assert "b.0.weight" in chosen.edited
     assert not torch.equal(chosen.edited["b.0.weight"][:, keep], before["b.0.weight"][:, keep])
     assert torch.equal(chosen.edited["a.0.weight"][keep], before["a.0.weight"][keep])
-    prune.write(chosen, tmp_path)
-    again = prune.read(tmp_path)
+    stage.write(chosen, tmp_path)
+    again = stage.read(tmp_path)
     assert set(again.edited) == set(chosen.edited)
     assert all(torch.equal(again.edited[k], v) for k, v in chosen.edited.items())
     cuts = [
-        cut.run(dense, c.groups, c.masks, c.left_out, nets.example(), edited=edited)[1].module
+        cut.run_cut(dense, c.groups, c.masks, c.left_out, nets.example(), edited=edited)[1].module
         for c, edited in ((chosen, chosen.edited), (again, again.edited), (chosen, None))
     ]
     x = nets.example(6)
@@ -141,13 +144,13 @@ def test_what_a_method_edited_goes_with_the_choice_and_survives_the_disk(tmp_pat
     assert torch.equal(merged, same) and not torch.allclose(merged, plain, atol=1e-4)
     (tmp_path / "edited.safetensors").unlink()
     with pytest.raises(WorkdirError, match=r"edited\.safetensors"):
-        prune.read(tmp_path)
+        stage.read(tmp_path)
 
 
 def test_with_images_to_repair_on_the_weights_are_left_to_the_repair() -> None:
     dense = bundle("plain")
     given = replace(material(), unlabelled=nets.example(32))
-    chosen = prune.run(dense, PruneTable(), budget(macs="60 %"), given)
+    chosen = stage.run(dense, PruneTable(), budget(macs="60 %"), given)
     assert chosen.edited == {} and chosen.notes == () and macs_after(dense, chosen) <= 0.6
 
 
@@ -161,14 +164,14 @@ def test_searching_on_the_device_tries_counts_and_merges_but_once(monkeypatch: p
 
     monkeypatch.setattr(progressive.Thinning, "run", counted)
     probes = material(latency_p50=slow_as_macs(dense))
-    chosen = prune.run(dense, PruneTable(), budget(latency_p50="5 ms"), probes)
+    chosen = stage.run(dense, PruneTable(), budget(latency_p50="5 ms"), probes)
     assert len(runs) == 1 and macs_after(dense, chosen) <= 0.5
     assert runs[0] == {g: int(keep.sum()) for g, keep in chosen.masks.channels.items()}
 
 
 def test_searching_on_the_device_trains_but_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dense, runs = bundle("plain"), []
-    fit = dnr.fit
+    fit = loop.fit
 
     def counted(*given: Any) -> Any:
         runs.append(given)
@@ -181,30 +184,32 @@ def test_searching_on_the_device_trains_but_once(monkeypatch: pytest.MonkeyPatch
         material(latency_p50=slow_as_macs(dense)), train=images, images=images.take(torch.arange(60)),
         labels=images.labels, table=table, scratch=tmp_path,
     )  # fmt: skip
-    chosen = prune.run(dense, PruneTable(method="dnr"), budget(latency_p50="5 ms"), probes)
+    chosen = stage.run(dense, PruneTable(method="dnr"), budget(latency_p50="5 ms"), probes)
     assert len(runs) == 1 and macs_after(dense, chosen) <= 0.5
 
 
 def test_skipped_layers_keep_their_channels() -> None:
-    chosen = prune.run(bundle(), PruneTable(skip=("one.*",)), budget(macs="70 %"), material())
+    chosen = stage.run(bundle(), PruneTable(skip=("one.*",)), budget(macs="70 %"), material())
     assert "one.0" not in chosen.masks.channels and "skipped by request" in chosen.left_out["one.0"]
 
 
 def test_a_network_of_one_layer_can_not_be_cut_and_is_told_so() -> None:
     one = from_module(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), nets.example())
     with pytest.raises(UnsupportedModel, match="no channel of this network can be removed"):
-        prune.run(one, PruneTable(), budget(macs="50 %"), material())
+        stage.run(one, PruneTable(), budget(macs="50 %"), material())
 
 
 def test_a_group_that_fails_its_proof_is_left_whole_and_named() -> None:
     dense = bundle("plain")
-    groups = graph.find_groups(dense.module, nets.example()).groups
+    groups = find_groups(dense.module, nets.example()).groups
     wrong = tuple(
         replace(m, positions=(*m.positions[1:], m.positions[0])) if m.role == "consumer" else m
         for m in groups[0].members
     )
     masks = Masks(channels={g.name: torch.arange(g.channels) % 2 == 0 for g in groups})
-    plan, small = cut.run(dense, (replace(groups[0], members=wrong), groups[1]), masks, {}, nets.example())
+    plan, small = cut.run_cut(
+        dense, (replace(groups[0], members=wrong), groups[1]), masks, {}, nets.example()
+    )
     assert set(plan.removed) == {"b.0"} and "differ by" in plan.left_out["a.0"]
     assert small.module.a[0].out_channels == 8 and small.module.b[0].out_channels == 6  # type: ignore[index, union-attr]
 
@@ -219,8 +224,8 @@ def test_a_cut_that_removes_nothing_that_counts_is_an_error() -> None:
 
 def test_the_plan_says_what_is_left_and_what_there_was() -> None:
     dense = bundle()
-    chosen = prune.run(dense, PruneTable(), budget(macs="50 %"), material())
-    plan, small = cut.run(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
+    chosen = stage.run(dense, PruneTable(), budget(macs="50 %"), material())
+    plan, small = cut.run_cut(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
     assert plan.macs == costs.total_macs(small.module, nets.example()) <= 0.5 * plan.macs_before
     assert plan.macs_before == costs.total_macs(dense.module, nets.example())
     assert plan.params == costs.total_params(small.module) < plan.params_before

@@ -17,18 +17,20 @@ from latency_files import MadeUp
 from torch import nn
 
 from edgeprune.errors import InfeasibleBudget, UnsupportedModel
-from edgeprune.methods import PruneTask
+from edgeprune.latency import layer_table
+from edgeprune.latency.sampling import clock_on
+from edgeprune.methods._base import PruneTask
 from edgeprune.methods.taylor import Taylor
-from edgeprune.nn import costs
-from edgeprune.nn.allocate import Rules
-from edgeprune.nn.bundle import from_module
-from edgeprune.nn.latency_survey import clock_on
+from edgeprune.models import costs
+from edgeprune.models.bundle import from_module
+from edgeprune.prune import budget_search, stage
 from edgeprune.quantities import limit
-from edgeprune.recipe import PruneTable
+from edgeprune.recipe.schema import PruneTable
 from edgeprune.records import Budget
-from edgeprune.stages import prune, table
+from edgeprune.structure.allocation import Rules
 
 NAME = "residual"
+
 Read = Callable[[nn.Module], float]
 
 
@@ -40,22 +42,25 @@ def dense_seconds() -> float:
     return sum(s for _, s in latency_files.node_seconds(onnx.load(latency_files.exported(NAME))))
 
 
-def material(folder: Path, read: Read | None = None, **probes: prune.Probe) -> prune.Material:
+def material(folder: Path, read: Read | None = None, **probes: budget_search.Probe) -> stage.PruningInputs:
     """A device that is as its table says, unless `read` tells otherwise."""
     reader = read or (lambda net: latency_files.seconds_of(NAME, net))
     clock = clock_on(latency_files.exported(NAME), MadeUp().bench(folder), multiple_of=1)
-    probes = {"latency_p50": prune.Probe(dense_seconds(), reader), **probes}
-    return prune.Material(None, None, probes, 1, 0, clock=clock)
+    probes = {"latency_p50": budget_search.Probe(dense_seconds(), reader), **probes}
+    return stage.PruningInputs(None, None, probes, 1, 0, clock=clock)
 
 
 def chosen(
-    given: prune.Material, method: str = "magnitude", options: dict[str, Any] | None = None, **limits: str
-) -> prune.Chosen:
+    given: stage.PruningInputs,
+    method: str = "magnitude",
+    options: dict[str, Any] | None = None,
+    **limits: str,
+) -> stage.Chosen:
     bundle = from_module(nets.build(NAME), nets.example())
-    return prune.run(bundle, PruneTable(method=method, options=options or {}), budget(**limits), given)
+    return stage.run(bundle, PruneTable(method=method, options=options or {}), budget(**limits), given)
 
 
-def measured(found: prune.Chosen) -> list[float]:
+def measured(found: stage.Chosen) -> list[float]:
     return list(found.record["latency"]["measured"])
 
 
@@ -202,7 +207,7 @@ def test_counts_hold_beside_the_time(tmp_path: Path) -> None:
 def test_size_and_time_hold_together(tmp_path: Path) -> None:
     """The file has a head besides its parameters, which the search does not know."""
     whole = 4 * costs.total_params(nets.build(NAME)) + 1000.0
-    size = prune.Probe(whole, lambda net: 4 * costs.total_params(net) + 1000.0)
+    size = budget_search.Probe(whole, lambda net: 4 * costs.total_params(net) + 1000.0)
     found = chosen(material(tmp_path, size=size), latency_p50="90 %", size="50 %")
     network = latency_files.subject_of(NAME)
     kept = {g: int(keep.sum()) for g, keep in found.masks.channels.items()}
@@ -211,7 +216,7 @@ def test_size_and_time_hold_together(tmp_path: Path) -> None:
 
 
 def test_two_latencies_hold_and_the_tighter_one_decides(tmp_path: Path) -> None:
-    tail = prune.Probe(2 * dense_seconds(), lambda net: 2 * latency_files.seconds_of(NAME, net))
+    tail = budget_search.Probe(2 * dense_seconds(), lambda net: 2 * latency_files.seconds_of(NAME, net))
     found = chosen(material(tmp_path, latency_p99=tail), latency_p50="90 %", latency_p99="60 %")
     assert measured(found)[-1] <= 0.6 * dense_seconds()
 
@@ -235,15 +240,15 @@ def test_on_a_device_without_times_of_layers_shares_are_tried_and_it_is_said(tmp
 
 def test_the_choice_with_its_record_survives_the_disk(tmp_path: Path) -> None:
     found = chosen(material(tmp_path / "tables"), latency_p50="60 %")
-    prune.write(found, tmp_path)
-    assert prune.read(tmp_path).record["latency"]["measured"] == measured(found)
+    stage.write(found, tmp_path)
+    assert stage.read(tmp_path).record["latency"]["measured"] == measured(found)
 
 
 def test_profiling_a_table_gives_every_layer_at_its_counts_alone_and_in_its_place(tmp_path: Path) -> None:
     bundle = from_module(nets.build(NAME), nets.example())
     device = MadeUp()
-    wish = table.Wish(multiple_of=4)
-    found = table.run(bundle, latency_files.exported(NAME), device.bench(tmp_path), wish)
+    wish = layer_table.SurveyOptions(multiple_of=4)
+    found = layer_table.run(bundle, latency_files.exported(NAME), device.bench(tmp_path), wish)
     rows = [row for row in found.rows if row.layer == "one.0"]
     assert [row.makes for row in rows] == [16, 12, 8, 4] and {row.reads for row in rows} == {8}
     assert all(more.seconds >= 0.99 * fewer.seconds for more, fewer in itertools.pairwise(rows))
@@ -255,14 +260,17 @@ def test_profiling_a_table_gives_every_layer_at_its_counts_alone_and_in_its_plac
     assert [w.seconds for w in found.wholes] == sorted((w.seconds for w in found.wholes), reverse=True)
     assert found.wholes[0].seconds == pytest.approx(dense_seconds(), rel=0.03) and found.measured
     again = MadeUp()
-    assert table.run(bundle, latency_files.exported(NAME), again.bench(tmp_path), wish) == found
+    assert layer_table.run(bundle, latency_files.exported(NAME), again.bench(tmp_path), wish) == found
     assert again.calls == 0
 
 
 def test_the_last_layer_is_in_the_table_at_what_it_reads(tmp_path: Path) -> None:
     bundle = from_module(nets.build(NAME), nets.example())
-    found = table.run(
-        bundle, latency_files.exported(NAME), MadeUp().bench(tmp_path), table.Wish(multiple_of=4)
+    found = layer_table.run(
+        bundle,
+        latency_files.exported(NAME),
+        MadeUp().bench(tmp_path),
+        layer_table.SurveyOptions(multiple_of=4),
     )
     rows = [row for row in found.rows if row.layer == "fc"]
     assert [(row.reads, row.makes) for row in rows] == [(8, 5)]

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from edgeprune.errors import ModelError, UnsafeModel, UnsupportedModel
-from edgeprune.nn import pt2
-from edgeprune.nn.pt2_program import _check_expression
+from edgeprune.safe_loading import pt2_archive
+from edgeprune.safe_loading.pt2_graph import _check_expression
 
 WEIGHTS = "data/weights/model_weights_config.json"
+
 CONSTANTS = "data/constants/model_constants_config.json"
+
 PROGRAM = "models/model.json"
 
 
@@ -81,15 +83,18 @@ def test_genuine_archives_pass_and_load(shapes: Any, extra: bool, tmp_path: Path
     data = archive(net, shapes, extra=extra)
     path = tmp_path / "model.pt2"
     path.write_bytes(data)
-    pt2.vet(path)
+    pt2_archive.vet(path)
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(pt2.load(data, "model.pt2").module()(x), net(x))
+        assert torch.equal(pt2_archive.load_pt2(data, "model.pt2").module()(x), net(x))
 
 
 def test_an_archive_put_together_by_the_test_passes_when_it_is_genuine(genuine: bytes) -> None:
     # Otherwise the attacks below could be refused for how they are packed.
-    assert pt2.load(packed(records(genuine)), "same.pt2").state_dict.keys() == Zoo().state_dict().keys()
+    assert (
+        pt2_archive.load_pt2(packed(records(genuine)), "same.pt2").state_dict.keys()
+        == Zoo().state_dict().keys()
+    )
 
 
 class Evil:
@@ -257,6 +262,7 @@ ATTACKS = [
     in_a_container, in_a_file_operator, in_a_dotted_path, in_a_name, in_a_state_name, in_compiled_code,
     in_a_second_program,
 ]  # fmt: skip
+
 RUN_ON_LOAD = [
     in_samples,
     in_a_weight,
@@ -276,9 +282,9 @@ def test_an_archive_that_could_run_code_is_refused_and_runs_none(
     path = tmp_path / "model.pt2"
     path.write_bytes(attack(genuine, marker))
     with pytest.raises(UnsafeModel, match=r"was not loaded"):
-        pt2.vet(path)
+        pt2_archive.vet(path)
     with pytest.raises(UnsafeModel):
-        pt2.load(path.read_bytes(), "model.pt2")
+        pt2_archive.load_pt2(path.read_bytes(), "model.pt2")
     assert not marker.exists()
 
 
@@ -331,7 +337,7 @@ def test_a_tower_of_powers_anywhere_in_an_archive_is_refused_at_once(power: str,
 
     for change in (in_a_size, in_a_range):
         with pytest.raises(UnsafeModel, match="take forever"):
-            pt2.load(edited(genuine, PROGRAM, change), "model.pt2")
+            pt2_archive.load_pt2(edited(genuine, PROGRAM, change), "model.pt2")
 
 
 def numbers(*steps: tuple[str, str | int, int | str]) -> Callable[[Any, dict[str, bytes]], None]:
@@ -360,18 +366,18 @@ def numbers(*steps: tuple[str, str | int, int | str]) -> Callable[[Any, dict[str
 )  # fmt: skip
 def test_whole_numbers_that_grow_without_bounds_are_refused(steps: Any, genuine: bytes) -> None:
     with pytest.raises(UnsafeModel, match="number without bounds"):
-        pt2.load(edited(genuine, PROGRAM, numbers(*steps)), "model.pt2")
+        pt2_archive.load_pt2(edited(genuine, PROGRAM, numbers(*steps)), "model.pt2")
 
 
 def test_control_flow_and_foreign_operators_are_refused_by_name(genuine: bytes) -> None:
     with pytest.raises(UnsupportedModel, match=r"torch\.ops\.mine\.op\.default"):
-        pt2.load(first_node(genuine, "torch.ops.mine.op.default", {}), "model.pt2")
+        pt2_archive.load_pt2(first_node(genuine, "torch.ops.mine.op.default", {}), "model.pt2")
 
 
 def test_another_schema_version_is_named(genuine: bytes) -> None:
     data = edited(genuine, PROGRAM, lambda table, _: table["schema_version"].update(major=99))
     with pytest.raises(ModelError, match="schema version 99"):
-        pt2.load(data, "model.pt2")
+        pt2_archive.load_pt2(data, "model.pt2")
 
 
 @pytest.mark.parametrize(
@@ -381,16 +387,16 @@ def test_a_missing_part_is_named(name: str, genuine: bytes) -> None:
     files = records(genuine)
     del files[name]
     with pytest.raises(ModelError, match=f"{name} is missing"):
-        pt2.load(packed(files), "model.pt2")
+        pt2_archive.load_pt2(packed(files), "model.pt2")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_archive_is_called_so(share: float, genuine: bytes) -> None:
     with pytest.raises(ModelError, match="truncated or corrupt"):
-        pt2.load(genuine[: int(len(genuine) * share)], "model.pt2")
+        pt2_archive.load_pt2(genuine[: int(len(genuine) * share)], "model.pt2")
 
 
 def test_a_program_that_is_no_json_is_called_corrupt(genuine: bytes) -> None:
     for content in (b"{", b"[]", b"{}", b"null", b"\xff"):
         with pytest.raises(ModelError, match="corrupt"):
-            pt2.load(packed({**records(genuine), PROGRAM: content}), "model.pt2")
+            pt2_archive.load_pt2(packed({**records(genuine), PROGRAM: content}), "model.pt2")

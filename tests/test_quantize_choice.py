@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.quantities import limit
+from edgeprune.quantize.evaluation import best, judged, sqnr_db
+from edgeprune.quantize.int8 import fewest
+from edgeprune.quantize.job import Judgement
+from edgeprune.quantize.selection import Entry, missed_limits, pick, seconds_of
 from edgeprune.records import Reading
-from edgeprune.stages.quantize_choice import Entry, missed_limits, pick, seconds_of
-from edgeprune.stages.quantize_fallback import fewest
-from edgeprune.stages.quantize_job import Judgement
-from edgeprune.stages.quantize_judge import best, judged, sqnr_db
 
 
 def losing(loss: float, sqnr: float = 20.0, right: tuple[bool, ...] = ()) -> Judgement:

@@ -18,15 +18,20 @@ from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
 from edgeprune.errors import ParityError, UnsupportedModel, UsageError, WorkdirError
-from edgeprune.nn import activations
-from edgeprune.nn.bundle import deployed, from_module
+from edgeprune.export import stage
+from edgeprune.models.bundle import deployed, from_module
 from edgeprune.quantities import limit
-from edgeprune.recipe import ExportTable, QuantizeTable
+from edgeprune.quantize import evaluation, fusion, int8, observers, qdq
+from edgeprune.quantize import job as job_module
+from edgeprune.quantize import stage as stage_module
+from edgeprune.quantize.evaluation import answers, frees, panel
+from edgeprune.quantize.job import CalibrationSet, Quantized
+from edgeprune.quantize.stage import check_asked, shipped, wants_images
+from edgeprune.recipe.schema import ExportTable, QuantizeTable
 from edgeprune.records import Limit, Reading
-from edgeprune.stages import export, quantize, quantize_floats, quantize_guard, quantize_int8
-from edgeprune.stages.quantize_judge import answers, frees, panel
 
 ALL = ("fp32", "fp16", "int8")
+
 ONE = QuantizeTable(calibrator="minmax", equalize="off", bias_correction="off")
 
 
@@ -35,7 +40,7 @@ def exported(folder: Path, module: nn.Module, *, dynamic_batch: bool = False) ->
     path = folder / "float.onnx"
     table = ExportTable(dynamic_batch=dynamic_batch)
     meta = {"labels": '["a", "b"]'}
-    export.run(deployed(bundle).eval(), bundle.input, path, opset=17, table=table, meta=meta, real=None)
+    stage.run(deployed(bundle).eval(), bundle.input, path, opset=17, table=table, meta=meta, real=None)
     return path
 
 
@@ -66,16 +71,16 @@ def logits(path: Path, pixels: Tensor) -> np.ndarray:
     return np.concatenate([session.run(None, {"input": x[None].numpy()})[0] for x in pixels])
 
 
-def labelled(path: Path, count: int = 40) -> quantize.Material:
+def labelled(path: Path, count: int = 40) -> CalibrationSet:
     """Images whose labels are what the float file says."""
     pixels = images(count)
-    return quantize.Material(pixels, torch.from_numpy(logits(path, pixels).argmax(1)), "calibration")
+    return CalibrationSet(pixels, torch.from_numpy(logits(path, pixels).argmax(1)), "calibration")
 
 
 def job(
-    folder: Path, material: quantize.Material | None, precision: str = "int8", **more: object
-) -> quantize.Job:
-    first = quantize.Job(ONE, precision, ALL, "u8", material, folder / "scratch", lambda _: None)
+    folder: Path, material: CalibrationSet | None, precision: str = "int8", **more: object
+) -> job_module.Job:
+    first = job_module.Job(ONE, precision, ALL, "u8", material, folder / "scratch", lambda _: None)
     return replace(first, **more)
 
 
@@ -100,9 +105,9 @@ def ops(path: Path) -> list[str]:
 
 def test_int8_ships_with_its_proof_its_closeness_and_what_it_is(residual: Path, tmp_path: Path) -> None:
     material = labelled(residual)
-    result = quantize.run(residual, tmp_path, job(tmp_path, material))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, material))
     assert (result.precision, result.file) == ("int8", "model.onnx")
-    path = quantize.shipped(residual, tmp_path)
+    path = shipped(residual, tmp_path)
     assert path == tmp_path / "model.onnx" and path.stat().st_size < 0.6 * residual.stat().st_size
     assert "QuantizeLinear" in ops(path)
     read = {r.metric: r for r in result.readings}
@@ -114,13 +119,13 @@ def test_int8_ships_with_its_proof_its_closeness_and_what_it_is(residual: Path, 
     assert sqnr == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=0.05)
     assert read["agreement_with_float"].value == (a.argmax(1) == b.argmax(1)).mean()
     assert read["quantization_loss"].conditions["float"] == 1.0
-    assert quantize.read(tmp_path) == result
+    assert stage_module.read(tmp_path) == result
 
 
 def test_the_file_says_what_it_is_and_keeps_what_the_exported_one_said(
     residual: Path, tmp_path: Path
 ) -> None:
-    quantize.run(residual, tmp_path, job(tmp_path, labelled(residual)))
+    stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual)))
     about = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
     before = {entry.key: entry.value for entry in onnx.load(residual).metadata_props}
     assert before.items() <= about.items() and "edgeprune.labels" in before
@@ -134,7 +139,7 @@ def test_every_calibrator_is_tried_with_and_without_equalization_and_correction(
     residual: Path, tmp_path: Path
 ) -> None:
     material = replace(labelled(residual), labels=None)
-    result = quantize.run(residual, tmp_path, job(tmp_path, material, table=QuantizeTable(tolerance=1.0)))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, material, table=QuantizeTable(tolerance=1.0)))
     tried = [c for c in result.candidates if c["precision"] == "int8"]
     found = {(c["calibrator"], c["equalized"], c["corrected"]) for c in tried}
     assert len(tried) == len(found) == 16
@@ -147,7 +152,7 @@ def test_every_calibrator_is_tried_with_and_without_equalization_and_correction(
 
 def test_what_the_recipe_names_is_all_that_is_tried(residual: Path, tmp_path: Path) -> None:
     table = QuantizeTable(calibrator="mse", equalize="on", bias_correction="on")
-    result = quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), table=table))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual), table=table))
     (only,) = [c for c in result.candidates if c["precision"] == "int8"]
     assert (only["name"], only["equalized"], only["corrected"]) == (
         "int8 mse, equalized, bias-corrected", True, True,
@@ -156,7 +161,7 @@ def test_what_the_recipe_names_is_all_that_is_tried(residual: Path, tmp_path: Pa
 
 def test_the_same_inputs_give_the_same_bytes(residual: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        quantize.run(
+        stage_module.run(
             residual, tmp_path / name, job(tmp_path / name, labelled(residual), table=QuantizeTable())
         )
     one, two = (tmp_path / name / "model.onnx" for name in ("one", "two"))
@@ -167,9 +172,9 @@ def test_a_run_that_was_killed_goes_on_without_a_second_pass_and_gives_the_same_
     residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     material, table = labelled(residual), QuantizeTable()
-    quantize.run(residual, tmp_path / "whole", job(tmp_path / "whole", material, table=table))
+    stage_module.run(residual, tmp_path / "whole", job(tmp_path / "whole", material, table=table))
     made: list[object] = []
-    real = quantize_int8.quantized
+    real = qdq.quantized
 
     def killed(*given: object, **more: object) -> ModelProto:
         made.append(given)
@@ -177,16 +182,16 @@ def test_a_run_that_was_killed_goes_on_without_a_second_pass_and_gives_the_same_
             raise KeyboardInterrupt
         return real(*given, **more)
 
-    monkeypatch.setattr(quantize_int8, "quantized", killed)
+    monkeypatch.setattr(int8, "quantized", killed)
     with pytest.raises(KeyboardInterrupt):
-        quantize.run(residual, tmp_path, job(tmp_path, material, table=table))
+        stage_module.run(residual, tmp_path, job(tmp_path, material, table=table))
     assert not (tmp_path / "model.onnx").exists() and not (tmp_path / "quantized.json").exists()
 
-    def never(*_: object, **__: object) -> dict[str, activations.Seen]:
+    def never(*_: object, **__: object) -> dict[str, observers.Seen]:
         raise AssertionError("a second pass over the images")
 
-    monkeypatch.setattr(activations, "observe", never)
-    quantize.run(residual, tmp_path, job(tmp_path, material, table=table))
+    monkeypatch.setattr(observers, "observe", never)
+    stage_module.run(residual, tmp_path, job(tmp_path, material, table=table))
     # 5 candidates were kept; the other 11 are built, and the chosen one once more.
     assert len(made) == 6 + 11 + 1
     assert (tmp_path / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
@@ -194,10 +199,10 @@ def test_a_run_that_was_killed_goes_on_without_a_second_pass_and_gives_the_same_
 
 def test_other_images_in_the_same_scratch_start_anew(residual: Path, tmp_path: Path) -> None:
     first = job(tmp_path, labelled(residual))
-    quantize.run(residual, tmp_path / "a", first)
-    brighter = quantize.Material(images() * 0.5, None, "calibration")
-    quantize.run(residual, tmp_path / "b", replace(first, material=brighter))
-    quantize.run(residual, tmp_path / "c", replace(first, material=brighter, scratch=tmp_path / "other"))
+    stage_module.run(residual, tmp_path / "a", first)
+    brighter = CalibrationSet(images() * 0.5, None, "calibration")
+    stage_module.run(residual, tmp_path / "b", replace(first, material=brighter))
+    stage_module.run(residual, tmp_path / "c", replace(first, material=brighter, scratch=tmp_path / "other"))
     a, b, c = ((tmp_path / name / "model.onnx").read_bytes() for name in "abc")
     assert b == c != a
 
@@ -227,7 +232,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_layer_that_loses_goes_back_to_float_alone_and_is_reported(loud: Path, tmp_path: Path) -> None:
     table = replace(ONE, tolerance=0.15)
-    result = quantize.run(loud, tmp_path, job(tmp_path, labelled(loud, 200), table=table))
+    result = stage_module.run(loud, tmp_path, job(tmp_path, labelled(loud, 200), table=table))
     assert list(result.choice["fallback"]) == ["loud"]
     assert result.choice["fallback"]["loud"] > 0.01
     assert result.choice["float_layers"] == ["loud"]
@@ -245,31 +250,31 @@ def test_a_tolerance_that_can_not_be_reached_is_exit_5_for_int8_and_fp32_for_aut
     residual: Path, tmp_path: Path
 ) -> None:
     # Labels that half of the float file's answers miss, and no layer of the file may lose a single one of the rest.
-    material = quantize.Material(images(), None, "calibration")
+    material = CalibrationSet(images(), None, "calibration")
     table = replace(ONE, tolerance=0.0)
     crude = {"ranges": lambda seen, *_, **__: {name: (-0.01, 0.01) for name in seen}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize_int8, "ranges", crude["ranges"])
+        patch.setattr(int8, "ranges", crude["ranges"])
         with pytest.raises(ParityError, match=r"loses [\d.]+ points of agreement") as error:
-            quantize.run(residual, tmp_path / "a", job(tmp_path / "a", material, table=table))
+            stage_module.run(residual, tmp_path / "a", job(tmp_path / "a", material, table=table))
         assert error.value.exit_code == 5 and "--set quantize.tolerance=0." in error.value.hint
         assert not (tmp_path / "a" / "model.onnx").exists()
         asked = job(tmp_path / "b", material, "auto", table=table, precisions=("fp32", "int8"), timer=Clock())
-        result = quantize.run(residual, tmp_path / "b", asked)
+        result = stage_module.run(residual, tmp_path / "b", asked)
     assert (result.precision, result.file) == ("fp32", "")
     assert any("int8 does not ship" in note and "points of agreement" in note for note in result.notes)
     assert [c["precision"] for c in result.candidates if c["chosen"]] == ["fp32"]
     # The hint's tolerance is one that is accepted.
     accepted = float(error.value.hint.split("quantize.tolerance=")[1].split(",")[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize_int8, "ranges", crude["ranges"])
+        patch.setattr(int8, "ranges", crude["ranges"])
         wider = replace(table, tolerance=accepted)
-        assert quantize.run(residual, tmp_path / "c", job(tmp_path / "c", material, table=wider)).file
+        assert stage_module.run(residual, tmp_path / "c", job(tmp_path / "c", material, table=wider)).file
 
 
 def test_auto_ships_int8_where_it_is_faster(residual: Path, tmp_path: Path) -> None:
     clock = Clock(fp32=2e-3, int8=1e-3, fp16=1.9e-3)
-    result = quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), "auto", timer=clock))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual), "auto", timer=clock))
     assert (result.precision, result.file) == ("int8", "model.onnx")
     assert set(clock.asked) == {"fp32", "int8", "fp16"} and clock.asked["fp32"] == residual
     assert "QuantizeLinear" in ops(clock.asked["int8"])
@@ -282,9 +287,9 @@ def test_auto_says_that_int8_is_slower_and_does_not_ship_it(residual: Path, tmp_
     (tmp_path / "model.onnx").write_bytes(b"of an older run")
     clock = Clock(fp32=0.76e-3, int8=1e-3)
     asked = job(tmp_path, labelled(residual), "auto", timer=clock, precisions=("fp32", "int8"))
-    result = quantize.run(residual, tmp_path, asked)
+    result = stage_module.run(residual, tmp_path, asked)
     assert (result.precision, result.file, result.readings) == ("fp32", "", ())
-    assert quantize.shipped(residual, tmp_path) == residual
+    assert shipped(residual, tmp_path) == residual
     assert result.notes == ("int8 does not ship: slower: 1 ms, fp32 760 us on local x86_64, 1 thread.",)
 
 
@@ -292,13 +297,13 @@ def test_int8_that_was_asked_for_ships_though_it_is_slower_and_a_note_says_so(
     residual: Path, tmp_path: Path
 ) -> None:
     clock = Clock(fp32=0.76e-3, int8=1e-3)
-    result = quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), timer=clock))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual), timer=clock))
     assert result.precision == "int8"
     assert any("slower than fp32 here, 1 ms against 760 us on local x86_64" in n for n in result.notes)
 
 
 def test_auto_without_a_device_keeps_fp32_and_says_what_to_do(residual: Path, tmp_path: Path) -> None:
-    result = quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), "auto"))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual), "auto"))
     assert (result.precision, result.candidates) == ("fp32", ())
     (note,) = result.notes
     assert "--device" in note and "--precision int8" in note
@@ -309,14 +314,14 @@ def test_auto_without_a_device_still_meets_a_budget_of_size(residual: Path, tmp_
     asked = job(
         tmp_path, labelled(residual), "auto", limits=limits, dense=residual, precisions=("fp32", "int8")
     )
-    result = quantize.run(residual, tmp_path, asked)
+    result = stage_module.run(residual, tmp_path, asked)
     assert result.precision == "int8"
     assert result.candidates[0]["why_not"] == "misses the budget of size, which int8 meets"
 
 
 def test_auto_without_images_leaves_int8_out(residual: Path, tmp_path: Path) -> None:
     clock = Clock(fp32=2e-3, fp16=1e-3)
-    result = quantize.run(residual, tmp_path, job(tmp_path, None, "auto", timer=clock))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, None, "auto", timer=clock))
     assert result.precision == "fp16" and set(clock.asked) == {"fp32", "fp16"}
     assert any(note.startswith("int8 was not built") and "--data" in note for note in result.notes)
     assert any("test patterns" in note for note in result.notes)
@@ -324,19 +329,19 @@ def test_auto_without_images_leaves_int8_out(residual: Path, tmp_path: Path) -> 
 
 def test_auto_where_the_target_takes_fp32_alone_builds_nothing(residual: Path, tmp_path: Path) -> None:
     asked = job(tmp_path, labelled(residual), "auto", precisions=("fp32",), timer=Clock())
-    assert quantize.run(residual, tmp_path, asked).notes == ()
+    assert stage_module.run(residual, tmp_path, asked).notes == ()
 
 
 def test_fp32_that_was_asked_for_is_left_as_it_is(residual: Path, tmp_path: Path) -> None:
-    result = quantize.run(residual, tmp_path, job(tmp_path, None, "fp32"))
-    assert result == quantize.Quantized("fp32", "", {}, (), (), ())
-    assert quantize.shipped(residual, tmp_path) == residual
+    result = stage_module.run(residual, tmp_path, job(tmp_path, None, "fp32"))
+    assert result == Quantized("fp32", "", {}, (), (), ())
+    assert shipped(residual, tmp_path) == residual
 
 
 def test_fp16_ships_at_half_the_weights_and_answers_alike(residual: Path, tmp_path: Path) -> None:
     material = labelled(residual)
-    result = quantize.run(residual, tmp_path, job(tmp_path, material, "fp16"))
-    path = quantize.shipped(residual, tmp_path)
+    result = stage_module.run(residual, tmp_path, job(tmp_path, material, "fp16"))
+    path = shipped(residual, tmp_path)
     kinds = {t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith("weight")}
     assert kinds == {onnx.TensorProto.FLOAT16}
     read = {r.metric: r.value for r in result.readings}
@@ -352,7 +357,7 @@ def test_robust_accuracy_decides_with_clean_accuracy(residual: Path, tmp_path: P
         + 0.2 * torch.randn((20, *nets.SHAPE), generator=torch.Generator().manual_seed(1))
     ).clamp(0, 1)
     given = replace(material, adversarial=noisy)
-    result = quantize.run(residual, tmp_path, job(tmp_path, given))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, given))
     wanted = (logits(residual, noisy).argmax(1) == material.labels[:20].numpy()).mean()
     own = (logits(tmp_path / "model.onnx", noisy).argmax(1) == material.labels[:20].numpy()).mean()
     facts = next(r.conditions for r in result.readings if r.metric == "quantization_loss")
@@ -362,12 +367,12 @@ def test_robust_accuracy_decides_with_clean_accuracy(residual: Path, tmp_path: P
 
 
 def test_signed_activations_where_the_target_wants_them(residual: Path, tmp_path: Path) -> None:
-    quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), scheme="s8"))
+    stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual), scheme="s8"))
     model = onnx.load(tmp_path / "model.onnx")
     arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     steps = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
     assert steps and all(arrays[n.input[2]].dtype == np.int8 and not arrays[n.input[2]].any() for n in steps)
-    quantize.run(
+    stage_module.run(
         residual, tmp_path / "u8",
         job(tmp_path / "u8", labelled(residual), scheme="s8", table=replace(ONE, scheme="u8")),
     )  # fmt: skip
@@ -378,11 +383,11 @@ def test_signed_activations_where_the_target_wants_them(residual: Path, tmp_path
 
 def test_a_layer_to_skip_stays_float_and_is_no_silent_fallback(residual: Path, tmp_path: Path) -> None:
     table = replace(ONE, skip=("down*",))
-    result = quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), table=table))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual), table=table))
     assert result.choice["skipped"] == result.choice["float_layers"] == ["down.0"]
     assert result.choice["fallback"] == {}
     with pytest.raises(UsageError, match=r"quantize.skip names 'dawn\*'"):
-        quantize.run(
+        stage_module.run(
             residual, tmp_path, job(tmp_path, labelled(residual), table=replace(ONE, skip=("dawn*",)))
         )
 
@@ -390,27 +395,29 @@ def test_a_layer_to_skip_stays_float_and_is_no_silent_fallback(residual: Path, t
 def test_a_layer_that_became_float_in_silence_is_exit_5(
     residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = quantize_int8.quantized
+    real = qdq.quantized
 
     def forgetful(model: ModelProto, ranges: object, scheme: str, *, skip: tuple[str, ...]) -> ModelProto:
         return real(model, ranges, scheme, skip=(*skip, "two"))
 
-    monkeypatch.setattr(quantize_int8, "quantized", forgetful)
+    monkeypatch.setattr(int8, "quantized", forgetful)
     with pytest.raises(ParityError, match="two") as error:
-        quantize.run(residual, tmp_path, job(tmp_path, labelled(residual), table=replace(ONE, tolerance=1.0)))
+        stage_module.run(
+            residual, tmp_path, job(tmp_path, labelled(residual), table=replace(ONE, tolerance=1.0))
+        )
     assert error.value.exit_code == 5
 
 
 def test_a_network_with_a_layer_that_can_not_be_int8_ships_with_that_layer_named(tmp_path: Path) -> None:
     path = exported(tmp_path, nets.build("transposed"))
-    result = quantize.run(path, tmp_path, job(tmp_path, labelled(path)))
+    result = stage_module.run(path, tmp_path, job(tmp_path, labelled(path)))
     assert result.choice["unquantizable"] == result.choice["float_layers"] == ["up"]
 
 
 def test_a_network_without_any_layer_for_int8_says_so(tmp_path: Path) -> None:
     path = exported(tmp_path, nn.Sequential(nn.AvgPool2d(8), nn.Flatten()).eval())
     with pytest.raises(UnsupportedModel, match="no layer of the network can be int8"):
-        quantize.run(path, tmp_path, job(tmp_path, labelled(path)))
+        stage_module.run(path, tmp_path, job(tmp_path, labelled(path)))
 
 
 @pytest.mark.parametrize(
@@ -425,35 +432,35 @@ def test_a_network_without_any_layer_for_int8_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_images_that_are_none_are_refused(
-    spoil: Callable[[quantize.Material], quantize.Material], says: str, residual: Path, tmp_path: Path
+    spoil: Callable[[CalibrationSet], CalibrationSet], says: str, residual: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        quantize.run(residual, tmp_path, job(tmp_path, spoil(labelled(residual))))
+        stage_module.run(residual, tmp_path, job(tmp_path, spoil(labelled(residual))))
 
 
 def test_int8_without_images_is_refused_and_never_made_on_noise(residual: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="int8 needs images .*random noise would not do") as error:
-        quantize.run(residual, tmp_path, job(tmp_path, None))
+        stage_module.run(residual, tmp_path, job(tmp_path, None))
     assert "--data" in error.value.hint
 
 
 def test_few_images_are_enough_but_worth_a_note(residual: Path, tmp_path: Path) -> None:
-    result = quantize.run(residual, tmp_path, job(tmp_path, labelled(residual, 1)))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, labelled(residual, 1)))
     assert any("only 1 calibration image;" in note for note in result.notes)
     made = replace(labelled(residual, 40), labels=None, kind="synthesized")
-    result = quantize.run(residual, tmp_path, job(tmp_path, made))
+    result = stage_module.run(residual, tmp_path, job(tmp_path, made))
     assert any("made from the network itself" in note for note in result.notes)
 
 
 def test_a_precision_that_the_target_does_not_take_is_refused(residual: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'fp16' is not one that the target takes; it takes fp32, int8"):
-        quantize.run(residual, tmp_path, job(tmp_path, None, "fp16", precisions=("fp32", "int8")))
-    quantize.check_asked("auto", ("fp32",))
+        stage_module.run(residual, tmp_path, job(tmp_path, None, "fp16", precisions=("fp32", "int8")))
+    check_asked("auto", ("fp32",))
 
 
 def test_images_are_wanted_only_where_they_will_be_looked_at() -> None:
     def wants(precision: str, *precisions: str, timed: bool = True, limits: tuple[str, ...] = ()) -> bool:
-        return quantize.wants_images(precision, precisions, timed=timed, limits=limits)
+        return wants_images(precision, precisions, timed=timed, limits=limits)
 
     assert wants("int8", "fp32", "int8", timed=False) and wants("fp16", "fp32", "fp16")
     assert not wants("fp32", *ALL)
@@ -463,7 +470,7 @@ def test_images_are_wanted_only_where_they_will_be_looked_at() -> None:
 
 def test_what_was_left_must_be_readable(tmp_path: Path) -> None:
     with pytest.raises(WorkdirError, match=r"quantized\.json"):
-        quantize.read(tmp_path)
+        stage_module.read(tmp_path)
 
 
 def test_a_batch_of_one_is_freed_for_judging_and_gives_the_same_answers(residual: Path) -> None:
@@ -476,7 +483,7 @@ def test_a_batch_of_one_is_freed_for_judging_and_gives_the_same_answers(residual
 
 def test_models_are_judged_right_in_any_batch(tmp_path: Path) -> None:
     path = exported(tmp_path, nets.build("residual"), dynamic_batch=True)
-    result = quantize.run(path, tmp_path, job(tmp_path, labelled(path)))
+    result = stage_module.run(path, tmp_path, job(tmp_path, labelled(path)))
     read = {r.metric: r.value for r in result.readings}
     mine = next(c for c in result.candidates if c["chosen"])
     assert read["agreement_with_float"] == mine["agreement"]
@@ -484,7 +491,7 @@ def test_models_are_judged_right_in_any_batch(tmp_path: Path) -> None:
 
 
 def test_test_patterns_lie_in_the_range_of_the_input(residual: Path) -> None:
-    found = quantize_floats.patterns(onnx.load(residual))
+    found = evaluation.patterns(onnx.load(residual))
     assert found.shape == (16, *nets.SHAPE) and found.dtype == torch.float32
     assert (float(found.min()), float(found.max())) == (0.0, 1.0)
     assert len(torch.unique(found.flatten(1), dim=0)) >= 14
@@ -493,7 +500,7 @@ def test_test_patterns_lie_in_the_range_of_the_input(residual: Path) -> None:
 def test_a_layer_that_went_back_is_float_in_the_runtime_too(loud: Path, tmp_path: Path) -> None:
     # ONNX Runtime quantizes a float layer between Q/DQ by itself, which here changes nearly all answers.
     table = replace(ONE, skip=("loud",), tolerance=1.0)
-    quantize.run(loud, tmp_path, job(tmp_path, labelled(loud, 100), table=table))
+    stage_module.run(loud, tmp_path, job(tmp_path, labelled(loud, 100), table=table))
     path, pixels = tmp_path / "model.onnx", images(100)
     wanted = logits(loud, pixels).argmax(1)
     assert (logits(path, pixels).argmax(1) == wanted).mean() > 0.85
@@ -505,7 +512,7 @@ def test_a_layer_that_went_back_is_float_in_the_runtime_too(loud: Path, tmp_path
     bare.graph.node.remove(step)
     assert (answers(bare, pixels, free=False).argmax(1) == wanted).mean() < 0.5
     with pytest.raises(ParityError, match="quantizes layers that were meant to stay float: loud"):
-        quantize_guard.check_floats(bare)
+        fusion.check_floats(bare)
 
 
 class Pooled(nn.Sequential):
@@ -541,7 +548,7 @@ def test_a_layer_to_skip_between_pools_is_float_in_the_runtime_too(tmp_path: Pat
     # ONNX Runtime moves Q and DQ over the pools, and would quantize what then lies between them.
     skip = "3"
     path = exported(tmp_path, Pooled())
-    result = quantize.run(
+    result = stage_module.run(
         path, tmp_path, job(tmp_path, labelled(path), table=replace(ONE, skip=(skip,), tolerance=1.0))
     )
     assert result.precision == "int8" and result.choice["float_layers"] == [skip]
@@ -553,14 +560,14 @@ def test_a_layer_to_skip_between_pools_is_float_in_the_runtime_too(tmp_path: Pat
     layer.input[0] = step.input[0]
     bare.graph.node.remove(step)
     with pytest.raises(ParityError, match=f"quantizes layers that were meant to stay float: {skip}"):
-        quantize_guard.check_floats(bare)
+        fusion.check_floats(bare)
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_linear_layers_of_three_dimensions_ship_in_int8(dynamic_batch: bool, tmp_path: Path) -> None:
     path = exported(tmp_path, Tokens(), dynamic_batch=dynamic_batch)
     table = QuantizeTable(calibrator="minmax", equalize="on", bias_correction="on", tolerance=1.0)
-    result = quantize.run(path, tmp_path, job(tmp_path, labelled(path), table=table))
+    result = stage_module.run(path, tmp_path, job(tmp_path, labelled(path), table=table))
     assert result.precision == "int8" and result.choice["float_layers"] == []
     assert next(r.value for r in result.readings if r.metric == "runtime_int8_macs") == 1.0
     assert next(r.value or 0.0 for r in result.readings if r.metric == "sqnr") > 20
@@ -568,7 +575,7 @@ def test_linear_layers_of_three_dimensions_ship_in_int8(dynamic_batch: bool, tmp
 
 def test_a_loss_of_exactly_the_tolerance_is_accepted(residual: Path) -> None:
     model, pixels = onnx.load(residual), images(100)
-    seen = panel(quantize.Material(pixels, None, "calibration"), model)
+    seen = panel(CalibrationSet(pixels, None, "calibration"), model)
     other = seen.logits.copy()
     other[0] = -other[0]
     assert seen.judge(other).agreement == 0.99 and seen.judge(other).loss == 0.01

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.errors import UsageError
-from edgeprune.nn.activations import Seen, _Tally
-from edgeprune.nn.ranges import CALIBRATORS, divergence, grid, ranges, squared_error
+from edgeprune.quantize.calibrators import CALIBRATORS, divergence, grid, ranges, squared_error
+from edgeprune.quantize.observers import Seen, _Tally
 
 
 def binned(counts: list[int], low: float, high: float) -> Seen:

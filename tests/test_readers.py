@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from tracing_once import traced
 
-from edgeprune.nn import graph
-from edgeprune.nn.moments import patches
-from edgeprune.nn.readers import bias_of, output_scale, readers_of, solve, tensors_of
 from edgeprune.records import Group
+from edgeprune.repair.consumers import bias_of, consumers_of, output_scale, solve, tensors_of
+from edgeprune.repair.input_moments import patches
+from edgeprune.structure.groups import find_groups
 
 
 def groups(name: str) -> tuple[nn.Module, dict[str, Group]]:
     network = nets.build(name)
-    return network, {g.name: g for g in graph.find_groups(network, nets.example()).groups}
+    return network, {g.name: g for g in find_groups(network, nets.example()).groups}
 
 
 @pytest.mark.parametrize(
@@ -35,15 +35,15 @@ def test_the_readers_of_a_group_are_told_apart(
     name: str, group: str, readers: set[str], others: set[str]
 ) -> None:
     network, found = groups(name)
-    linear, rest = readers_of(network, found[group])
+    linear, rest = consumers_of(network, found[group])
     assert {r.path for r in linear} == readers and set(rest) == others
     assert all(r.layer is network.get_submodule(r.path) for r in linear)
 
 
 def test_a_reader_knows_which_entries_of_its_patches_each_unit_owns() -> None:
     network, found = groups("plain")
-    (conv,), _ = readers_of(network, found["a.0"])
-    (linear,), _ = readers_of(network, found["b.0"])
+    (conv,), _ = consumers_of(network, found["a.0"])
+    (linear,), _ = consumers_of(network, found["b.0"])
     assert conv.features[3] == tuple(range(27, 36)) and len(conv.features) == 8
     # Behind the pooling and the flatten a channel is 4 x 4 inputs.
     assert linear.features[1] == tuple(range(16, 32)) and len(linear.features) == 12

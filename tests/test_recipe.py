@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune import choices, plugins, recipe
+from edgeprune import plugins
 from edgeprune.errors import UsageError
-from edgeprune.recipe import (
+from edgeprune.recipe import parse, schema
+from edgeprune.recipe.schema import (
     DataTable,
     ExportTable,
     MeasureTable,
@@ -26,6 +27,7 @@ from edgeprune.records import METRICS, Budget, Limit
 
 # Any text but halves of surrogate pairs, which no TOML file can hold.
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+
 SHARES = st.floats(0.01, 0.99)
 
 
@@ -51,12 +53,12 @@ RECIPES = some(
     prune=some(
         PruneTable,
         method=st.sampled_from(["auto", *plugins.names("methods")]),
-        granularity=st.sampled_from(choices.GRANULARITIES),
+        granularity=st.sampled_from(schema.GRANULARITIES),
         allocation=st.sampled_from(["global", "uniform"]),
         floor=SHARES,
         multiple_of=st.integers(0, 64),
         skip=st.lists(TEXT, max_size=2).map(tuple),
-        repair=st.sampled_from(choices.REPAIRS),
+        repair=st.sampled_from(schema.REPAIRS),
     ),
     synthesize=some(SynthesizeTable, images=st.integers(0, 9999), steps=st.integers(0, 9999)),
     budget=st.dictionaries(st.sampled_from(["macs", "params", "size"]), st.just("50 %")),
@@ -65,9 +67,9 @@ RECIPES = some(
         epochs=st.integers(0, 99),
         lr=SHARES,
         distill=SHARES,
-        augment=st.sampled_from(choices.AUGMENTS),
+        augment=st.sampled_from(schema.AUGMENTS),
     ),
-    export=some(ExportTable, precision=st.sampled_from(choices.PRECISIONS), opset=st.integers(0, 20)),
+    export=some(ExportTable, precision=st.sampled_from(schema.PRECISIONS), opset=st.integers(0, 20)),
     measure=st.builds(
         lambda urls, table: dataclasses.replace(table, device=urls[0], beside=tuple(urls[1:])),
         st.lists(TEXT, min_size=1, max_size=3, unique=True),
@@ -78,17 +80,17 @@ RECIPES = some(
 
 @given(RECIPES)
 def test_a_recipe_comes_back_from_its_dict_and_from_its_toml(made: Recipe) -> None:
-    assert recipe.build(recipe.to_dict(made), {}) == made
-    assert recipe.build(tomllib.loads(recipe.to_toml(made)), {}) == made
+    assert parse.build(parse.to_dict(made), {}) == made
+    assert parse.build(tomllib.loads(parse.to_toml(made)), {}) == made
 
 
 def test_a_path_beyond_the_basic_plane_and_a_delete_character_survive_toml() -> None:
-    made = recipe.build({"model": {"path": 'models/\U0001f916\x7f\t"q".pt'}}, {})
-    assert recipe.build(tomllib.loads(recipe.to_toml(made)), {}) == made
+    made = parse.build({"model": {"path": 'models/\U0001f916\x7f\t"q".pt'}}, {})
+    assert parse.build(tomllib.loads(parse.to_toml(made)), {}) == made
 
 
 def test_every_default_is_written_out() -> None:
-    written = tomllib.loads(recipe.to_toml(Recipe()))
+    written = tomllib.loads(parse.to_toml(Recipe()))
     for table in (f.name for f in dataclasses.fields(Recipe)):
         value = getattr(Recipe(), table)
         expected = {f.name for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else None
@@ -98,12 +100,12 @@ def test_every_default_is_written_out() -> None:
 
 
 def test_nothing_given_gives_the_defaults() -> None:
-    assert recipe.build({}, {}) == Recipe()
+    assert parse.build({}, {}) == Recipe()
 
 
 def test_a_set_line_wins_over_a_flag_and_a_flag_over_the_file() -> None:
     file = {"seed": 1, "tune": {"epochs": 1, "lr": 0.1, "batch": 64}, "prune": {"method": "magnitude"}}
-    made = recipe.build(file, {"tune": {"epochs": 2, "lr": 0.2}}, ["tune.epochs=3"])
+    made = parse.build(file, {"tune": {"epochs": 2, "lr": 0.2}}, ["tune.epochs=3"])
     assert (made.tune.epochs, made.tune.lr, made.tune.batch) == (3, 0.2, 64)
     assert (made.seed, made.prune.method) == (1, "magnitude")
 
@@ -127,25 +129,25 @@ def test_a_set_line_wins_over_a_flag_and_a_flag_over_the_file() -> None:
     ],
 )
 def test_a_set_line_is_read_as_toml_or_as_text(line: str, table: str, key: str, value: object) -> None:
-    found = getattr(getattr(recipe.build({}, {}, [line]), table), key)
+    found = getattr(getattr(parse.build({}, {}, [line]), table), key)
     assert found == value
     assert type(found) is type(value)
 
 
 @pytest.mark.parametrize("name", ["uniform_random", "uniform-random"])
 def test_a_method_has_one_name_however_it_is_written(name: str) -> None:
-    assert recipe.build({"prune": {"method": name}}, {}).prune.method == "uniform-random"
-    assert recipe.build({"prune": {"method": "my_file.My_Method"}}, {}).prune.method == "my_file.My_Method"
+    assert parse.build({"prune": {"method": name}}, {}).prune.method == "uniform-random"
+    assert parse.build({"prune": {"method": "my_file.My_Method"}}, {}).prune.method == "my_file.My_Method"
 
 
 def test_auto_takes_the_options_of_every_method_that_it_may_become() -> None:
-    for name in choices.AUTO:
+    for name in schema.AUTO:
         for option in plugins.options("methods", name):
-            assert recipe.build({"prune": {option: 3}}, {}).prune.options == {option: 3}
+            assert parse.build({"prune": {option: 3}}, {}).prune.options == {option: 3}
 
 
 def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
-    made = recipe.build({}, {}, ["seed=7", "target=jetson"])
+    made = parse.build({}, {}, ["seed=7", "target=jetson"])
     assert (made.seed, made.target) == (7, "jetson")
 
 
@@ -202,7 +204,7 @@ def test_a_wrong_recipe_says_what_was_found_and_what_is_accepted(
     tables: Any, message: str, hint: str | None
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        recipe.build(tables, {})
+        parse.build(tables, {})
     assert caught.value.message == message
     assert hint is None or caught.value.hint == hint
 
@@ -210,7 +212,7 @@ def test_a_wrong_recipe_says_what_was_found_and_what_is_accepted(
 @pytest.mark.parametrize("line", ["tune.epochs", "=3", "tune.=3", ".epochs=3", ""])
 def test_a_set_line_of_another_form_is_refused(line: str) -> None:
     with pytest.raises(UsageError):
-        recipe.build({}, {}, [line])
+        parse.build({}, {}, [line])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_a_set_line_of_another_form_is_refused(line: str) -> None:
 )
 def test_layers_that_disagree_about_tables_never_crash(file: Any, flags: Any, lines: list[str]) -> None:
     try:
-        recipe.build(file, flags, lines)
+        parse.build(file, flags, lines)
     except UsageError as error:
         assert "must be" in error.message
 
@@ -250,19 +252,19 @@ def test_layers_that_disagree_about_tables_never_crash(file: Any, flags: Any, li
 )
 def test_any_file_gives_a_recipe_or_a_usage_error(tables: Any) -> None:
     try:
-        made = recipe.build(tables, {})
+        made = parse.build(tables, {})
     except UsageError:
         return
-    assert recipe.build(recipe.to_dict(made), {}) == made
+    assert parse.build(parse.to_dict(made), {}) == made
 
 
 def test_the_default_budget_is_half_of_the_macs() -> None:
-    assert recipe.budget(Recipe()) == Budget({"macs": Limit("macs", "share", 0.5, "50 %")})
+    assert parse.budget(Recipe()) == Budget({"macs": Limit("macs", "share", 0.5, "50 %")})
 
 
 def test_a_budget_is_parsed_limit_by_limit() -> None:
-    made = recipe.build({"budget": {"size": "2 MB", "clean_accuracy": "-1 pp", "params": 70000}}, {})
-    limits = recipe.budget(made).limits
+    made = parse.build({"budget": {"size": "2 MB", "clean_accuracy": "-1 pp", "params": 70000}}, {})
+    limits = parse.budget(made).limits
     assert {m: (v.kind, v.value) for m, v in limits.items()} == {
         "size": ("absolute", 2e6),
         "clean_accuracy": ("delta", -0.01),
@@ -273,21 +275,21 @@ def test_a_budget_is_parsed_limit_by_limit() -> None:
 @pytest.mark.parametrize("metric", sorted(METRICS))
 def test_every_metric_may_stand_in_a_budget(metric: str) -> None:
     limit = "50 %" if METRICS[metric].less_is_better else "20 dB" if METRICS[metric].unit == "dB" else "90 %"
-    assert list(recipe.budget(recipe.build({"budget": {metric: limit}}, {})).limits) == [metric]
+    assert list(parse.budget(parse.build({"budget": {metric: limit}}, {})).limits) == [metric]
 
 
 def test_with_defaults_changes_only_what_it_names() -> None:
-    before = recipe.build({"tune": {"epochs": 2}, "prune": {"floor": 0.2}}, {})
-    after = recipe.with_defaults(before, prune={"method": "taylor"})
+    before = parse.build({"tune": {"epochs": 2}, "prune": {"floor": 0.2}}, {})
+    after = parse.with_defaults(before, prune={"method": "taylor"})
     assert after.prune == dataclasses.replace(before.prune, method="taylor")
     assert dataclasses.replace(after, prune=before.prune) == before
 
 
 def test_a_radius_may_be_a_number_and_is_held_to_the_same_rules() -> None:
-    assert recipe.build({}, {}, ["tune.eps=0.03"]).tune.eps == "0.03"
-    assert recipe.build({"attack": {"eps": 0.03}}, {}).attack.eps == "0.03"
+    assert parse.build({}, {}, ["tune.eps=0.03"]).tune.eps == "0.03"
+    assert parse.build({"attack": {"eps": 0.03}}, {}).attack.eps == "0.03"
     with pytest.raises(UsageError) as error:
-        recipe.build({}, {}, ["tune.eps=8"])
+        parse.build({}, {}, ["tune.eps=8"])
     assert "8/255" in error.value.hint
     with pytest.raises(UsageError, match=r"tune\.eps"):
-        recipe.build({}, {}, ["tune.eps=true"])
+        parse.build({}, {}, ["tune.eps=true"])

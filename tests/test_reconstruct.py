@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from tracing_once import traced
 
-from edgeprune.nn import least_squares, reconstruct
-from edgeprune.nn.bundle import deployed, from_module
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.reconstruct import repair
+from edgeprune.models.bundle import deployed, from_module
+from edgeprune.prune import cut
 from edgeprune.records import Bundle, Masks
-from edgeprune.stages import cut
+from edgeprune.repair import least_squares, stage
+from edgeprune.repair.stage import repair
+from edgeprune.structure.groups import find_groups
 
 Errors = Mapping[str, tuple[float, float]]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "trace", traced)
+    monkeypatch.setattr(stage, "trace", traced)
 
 
 def images(count: int, seed: int = 5) -> Tensor:
@@ -34,7 +34,7 @@ def images(count: int, seed: int = 5) -> Tensor:
 
 def without(dense: Bundle, masks: dict[str, Tensor]) -> Bundle:
     groups = find_groups(dense.module, nets.example()).groups
-    return cut.run(dense, groups, Masks(channels=masks), {}, nets.example())[1]
+    return cut.run_cut(dense, groups, Masks(channels=masks), {}, nets.example())[1]
 
 
 def halved(dense: Bundle) -> Bundle:
@@ -57,13 +57,13 @@ def divergence(dense: Bundle, other: Bundle, x: Tensor) -> float:
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[Errors]:
     """The squared error of each solved layer on its images, before and after; one entry for each repair."""
     seen: list[Errors] = []
-    kept = reconstruct._kept
+    kept = stage._kept
 
-    def spy(*given: object) -> reconstruct.Repaired:
+    def spy(*given: object) -> stage.Repaired:
         seen.append(given[-1])  # type: ignore[arg-type]
         return kept(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reconstruct, "_kept", spy)
+    monkeypatch.setattr(stage, "_kept", spy)
     return seen
 
 
@@ -172,7 +172,7 @@ def test_a_network_that_was_not_cut_stays_as_it_is() -> None:
 def test_a_repair_that_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = from_module(nets.build("plain"), nets.example())
     small = halved(dense)
-    monkeypatch.setattr(reconstruct, "divergence", lambda *_: 0.25)
+    monkeypatch.setattr(stage, "divergence", lambda *_: 0.25)
     found = repair(dense, small, images(16), seed=0)
     assert found.bundle is small and found.facts["layers"] == 0
     assert found.notes == (
@@ -384,7 +384,7 @@ def test_a_very_wide_layer_is_solved_through_its_rows_to_the_same_end(
     dense = from_module(nets.build("plain"), nets.example())
     small, x = halved(dense), images(48)
     expected = repair(dense, small, x, seed=0).bundle.module.state_dict()
-    monkeypatch.setattr(reconstruct, "WIDEST", 50)
+    monkeypatch.setattr(stage, "WIDEST", 50)
     asked: list[bool] = []
     made = least_squares.Rows.__init__
 
@@ -413,11 +413,11 @@ def test_the_rows_of_a_layer_are_limited_in_number_and_in_memory(monkeypatch: py
         add(rows, x, y, edge)  # type: ignore[arg-type]
 
     monkeypatch.setattr(least_squares.Rows, "add", spy)
-    monkeypatch.setattr(reconstruct, "ROWS", 800)
+    monkeypatch.setattr(stage, "ROWS", 800)
     repair(dense, small, x, seed=0)
     # b.0 has 36 inputs at 64 positions of 80 images, fc 96 at one; both with the constant.
     assert seen == {37: 800, 97: 80}
     seen.clear()
-    monkeypatch.setattr(reconstruct, "CELLS", 37 * 400)
+    monkeypatch.setattr(stage, "CELLS", 37 * 400)
     found = repair(dense, small, x, seed=0).bundle
     assert seen == {37: 400, 97: 80} and divergence(dense, found, x) < divergence(dense, small, x)

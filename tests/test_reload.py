@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import edgeprune
-from edgeprune import codec
+from edgeprune import serialization
 from edgeprune.errors import ModelError, ParityError
-from edgeprune.nn import parity, reload, surgery, zoo
-from edgeprune.nn.bundle import deployed
+from edgeprune.export import reload, stage
+from edgeprune.models import architectures, surgery
+from edgeprune.models.bundle import deployed
+from edgeprune.onnx_graph import session
 from edgeprune.records import Bundle, InputSpec, Plan, Reading, Source
-from edgeprune.stages import export
 
 SPEC = InputSpec((3, 8, 8), 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+
 ARCHITECTURE = """
 from torch import nn
 
@@ -52,7 +54,7 @@ def bundle(tmp_path: Path) -> Bundle:
     folder.mkdir()
     (folder / "network.py").write_text(ARCHITECTURE)
     torch.manual_seed(0)
-    network = zoo.architecture(f"{folder / 'network.py'}:small").eval()
+    network = architectures.architecture(f"{folder / 'network.py'}:small").eval()
     norm = network.get_submodule("1")
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
     nn.init.uniform_(norm.running_var, 0.5, 1.5)
@@ -68,21 +70,21 @@ def bundle(tmp_path: Path) -> Bundle:
 def run(bundle: Bundle, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    export.save_modules(bundle, folder)
+    stage.save_modules(bundle, folder)
     return folder
 
 
 def ask(request: reload.Request) -> reload.Answer:
     """The program in this process: as fresh as the files are concerned, and quicker."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", io.StringIO(json.dumps(codec.to_json(request))))
+        patch.setattr(sys, "stdin", io.StringIO(json.dumps(serialization.to_json(request))))
         assert reload.main() == 0
-    return codec.read(reload.Answer, Path(request.out + ".json"))
+    return serialization.read(reload.Answer, Path(request.out + ".json"))
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_ask_fresh_process", ask)
+    monkeypatch.setattr(stage, "_ask_fresh_process", ask)
 
 
 def values(readings: tuple[Reading, ...]) -> dict[str, float | None]:
@@ -96,21 +98,21 @@ def test_a_fresh_process_rebuilds_a_cut_network_both_ways(
     for name in ("json", "random", "statistics"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')")
     monkeypatch.chdir(tmp_path)
-    readings = export.check_reload(run, SPEC, deployed(bundle))
+    readings = stage.check_reload(run, SPEC, deployed(bundle))
     assert set(values(readings)) == {"plan.json and weights.safetensors", "model.pt2"}
     assert all(r.value is not None and r.value <= 1e-6 and r.n == 6 for r in readings)
 
 
 def test_a_network_from_memory_is_rebuilt_from_its_program_alone(bundle: Bundle, tmp_path: Path) -> None:
-    export.save_modules(replace(bundle, source=Source("memory")), tmp_path)
-    missing, found = export.check_reload(tmp_path, SPEC, deployed(bundle))
+    stage.save_modules(replace(bundle, source=Source("memory")), tmp_path)
+    missing, found = stage.check_reload(tmp_path, SPEC, deployed(bundle))
     assert missing.value is None and "came from memory" in missing.conditions["why"]
-    assert (found.artifact, found.metric) == ("model.pt2", parity.METRIC)
+    assert (found.artifact, found.metric) == ("model.pt2", session.METRIC)
     assert found.value is not None and found.value <= 1e-6
 
 
 def test_the_plan_file_says_how_to_rebuild_the_network(run: Path, bundle: Bundle) -> None:
-    known = codec.read(reload.PlanFile, run / "plan.json")
+    known = serialization.read(reload.PlanFile, run / "plan.json")
     assert known == reload.PlanFile(edgeprune.__version__, bundle.source, SPEC, bundle.plans, bundle.labels)
     raw = json.loads((run / "plan.json").read_text())
     assert list(raw) == ["edgeprune", "source", "input", "plans", "labels"]
@@ -134,7 +136,7 @@ def test_the_program_has_an_open_batch_where_the_network_allows_it(
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x.reshape(1, 192))
 
-    export.save_modules(Bundle(Fixed(), Source("memory"), SPEC), tmp_path)
+    stage.save_modules(Bundle(Fixed(), Source("memory"), SPEC), tmp_path)
     fixed = torch.export.load(tmp_path / "model.pt2")
     assert fixed.example_inputs is not None and fixed.example_inputs[0][0].shape == (1, *SPEC.shape)
 
@@ -150,7 +152,7 @@ def test_the_program_tells_nothing_of_the_machine_it_was_made_on(run: Path) -> N
 def test_weights_that_layers_share_are_written_for_each(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.Linear(192, 192), nn.Linear(192, 5))
     network[2].weight = network[1].weight
-    export.save_modules(Bundle(network.eval(), Source("memory"), SPEC), tmp_path)
+    stage.save_modules(Bundle(network.eval(), Source("memory"), SPEC), tmp_path)
     weights = load_file(tmp_path / "weights.safetensors")
     assert torch.equal(weights["1.weight"], weights["2.weight"])
     assert set(weights) == set(network.state_dict())
@@ -162,14 +164,14 @@ def test_weights_that_are_not_the_networks_are_noticed(run: Path, bundle: Bundle
     weights["6.bias"] += 0.01
     save_file(weights, run / "weights.safetensors")
     with pytest.raises(ParityError, match=r"plan.json and weights.safetensors differs from the network"):
-        export.check_reload(run, SPEC, deployed(bundle))
+        stage.check_reload(run, SPEC, deployed(bundle))
 
 
 @pytest.mark.usefixtures("here")
 def test_a_program_that_is_not_the_networks_is_noticed(run: Path, bundle: Bundle) -> None:
-    other = zoo.architecture(bundle.source.arch).eval()
+    other = architectures.architecture(bundle.source.arch).eval()
     with pytest.raises(ParityError, match="differs from the network"):
-        export.check_reload(run, SPEC, deployed(replace(bundle, module=other)))
+        stage.check_reload(run, SPEC, deployed(replace(bundle, module=other)))
 
 
 @pytest.mark.usefixtures("here")
@@ -194,7 +196,7 @@ def test_what_can_not_be_rebuilt_says_from_which_file_and_why(
 ) -> None:
     spoil(run, Path(bundle.source.path).parent)
     with pytest.raises(ModelError) as refused:
-        export.check_reload(run, SPEC, deployed(bundle))
+        stage.check_reload(run, SPEC, deployed(bundle))
     assert "a fresh process can't rebuild the network from" in refused.value.message
     assert words in refused.value.message
 
@@ -203,7 +205,7 @@ def test_what_can_not_be_rebuilt_says_from_which_file_and_why(
 def test_a_broken_plan_file_is_named(text: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(ModelError, match=r"plan\.json is not a"):
-        export.check_reload(tmp_path, SPEC, deployed(bundle))
+        stage.check_reload(tmp_path, SPEC, deployed(bundle))
 
 
 def test_a_process_that_dies_or_hangs_is_a_model_error(
@@ -214,13 +216,13 @@ def test_a_process_that_dies_or_hangs_is_a_model_error(
         (1, "Traceback\nValueError: all wrong\n", "ValueError: all wrong"),
     ):
         done = subprocess.CompletedProcess([], status, "", stderr)
-        monkeypatch.setattr(export.subprocess, "run", lambda *_, done=done, **__: done)
+        monkeypatch.setattr(stage.subprocess, "run", lambda *_, done=done, **__: done)
         with pytest.raises(ModelError, match=words):
-            export.check_reload(run, SPEC, deployed(bundle))
+            stage.check_reload(run, SPEC, deployed(bundle))
 
     def hang(*_: object, **__: object) -> None:
         raise subprocess.TimeoutExpired("python", 1)
 
-    monkeypatch.setattr(export.subprocess, "run", hang)
+    monkeypatch.setattr(stage.subprocess, "run", hang)
     with pytest.raises(ModelError, match="did not rebuild the network in"):
-        export.check_reload(run, SPEC, deployed(bundle))
+        stage.check_reload(run, SPEC, deployed(bundle))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from edgeprune.errors import EdgepruneError, UnsupportedModel
-from edgeprune.nn import graph, pt2, zoo
-from edgeprune.nn.remodulify import ExportedNetwork, remodulify
+from edgeprune.models import architectures
+from edgeprune.models.from_export import ExportedNetwork, remodulify
+from edgeprune.safe_loading import pt2_archive
+from edgeprune.structure import groups
 
 DYNAMIC = ({0: Dim("batch", min=1)},)
 
@@ -160,7 +162,7 @@ def exported(
             program = program.run_decompositions()
     file = io.BytesIO()
     torch.export.save(program, file)
-    return pt2.load(file.getvalue(), "test.pt2")
+    return pt2_archive.load_pt2(file.getvalue(), "test.pt2")
 
 
 def remade(
@@ -313,8 +315,8 @@ def test_the_channel_groups_are_those_of_the_eager_network(name: str) -> None:
     net, x = nets.build(name), nets.example(2)
     file = io.BytesIO()
     torch.export.save(torch.export.export(net, (x,)), file)
-    eager = graph.find_groups(net, x)
-    ours = graph.find_groups(remodulify(pt2.load(file.getvalue(), "test.pt2")), x)
+    eager = groups.find_groups(net, x)
+    ours = groups.find_groups(remodulify(pt2_archive.load_pt2(file.getvalue(), "test.pt2")), x)
     assert {g.name: (g.channels, set(g.members)) for g in ours.groups} == {
         g.name: (g.channels, set(g.members)) for g in eager.groups
     }
@@ -395,7 +397,7 @@ def test_what_is_no_network_of_images_is_refused_by_name(
 )
 def test_networks_of_the_zoos_come_back_whole(spec: str) -> None:
     try:
-        net = zoo.architecture(spec).eval()
+        net = architectures.architecture(spec).eval()
     except EdgepruneError as error:
         pytest.skip(f"{error.message}: {error.hint}")
     program = torch.export.export(net, (torch.rand(1, 3, 64, 64),))

@@ -28,14 +28,16 @@ from reports import (
 )
 from rich.console import Console
 
-from edgeprune import codec
+from edgeprune import serialization
+from edgeprune.cli import tables
 from edgeprune.errors import UsageError
-from edgeprune.nn.costs import LayerCost
+from edgeprune.models.costs import LayerCost
 from edgeprune.records import REPORT_SCHEMA, Report
-from edgeprune.stages import report as stage
-from edgeprune.stages.report_build import SPARSE_NOTE, layers, sparse_notes
+from edgeprune.report import stage
+from edgeprune.report.assembly import SPARSE_NOTE, layers, sparse_notes
 
 SMALL = sample(layers=2)
+
 SMALL = replace(
     SMALL,
     samples={k: v[:5] for k, v in SMALL.samples.items()},
@@ -158,7 +160,7 @@ def test_bytes_that_are_no_text_are_refused(written: Path, tmp_path: Path) -> No
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_changed_report_is_refused_or_shown_but_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
-    document = codec.to_json(SMALL)
+    document = serialization.to_json(SMALL)
     for _ in range(data.draw(st.integers(1, 3))):
         document = put(document, data.draw(st.sampled_from(leaves(document))), data.draw(ODD))
     (tmp_path / "report.json").write_text(json.dumps(document))
@@ -169,7 +171,7 @@ def test_a_changed_report_is_refused_or_shown_but_never_a_crash(tmp_path: Path, 
     page = html_of(report, tmp_path)
     assert "<script" not in page
     check_page(page)
-    Console(file=StringIO()).print(stage.terminal(report))
+    Console(file=StringIO()).print(tables.terminal(report))
     assert all(isinstance(line, str) for line in stage.summary_lines(report))
 
 
@@ -178,7 +180,7 @@ def test_a_changed_report_is_refused_or_shown_but_never_a_crash(tmp_path: Path, 
 
 def shown(report: Report) -> str:
     out = StringIO()
-    Console(file=out, width=120).print(stage.terminal(report))
+    Console(file=out, width=120).print(tables.terminal(report))
     return out.getvalue()
 
 

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from reports import EVIL, ODD, check_page, history, html_of, parts, sample
 
 from edgeprune.records import Report
-from edgeprune.stages import report as stage
-from edgeprune.stages.report_axis import fixed, ticks, widen
-from edgeprune.stages.report_css import SERIES
-from edgeprune.stages.report_history import Chapter, Curve, Plot, chapters, summary_rows
-from edgeprune.stages.report_lines import history as section
-from edgeprune.stages.report_lines import lines
+from edgeprune.report import stage
+from edgeprune.report.css import SERIES
+from edgeprune.report.history import Chapter, Curve, Plot, chapters, summary_rows
+from edgeprune.report.plots import fixed, lines, ticks, widen
+from edgeprune.report.plots import history as section
 
 
 def recorded(**record: Any) -> Report:
@@ -186,6 +185,7 @@ def test_no_name_of_a_record_becomes_markup(tmp_path: Path) -> None:
 
 
 NUMBERS = st.one_of(st.none(), st.integers(-(10**320), 10**320), st.floats())
+
 RECORDS = st.dictionaries(
     st.sampled_from(["iterations", "epochs", "layers", "accuracy", "kept", "x"]),
     st.one_of(

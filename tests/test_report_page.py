@@ -15,9 +15,9 @@ from reports import EVIL, check_page, html_of, layer, parts, reading, sample
 
 from edgeprune.errors import visible
 from edgeprune.records import REPORT_SCHEMA, Reading, Report
-from edgeprune.stages.report_css import CSS, DARK, LIGHT, SERIES
-from edgeprune.stages.report_markup import Markup, element, escape
-from edgeprune.stages.report_plots import CURVE_POINTS, Bar, distribution, paired_bars, skyline
+from edgeprune.report.css import CSS, DARK, LIGHT, SERIES
+from edgeprune.report.markup import Markup, element, escape
+from edgeprune.report.plots import CURVE_POINTS, Bar, distribution, paired_bars, skyline
 
 
 @pytest.fixture(scope="module")

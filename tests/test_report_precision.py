@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from reports import ODD, check_page, html_of, sample
 
 from edgeprune.records import Report
-from edgeprune.stages.report_html import page
-from edgeprune.stages.report_markdown import document
-from edgeprune.stages.report_precision import TITLE, candidates
+from edgeprune.report.html import page
+from edgeprune.report.markdown import document
+from edgeprune.report.rows import TITLE, candidates
 
 TRIED: list[dict[str, Any]] = [
     {"name": "fp32", "clean_accuracy": 0.9, "size_bytes": 1000, "chosen": False, "why_not": "slower than int8"},

@@ -10,8 +10,8 @@ import pytest
 from reports import HERE, html_of, reading, sample
 
 from edgeprune.records import METRICS, Reading
-from edgeprune.stages import report as stage
-from edgeprune.stages.report_rows import change, comparison, facts, how_had, number_in
+from edgeprune.report import stage
+from edgeprune.report.rows import change, comparison, facts, how_had, number_in
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 from reports import HERE, budget, check_page, html_of, sample
 
-from edgeprune import codec
+from edgeprune import serialization
 from edgeprune.errors import UsageError
+from edgeprune.gate import verdict
+from edgeprune.gate.budget import budget_from
 from edgeprune.quantities import limit
 from edgeprune.records import METRICS, Reading, Report
-from edgeprune.stages import gate
-from edgeprune.stages import report as stage
-from edgeprune.stages.report_rows import UNLABELLED, comparison
-from edgeprune.stages.report_unlabelled import INTRODUCTION, TITLE, without_labels
+from edgeprune.report import stage
+from edgeprune.report.rows import UNLABELLED, comparison
+from edgeprune.report.unlabelled import INTRODUCTION, TITLE, without_labels
 
 MADE = {"images": "synthetic", "synthesis": {"steps": 500}}
+
 WHERE = "computed: interval bounds over the input box"
 
 
@@ -129,13 +131,13 @@ def test_a_report_without_them_has_no_such_section(tmp_path: Path) -> None:
 
 def test_they_come_back_from_report_json(tmp_path: Path) -> None:
     stage.run(FULL, tmp_path)
-    assert codec.to_json(stage.load(tmp_path)) == codec.to_json(FULL)
+    assert serialization.to_json(stage.load(tmp_path)) == serialization.to_json(FULL)
 
 
 @pytest.mark.parametrize("metric", UNLABELLED)
 def test_no_budget_and_no_gate_takes_them(metric: str, tmp_path: Path) -> None:
     assert metric not in METRICS
-    for take in (lambda: limit(metric, "90 %"), lambda: gate.budget_from([f"{metric}=90 %"], tmp_path)):
+    for take in (lambda: limit(metric, "90 %"), lambda: budget_from([f"{metric}=90 %"], tmp_path)):
         with pytest.raises(UsageError, match=f"unknown metric '{metric}'"):
             take()
 
@@ -143,7 +145,7 @@ def test_no_budget_and_no_gate_takes_them(metric: str, tmp_path: Path) -> None:
 def test_a_gate_judges_a_report_that_has_them_as_it_would_without() -> None:
     wanted = budget(macs="60 %", agreement="90 %")
     with_them, without = (
-        gate.run(made, wanted, None, baseline_missing=False) for made in (FULL, sample(labeled=False))
+        verdict.run(made, wanted, None, baseline_missing=False) for made in (FULL, sample(labeled=False))
     )
     assert with_them == without
     assert {c.metric: c.status for c in with_them.checks} == {"macs": "pass", "agreement": "missing"}

@@ -11,18 +11,20 @@ from hypothesis import strategies as st
 from nets import NETS, build, example
 from torch import Tensor
 
-from edgeprune.nn.allocate import levels
-from edgeprune.nn.costs import cost_model
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.rewiring import (
+from edgeprune.methods._dnr.rewiring import (
+    ChannelBudget,
     Rewired,
+    fill,
     largest_remainder,
     normalized,
     pruning_rate,
     rewire,
     rewire_blocks,
+    rewire_channels,
 )
-from edgeprune.nn.rewiring_channels import ChannelBudget, fill, rewire_channels
+from edgeprune.models.costs import cost_model
+from edgeprune.structure.allocation import levels
+from edgeprune.structure.groups import find_groups
 
 Tensors = dict[str, Tensor]
 

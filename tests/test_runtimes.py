@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_files import save, write_one_conv
 
-from edgeprune import agent
+from edgeprune.agent import program
 from edgeprune.errors import (
     DeviceError,
     EdgepruneError,
@@ -32,7 +32,7 @@ from edgeprune.errors import (
 from edgeprune.runtimes import onnxruntime
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
-AGENT = "import sys; from edgeprune.agent import main; sys.exit(main())"
+AGENT = "import sys; from edgeprune.agent.program import main; sys.exit(main())"
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_where_the_system_forbids_pip_the_hint_makes_an_environment(
     if managed:
         (tmp_path / "EXTERNALLY-MANAGED").write_text("[externally-managed]\n")
     with pytest.raises(MissingDependency) as caught:
-        agent.handle(json.loads(profiling(net, 1)))
+        program.handle(json.loads(profiling(net, 1)))
     assert caught.value.hint == (
         "there: /usr/bin/python3 -m venv /home/pi/edge && /home/pi/edge/bin/pip install onnxruntime; "
         "then: --device 'URL?python=/home/pi/edge/bin/python'"

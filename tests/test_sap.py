@@ -13,20 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune import plugins
+from edgeprune import plugins, train
+from edgeprune.data.dataset import Split, in_memory
 from edgeprune.errors import InfeasibleBudget, UsageError
-from edgeprune.methods import PruneTask, Training
+from edgeprune.methods._base import PruneTask, Training
+from edgeprune.methods._sap import schedule
+from edgeprune.methods._sap.schedule import CutSchedule, Rule
 from edgeprune.methods.sap import Sap
-from edgeprune.nn import costs, graph, next_cut, surgery, train
-from edgeprune.nn.allocate import Rules
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.next_cut import Cutter, Rule
-from edgeprune.nn.pqi import pqi
-from edgeprune.nn.units import Units, of_weights
-from edgeprune.recipe import TuneTable
+from edgeprune.models import costs, surgery
+from edgeprune.recipe.schema import TuneTable
 from edgeprune.records import InputSpec, Masks
+from edgeprune.structure.allocation import Rules
+from edgeprune.structure.groups import find_groups, provable_groups
+from edgeprune.structure.pq_index import pqi
+from edgeprune.structure.units import Units, of_weights
+from edgeprune.train import job, loop
 
 GRANULARITIES = ("channel", "weight", "2:4")
+
 TABLE = TuneTable(epochs=2, lr=0.05, batch=20, distill=0.0, augment="off")
 
 
@@ -47,8 +51,8 @@ def task_for(
     network = nets.build(name)
     groups, weights = (), None
     if granularity == "channel":
-        found = graph.find_groups(network, nets.example())
-        groups = graph.provable_groups(network, found, nets.example(), 0).groups
+        found = find_groups(network, nets.example())
+        groups = provable_groups(network, found, nets.example(), 0).groups
     else:
         weights = of_weights(network, granularity)
     model = costs.cost_model(network, groups, nets.example())
@@ -101,21 +105,21 @@ def test_the_budget_is_met_exactly_at_every_granularity(name: str, granularity: 
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("scope", next_cut.SCOPES)
+@pytest.mark.parametrize("scope", schedule.SCOPES)
 @pytest.mark.parametrize("variant", ["tune", "paper", "oneshot"])
 def test_every_scope_and_variant_meets_the_budget_and_loses_units_for_good(
     granularity: str, scope: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Tensor]] = []
-    real = Cutter.next
+    real = CutSchedule.next
 
-    def spy(self: Cutter, scores: Any, masks: Any, goal: float) -> tuple[dict[str, Tensor], float]:
+    def spy(self: CutSchedule, scores: Any, masks: Any, goal: float) -> tuple[dict[str, Tensor], float]:
         seen.append(dict(masks))
         return real(self, scores, masks, goal)
 
     network, task = task_for("plain", granularity, tmp_path, epochs=4)
     monkeypatch.setattr(Sap, "_plan", lambda *_: (1, 1, 1, 1) if variant != "oneshot" else (0, 0, 0, 0))
-    monkeypatch.setattr(Cutter, "next", spy)
+    monkeypatch.setattr(CutSchedule, "next", spy)
     masks = Sap(scope=scope, variant=variant)(network, task)
     seen.append({name: keep.flatten() for name, keep in kept(masks).items()})
     for before, after in pairwise(seen):
@@ -138,7 +142,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
     whole = sap(network, task)
     trained: list[str] = []
     calls = 0
-    real, after = train.fit, train.Hooks().after_epoch
+    real, after = loop.fit, job.Hooks().after_epoch
 
     class Killed(BaseException):
         pass
@@ -150,11 +154,12 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
             raise Killed
         after(epoch, optimizer)
 
-    def fit(module: nn.Module, course: train.Course, hooks: train.Hooks) -> train.History:
+    def fit(module: nn.Module, course: job.TrainingJob, hooks: job.Hooks) -> job.History:
         trained.append(course.scratch.name)
         return real(module, course, replace(hooks, after_epoch=killing))
 
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(train, "fit", loop.fit)
     for _ in range(2):
         again, same_task = task_for("residual", "weight", tmp_path / "killed", epochs=8, keep="best")
         with pytest.raises(Killed):
@@ -182,14 +187,15 @@ def test_another_seed_budget_or_option_does_not_go_on_from_a_run(tmp_path: Path)
     assert not equal(first, run(Sap(scope="global"), 0.3))
 
 
-def spied_fit(monkeypatch: pytest.MonkeyPatch, look: Callable[[nn.Module, train.Course], None]) -> None:
-    real = train.fit
+def spied_fit(monkeypatch: pytest.MonkeyPatch, look: Callable[[nn.Module, job.TrainingJob], None]) -> None:
+    real = loop.fit
 
-    def fit(module: nn.Module, course: train.Course, hooks: train.Hooks) -> train.History:
+    def fit(module: nn.Module, course: job.TrainingJob, hooks: job.Hooks) -> job.History:
         look(module, course)
         return real(module, course, hooks)
 
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(train, "fit", loop.fit)
 
 
 def test_the_paper_rewinds_what_is_left_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,10 +235,10 @@ def test_a_cut_takes_exactly_the_count_of_the_index(tmp_path: Path) -> None:
 def test_tuning_goes_on_from_trained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, task = task_for("plain", "weight", tmp_path, epochs=4)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    courses: list[train.Course] = []
+    courses: list[job.TrainingJob] = []
     ends: list[dict[str, Tensor]] = []
 
-    def look(module: nn.Module, course: train.Course) -> None:
+    def look(module: nn.Module, course: job.TrainingJob) -> None:
         courses.append(course)
         now = {k: v.clone() for k, v in module.state_dict().items()}
         last = ends[-1] if ends else before
@@ -240,15 +246,16 @@ def test_tuning_goes_on_from_trained_weights(tmp_path: Path, monkeypatch: pytest
         assert all(torch.equal(now[k][keep], last[k][keep]) for k, keep in stays.items())
         ends.append(now)
 
-    real = train.fit
+    real = loop.fit
 
-    def fit(module: nn.Module, course: train.Course, hooks: train.Hooks) -> train.History:
+    def fit(module: nn.Module, course: job.TrainingJob, hooks: job.Hooks) -> job.History:
         look(module, course)
         history = real(module, course, hooks)
         ends.append({k: v.clone() for k, v in module.state_dict().items()})
         return history
 
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
+    monkeypatch.setattr(train, "fit", loop.fit)
     Sap(iterations=2)(network, task)
     assert [course.table.epochs for course in courses] == [1, 3]
     assert len({course.seed for course in courses}) == 2
@@ -304,7 +311,7 @@ def test_one_shot_cuts_by_the_first_training_always(tmp_path: Path) -> None:
     other, again = task_for("plain", "weight", tmp_path / "b", budget=None, epochs=2)
     dense: dict[str, Tensor] = {}
     table = replace(again.training.table, epochs=1)  # type: ignore[union-attr]
-    train.fit(other, train.Course(images(40, 1), table, 3, tmp_path / "c"))
+    loop.fit(other, job.TrainingJob(images(40, 1), table, 3, tmp_path / "c"))
     dense = again.units.norms(other)
     left = sum(int(keep.sum()) for keep in twice.values())
     bound = torch.cat([v for v in dense.values()]).sort(descending=True).values[left - 1]
@@ -347,11 +354,11 @@ def test_a_loss_of_accuracy_takes_the_last_cut_back(tmp_path: Path, monkeypatch:
 
 
 def test_the_index_falling_after_a_rise_is_a_collapse() -> None:
-    assert not next_cut.turned([])
-    assert not next_cut.turned([0.3, 0.25, 0.22])
-    assert not next_cut.turned([0.3, 0.2, 0.25, 0.3])
-    assert next_cut.turned([0.3, 0.2, 0.25, 0.3, 0.2])
-    assert not next_cut.turned([0.3, 0.2, 0.203, 0.199])
+    assert not schedule.turned([])
+    assert not schedule.turned([0.3, 0.25, 0.22])
+    assert not schedule.turned([0.3, 0.2, 0.25, 0.3])
+    assert schedule.turned([0.3, 0.2, 0.25, 0.3, 0.2])
+    assert not schedule.turned([0.3, 0.2, 0.203, 0.199])
 
 
 def test_the_three_phases_of_the_index_are_recorded_and_stop_it(
@@ -361,16 +368,17 @@ def test_the_three_phases_of_the_index_are_recorded_and_stop_it(
     network, task = task_for("plain", "weight", tmp_path, budget=None, epochs=5)
     sharpness = iter([0.5, 2.0, 3.0, 0.2, 1.0])
 
-    def paint(module: nn.Module, course: train.Course, hooks: train.Hooks) -> train.History:
+    def paint(module: nn.Module, course: job.TrainingJob, hooks: job.Hooks) -> job.History:
         power = next(sharpness)
         with torch.no_grad():
             for name in task.units.sizes:
                 w = module.get_parameter(name)
                 w.copy_(torch.where(w != 0, torch.rand(w.shape, generator=g).add(0.01) ** power, 0))
-        return train.History(())
+        return job.History(())
 
     g = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(train, "fit", paint)
+    monkeypatch.setattr(loop, "fit", paint)
+    monkeypatch.setattr(train, "fit", loop.fit)
     monkeypatch.setattr(train, "robust_accuracy", lambda *_, **__: (1, 2))
     masks = Sap(iterations=5)(network, task)
     mean = task.record["pqi"]["mean"]
@@ -388,12 +396,12 @@ def test_the_pattern_comes_block_by_block_and_cheapest_first() -> None:
         dtype=torch.float64,
     )
     scores, masks = {"w": w.flatten()}, units.all()
-    cutter = Cutter(units, Rule(ratio=0.3), {"w": 0}, lambda _: 2.0)
+    cutter = CutSchedule(units, Rule(ratio=0.3), {"w": 0}, lambda _: 2.0)
     masks, _ = cutter.next(scores, masks)  # floor(16 * 0.3) = 4 weights are two blocks
     assert (~masks["w"]).nonzero().flatten().tolist() == [2, 3, 9, 10]
     masks, _ = cutter.next(scores, masks)  # floor(12 * 0.3) = 3 weights are one block
     assert (~masks["w"]).nonzero().flatten().tolist() == [2, 3, 9, 10, 14, 15]
-    rows = Cutter(units, replace(cutter.rule, scope="unit"), {"w": 0}, lambda _: 2.0)
+    rows = CutSchedule(units, replace(cutter.rule, scope="unit"), {"w": 0}, lambda _: 2.0)
     assert (~rows.next(scores, units.all())[0]["w"]).nonzero().flatten().tolist() == [2, 3, 9, 10]
 
 
@@ -406,7 +414,7 @@ def test_counts_follow_each_other_until_the_goal_and_small_layers_are_left_alone
     def excess(masks: Any) -> float:
         return sum(int(keep.sum()) for keep in masks.values()) / 100
 
-    cutter = Cutter(units, Rule(), {"large": 1, "small": 1}, excess)
+    cutter = CutSchedule(units, Rule(), {"large": 1, "small": 1}, excess)
     for goal, left, rounds in ((11.0, 848, 1), (7.77, 773, 2), (7.22, 718, 3), (4.0, 396, None)):
         masks, counts = cutter.next(scores, units.all(), goal)
         assert int(masks["small"].sum()) == 4
@@ -428,7 +436,7 @@ def test_scopes_count_rows_layers_or_everything() -> None:
     least = {"a": 1, "b": 1}
 
     def left(scope: str) -> list[list[int]]:
-        after = Cutter(units, Rule(scope=scope), least, lambda _: 2.0).next(scores, units.all())[0]
+        after = CutSchedule(units, Rule(scope=scope), least, lambda _: 2.0).next(scores, units.all())[0]
         return [keep.int().tolist() for keep in after.values()]
 
     # Rows: 1 - 25 / (4 * 13) = 0.52, two of four. Layer: 1 - 81 / (8 * 17) = 0.40, three of eight. All:
@@ -503,7 +511,8 @@ def test_an_impossible_budget_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, task = task_for("plain", "weight", tmp_path, budget=0.0001)
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(loop, "fit", None)
+    monkeypatch.setattr(train, "fit", loop.fit)
     with pytest.raises(InfeasibleBudget):
         Sap()(network, task)
 

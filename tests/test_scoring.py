@@ -11,16 +11,15 @@ import torch
 from image_sets import Answers, Small, same, stripes, weights
 from torch import nn
 
+from edgeprune import progress
+from edgeprune.data.dataset import Split
+from edgeprune.data.images import Decoded
 from edgeprune.errors import UsageError
-from edgeprune.nn import progress
-from edgeprune.nn.calling import modes
-from edgeprune.nn.data import Split
-from edgeprune.nn.images import Decoded
-from edgeprune.nn.objectives import of_table
-from edgeprune.nn.placement import fastest
-from edgeprune.nn.scoring import some
-from edgeprune.nn.train import accuracy, mean_loss, robust_accuracy
-from edgeprune.recipe import TuneTable
+from edgeprune.models.inference import modes
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train.evaluation import accuracy, mean_loss, robust_accuracy, some
+from edgeprune.train.objectives import of_table
+from edgeprune.train.placement import fastest_config
 
 
 def test_accuracy_counts_and_an_answer_that_is_not_finite_is_wrong() -> None:
@@ -80,16 +79,16 @@ def test_mean_loss_is_the_mean_over_images_whatever_the_batch() -> None:
 def test_a_network_is_tried_from_fast_to_slow() -> None:
     x = torch.rand(2, 3, 4, 4)
     viewing = Answers(lambda x: x.view(2, -1)[:, :2] @ torch.eye(2))
-    assert fastest([Small()], x).memory_format == torch.channels_last
-    assert fastest([Small(), viewing], x).memory_format == torch.contiguous_format
-    assert [fastest([Small()], x, word).mixed for word in ("fp32", "bf16")] == [False, True]
+    assert fastest_config([Small()], x).memory_format == torch.channels_last
+    assert fastest_config([Small(), viewing], x).memory_format == torch.contiguous_format
+    assert [fastest_config([Small()], x, word).mixed for word in ("fp32", "bf16")] == [False, True]
     with pytest.raises(UsageError, match="'fp61' is not one of auto, fp32, bf16"):
-        fastest([Small()], x, "fp61")
+        fastest_config([Small()], x, "fp61")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU changes what auto is")
 def test_on_a_cpu_auto_is_float32() -> None:
-    assert not fastest([Small()], torch.rand(2, 3, 8, 8), "auto").mixed
+    assert not fastest_config([Small()], torch.rand(2, 3, 8, 8), "auto").mixed
 
 
 def test_modes_are_put_back_after_an_error() -> None:

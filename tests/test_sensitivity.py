@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from tracing_once import traced
 
-from edgeprune.nn import graph, sensitivity, surgery
-from edgeprune.nn.elimination import Order, Reader, eliminate
-from edgeprune.nn.moments import input_moments
-from edgeprune.nn.readers import GroupReader, output_scale, readers_of
-from edgeprune.nn.sensitivity import Plant, Renormalized, curve, divergence, effort, losses
+from edgeprune.models import surgery
 from edgeprune.records import Group
+from edgeprune.repair import sensitivity
+from edgeprune.repair.backward_elimination import Order, Reader, eliminate
+from edgeprune.repair.consumers import Consumer, consumers_of, output_scale
+from edgeprune.repair.input_moments import moments_of_inputs
+from edgeprune.repair.sensitivity import Renormalized, SensitivityProbe, curve, divergence, effort, losses
+from edgeprune.structure.groups import find_groups, provable_groups
 
 
 def test_the_divergence_of_a_worked_example() -> None:
@@ -84,17 +86,17 @@ def test_all_units_cost_nothing_even_where_the_first_ones_to_go_have_no_error() 
     assert curve(still, {3: 0.0, 1: 0.5}).tolist() == [math.inf, 0.5, 0.5, 0.0]
 
 
-def plant(name: str, images: Tensor) -> tuple[Plant, tuple[Group, ...], dict[str, list[GroupReader]]]:
+def plant(name: str, images: Tensor) -> tuple[SensitivityProbe, tuple[Group, ...], dict[str, list[Consumer]]]:
     network = nets.build(name)
-    groups = graph.find_groups(network, nets.example()).groups
-    readers = {g.name: readers_of(network, g)[0] for g in groups}
+    groups = find_groups(network, nets.example()).groups
+    readers = {g.name: consumers_of(network, g)[0] for g in groups}
     layers = {r.path: r.layer for found in readers.values() for r in found}
-    moments = input_moments(network, layers, images, 16)
-    return Plant(network, network, traced(network, nets.example()), moments), groups, readers
+    moments = moments_of_inputs(network, layers, images, 16)
+    return SensitivityProbe(network, network, traced(network, nets.example()), moments), groups, readers
 
 
 def orders(
-    given: Plant, groups: tuple[Group, ...], readers: dict[str, list[GroupReader]]
+    given: SensitivityProbe, groups: tuple[Group, ...], readers: dict[str, list[Consumer]]
 ) -> dict[str, Order]:
     found = {}
     for group in groups:
@@ -136,7 +138,7 @@ def test_the_loss_at_a_knot_is_the_divergence_of_the_thinned_network(monkeypatch
     given, groups, readers = plant("residual", images)
     group = next(g for g in groups if g.name == "one.0")
     order = Order(tuple(range(15)), tuple(map(float, range(16))))
-    blind = Plant(given.network, given.bare, given.program, {})
+    blind = SensitivityProbe(given.network, given.bare, given.program, {})
     monkeypatch.setattr(sensitivity, "MOST_WIDTHS", 3)
     found = losses(blind, [group], {"one.0": order}, readers, images, 1e6)["one.0"]
     network = nets.build("residual")
@@ -152,7 +154,9 @@ def test_readers_that_are_solved_anew_lose_less_than_blinded_ones() -> None:
     given, groups, readers = plant("plain", images)
     found = orders(given, groups, readers)
     solved = losses(given, groups, found, readers, images, 1e6)
-    blind = losses(Plant(given.network, given.bare, given.program, {}), groups, found, readers, images, 1e6)
+    blind = losses(
+        SensitivityProbe(given.network, given.bare, given.program, {}), groups, found, readers, images, 1e6
+    )
     for group in groups:
         assert float(solved[group.name][group.channels // 2]) < float(blind[group.name][group.channels // 2])
 
@@ -164,14 +168,14 @@ def test_a_group_with_a_duplicate_can_miss_it_for_nothing() -> None:
         for tensor in network.a.state_dict().values():
             if tensor.ndim:
                 tensor[5] = tensor[2]
-    groups = graph.find_groups(network, nets.example()).groups
-    readers = {g.name: readers_of(network, g)[0] for g in groups}
-    moments = input_moments(network, {"b.0": network.b[0]}, images, 16)
-    given = Plant(network, network, traced(network, nets.example()), moments)
+    groups = find_groups(network, nets.example()).groups
+    readers = {g.name: consumers_of(network, g)[0] for g in groups}
+    moments = moments_of_inputs(network, {"b.0": network.b[0]}, images, 16)
+    given = SensitivityProbe(network, network, traced(network, nets.example()), moments)
     order = Order((5, 0, 1, 3, 4, 6, 7), tuple(map(float, range(8))))
     found = [
         losses(case, groups[:1], {"a.0": order}, readers, images, 1e6)["a.0"]
-        for case in (given, Plant(network, network, given.program, {}))
+        for case in (given, SensitivityProbe(network, network, given.program, {}))
     ]
     # Not 0: the ridge keeps the weights of the other one near to what they were.
     assert float(found[0][7]) < 0.05 * float(found[1][7])
@@ -190,9 +194,9 @@ def test_answers_that_are_no_numbers_are_the_worst_and_a_finite_loss() -> None:
 
     network = Fragile().eval()
     images = nets.example(8)
-    groups = graph.find_groups(network, nets.example()).groups
-    readers = {"a": readers_of(network, groups[0])[0]}
-    given = Plant(network, network, traced(network, nets.example()), {})
+    groups = find_groups(network, nets.example()).groups
+    readers = {"a": consumers_of(network, groups[0])[0]}
+    given = SensitivityProbe(network, network, traced(network, nets.example()), {})
     order = Order((0, 1, 2), (0.0, 1.0, 2.0, 3.0))
     found = losses(given, groups, {"a": order}, readers, images, 1e6)["a"]
     assert found.tolist() == [math.inf, sensitivity.WORST, sensitivity.WORST, sensitivity.WORST, 0]
@@ -201,9 +205,7 @@ def test_answers_that_are_no_numbers_are_the_worst_and_a_finite_loss() -> None:
 def test_the_rise_of_several_groups_is_that_of_the_cut_network_and_measured_once() -> None:
     images, labels = nets.example(32), torch.arange(32) % 5
     network = nets.build("residual")
-    groups = graph.provable_groups(
-        network, graph.find_groups(network, nets.example()), nets.example(), 0
-    ).groups
+    groups = provable_groups(network, find_groups(network, nets.example()), nets.example(), 0).groups
     orders = {
         g.name: Order(tuple(range(g.channels - 1)), tuple(map(float, range(g.channels)))) for g in groups
     }
@@ -231,7 +233,7 @@ def test_the_rise_of_several_groups_is_that_of_the_cut_network_and_measured_once
 
 def test_a_loss_that_is_no_number_is_the_worst() -> None:
     network = nets.build("plain")
-    groups = graph.find_groups(network, nets.example()).groups
+    groups = find_groups(network, nets.example()).groups
     orders = {
         g.name: Order(tuple(range(g.channels - 1)), tuple(map(float, range(g.channels)))) for g in groups
     }

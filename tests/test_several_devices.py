@@ -20,22 +20,25 @@ from reports import HERE, budget, reading, sample, spread
 from sshd import sshd
 from typer.testing import CliRunner
 
-from edgeprune import abreast, bundled, places, recipe
-from edgeprune.cli import app
-from edgeprune.context import Beside, Context, Site
+from edgeprune import concurrency, targets
+from edgeprune.cli.app import app
+from edgeprune.diagnose import environment
+from edgeprune.diagnose.device import Finding
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
-from edgeprune.joining import joined
-from edgeprune.keys import beside_key, stage_keys
+from edgeprune.gate import verdict
+from edgeprune.measure.stage import NOT_THERE, Measured
+from edgeprune.pipeline.context import Context, DeviceResult, OtherDevices, beside_key, stage_keys
+from edgeprune.pipeline.measure_devices import joined
+from edgeprune.pipeline.run_directory import Workdir
+from edgeprune.recipe import parse
 from edgeprune.records import Bundle, InputSpec, Report, Source
-from edgeprune.stages import doctor, gate
-from edgeprune.stages import report as stage
-from edgeprune.stages.doctor import Finding
-from edgeprune.stages.measure_run import NOT_THERE, Measured
-from edgeprune.stages.report_rows import comparison, leading
-from edgeprune.workdir import Workdir
+from edgeprune.report import per_device, stage
+from edgeprune.report.rows import comparison, leading
 
 PI = "ssh://pi aarch64"
+
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
+
 runner = CliRunner()
 
 
@@ -56,40 +59,40 @@ runner = CliRunner()
 def test_a_recipe_names_one_device_or_a_list_of_them(
     given: Any, device: str, beside: tuple[str, ...]
 ) -> None:
-    made = recipe.build({"measure": {"device": given}}, {}).measure
+    made = parse.build({"measure": {"device": given}}, {}).measure
     assert (made.device, made.beside) == (device, beside)
 
 
 @pytest.mark.parametrize("given", [[], 5, [5], {"a": "b"}])
 def test_what_is_no_device_is_refused(given: Any) -> None:
     with pytest.raises(UsageError, match="must be a URL or a list of URLs"):
-        recipe.build({"measure": {"device": given}}, {})
+        parse.build({"measure": {"device": given}}, {})
 
 
 def test_the_further_devices_are_no_key_of_their_own() -> None:
     with pytest.raises(UsageError, match="no key 'beside'"):
-        recipe.build({"measure": {"beside": ["local"]}}, {})
+        parse.build({"measure": {"beside": ["local"]}}, {})
 
 
 def test_one_device_is_written_as_a_text_and_several_as_a_list() -> None:
     one, two = ({"measure": {"device": d}} for d in (["local"], ["local", "fake"]))
-    assert 'device = "local"' in recipe.to_toml(recipe.build(one, {}))
-    assert 'device = ["local", "fake"]' in recipe.to_toml(recipe.build(two, {}))
-    assert "beside" not in recipe.to_toml(recipe.build(two, {}))
+    assert 'device = "local"' in parse.to_toml(parse.build(one, {}))
+    assert 'device = ["local", "fake"]' in parse.to_toml(parse.build(two, {}))
+    assert "beside" not in parse.to_toml(parse.build(two, {}))
 
 
 def test_flags_replace_the_devices_of_the_file() -> None:
     file = {"measure": {"device": ["ssh://pi", "fake"], "threads": 2}}
-    made = recipe.build(file, {"measure": {"device": ["local"]}}).measure
+    made = parse.build(file, {"measure": {"device": ["local"]}}).measure
     assert (made.device, made.beside, made.threads) == ("local", (), 2)
 
 
 def context(folder: Path, *urls: str, **tables: Any) -> Context:
-    made = recipe.build({"measure": {"device": list(urls)}}, tables)
+    made = parse.build({"measure": {"device": list(urls)}}, tables)
     model = Bundle(None, Source("pt2", "net.pt2", "1"), InputSpec((3, 8, 8), 5))  # type: ignore[arg-type]
     device = SimpleNamespace(where=lambda: HERE, name="local")
-    target = bundled.target(made.target)
-    return Context(made, target, recipe.budget(made), Workdir(folder), model, None, device, print)
+    target = targets.target(made.target)
+    return Context(made, target, parse.budget(made), Workdir(folder), model, None, device, print)
 
 
 def test_another_device_beside_the_first_changes_no_key(tmp_path: Path) -> None:
@@ -118,24 +121,24 @@ def test_jobs_run_at_the_same_time_and_one_that_fails_costs_the_others_nothing()
         meet.wait()
         raise DeviceError("gone")
 
-    done, failed = abreast.results(abreast.start({"a": good, "b": bad, "c": good}))
+    done, failed = concurrency.results(concurrency.start({"a": good, "b": bad, "c": good}))
     assert done == {"a": 7, "c": 7}
     assert {name: error.message for name, error in failed.items()} == {"b": "gone"}
 
 
 def test_a_bug_in_a_job_is_not_taken_for_a_device_that_failed() -> None:
     with pytest.raises(ZeroDivisionError):
-        abreast.results(abreast.start({"a": lambda: 1 / 0}))
+        concurrency.results(concurrency.start({"a": lambda: 1 / 0}))
 
 
 def test_what_is_told_of_failed_devices_is_of_their_kind() -> None:
     lost, bare = DeviceError("ssh://a can't be reached", "ssh a"), MissingDependency("no onnxruntime", "pip")
-    told = abreast.told({"ssh://a?python=x": lost}, 3)
+    told = concurrency.told({"ssh://a?python=x": lost}, 3)
     assert (told.message, told.hint, told.exit_code) == (
         "1 of 3 devices gave no readings: ssh://a can't be reached", "ssh a", 6,
     )  # fmt: skip
-    assert abreast.told({"adb://b": bare}, 2).exit_code == 3
-    both = abreast.told({"ssh://a": lost, "adb://b": bare}, 3)
+    assert concurrency.told({"adb://b": bare}, 2).exit_code == 3
+    both = concurrency.told({"ssh://a": lost, "adb://b": bare}, 3)
     assert both.exit_code == 6
     assert (
         "2 of 3" in both.message and "adb://b: no onnxruntime" in both.message and both.hint == "ssh a; pip"
@@ -154,7 +157,7 @@ def test_what_is_told_of_failed_devices_is_of_their_kind() -> None:
     ],
 )
 def test_every_device_has_a_name_of_its_own(given: list[tuple[str, str]], expected: list[str]) -> None:
-    assert abreast.names(given) == expected
+    assert concurrency.names(given) == expected
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -173,7 +176,7 @@ def measured(where: str, dense: float, small: float, *notes: str, memory: float 
     )  # fmt: skip
 
 
-def several(folder: Path, beside: Beside, first: Measured | None = None) -> Report:
+def several(folder: Path, beside: OtherDevices, first: Measured | None = None) -> Report:
     """A report of this machine and further devices, put together as a run does."""
     urls = [site.url for site, _ in beside.found] + list(beside.failed)
     run = context(folder, "local", *urls)
@@ -187,12 +190,14 @@ def several(folder: Path, beside: Beside, first: Measured | None = None) -> Repo
     )  # fmt: skip
 
 
-def pi(dense: float = 40e-3, small: float = 30e-3, *notes: str, **more: Any) -> tuple[Site, Measured]:
-    return Site("ssh://pi", PI, {"cpu": "Cortex", "cores": 4}), measured(PI, dense, small, *notes, **more)
+def pi(dense: float = 40e-3, small: float = 30e-3, *notes: str, **more: Any) -> tuple[DeviceResult, Measured]:
+    return DeviceResult("ssh://pi", PI, {"cpu": "Cortex", "cores": 4}), measured(
+        PI, dense, small, *notes, **more
+    )
 
 
 def test_every_device_has_a_row_of_its_own_and_what_is_counted_has_one(tmp_path: Path) -> None:
-    report = several(tmp_path, Beside((pi(),)))
+    report = several(tmp_path, OtherDevices((pi(),)))
     rows = [(r.metric, r.dense, r.compressed, r.how) for r in comparison(report)]
     assert rows == [
         ("size", "1 MB", "1 MB", "counted"),
@@ -205,17 +210,17 @@ def test_every_device_has_a_row_of_its_own_and_what_is_counted_has_one(tmp_path:
 
 def test_the_row_that_speaks_is_the_first_with_a_value(tmp_path: Path) -> None:
     own = measured(HERE, 8e-3, 4e-3, memory=None)
-    rows = leading(several(tmp_path, Beside((pi(),)), own))
+    rows = leading(several(tmp_path, OtherDevices((pi(),)), own))
     assert (rows["latency_p50"].compressed, rows["peak_memory"].compressed) == ("4 ms", "9 MB")
 
 
 def test_a_report_comes_apart_into_what_each_device_alone_would_have_said(tmp_path: Path) -> None:
-    first, second = places.views(several(tmp_path, Beside((pi(),))))
+    first, second = per_device.views(several(tmp_path, OtherDevices((pi(),))))
     assert {r.where for r in first.after} == {"counted", HERE} and first.samples["dense"][0] == 8e-3
     assert {r.where for r in second.after} == {PI} and second.samples["dense"][0] == 40e-3
-    assert (places.where_of(first), places.where_of(second)) == ("", PI)
+    assert (per_device.where_of(first), per_device.where_of(second)) == ("", PI)
     assert second.environment["device"]["cpu"] == "Cortex"
-    assert places.views(sample()) == (sample(),)
+    assert per_device.views(sample()) == (sample(),)
 
 
 def test_notes_say_of_which_device_they_are(tmp_path: Path) -> None:
@@ -223,7 +228,7 @@ def test_notes_say_of_which_device_they_are(tmp_path: Path) -> None:
         HERE, 8e-3, 4e-3, f"{NOT_THERE} Raspberry Pi 5 yet.", "Times are unsteady.", "No accuracy."
     )
     said = ("Speed: NOT faster on ssh://pi aarch64.", "Times are unsteady!", "No accuracy.")
-    report = several(tmp_path, Beside((pi(40e-3, 41e-3, *said),)), own)
+    report = several(tmp_path, OtherDevices((pi(40e-3, 41e-3, *said),)), own)
     assert list(report.notes) == [
         f"On {HERE}: Times are unsteady.", "No accuracy.", "Speed: NOT faster on ssh://pi aarch64.",
         f"On {PI}: Times are unsteady!",
@@ -232,15 +237,15 @@ def test_notes_say_of_which_device_they_are(tmp_path: Path) -> None:
 
 
 def test_a_device_without_readings_is_named(tmp_path: Path) -> None:
-    gone = Beside((), {"ssh://b": DeviceError("ssh://b can't be reached")})
+    gone = OtherDevices((), {"ssh://b": DeviceError("ssh://b can't be reached")})
     report = several(tmp_path, gone)
     assert "Without readings: ssh://b can't be reached." in report.notes
-    assert places.unread(report) == {"ssh://b": "ssh://b can't be reached"}
-    assert places.views(report) == (report,) or len(places.views(report)) == 1
+    assert per_device.unread(report) == {"ssh://b": "ssh://b can't be reached"}
+    assert per_device.views(report) == (report,) or len(per_device.views(report)) == 1
 
 
 def test_all_forms_of_the_report_show_every_device(tmp_path: Path) -> None:
-    report = several(tmp_path, Beside((pi(),)))
+    report = several(tmp_path, OtherDevices((pi(),)))
     stage.run(report, tmp_path)
     assert stage.load(tmp_path) == report
     markdown, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
@@ -261,7 +266,7 @@ def test_a_report_of_one_device_says_nothing_of_several(tmp_path: Path) -> None:
 
 def check(report: Report, limit: str, *, baseline: Report | None = None) -> Any:
     metric, _, text = limit.partition("=")
-    return gate.run(report, budget(**{metric: text}), baseline, baseline_missing=False)
+    return verdict.run(report, budget(**{metric: text}), baseline, baseline_missing=False)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +282,14 @@ def check(report: Report, limit: str, *, baseline: Report | None = None) -> Any:
     ],
 )
 def test_the_worst_of_several_devices_decides(limit: str, status: str, value: float, tmp_path: Path) -> None:
-    (found,) = check(several(tmp_path, Beside((pi(),))), limit).checks
+    (found,) = check(several(tmp_path, OtherDevices((pi(),))), limit).checks
     assert (found.status, found.value) == (status, value)
     assert (f"the worst of 2 devices is {PI}; {HERE} 4 ms" in found.detail) == ("latency" in limit)
 
 
 def test_the_order_of_the_devices_decides_nothing(tmp_path: Path) -> None:
-    fast = (Site("ssh://pi", PI, {}), measured(PI, 2e-3, 1e-3))
-    (found,) = check(several(tmp_path, Beside((fast,))), "latency_p50=2 ms").checks
+    fast = (DeviceResult("ssh://pi", PI, {}), measured(PI, 2e-3, 1e-3))
+    (found,) = check(several(tmp_path, OtherDevices((fast,))), "latency_p50=2 ms").checks
     assert (found.status, found.value) == ("fail", 4e-3)
     assert found.detail.startswith(f"the worst of 2 devices is {HERE}; {PI} 1 ms (pass)")
 
@@ -294,17 +299,17 @@ def test_a_limit_that_is_missed_comes_before_one_that_can_not_be_told(tmp_path: 
     vague = replace(own, after=tuple(
         replace(r, spread=(1e-3, 9e-3)) if r.metric == "latency_p50" else r for r in own.after
     ))  # fmt: skip
-    verdict = check(several(tmp_path, Beside((pi(),)), vague), "latency_p50=5 ms")
+    verdict = check(several(tmp_path, OtherDevices((pi(),)), vague), "latency_p50=5 ms")
     assert (verdict.checks[0].status, verdict.exit_code) == ("fail", 1)
-    verdict = check(several(tmp_path, Beside((pi(4e-3, 3e-3),)), vague), "latency_p50=5 ms")
+    verdict = check(several(tmp_path, OtherDevices((pi(4e-3, 3e-3),)), vague), "latency_p50=5 ms")
     assert (verdict.checks[0].status, verdict.exit_code) == ("inconclusive", 8)
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_device_that_gave_no_reading_of_a_metric_decides_nothing(first: bool, tmp_path: Path) -> None:
     without = measured(HERE if first else PI, 8e-3, 4e-3, memory=None)
-    other = (Site("ssh://pi", PI, {}), measured(PI, 8e-3, 4e-3) if first else without)
-    report = several(tmp_path, Beside((other,)), without if first else measured(HERE, 8e-3, 4e-3))
+    other = (DeviceResult("ssh://pi", PI, {}), measured(PI, 8e-3, 4e-3) if first else without)
+    report = several(tmp_path, OtherDevices((other,)), without if first else measured(HERE, 8e-3, 4e-3))
     (found,) = check(report, "peak_memory=10 MB").checks
     assert (found.status, found.value) == ("pass", 9e6)
     assert found.detail == (f"on {PI}" if first else "")
@@ -315,7 +320,7 @@ def test_a_device_that_gave_no_reading_of_a_metric_decides_nothing(first: bool, 
 def test_a_device_whose_reading_was_taken_out_leaves_the_limit_open(
     metric: str, where: str, tmp_path: Path
 ) -> None:
-    report = several(tmp_path, Beside((pi(),)))
+    report = several(tmp_path, OtherDevices((pi(),)))
     left = tuple(r for r in report.after if (r.metric, r.where) != (metric, where))
     limit = {"latency_p50": "latency_p50=1 s", "peak_memory": "peak_memory=1 GB"}[metric]
     verdict = check(replace(report, after=left), limit)
@@ -323,21 +328,21 @@ def test_a_device_whose_reading_was_taken_out_leaves_the_limit_open(
 
 
 def test_the_gate_names_devices_without_readings(tmp_path: Path) -> None:
-    gone = Beside((), {"ssh://b": DeviceError("nobody there")})
+    gone = OtherDevices((), {"ssh://b": DeviceError("nobody there")})
     assert check(several(tmp_path, gone), "latency_p50=5 ms").notes[-1] == (
         "Without readings of ssh://b: nobody there"
     )
 
 
 def test_each_device_is_held_against_itself_in_the_baseline(tmp_path: Path) -> None:
-    now = several(tmp_path, Beside((pi(40e-3, 30e-3),)))
-    slower = several(tmp_path, Beside((pi(40e-3, 20e-3),)))
+    now = several(tmp_path, OtherDevices((pi(40e-3, 30e-3),)))
+    slower = several(tmp_path, OtherDevices((pi(40e-3, 20e-3),)))
     (found,) = check(now, "latency_p50=105 %", baseline=slower).checks
     assert (found.status, found.threshold) == ("fail", pytest.approx(21e-3))
     (found,) = check(now, "latency_p50=105 %", baseline=now).checks
     assert found.status == "pass"
     # A device that the baseline did not have is held against its own dense model.
-    (found,) = check(now, "latency_p50=105 %", baseline=several(tmp_path, Beside())).checks
+    (found,) = check(now, "latency_p50=105 %", baseline=several(tmp_path, OtherDevices())).checks
     assert found.status == "pass"
 
 
@@ -448,7 +453,7 @@ def test_profile_keeps_the_readings_of_those_that_answer(tmp_path: Path) -> None
 
 
 def test_the_doctor_looks_at_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_packages", lambda: [Finding("torch", "ok", "there")])
+    monkeypatch.setattr(environment, "_packages", lambda: [Finding("torch", "ok", "there")])
     done = runner.invoke(
         app, ["doctor", "--device", "fake", "--device", "local", "--device", "fake", "--json"]
     )
@@ -460,7 +465,9 @@ def test_the_doctor_looks_at_every_device(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_doctor_s_exit_status_tells_a_device_that_is_away_from_a_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "_packages", lambda: [Finding("onnx", "missing", "not installed", "pip")])
+    monkeypatch.setattr(
+        environment, "_packages", lambda: [Finding("onnx", "missing", "not installed", "pip")]
+    )
     assert runner.invoke(app, ["doctor", "--device", "fake"]).exit_code == 3
     done = runner.invoke(app, ["doctor", "--device", "ssh://127.0.0.1:1", "--json"])
     names = [row["name"] for row in json.loads(done.stdout)["checks"]]

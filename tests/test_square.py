@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeprune.nn.asking import Tried
-from edgeprune.nn.perturb import Ball
-from edgeprune.nn.square import margins, search, share_of_pixels
-from edgeprune.nn.windows import Asker
+from edgeprune.attacks._square import margins, search, share_of_pixels
+from edgeprune.attacks._windows import Asker
+from edgeprune.models.queries import AttackResult
+from edgeprune.train.adversarial import Ball
 
 NORMS = ("Linf", "L2")
+
 EPS = {"Linf": 0.1, "L2": 0.5}
 
 
@@ -47,7 +48,7 @@ def sums(threshold: float):
     return answers
 
 
-def run(answers: object, x: Tensor, norm: str, queries: int, **more: object) -> Tried:
+def run(answers: object, x: Tensor, norm: str, queries: int, **more: object) -> AttackResult:
     y = torch.zeros(len(x), dtype=torch.int64)
     options = {"first": 0.8, "rescale": False, "generator": seeded(), "advance": lambda _: None, **more}
     asker = Asker(answers)  # type: ignore[arg-type]

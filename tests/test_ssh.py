@@ -16,12 +16,13 @@ import pytest
 from onnx_files import write_net
 from sshd import Sshd, free_port, sshd
 
-from edgeprune import packing
-from edgeprune.devices import device_from_url, redacted
+from edgeprune.agent import archive
+from edgeprune.devices._base import device_from_url, redacted
 from edgeprune.devices.ssh import Ssh
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 
 ABOUT = {"op": "about", "runtime": "onnxruntime"}
+
 PYTHON = f"?python={sys.executable}"
 
 
@@ -236,7 +237,7 @@ def test_the_program_travels_and_runs_with_the_machines_own_python(server: Sshd)
     ],
 )
 def test_the_machines_python_may_be_named(query: str, python: str) -> None:
-    assert device_from_url(f"ssh://board{query}").agent() == [python, "-c", packing.START]
+    assert device_from_url(f"ssh://board{query}").agent() == [python, "-c", archive.START]
 
 
 def test_a_module_in_the_home_folder_is_not_imported(server: Sshd) -> None:
@@ -322,7 +323,7 @@ def test_a_profile_is_taken_over_ssh(server: Sshd, tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_too_old_to_run_ours_says_so() -> None:
-    code = packing.START.replace("(3, 8)", "(9, 9)")
+    code = archive.START.replace("(3, 8)", "(9, 9)")
     done = subprocess.run([sys.executable, "-c", code], input="", capture_output=True, text=True, check=False)
     said = json.loads(done.stdout)
     assert (done.returncode, said["kind"]) == (3, "MissingDependency")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from edgeprune.data import synthesis
+from edgeprune.data.synthesis import Synthesis, amount, synthesize
 from edgeprune.errors import ModelError
-from edgeprune.nn import checkpoint, synthesis
-from edgeprune.nn.synthesis import Synthesis, amount, synthesize
+from edgeprune.models import storage
 from edgeprune.records import InputSpec
 
 SPEC = InputSpec(nets.SHAPE, 5)
@@ -208,7 +209,7 @@ def test_nothing_is_saved_without_a_scratch_folder(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> None:
         raise AssertionError("there is no folder")
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "save", refuse)
+    monkeypatch.setattr(storage.Checkpoint, "save", refuse)
     make(nets.build("plain"))
 
 

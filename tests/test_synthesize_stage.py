@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgeprune.data import synthesis
+from edgeprune.data.synthesis import Synthesis
 from edgeprune.errors import ModelError, WorkdirError
-from edgeprune.nn.bundle import from_module
-from edgeprune.nn.synthesis import Synthesis
-from edgeprune.recipe import SynthesizeTable
+from edgeprune.models.bundle import from_module
+from edgeprune.recipe.schema import SynthesizeTable
 from edgeprune.records import InputSpec
-from edgeprune.stages import synthesize
 
 TABLE = SynthesizeTable(images=6, steps=3)
 
@@ -27,7 +27,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> list[dict[str,
         asked.append({"network": network, "spec": spec, **wanted})
         return Synthesis(images, ("a note",), {"loss": 0.25, "images": len(images), "kind": "bn"})
 
-    monkeypatch.setattr(synthesize, "synthesize", make)
+    monkeypatch.setattr(synthesis, "synthesize", make)
     return asked
 
 
@@ -36,7 +36,7 @@ def test_the_images_are_made_from_the_network_as_it_ships(
 ) -> None:
     bundle = from_module(nets.build("residual"), nets.example(), mean=(0.5,) * 3, std=(0.25,) * 3)
     asked = answering(monkeypatch, nets.example(6))
-    made = synthesize.run(bundle, TABLE, 7, tmp_path / "scratch")
+    made = synthesis.run(bundle, TABLE, 7, tmp_path / "scratch")
     (wanted,) = asked
     assert (wanted["images"], wanted["steps"], wanted["seed"]) == (6, 3, 7)
     assert wanted["spec"] == bundle.input and (tmp_path / "scratch").is_dir()
@@ -49,13 +49,13 @@ def test_the_images_are_made_from_the_network_as_it_ships(
 
 def test_images_notes_and_facts_survive_the_disk(tmp_path: Path) -> None:
     made = Synthesis(nets.example(5), ("one", "two"), {"loss": 0.25, "images": 5, "kind": "bn"})
-    synthesize.write(made, tmp_path)
-    again = synthesize.read(tmp_path)
+    synthesis.write(made, tmp_path)
+    again = synthesis.read(tmp_path)
     assert torch.equal(again.images, made.images) and again.images.dtype == torch.float32
     assert (again.notes, again.facts) == (made.notes, made.facts)
     (tmp_path / "images.safetensors").write_bytes(b"half")
     with pytest.raises(WorkdirError, match=r"images\.safetensors can't be read"):
-        synthesize.read(tmp_path)
+        synthesis.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def test_what_is_no_image_of_the_network_is_refused(
 ) -> None:
     answering(monkeypatch, images)
     with pytest.raises(ModelError, match=says):
-        synthesize.run(from_module(nets.build("plain"), nets.example()), TABLE, 0, tmp_path)
+        synthesis.run(from_module(nets.build("plain"), nets.example()), TABLE, 0, tmp_path)
 
 
 def test_the_real_maker_gives_images_of_the_network_and_the_same_ones_again(tmp_path: Path) -> None:
     bundle = from_module(nets.build("residual"), nets.example())
     before = {k: v.clone() for k, v in bundle.module.state_dict().items()}
-    one, two = (synthesize.run(bundle, TABLE, 0, tmp_path / name) for name in ("a", "b"))
+    one, two = (synthesis.run(bundle, TABLE, 0, tmp_path / name) for name in ("a", "b"))
     assert one.images.shape == (6, 3, 8, 8) and torch.equal(one.images, two.images)
-    assert not torch.equal(one.images, synthesize.run(bundle, TABLE, 1, tmp_path / "c").images)
+    assert not torch.equal(one.images, synthesis.run(bundle, TABLE, 1, tmp_path / "c").images)
     assert all(torch.equal(v, before[k]) for k, v in bundle.module.state_dict().items())

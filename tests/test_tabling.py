@@ -9,16 +9,16 @@ import latency_files
 import pytest
 from typer.testing import CliRunner
 
-from edgeprune import bundled
-from edgeprune.cli import app
-from edgeprune.devices import device_from_url
+from edgeprune import targets
+from edgeprune.cli.app import app
+from edgeprune.devices._base import device_from_url
 from edgeprune.errors import UsageError
-from edgeprune.nn.latency_parts import charge
-from edgeprune.recipe import MeasureTable
-from edgeprune.stages import quantize_size
-from edgeprune.stages.measure_trial import Trials
-from edgeprune.stages.table import ALONE
-from edgeprune.tabling import Written, bench
+from edgeprune.latency.layer_table import ALONE
+from edgeprune.latency.segments import attribute_times
+from edgeprune.measure.trials import Trials
+from edgeprune.pipeline.latency_tables import Written, bench
+from edgeprune.quantize import finalize
+from edgeprune.recipe.schema import MeasureTable
 
 
 class Asked:
@@ -44,7 +44,7 @@ class Asked:
 
 
 def trials(device: Any) -> Trials:
-    return Trials(device, bundled.target("local"), lambda _line: None, 0.0)
+    return Trials(device, targets.target("local"), lambda _line: None, 0.0)
 
 
 def test_a_cache_folder_that_can_not_be_written_is_refused_before_the_device_is_asked(
@@ -88,18 +88,22 @@ def test_files_are_timed_in_the_precision_that_is_asked_for_and_every_layer_is_t
     seen: list[str] = []
 
     def rewrite(path: Path) -> bytes:
-        model = quantize_size.rough(path, precision, "u8")
+        model = finalize.rough(path, precision, "u8")
         seen.append(path.name)
         return model.SerializeToString()
 
-    there = Trials(device_from_url("local"), bundled.target("local"), lambda _line: None, 0.0)
+    there = Trials(device_from_url("local"), targets.target("local"), lambda _line: None, 0.0)
     quick = MeasureTable(iterations=10, warmup=1, seconds=1.0)
     found = bench(there, quick, lambda _line: None, Written(precision, rewrite))
     assert found.place.endswith(f", 1 thread(s), {precision}")
     network = latency_files.subject_of("residual")
     assert found.time({"dense": network.file})["dense"] > 0
     spent = dict(
-        zip((p.layer for p in network.parts), charge(network.parts, found.nodes(network.file)), strict=True)
+        zip(
+            (p.layer for p in network.parts),
+            attribute_times(network.parts, found.nodes(network.file)),
+            strict=True,
+        )
     )
     layers = [n.name for n in network.resizer.model.graph.node if n.op_type in ("Conv", "Gemm")]
     assert all(spent[name] > 0 for name in layers), spent

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.attacks._tape import Stale, Tape, Unfit, record
+from edgeprune.attacks._tape_rules import RULES, Window, name_of
+from edgeprune.attacks._windows import Asker
 from edgeprune.attacks.square import Square
-from edgeprune.nn.asking import asking
-from edgeprune.nn.lanes import in_lanes
-from edgeprune.nn.perturb import Ball
-from edgeprune.nn.tape import Stale, Tape, Unfit, record
-from edgeprune.nn.tape_rules import RULES, Window, name_of
-from edgeprune.nn.windows import Asker
+from edgeprune.models.queries import as_logits
+from edgeprune.models.replicas import on_replicas
+from edgeprune.train.adversarial import Ball
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -206,9 +206,9 @@ def test_small_windows_are_looked_at_with_tapes_and_all_else_is_asked(
         written.append(len(images))
         return record(network, images)
 
-    monkeypatch.setattr("edgeprune.nn.windows.record", counted)
+    monkeypatch.setattr("edgeprune.attacks._windows.record", counted)
     network, x = nets.build("residual"), nets.example(6)
-    asker = Asker(asking(network), network)
+    asker = Asker(as_logits(network), network)
     looked(asker, network, Window(0, 6, 0, 6), x)
     assert not written
     tried = looked(asker, network, Window(2, 4, 2, 4), x)
@@ -229,14 +229,14 @@ def test_small_windows_are_looked_at_with_tapes_and_all_else_is_asked(
 @pytest.mark.parametrize("network", [Chancy(), nets.build("plain")])
 def test_a_network_that_does_not_fit_is_asked_itself(network: nn.Module) -> None:
     x = nets.example(4)
-    asker = Asker(asking(network), network if isinstance(network, Chancy) else None)
+    asker = Asker(as_logits(network), network if isinstance(network, Chancy) else None)
     asker.look(x, x, Window(0, 2, 0, 2))
     assert asker.network is None
 
 
 def test_what_seems_wrong_is_asked_again_of_the_network_itself() -> None:
     network, x = nets.build("plain"), nets.example(4)
-    asker = Asker(asking(network), network)
+    asker = Asker(as_logits(network), network)
     tried = looked(asker, network, Window(0, 2, 0, 2), x)
     rows = torch.tensor([False, True, False, True])
     answer = asker.sure(tried, rows, torch.zeros(4, 5))
@@ -253,7 +253,7 @@ def test_square_finds_the_same_with_tapes_and_without(threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        with in_lanes(network, x) as lanes:
+        with on_replicas(network, x) as lanes:
             assert (lanes is network) == (threads == 1)
         attack, ball = Square(queries=300, first=0.05), Ball("Linf", 0.01)
         fast = attack(network, x, y, ball, seeded())

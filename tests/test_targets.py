@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune import bundled, machine
+from edgeprune import host, targets
 from edgeprune.errors import UsageError
+from edgeprune.host import machine
 
-ALL = bundled.names("targets")
+ALL = targets.names("targets")
+
 JETSONS = [name for name in ALL if name.startswith("jetson-")]
+
 WANTED = {
     "local",
     "jetson",
@@ -28,7 +31,7 @@ WANTED = {
 
 def source(name: str) -> str:
     """The text of a bundled profile."""
-    return (bundled.folder("targets") / f"{name}.toml").read_text(encoding="utf-8")
+    return (targets.folder("targets") / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def test_the_promised_targets_are_there() -> None:
@@ -37,20 +40,20 @@ def test_the_promised_targets_are_there() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_target_has_every_fact(name: str) -> None:
-    target = bundled.target(name)
+    target = targets.target(name)
     assert target.title
     assert target.runtime in ("onnxruntime", "tensorrt")
     assert target.device in ("local", "ssh", "adb")
-    assert set(target.precisions) <= set(bundled.PRECISIONS)
+    assert set(target.precisions) <= set(targets.PRECISIONS)
     assert "fp32" in target.precisions
-    assert set(target.multiple_of) == set(bundled.PRECISIONS)
+    assert set(target.multiple_of) == set(targets.PRECISIONS)
     assert all(value >= 1 for value in target.multiple_of.values())
     assert 1e9 <= target.memory_bytes <= 1e12
     assert target.setup["threads"] >= 1
     if name != "local":
         assert 1e9 <= target.bandwidth <= 1e12
         assert set(target.peak) == set(target.precisions)
-        assert [target.peak[p] for p in bundled.PRECISIONS if p in target.peak] == sorted(
+        assert [target.peak[p] for p in targets.PRECISIONS if p in target.peak] == sorted(
             target.peak.values()
         )
 
@@ -74,13 +77,13 @@ def test_the_sources_listed_on_top_are_those_that_the_comments_name(name: str) -
 
 
 def test_jetson_is_another_name_of_the_orin_nano() -> None:
-    assert bundled.target("jetson") == bundled.target("jetson-orin-nano")
-    assert bundled.target("jetson").name == "jetson-orin-nano"
+    assert targets.target("jetson") == targets.target("jetson-orin-nano")
+    assert targets.target("jetson").name == "jetson-orin-nano"
 
 
 @pytest.mark.parametrize("name", JETSONS)
 def test_a_jetson_says_which_tensorrt_it_has_and_exports_no_newer_opset(name: str) -> None:
-    target = bundled.target(name)
+    target = targets.target(name)
     newest = {"8.2": 13, "8.5": 17, "10.3": 20}[target.setup["tensorrt"]]
     assert target.runtime == "tensorrt"
     assert target.opset == target.setup["max_opset"] == newest
@@ -107,7 +110,7 @@ def test_a_peak_is_the_arithmetic_that_its_comment_shows(
     name: str, precision: str, operations: float
 ) -> None:
     # 3 %: the figures are rounded, and NVIDIA's "20 TOPS" is 20.5 by arithmetic
-    assert bundled.target(name).peak[precision] == pytest.approx(operations, rel=0.03)
+    assert targets.target(name).peak[precision] == pytest.approx(operations, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -116,14 +119,15 @@ def test_a_peak_is_the_arithmetic_that_its_comment_shows(
 def test_local_takes_the_multiples_of_the_cpu_it_runs_on(
     monkeypatch: pytest.MonkeyPatch, cpu: str, fp32: int, int8: int
 ) -> None:
-    monkeypatch.setattr(machine, "this", lambda: machine.Machine("x", cpu, 123_456_789, 6))
-    target = bundled.target("local")
+    monkeypatch.setattr(host, "this", lambda: machine.Machine("x", cpu, 123_456_789, 6))
+    target = targets.target("local")
     assert target.multiple_of == {"fp32": fp32, "fp16": 1, "int8": int8}
     assert target.memory_bytes == 123_456_789
     assert (target.setup["cpu"], target.setup["cores"]) == (cpu, 6)
 
 
 X86 = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni\nbugs\t\t: spectre_v1\n"
+
 ARM = "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm asimddp\nCPU part\t: 0xd0b\n"
 
 
@@ -202,9 +206,9 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_a_path_is_a_target_of_ones_own(mine: Path) -> None:
-    target = bundled.target(str(mine))
+    target = targets.target(str(mine))
     assert target.name == "board"
-    assert target.multiple_of == bundled.target("raspberry-pi-5").multiple_of
+    assert target.multiple_of == targets.target("raspberry-pi-5").multiple_of
 
 
 @pytest.mark.parametrize(
@@ -245,28 +249,28 @@ def test_a_wrong_profile_is_refused_with_the_key_and_the_value(
     assert old in text
     mine.write_text(text.replace(old, new, 1))
     with pytest.raises(UsageError) as caught:
-        bundled.target(str(mine))
+        targets.target(str(mine))
     assert f"{mine}: " in caught.value.message
     assert message in caught.value.message
 
 
 def test_an_unknown_name_gets_the_closest_one() -> None:
     with pytest.raises(UsageError) as caught:
-        bundled.target("jetson-orin-nanoo")
+        targets.target("jetson-orin-nanoo")
     assert caught.value.message == "no target is named 'jetson-orin-nanoo'"
     assert caught.value.hint == "did you mean 'jetson-orin-nano'?"
 
 
 def test_a_path_that_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match="no file 'none/board.toml'"):
-        bundled.target("none/board.toml")
+        targets.target("none/board.toml")
 
 
 def test_an_alias_of_itself_does_not_go_round_for_ever(tmp_path: Path) -> None:
     path = tmp_path / "loop.toml"
     path.write_text(f'alias = "{path}"\n')
     with pytest.raises(UsageError, match="unknown key 'alias'"):
-        bundled.target(str(path))
+        targets.target(str(path))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xff", b"a = " + b"[" * 100_000, b"a"])
@@ -274,4 +278,4 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> No
     path = tmp_path / "x.toml"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=re.escape(str(path))):
-        bundled.target(str(path))
+        targets.target(str(path))

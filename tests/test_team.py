@@ -14,13 +14,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgeprune import codec
-from edgeprune.cli import app, main
-from edgeprune.nn import team
+from edgeprune import distributed, serialization
+from edgeprune.cli.app import app, main
+from edgeprune.pipeline.run_directory import Workdir
 from edgeprune.records import Report
-from edgeprune.workdir import Workdir
 
 TESTS = Path(__file__).parent
+
 # Each process leaves what it came to in a file of its own number.
 LEAVE = """
 import json, os, sys
@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from edgeprune.nn import team
+from edgeprune import distributed as team
 torch.set_num_threads(1)
 def leave(**found):
     Path({folder!r}, f"{{team.launch().rank}}.json").write_text(json.dumps(found))
@@ -60,18 +60,18 @@ r = team.rank()
 strided = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last) * r
 tensors = [torch.tensor([1.0, 5.0]) * (r + 1), strided, torch.tensor(3.0, dtype=torch.float64) + r, torch.zeros(0)]
 needs = torch.nn.Parameter(torch.full((2,), float(r)))
-team.average_([*tensors, needs])
+team.all_reduce_mean_([*tensors, needs])
 transposed = torch.arange(6).view(2, 3).t() + 10 * r
-handed_back = team.same(transposed) is transposed
-told = team.tell({"of": r, "keys": ["a", r]})
+handed_back = team.broadcast_(transposed) is transposed
+told = team.broadcast_object({"of": r, "keys": ["a", r]})
 
 from types import SimpleNamespace
-from edgeprune import building
-from edgeprune.stages.prune import Probe
-building.probes = lambda run, dense: {"latency_p50": Probe(2.0 + r, lambda network: 7.0 * (network + r))}
+from edgeprune.pipeline import intermediates as building
+from edgeprune.prune.budget_search import Probe
+building.measured_limits = lambda run, dense: {"latency_p50": Probe(2.0 + r, lambda network: 7.0 * (network + r))}
 shared = building.shared_probes(SimpleNamespace(work=SimpleNamespace(leads=r == 0)), Path())["latency_p50"]
 probed = [shared.dense, shared.read(3)]
-team.wait()
+team.barrier()
 size = team.size()
 import torch._inductor
 team.stop(store)
@@ -103,12 +103,12 @@ ENDING = """
 team.COURTESY = timedelta(seconds=1)
 def work():
     print("words of", team.rank())
-    team.wait()
+    team.barrier()
     if team.rank() == 1:
         raise ValueError("process 1 has failed")
-    team.wait()
+    team.barrier()
     return 0
-team.together(work)
+team.run_on_all_ranks(work)
 """
 
 
@@ -121,29 +121,33 @@ def test_a_follower_that_fails_alone_says_so_and_takes_the_others_with_it(tmp_pa
 
 def test_without_torchrun_a_process_is_its_own_team(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.tensor([1.0, 2.0])
-    team.average_([tensor])
-    team.wait()
-    assert team.start() is None and (team.rank(), team.size()) == (0, 1)
-    assert team.same(tensor) is tensor and tensor.tolist() == [1, 2] and team.tell("a") == "a"
-    assert team.together(lambda: 4) == 4
+    distributed.all_reduce_mean_([tensor])
+    distributed.barrier()
+    assert distributed.start() is None and (distributed.rank(), distributed.size()) == (0, 1)
+    assert (
+        distributed.broadcast_(tensor) is tensor
+        and tensor.tolist() == [1, 2]
+        and distributed.broadcast_object("a") == "a"
+    )
+    assert distributed.run_on_all_ranks(lambda: 4) == 4
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert team.launch() == team.Launch(), "a cluster that sets only these two starts no team"
+    assert distributed.launch() == distributed.Launch(), "a cluster that sets only these two starts no team"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert team.launch() == team.Launch(3, 4, 1, 2)
-    assert (team.rank(), team.size()) == (0, 1), "nobody has started it"
+    assert distributed.launch() == distributed.Launch(3, 4, 1, 2)
+    assert (distributed.rank(), distributed.size()) == (0, 1), "nobody has started it"
 
 
 CHOICES = """
 import hashlib
 import nets
 from edgeprune import plugins
-from edgeprune.nn import bundle
-from edgeprune.nn.data import in_memory
-from edgeprune.recipe import PruneTable, TuneTable
-from edgeprune.records import Budget, Limit
-from edgeprune.stages import prune
+from edgeprune.models import bundle
+from edgeprune.data.dataset import in_memory
+from edgeprune.recipe.schema import PruneTable; from edgeprune.recipe.schema import TuneTable
+from edgeprune.records import Budget; from edgeprune.records import Limit
+from edgeprune.prune import stage as prune
 store = team.start()
 pixels = torch.randint(0, 256, (48, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 split = in_memory("train", pixels, torch.arange(48) % 5)
@@ -152,7 +156,7 @@ found = {{}}
 for method in plugins.names("methods"):
     if prune.trains(PruneTable(), method):
         for granularity in ("channel", "weight"):
-            material = prune.Material(
+            material = prune.PruningInputs(
                 split.take(torch.arange(48)), split.labels, {{}}, 1, 0, train=split,
                 table=TuneTable(epochs=2, batch=16, objective="fgsm"),
                 scratch=Path({folder!r}, f"{{team.rank()}} {{method}} {{granularity}}"),
@@ -212,8 +216,8 @@ def test_compress_in_two_processes_leaves_one_run_that_any_later_start_finds_don
     words = [*model, "-o", str(run), "--epochs", "1", "--json"]
     done = torchrun(*words, "--method", "dnr", "--budget", "params=50 %")
     assert done.returncode == 0, done.stderr
-    report = codec.read(Report, run / "report.json")
-    assert json.loads(done.stdout)["report"] == codec.to_json(report), "one object, of process 0"
+    report = serialization.read(Report, run / "report.json")
+    assert json.loads(done.stdout)["report"] == serialization.to_json(report), "one object, of process 0"
     assert done.stderr.count("prune: ") == 1 and len(stamps(run)) == 7
     before = stamps(run)
     done = torchrun(*words, "--method", "taylor")
@@ -221,13 +225,13 @@ def test_compress_in_two_processes_leaves_one_run_that_any_later_start_finds_don
     assert before.items() <= stamps(run).items() and len(stamps(run)) == 13, (
         "all but the dense model is another"
     )
-    report = codec.read(Report, run / "report.json")
+    report = serialization.read(Report, run / "report.json")
     assert [r.conditions["stage"] for r in report.ledger] == ["pruned", "bn recalibrated", "tuned"]
     assert not list(run.glob("[0-9]-*/tmp-*")) and not list(run.glob("scratch/*"))
     before = stamps(run)
     alone = CliRunner().invoke(app, [*words[2:], "--method", "taylor"])
     assert alone.exit_code == 0, alone.output
-    assert stamps(run) == before and json.loads(alone.stdout)["report"] == codec.to_json(report)
+    assert stamps(run) == before and json.loads(alone.stdout)["report"] == serialization.to_json(report)
 
 
 def test_an_error_of_the_first_process_is_said_once_and_ends_with_its_exit_code(

@@ -15,7 +15,8 @@ import tensorrt_stubs as stubs
 from onnx import TensorProto, helper
 from onnx_files import save, write_net, write_one_conv
 
-from edgeprune import agent, agent_cuda, agent_engines, agent_memory, agent_sensors, plugins
+from edgeprune import host, plugins, runtimes
+from edgeprune.agent import program, resources
 from edgeprune.errors import (
     DeviceError,
     MissingDependency,
@@ -24,6 +25,7 @@ from edgeprune.errors import (
     UnsupportedModel,
     WorkdirError,
 )
+from edgeprune.runtimes.engine import cuda, files
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.runtimes.tensorrt import TensorRT
 
@@ -33,7 +35,8 @@ VERSIONS = ("10.3.0", "10.13.3.9", "11.4.0.106")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> stubs.Gpu:
     found = stubs.Gpu()
-    monkeypatch.setattr(agent_cuda, "load", found.cuda)
+    monkeypatch.setattr(runtimes, "load", found.cuda)
+    monkeypatch.setattr(cuda, "load", runtimes.load)
     return found
 
 
@@ -109,8 +112,8 @@ def test_what_is_known_of_an_engine_is_written_beside_it(install: Any, tmp_path:
         "schema": "edgeprune.engine/1", "tensorrt": "10.13.3.9", "gpu": "Orin", "compute_capability": "8.7",
         "onnx_name": "net.onnx", "precision": "fp32", "layers": {"fp32": 3}, "cuda": "12.6",
     }  # fmt: skip
-    assert facts["onnx"] == agent_engines.digest(file)
-    assert facts["engine"] == agent_engines.digest(engine)
+    assert facts["onnx"] == files.digest(file)
+    assert facts["engine"] == files.digest(engine)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -170,7 +173,7 @@ def test_a_stale_engine_is_refused_with_the_reason(
     install: Any, gpu: stubs.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, said: str
 ) -> None:
     install("10.3.0")
-    monkeypatch.setattr(agent_sensors, "board", lambda: "NVIDIA Jetson Orin Nano")
+    monkeypatch.setattr(host, "board", lambda: "NVIDIA Jetson Orin Nano")
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
     TensorRT().open(engine, 1)
     if change == "version":
@@ -182,19 +185,19 @@ def test_a_stale_engine_is_refused_with_the_reason(
     elif change == "multiprocessors":
         gpu.multiprocessors = 16
     elif change == "board":
-        monkeypatch.setattr(agent_sensors, "board", lambda: "NVIDIA Jetson AGX Orin")
+        monkeypatch.setattr(host, "board", lambda: "NVIDIA Jetson AGX Orin")
     elif change == "older facts":
-        facts = json.loads(agent_engines.beside(engine).read_text())
+        facts = json.loads(files.beside(engine).read_text())
         del facts["multiprocessors"]
-        agent_engines.beside(engine).write_text(json.dumps(facts))
+        files.beside(engine).write_text(json.dumps(facts))
     elif change == "onnx":
         write_net(tmp_path / "net.onnx", 8)
     elif change == "engine":
         engine.write_bytes(engine.read_bytes() + b" ")
     elif change == "no facts":
-        agent_engines.beside(engine).unlink()
+        files.beside(engine).unlink()
     else:
-        agent_engines.beside(engine).write_text("{}")
+        files.beside(engine).write_text("{}")
     with pytest.raises(ModelError) as refused:
         TensorRT().open(engine, 1)
     assert said in refused.value.message
@@ -207,9 +210,9 @@ def test_a_board_that_is_told_only_here_or_there_makes_no_engine_stale(
     """A container hides it, the system outside does not."""
     install()
     for there, here in (("NVIDIA Jetson Orin Nano", ""), ("", "NVIDIA Jetson Orin Nano")):
-        monkeypatch.setattr(agent_sensors, "board", lambda name=there: name)
+        monkeypatch.setattr(host, "board", lambda name=there: name)
         engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "fp32")
-        monkeypatch.setattr(agent_sensors, "board", lambda name=here: name)
+        monkeypatch.setattr(host, "board", lambda name=here: name)
         assert TensorRT().open(engine, 1).input_shape == (1, 3, 8, 8)
 
 
@@ -230,7 +233,7 @@ def test_an_engine_of_an_interrupted_write_is_refused(
     with pytest.raises(KeyboardInterrupt):
         TensorRT().build(tmp_path / "net.onnx", engine, "fp32")
     monkeypatch.undo()
-    assert not agent_engines.beside(engine).exists()
+    assert not files.beside(engine).exists()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -263,14 +266,14 @@ def test_an_engine_that_is_mostly_closed_is_kept(install: Any, tmp_path: Path) -
     """One of the three layers that multiply is told: the others may run in int8."""
     install(silent=True, told=1)
     engine = TensorRT().build(write_net(tmp_path / "net.onnx"), tmp_path / "net.engine", "int8")
-    assert json.loads(agent_engines.beside(engine).read_text())["layers"] == {"fp32": 1, "closed": 1}
+    assert json.loads(files.beside(engine).read_text())["layers"] == {"fp32": 1, "closed": 1}
 
 
 def test_layers_that_were_made_one_are_not_taken_for_closed_parts() -> None:
     rows = [{"Name": "a || b || c", "LayerType": "CaskConvolution", "Inputs": [{"Datatype": "Float"}]}]
-    found = agent_engines.layers(json.dumps({"Layers": rows}))
+    found = files.layers(json.dumps({"Layers": rows}))
     with pytest.raises(ParityError, match="none of its layers does: 1 in fp32$"):
-        agent_engines.judge(found, "int8", "net.onnx", 3)
+        files.judge(found, "int8", "net.onnx", 3)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -278,7 +281,7 @@ def test_half_precision_is_found_in_the_layers(install: Any, tmp_path: Path, ver
     install(version)
     file = stubs.write_half(tmp_path / "net.onnx")
     engine = TensorRT().build(file, tmp_path / "net.engine", "fp16")
-    assert json.loads(agent_engines.beside(engine).read_text())["layers"] == {"fp16": 1}
+    assert json.loads(files.beside(engine).read_text())["layers"] == {"fp16": 1}
     np.testing.assert_allclose(
         TensorRT().open(engine, 1)(images(2)), OnnxRuntime().open(file, 1)(images(2)), atol=0.1
     )
@@ -325,9 +328,7 @@ def test_an_engine_that_fails_to_run_is_a_model_error(install: Any, tmp_path: Pa
 
 def test_a_file_that_is_no_engine_is_a_model_error(install: Any, tmp_path: Path) -> None:
     install()
-    agent_engines.write(
-        tmp_path / "net.engine", b"no engine", {**MACHINE, "onnx_name": "none.onnx", "onnx": ""}
-    )
+    files.write(tmp_path / "net.engine", b"no engine", {**MACHINE, "onnx_name": "none.onnx", "onnx": ""})
     with pytest.raises(ModelError, match="can't load the engine"):
         TensorRT().open(tmp_path / "net.engine", 1)
 
@@ -361,7 +362,7 @@ def test_latency_is_the_time_between_two_events_round_one_graph(
     install()
     gpu.captures = captures
     file = write_net(tmp_path / "net.onnx")
-    answer = agent.handle({
+    answer = program.handle({
         "op": "time", "runtime": "tensorrt", "models": {"dense": str(file)}, "threads": 1, "warmup": 1,
         "iterations": 10, "seconds": 5,
     })  # fmt: skip
@@ -401,8 +402,8 @@ def test_memory_has_the_gpus_share(
     gpu.integrated = integrated
     request = {"model": str(write_net(tmp_path / "net.onnx")), "threads": 1}
     values = iter([700, 700, 900, 1500])  # at rest, its highest so far, when opened, in the end
-    monkeypatch.setattr(agent_memory, "status", lambda key, process: next(values))
-    answer = agent_memory.answer(request, TensorRT(), tmp_path)
+    monkeypatch.setattr(resources, "status", lambda key, process: next(values))
+    answer = resources.memory_reply(request, TensorRT(), tmp_path)
     assert answer["gpu"] == (3 * 8 * 8 + 10) * 4
     expected = max(answer["host"], answer["gpu"]) if more == "larger" else answer["host"] + answer["gpu"]
     assert answer["host"] == 800
@@ -420,8 +421,8 @@ def test_what_cudas_context_takes_is_not_added_by_the_model(
         context = 300 if "cudaMemGetInfo" in gpu.calls else 0
         return 700 + context + (50 if "cudaMalloc" in gpu.calls else 0)
 
-    monkeypatch.setattr(agent_memory, "status", resident)
-    answer = agent_memory.answer(request, TensorRT(), tmp_path)
+    monkeypatch.setattr(resources, "status", resident)
+    answer = resources.memory_reply(request, TensorRT(), tmp_path)
     assert (answer["baseline"], answer["host"], answer["at_load"]) == (1000, 50, 50)
 
 
@@ -438,7 +439,7 @@ def test_the_inspectors_json_of_old_and_new_versions_is_read_alike() -> None:
         [helper.make_node("Conv", [], [], "c"), helper.make_node("QuantizeLinear", [], [], "q")]
     )
     for version in VERSIONS:
-        found = agent_engines.layers(json.dumps(stubs.information(model, version)))
+        found = files.layers(json.dumps(stubs.information(model, version)))
         assert [(x.name, x.precision, x.macs) for x in found if x.multiplies] == [
             ("c + relu", "int8", 432 * 64)
         ]
@@ -460,7 +461,7 @@ def test_the_inspectors_json_of_old_and_new_versions_is_read_alike() -> None:
 )
 def test_data_types_are_known_by_the_inspectors_words(text: str, precision: str) -> None:
     row = {"Name": "c", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": text}], "Outputs": []}
-    assert agent_engines.layers(json.dumps({"Layers": [row]}))[0].precision == precision
+    assert files.layers(json.dumps({"Layers": [row]}))[0].precision == precision
 
 
 def test_parts_that_are_not_told_are_not_judged() -> None:
@@ -470,16 +471,16 @@ def test_parts_that_are_not_told_are_not_judged() -> None:
         "Inputs": [{"Datatype": "Float"}],
         "Outputs": [],
     }
-    found = agent_engines.layers(json.dumps({"Layers": [row]}))
-    assert agent_engines.counted(found) == {"closed": 1}
-    agent_engines.judge(found, "int8", "net.onnx", 1)
-    agent_engines.judge(agent_engines.layers('{"Layers": ["only", "names"]}'), "fp16", "net.onnx", 1)
+    found = files.layers(json.dumps({"Layers": [row]}))
+    assert files.counted(found) == {"closed": 1}
+    files.judge(found, "int8", "net.onnx", 1)
+    files.judge(files.layers('{"Layers": ["only", "names"]}'), "fp16", "net.onnx", 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "7"])
 def test_another_answer_of_the_inspector_is_a_model_error(text: str) -> None:
     with pytest.raises(ModelError, match="not understood"):
-        agent_engines.layers(text)
+        files.layers(text)
 
 
 @pytest.mark.parametrize("version", ["8.5.2", "10.2.0"])

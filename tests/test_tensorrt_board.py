@@ -12,16 +12,18 @@ import pytest
 import tensorrt_stubs as stubs
 from onnx_files import Pictures, Scripted, write_net
 
-from edgeprune import agent_cuda, agent_engines, bundled
-from edgeprune.devices import Answer
+from edgeprune import runtimes, targets
 from edgeprune.devices.fake import Fake
 from edgeprune.devices.local import Local
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError
-from edgeprune.recipe import MeasureTable
+from edgeprune.measure import engines, stage
+from edgeprune.recipe.schema import MeasureTable
 from edgeprune.records import InputSpec, Plan, Target
-from edgeprune.stages import measure_build, measure_run
+from edgeprune.runtimes.engine import cuda, files
 
 TABLE = MeasureTable(iterations=20, warmup=1, seconds=5.0)
+
 SPEC = InputSpec((3, 8, 8), 10)
 
 
@@ -35,14 +37,15 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> stubs.Gpu:
     found = stubs.Gpu()
-    monkeypatch.setattr(agent_cuda, "load", found.cuda)
+    monkeypatch.setattr(runtimes, "load", found.cuda)
+    monkeypatch.setattr(cuda, "load", runtimes.load)
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", found))
     return found
 
 
 @pytest.fixture
 def orin() -> Target:
-    return bundled.target("jetson-orin-nano")
+    return targets.target("jetson-orin-nano")
 
 
 @pytest.fixture
@@ -60,8 +63,8 @@ def pictures(count: int) -> Pictures:
 
 def wanted(
     target: Target, device: Any, images: Any = None, engines: Path | None = None
-) -> measure_run.Wanted:
-    return measure_run.Wanted(SPEC, device, TABLE, target, images, lambda message: None, engines)
+) -> stage.MeasureRequest:
+    return stage.MeasureRequest(SPEC, device, TABLE, target, images, lambda message: None, engines)
 
 
 def test_everything_is_read_off_engines_that_were_built_on_the_board(
@@ -70,7 +73,7 @@ def test_everything_is_read_off_engines_that_were_built_on_the_board(
     board, kept = stubs.Board(), tmp_path / "engines"
     kept.mkdir()
     plan = Plan({}, {}, {}, {}, 100, 1000, 200, 2000)
-    found = measure_run.run(wanted(orin, board, pictures(40), kept), pair, plan)
+    found = stage.run(wanted(orin, board, pictures(40), kept), pair, plan)
     by_metric = {r.metric: r for r in found.after}
     assert by_metric["latency_p50"].value == pytest.approx(250e-6)
     assert by_metric["latency_p50"].where == "ssh://board aarch64"
@@ -95,7 +98,7 @@ def test_everything_is_read_off_engines_that_were_built_on_the_board(
 def test_the_workspace_is_what_the_board_can_spare(
     gpu: stubs.Gpu, orin: Target, pair: dict[str, Path]
 ) -> None:
-    measure_run.run(wanted(orin, stubs.Board()), pair, None)
+    stage.run(wanted(orin, stubs.Board()), pair, None)
     trt: Any = sys.modules["tensorrt"]
     assert trt.configs[0].pools == {trt.MemoryPoolType.WORKSPACE: 1907 * 2**20}
 
@@ -104,12 +107,12 @@ def test_engines_are_taken_to_the_board_again_and_a_stale_one_is_refused_there(
     gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = stubs.Board()
-    engine = measure_build.engines(pair, measure_build.Place(board, orin, tmp_path))["compressed"]
+    engine = engines.built_engines(pair, engines.Place(board, orin, tmp_path))["compressed"]
     images = pictures(5).x
-    assert "5 images" in measure_build.compare(engine, SPEC, images, board)
+    assert "5 images" in engines.compare(engine, SPEC, images, board)
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.13.3.9", gpu))
     with pytest.raises(ModelError, match=r"it was built for TensorRT 10\.3\.0, here is 10\.13\.3\.9"):
-        measure_build.compare(engine, SPEC, images, board)
+        engines.compare(engine, SPEC, images, board)
 
 
 def test_what_tensorrt_timed_is_used_by_the_next_run_on_the_device(
@@ -121,7 +124,7 @@ def test_what_tensorrt_timed_is_used_by_the_next_run_on_the_device(
     for version in ("10.3.0", "10.13.3.9", "10.3.0", "10.13.3.9", "10.3.0"):
         trt = stubs.module(version, gpu)
         monkeypatch.setitem(sys.modules, "tensorrt", trt)
-        measure_run.run(wanted(orin, stubs.Board()), one, None)
+        stage.run(wanted(orin, stubs.Board()), one, None)
         began.append(bytes(trt.configs[0].cache))
     assert began == [b"", b"", b"+", b"+", b"++"]
     assert sorted(p.suffix for p in (home / ".cache/edgeprune/timings").iterdir()) == [".cache", ".cache"]
@@ -131,7 +134,7 @@ def test_a_home_that_can_not_be_written_costs_only_the_timings(
     gpu: stubs.Gpu, orin: Target, pair: dict[str, Path], home: Path, tmp_path: Path
 ) -> None:
     home.write_text("a file")
-    built = measure_build.engines(pair, measure_build.Place(stubs.Board(), orin, tmp_path))
+    built = engines.built_engines(pair, engines.Place(stubs.Board(), orin, tmp_path))
     assert set(built) == {"dense", "compressed"}
 
 
@@ -146,7 +149,7 @@ def test_an_engine_that_answers_otherwise_is_a_parity_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", gpu, offset=offset))
     with pytest.raises(ParityError, match=said) as error:
-        measure_run.run(wanted(orin, stubs.Board()), pair, None)
+        stage.run(wanted(orin, stubs.Board()), pair, None)
     assert error.value.exit_code == 5
 
 
@@ -156,7 +159,7 @@ def test_a_silent_float_engine_on_the_board_is_a_parity_error(
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("11.4.0.106", gpu, silent=True))
     files = {"compressed": stubs.write_half(tmp_path / "model.onnx")}
     with pytest.raises(ParityError, match="was to run in fp16, and none of its layers does") as error:
-        measure_run.run(wanted(orin, stubs.Board()), files, None)
+        stage.run(wanted(orin, stubs.Board()), files, None)
     assert error.value.exit_code == 5
 
 
@@ -170,7 +173,7 @@ def test_a_silent_float_engine_on_the_board_is_a_parity_error(
     ],
 )
 def test_a_report_says_of_an_engine_what_is_not_told(counts: dict[str, int], said: str) -> None:
-    engine = measure_build.Engine(Path("a.engine"), Path("a.onnx"), "int8", {"layers": counts})
+    engine = engines.Engine(Path("a.engine"), Path("a.onnx"), "int8", {"layers": counts})
     assert engine.words.endswith(f"; layers that multiply: {said}")
 
 
@@ -192,14 +195,14 @@ def test_how_far_apart_answers_may_be_depends_on_the_precision(
     found = expected.copy()
     found[1::2, 0] += noise
     answers = iter([expected, found])
-    monkeypatch.setattr(measure_build, "_logits", lambda *given: next(answers))
-    engine = measure_build.Engine(tmp_path / "a.engine", tmp_path / "a.onnx", precision)
+    monkeypatch.setattr(engines, "_logits", lambda *given: next(answers))
+    engine = engines.Engine(tmp_path / "a.engine", tmp_path / "a.onnx", precision)
     images = np.zeros((16, 3, 8, 8), np.float32)
     if good:
-        assert "16 images as ONNX Runtime does" in measure_build.compare(engine, SPEC, images, Fake())
+        assert "16 images as ONNX Runtime does" in engines.compare(engine, SPEC, images, Fake())
     else:
         with pytest.raises(ParityError, match=f"in {precision} it should be within"):
-            measure_build.compare(engine, SPEC, images, Fake())
+            engines.compare(engine, SPEC, images, Fake())
 
 
 def test_an_engine_that_changed_on_the_way_is_noticed(
@@ -212,7 +215,7 @@ def test_an_engine_that_changed_on_the_way_is_noticed(
                 here.write_bytes(here.read_bytes()[:-1])
 
     with pytest.raises(ParityError, match="is not the one that was built there"):
-        measure_build.engines(pair, measure_build.Place(Lossy(), orin, tmp_path))
+        engines.built_engines(pair, engines.Place(Lossy(), orin, tmp_path))
 
 
 @pytest.mark.parametrize("answer", [{"built": "x"}, {"facts": 7}])
@@ -221,14 +224,14 @@ def test_a_board_that_builds_nonsense_is_a_device_error(
 ) -> None:
     device = Scripted(Answer(0, json.dumps(answer), ""))
     with pytest.raises(DeviceError, match="built 'dense' and answered"):
-        measure_build.engines(pair, measure_build.Place(device, orin, tmp_path))
+        engines.built_engines(pair, engines.Place(device, orin, tmp_path))
 
 
 def test_a_board_without_tensorrt_is_measured_on_its_cpu_and_that_is_said(
     orin: Target, pair: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    found = measure_run.run(wanted(orin, stubs.Board()), pair, None)
+    found = stage.run(wanted(orin, stubs.Board()), pair, None)
     assert found.after[2].conditions["runtime"].startswith("onnxruntime")
     note = next(n for n in found.notes if "not of its GPU" in n)
     assert (
@@ -241,15 +244,15 @@ def test_a_board_with_an_old_tensorrt_is_measured_on_its_cpu_and_that_is_said(
     gpu: stubs.Gpu, orin: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("8.5.2", gpu))
-    runtime, notes = measure_build.choose(orin, stubs.Board())
+    runtime, notes = engines.choose(orin, stubs.Board())
     assert runtime == "onnxruntime"
     assert "it has tensorrt 8.5.2, and engines are built from Python with 10.3 or newer" in notes[0]
 
 
 def test_the_runtime_is_the_targets_where_the_device_has_it(gpu: stubs.Gpu, orin: Target) -> None:
-    assert measure_build.choose(orin, stubs.Board()) == ("tensorrt", ())
-    assert measure_build.choose(orin, Fake()) == ("onnxruntime", ())
-    assert measure_build.choose(bundled.target("local"), stubs.Board()) == ("onnxruntime", ())
+    assert engines.choose(orin, stubs.Board()) == ("tensorrt", ())
+    assert engines.choose(orin, Fake()) == ("onnxruntime", ())
+    assert engines.choose(targets.target("local"), stubs.Board()) == ("onnxruntime", ())
 
 
 def test_this_machine_without_tensorrt_is_said_to_be_measured_without_it(
@@ -259,28 +262,28 @@ def test_this_machine_without_tensorrt_is_said_to_be_measured_without_it(
         raise MissingDependency("TensorRT's Python package can't be imported", "sudo apt install it")
 
     monkeypatch.setattr(Local, "ask", missing)
-    runtime, (note,) = measure_build.choose(orin, Local())
+    runtime, (note,) = engines.choose(orin, Local())
     assert runtime == "onnxruntime"
     assert note == (
         "Times are of ONNX Runtime on the CPU of this machine, not of TensorRT: TensorRT's Python package can't be "
         "imported; sudo apt install it."
     )
     for name in ("local", "raspberry-pi-5"):
-        assert measure_build.choose(bundled.target(name), Local()) == ("onnxruntime", ())
+        assert engines.choose(targets.target(name), Local()) == ("onnxruntime", ())
 
 
 def test_the_precision_is_read_from_the_file(tmp_path: Path, pair: dict[str, Path]) -> None:
-    assert measure_build.precision_of(pair["dense"]) == "fp32"
+    assert engines.precision_of(pair["dense"]) == "fp32"
     (tmp_path / "bad.onnx").write_bytes(b"\xff\xff")
     with pytest.raises(ModelError, match=r"bad\.onnx"):
-        measure_build.precision_of(tmp_path / "bad.onnx")
+        engines.precision_of(tmp_path / "bad.onnx")
 
 
 def test_what_lies_beside_an_engine_travels_with_it(tmp_path: Path) -> None:
-    from edgeprune.stages.measure_files import held
+    from edgeprune.measure.place import held
 
-    agent_engines.write(tmp_path / "it's an engine.engine", b"data", {})
+    files.write(tmp_path / "it's an engine.engine", b"data", {})
     with held(Fake(), {"a": tmp_path / "it's an engine.engine"}) as paths:
-        assert agent_engines.beside(Path(paths["a"])).is_file()
+        assert files.beside(Path(paths["a"])).is_file()
         folder = Path(paths["a"]).parent
     assert not folder.exists()

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edgeprune import bundled
-from edgeprune.cli import app
-from edgeprune.facts import FACTS
+from edgeprune import targets
+from edgeprune.cli.app import app
+from edgeprune.host.machine import FACTS
 from edgeprune.runtimes.tensorrt import OLDEST
 
 FILE = Path(__file__).resolve().parents[1] / "Dockerfile.jetson"
+
 BOARDS = ("JetPack 5", "JetPack 6", "JetPack 7.1")
 
 # TensorRT's bindings are the system's.
@@ -60,7 +61,7 @@ def test_every_image_is_named_to_its_tag(text: str) -> None:
 
 def test_it_stands_on_nvidias_jetpack_6_image(text: str) -> None:
     assert arguments(text)["BASE_IMAGE"] == "nvcr.io/nvidia/l4t-jetpack:r36.4.0"
-    assert bundled.target("jetson-orin-nano").setup["jetpack"].startswith("6.")
+    assert targets.target("jetson-orin-nano").setup["jetpack"].startswith("6.")
 
 
 def test_build_arguments_are_declared_and_used(text: str) -> None:
@@ -80,7 +81,7 @@ def test_documented_commands_are_ones_that_edgeprune_has(text: str) -> None:
         options = CliRunner().invoke(app, [word, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in options
-    assert "jetson" in bundled.names("targets")
+    assert "jetson" in targets.names("targets")
 
 
 def test_it_says_what_works_before_anything_else(text: str, tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_each_build_is_for_a_target_that_its_tensorrt_reads(text: str) -> None:
     """NVIDIA's image r35 is JetPack 5 with TensorRT 8.5, r36 JetPack 6 with 10.3; ubuntu gets JetPack 7's packages."""
     newest = {"JetPack 5": 17, "JetPack 6": 20, "JetPack 7.1": 20}
     for board, given in builds(text).items():
-        target = bundled.target(given["TARGET"])
+        target = targets.target(given["TARGET"])
         assert target.opset <= newest[board]
         if board != "JetPack 7.1":
             assert target.setup["jetpack"].split(".")[0] == board.split()[1]
@@ -149,7 +150,7 @@ def test_each_device_has_the_runtime_that_times_files_there(text: str) -> None:
     assert any(line.startswith("onnxruntime") for line in needs)
     assert "python3-libnvinfer" in text
     for board, given in builds(text).items():
-        version = bundled.target(given["TARGET"]).setup["tensorrt"]
+        version = targets.target(given["TARGET"]).setup["tensorrt"]
         old = tuple(int(part) for part in version.split(".")) < OLDEST
         assert given["DEVICE"] == ("local" if old else SYSTEMS), board
 
@@ -166,7 +167,7 @@ def test_documented_runs_use_the_target_and_the_device_of_a_build_and_tell_the_b
     assert used == {(given["TARGET"], given["DEVICE"]) for given in builds(text).values()}
     assert "/tmp/nv_jetson_model" in FACTS, "where the machine's facts look for it"
     (told,) = re.findall(r"--target (\S+) --set export\.opset=(\d+)`", text)
-    assert told[0] in bundled.names("targets") and told[1] == "17"
+    assert told[0] in targets.names("targets") and told[1] == "17"
 
 
 def test_it_is_free_of_lint(text: str) -> None:

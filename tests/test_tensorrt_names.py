@@ -21,13 +21,16 @@ from typing import Any
 
 import pytest
 
-from edgeprune import agent_cuda, agent_trt
 from edgeprune.errors import DeviceError
-from edgeprune.runtimes import tensorrt as module
+from edgeprune.runtimes import tensorrt
+from edgeprune.runtimes.engine import cuda as cuda_module
 
 DATA = Path(__file__).parent / "data" / "tensorrt"
+
 VERSIONS = sorted(path.stem for path in DATA.glob("*.json"))
-SOURCES = (Path(module.__file__), Path(agent_trt.__file__))
+
+SOURCES = (Path(tensorrt.__file__), Path(tensorrt.__file__))
+
 # What each variable of the sources holds.
 HOLDS = {
     "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
@@ -35,6 +38,7 @@ HOLDS = {
     "engine": "ICudaEngine", "context": "IExecutionContext", "inspector": "EngineInspector", "learned": "ITimingCache",
     "layer": "ILayer",
 }  # fmt: skip
+
 # Module-level names that are no classes.
 PLAIN = {"__version__"}
 
@@ -116,6 +120,7 @@ NONE(getPluginRegistry) NONE(getLogger) ZERO(initLibNvInferPlugins) ZERO(getNvOn
 ZERO(getInferLibVersion) ZERO(getInferLibMajorVersion) ZERO(getInferLibMinorVersion)
 ZERO(getInferLibPatchVersion) ZERO(getInferLibBuildVersion)
 """
+
 # Loads the empty libraries and the bindings; writes their names, and makes what our code derives from them.
 DUMP = """
 import ctypes, json, sys
@@ -124,7 +129,7 @@ for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
     ctypes.CDLL(f"{folder}/lib{library}.so.{major}", mode=ctypes.RTLD_GLOBAL)
 import tensorrt_bindings as trt
 from edgeprune.errors import DeviceError
-from edgeprune import agent_trt
+from edgeprune.runtimes import tensorrt as agent_trt
 log = []
 logger = agent_trt.logger(trt, log)
 agent_trt.profiler(trt, {})
@@ -164,7 +169,7 @@ def test_the_real_bindings_have_these_names(tmp_path: Path) -> None:
 def test_the_real_cuda_library_has_every_function_and_says_what_is_wrong() -> None:
     if not any(ctypes.util.find_library(name) for name in ("cudart",)):
         pytest.skip("needs CUDA's runtime library")
-    cuda = agent_cuda.load()
+    cuda = cuda_module.load()
     major = int(cuda.version().split(".", maxsplit=1)[0])
     assert major >= 11
     try:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import write_net
 
 from edgeprune.errors import UnsupportedModel, UsageError
-from edgeprune.nn.onnx_trt import check_for_tensorrt, newest_opset
+from edgeprune.export.tensorrt_support import check_for_tensorrt, newest_opset
 
 
 def quantized(

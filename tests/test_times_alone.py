@@ -16,22 +16,25 @@ import torch
 from onnx_files import Pictures, artifact, write_net
 from typer.testing import CliRunner
 
-from edgeprune import bundled
-from edgeprune.cli import app
-from edgeprune.devices import Attached
+from edgeprune import targets
+from edgeprune.cli.app import app
+from edgeprune.devices._base import ShellDevice
 from edgeprune.errors import UsageError
-from edgeprune.recipe import MeasureTable
+from edgeprune.measure import answers, stage
+from edgeprune.measure.evaluate_file import input_of
+from edgeprune.recipe.schema import MeasureTable
 from edgeprune.records import InputSpec, Reading
-from edgeprune.stages import attack, measure, measure_run
-from edgeprune.stages.evaluate_file import input_of
+from edgeprune.robustness import models_under_attack
 
 WHY = "onnxruntime_perf_test tells the times of whole files alone"
+
 SPEC = InputSpec((3, 8, 8), 10)
+
 TABLE = MeasureTable(iterations=12, seconds=0.5, warmup=12)
 
 
 @pytest.fixture
-def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attached:
+def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShellDevice:
     monkeypatch.setenv("PATH", f"{adb_stand_in.install(tmp_path / 'adb')}:{os.environ['PATH']}")
     return adb_stand_in.native(tmp_path / "built")
 
@@ -44,29 +47,31 @@ def whys(readings: Sequence[Reading]) -> dict[str, str]:
     return {r.metric: str(r.conditions["why"]) for r in readings if r.value is None}
 
 
-def test_accuracy_on_held_out_images_is_absent_with_the_reason(phone: Attached, tmp_path: Path) -> None:
+def test_accuracy_on_held_out_images_is_absent_with_the_reason(phone: ShellDevice, tmp_path: Path) -> None:
     files = {"dense": write_net(tmp_path / "dense.onnx"), "compressed": write_net(tmp_path / "model.onnx", 8)}
-    wanted = measure_run.Wanted(SPEC, phone, TABLE, bundled.target("local"), images(), lambda _: None)
-    found = measure_run.run(wanted, files, None)
+    wanted = stage.MeasureRequest(SPEC, phone, TABLE, targets.target("local"), images(), lambda _: None)
+    found = stage.run(wanted, files, None)
     memory = "onnxruntime_perf_test does not tell memory"
     assert whys(found.before) == {"peak_memory": memory, "clean_accuracy": WHY}
     assert whys(found.after) == {"peak_memory": memory, "clean_accuracy": WHY, "agreement": WHY}
     assert next(r.value for r in found.after if r.metric == "latency_p50") == pytest.approx(0.002)
-    alone = measure_run.run(wanted, {"compressed": files["compressed"]}, None)
+    alone = stage.run(wanted, {"compressed": files["compressed"]}, None)
     assert "agreement" not in whys(alone.after)
 
 
-def test_who_needs_answers_is_refused_before_images_are_copied(phone: Attached, tmp_path: Path) -> None:
+def test_who_needs_answers_is_refused_before_images_are_copied(phone: ShellDevice, tmp_path: Path) -> None:
     file = artifact(write_net(tmp_path / "net.onnx"), (3, 8, 8), 10)
     with pytest.raises(UsageError, match=f"answers no images: {WHY}") as caught:
-        measure.accuracy(file, images(), phone, name="net")
+        answers.accuracy(file, images(), phone, name="net")
     assert "--device local" in caught.value.hint
 
 
-def test_an_attack_is_judged_here_and_says_so(phone: Attached, tmp_path: Path) -> None:
+def test_an_attack_is_judged_here_and_says_so(phone: ShellDevice, tmp_path: Path) -> None:
     net = write_net(tmp_path / "net.onnx")
-    here = attack.of_file("net.onnx", net, tmp_path, "here")
-    there = attack.on_device(here, net, input_of(net), attack.There(phone, None, tmp_path))
+    here = models_under_attack.of_file("net.onnx", net, tmp_path, "here")
+    there = models_under_attack.on_device(
+        here, net, input_of(net), models_under_attack.OnDevice(phone, None, tmp_path)
+    )
     x = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(there.answers(x), here.answers(x))
     assert there.where == "here"
@@ -76,11 +81,11 @@ def test_an_attack_is_judged_here_and_says_so(phone: Attached, tmp_path: Path) -
 
 
 def test_a_run_without_data_and_with_a_latency_budget_gets_to_its_end(
-    phone: Attached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phone: ShellDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     target = tmp_path / "phone.toml"
-    text = (Path(bundled.resolve("targets", "android-arm64"))).read_text()
+    text = (Path(targets.resolve("targets", "android-arm64"))).read_text()
     target.write_text(f"{text}\nbenchmark = {json.dumps(str(tmp_path / 'built'))}\n")
     weights = tmp_path / "residual.pt"
     torch.save(nets.build("residual").state_dict(), weights)

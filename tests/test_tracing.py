@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.nn.remodulify import remodulify
-from edgeprune.nn.tracing import Call, Program, Ref, Weight, trace
+from edgeprune.models.from_export import remodulify
+from edgeprune.models.tracing import Call, Program, Ref, Weight, trace
 
 
 class InPlace(nn.Module):

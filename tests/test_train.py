@@ -14,19 +14,20 @@ import torch
 from image_sets import Answers, Small, same, stripes, weights
 from torch import Tensor, nn
 
+from edgeprune.data.dataset import in_memory
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.nn import train
-from edgeprune.nn.data import in_memory
-from edgeprune.nn.objectives import of_table
-from edgeprune.nn.schedule import share_of_lr
-from edgeprune.nn.train import CHECKPOINT, Course, Hooks, accuracy, fit, momentum, robust_accuracy
-from edgeprune.recipe import TuneTable
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train import loop
+from edgeprune.train.evaluation import accuracy, robust_accuracy
+from edgeprune.train.job import Hooks, TrainingJob, momentum, share_of_lr
+from edgeprune.train.loop import CHECKPOINT, fit
+from edgeprune.train.objectives import of_table
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
 
 
-def course(scratch: Path, table: TuneTable = TABLE, **more: Any) -> Course:
-    return Course(**({"split": stripes(), "table": table, "seed": 0, "scratch": scratch} | more))
+def course(scratch: Path, table: TuneTable = TABLE, **more: Any) -> TrainingJob:
+    return TrainingJob(**({"split": stripes(), "table": table, "seed": 0, "scratch": scratch} | more))
 
 
 def test_training_is_decided_by_the_seed_and_leaves_the_global_chance_alone(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_a_masked_gradient_does_not_shrink_the_step_of_the_others(tmp_path: Path
 
     # One step of SGD with Nesterov momentum on a gradient g: lr (1 + 0.9) g.
     assert run(True, "a") == pytest.approx(-0.05 * 1.9)
-    assert run(False, "b") == pytest.approx(-0.05 * 1.9 * train.MAX_GRAD_NORM / 1e4, rel=1e-4)
+    assert run(False, "b") == pytest.approx(-0.05 * 1.9 * loop.MAX_GRAD_NORM / 1e4, rel=1e-4)
 
 
 def test_momentum_is_what_the_optimizer_remembers(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_the_last_epoch_stays_by_default_and_nothing_is_validated(tmp_path: Path
 def test_validation_looks_at_a_thousand_images_under_attack_and_at_all_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "VALIDATED", 10)
+    monkeypatch.setattr(loop, "VALIDATED", 10)
     held = stripes(30, "val", 1)
     for objective, count in (("natural", 30), ("fgsm", 10)):
         table = replace(TABLE, epochs=1, keep="best", objective=objective)
@@ -394,7 +395,7 @@ def test_augmentation_is_off_when_the_recipe_says_so(tmp_path: Path, monkeypatch
     def never(x: Tensor, *_: object, **__: object) -> Tensor:
         raise AssertionError("augmented")
 
-    monkeypatch.setattr("edgeprune.nn.train.augment", never)
+    monkeypatch.setattr("edgeprune.train.loop.augment", never)
     fit(Small(), course(tmp_path, replace(TABLE, epochs=1, augment="off")))
 
 

@@ -12,20 +12,22 @@ import torch
 from image_sets import same, stripes, weights
 from torch import Tensor, nn
 
+from edgeprune import distributed
 from edgeprune.errors import UsageError
-from edgeprune.nn import team
-from edgeprune.nn.train import Course, fit
-from edgeprune.recipe import TuneTable
+from edgeprune.recipe.schema import TuneTable
+from edgeprune.train.job import TrainingJob
+from edgeprune.train.loop import fit
 
 # Of 15 images one process gets 8 and the other 7.
 PLAIN = TuneTable(epochs=2, lr=0.05, batch=15, distill=0.0)
+
 SCRIPT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from edgeprune.nn import team, train
+from edgeprune import distributed as team; from edgeprune.train import loop as train
 from image_sets import Small, stripes, weights
 from test_train_team import PLAIN, Unnormalized
 torch.set_num_threads(1)
@@ -34,10 +36,10 @@ rank, out = team.rank(), Path(sys.argv[1])
 # Only process 0 has the folder of the checkpoints.
 here = out / f"scratch-{rank}"
 plain = Unnormalized(rank)
-history = train.fit(plain, train.Course(stripes(), PLAIN, 1, here / "plain"))
+history = train.fit(plain, train.TrainingJob(stripes(), PLAIN, 1, here / "plain"))
 
 table = replace(PLAIN, objective="pgd", attack_steps=2, keep="best")
-course = train.Course(stripes(), table, 2, here / "whole", validation=stripes(21, "val", 1))
+course = train.TrainingJob(stripes(), table, 2, here / "whole", validation=stripes(21, "val", 1))
 whole = Small(rank)
 first = train.fit(whole, course)
 
@@ -88,7 +90,7 @@ def test_two_processes_train_as_one_and_go_on_after_an_interruption(tmp_path: Pa
     for name in ("plain", "whole", "resumed"):
         assert same(found[0][name], found[1][name])
     alone = Unnormalized()
-    history = fit(alone, Course(stripes(), PLAIN, 1, tmp_path / "alone"))
+    history = fit(alone, TrainingJob(stripes(), PLAIN, 1, tmp_path / "alone"))
     for name, value in weights(alone).items():
         assert torch.allclose(found[0]["plain"][name], value, atol=1e-6), name
     assert found[0]["losses"] == found[1]["losses"] == pytest.approx(history.losses, abs=1e-6)
@@ -103,7 +105,7 @@ def test_two_processes_train_as_one_and_go_on_after_an_interruption(tmp_path: Pa
 def test_a_batch_that_leaves_a_process_one_image_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(team, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "size", lambda: 3)
     with pytest.raises(UsageError, match="a batch of 4 is too small for 3 processes") as caught:
-        fit(Unnormalized(), Course(stripes(), replace(PLAIN, batch=4), 0, tmp_path))
+        fit(Unnormalized(), TrainingJob(stripes(), replace(PLAIN, batch=4), 0, tmp_path))
     assert "tune.batch=6" in caught.value.hint

@@ -11,14 +11,16 @@ import pytest
 import tensorrt_stubs as stubs
 from onnx_files import write_net
 
-from edgeprune import agent_cuda, building, bundled
-from edgeprune.devices import Device, device_from_url
+from edgeprune import runtimes, targets
+from edgeprune.devices._base import Device, device_from_url
 from edgeprune.devices.local import Local
 from edgeprune.errors import DeviceError, UsageError
+from edgeprune.measure.trials import Trials
+from edgeprune.pipeline import intermediates
 from edgeprune.quantities import limit
-from edgeprune.recipe import MeasureTable, PruneTable
+from edgeprune.recipe.schema import MeasureTable, PruneTable
 from edgeprune.records import Budget
-from edgeprune.stages.measure_trial import Trials
+from edgeprune.runtimes.engine import cuda
 
 TABLE = MeasureTable(iterations=20, warmup=1, seconds=2.0)
 
@@ -27,13 +29,14 @@ TABLE = MeasureTable(iterations=20, warmup=1, seconds=2.0)
 def board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> stubs.Board:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where what was timed is kept
     gpu = stubs.Gpu()
-    monkeypatch.setattr(agent_cuda, "load", gpu.cuda)
+    monkeypatch.setattr(runtimes, "load", gpu.cuda)
+    monkeypatch.setattr(cuda, "load", runtimes.load)
     monkeypatch.setitem(sys.modules, "tensorrt", stubs.module("10.3.0", gpu))
     return stubs.Board()
 
 
 def trials(board: stubs.Board) -> Trials:
-    return Trials(board, bundled.target("jetson-orin-nano"), lambda _line: None, 0.0)
+    return Trials(board, targets.target("jetson-orin-nano"), lambda _line: None, 0.0)
 
 
 def test_on_a_board_with_tensorrt_trials_are_of_engines(board: stubs.Board, tmp_path: Path) -> None:
@@ -65,14 +68,14 @@ def test_an_engine_is_built_once_while_it_is_asked_for(board: stubs.Board, tmp_p
 def test_layers_are_timed_by_one_who_is_alone(tmp_path: Path) -> None:
     """While somebody else measures on the machine, neither files nor layers are timed."""
     device = device_from_url("local")
-    there = Trials(device_from_url("local"), bundled.target("local"), lambda _line: None, 0.0)
+    there = Trials(device_from_url("local"), targets.target("local"), lambda _line: None, 0.0)
     path = write_net(tmp_path / "net.onnx", 8)
     assert there.nodes(path, TABLE)
     with device.exclusively():
         for timing in (lambda: there.nodes(path, TABLE), lambda: there.latency({"net": path}, TABLE)):
             with pytest.raises(DeviceError, match="in use"):
                 timing()
-        alone = Trials(device, bundled.target("local"), lambda _line: None, None)
+        alone = Trials(device, targets.target("local"), lambda _line: None, None)
         assert alone.nodes(path, TABLE), "who holds the device may go on"
 
 
@@ -83,7 +86,7 @@ class Emulated(Local):
 
 def run_on(device: Device) -> Any:
     return SimpleNamespace(
-        device=device, target=bundled.target("local"), say=lambda _line: None, on_target=True, file_share=0.0,
+        device=device, target=targets.target("local"), say=lambda _line: None, on_target=True, file_share=0.0,
         budget=Budget({"latency_p90": limit("latency_p90", "50 %")}),
         recipe=SimpleNamespace(prune=PruneTable(), measure=TABLE),
     )  # fmt: skip
@@ -94,7 +97,7 @@ def test_nothing_is_decided_by_the_times_of_an_emulated_processor(tmp_path: Path
     with pytest.raises(
         UsageError, match="a budget on latency_p90 can't be held .* its processor is emulated"
     ):
-        building.probes(run_on(Emulated()), tmp_path)
-    assert building._timer(run_on(Emulated())) is None
-    assert building.probes(run_on(Local()), tmp_path)["latency_p90"].dense > 0
-    assert building._timer(run_on(Local())) is not None
+        intermediates.measured_limits(run_on(Emulated()), tmp_path)
+    assert intermediates._timer(run_on(Emulated())) is None
+    assert intermediates.measured_limits(run_on(Local()), tmp_path)["latency_p90"].dense > 0
+    assert intermediates._timer(run_on(Local())) is not None

@@ -12,13 +12,14 @@ import torch
 from image_sets import same, stripes
 from torch import Tensor, nn
 
-from edgeprune.nn.data import Data, calibration_indices
-from edgeprune.nn.train import accuracy
-from edgeprune.recipe import TuneTable
+from edgeprune.data.dataset import Data, calibration_indices
+from edgeprune.recipe.schema import TuneTable
 from edgeprune.records import Bundle, InputSpec, Reading, Source
-from edgeprune.stages import tune
+from edgeprune.train import tune
+from edgeprune.train.evaluation import accuracy
 
 SPEC = InputSpec((3, 8, 8), 2, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16)
 
 

@@ -11,11 +11,12 @@ from torch import nn
 
 from edgeprune import plugins
 from edgeprune.errors import InfeasibleBudget, UnsupportedModel
-from edgeprune.methods import PruneTask
-from edgeprune.nn import costs, graph, surgery
-from edgeprune.nn.allocate import Rules, shared_counts
-from edgeprune.nn.units import BLOCK, drop_smallest, exactly, of_channels, of_weights
+from edgeprune.methods._base import PruneTask
+from edgeprune.models import costs, surgery
 from edgeprune.records import InputSpec
+from edgeprune.structure.allocation import Rules, shared_counts
+from edgeprune.structure.groups import find_groups, provable_groups
+from edgeprune.structure.units import BLOCK, drop_smallest, exactly, of_channels, of_weights
 
 SCORERS = ("magnitude", "taylor", "uniform-random", "data-free")
 
@@ -103,9 +104,7 @@ def test_a_network_without_weights_is_refused() -> None:
 @pytest.mark.parametrize("name", nets.NETS)
 def test_masking_channels_by_units_equals_masking_by_surgery(name: str) -> None:
     network, other = nets.build(name), nets.build(name)
-    groups = graph.provable_groups(
-        network, graph.find_groups(network, nets.example()), nets.example(), 0
-    ).groups
+    groups = provable_groups(network, find_groups(network, nets.example()), nets.example(), 0).groups
     masks = {g.name: torch.arange(g.channels) % 2 == 0 for g in groups}
     of_channels(groups).apply(network, masks)
     surgery.mask(other, groups, masks)
@@ -115,7 +114,7 @@ def test_masking_channels_by_units_equals_masking_by_surgery(name: str) -> None:
 
 def test_only_the_readers_are_masked_when_asked_for() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
-    groups = graph.find_groups(network, torch.zeros(1, 3, 8, 8)).groups
+    groups = find_groups(network, torch.zeros(1, 3, 8, 8)).groups
     units = of_channels(groups)
     mask = {groups[0].name: torch.tensor([True, False, True, True])}
     units.apply(network, mask, ("consumer",))
@@ -129,7 +128,7 @@ def test_the_norm_of_a_channel_is_over_all_that_it_owns() -> None:
         network[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
         network[0].bias.copy_(torch.tensor([0.0, 1.0]))
         network[2].weight.copy_(torch.tensor([[4.0, 1.0]]))
-    groups = graph.find_groups(nn.Sequential(nn.Flatten(), network), torch.zeros(1, 2, 1, 1)).groups
+    groups = find_groups(nn.Sequential(nn.Flatten(), network), torch.zeros(1, 2, 1, 1)).groups
     units = of_channels(groups)
     whole = nn.Sequential(nn.Flatten(), network)
     assert next(iter(units.norms(whole).values())).tolist() == pytest.approx([2.5, (3 / 4) ** 0.5])

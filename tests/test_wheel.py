@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import edgeprune
-from edgeprune import bundled
+from edgeprune import targets as targets_module
+from edgeprune.targets import names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +76,7 @@ def test_the_wheel_names_its_license_and_what_it_needs(wheel: Path) -> None:
 
 def test_an_installed_wheel_loads_every_profile_from_its_own_data(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import json, edgeprune; from edgeprune import bundled; "
+        "import json, edgeprune; from edgeprune import targets as bundled; "
         "print(json.dumps([edgeprune.__file__, str(bundled.folder('targets')), str(bundled.folder('calibration')), "
         "{n: bundled.target(n).title for n in bundled.names('targets')}, bundled.names('calibration')]))"
     )
@@ -86,13 +87,13 @@ def test_an_installed_wheel_loads_every_profile_from_its_own_data(installed: Pat
     assert module.startswith(home)
     assert targets.startswith(home)
     assert calibration.startswith(home)
-    assert titles == {n: bundled.target(n).title for n in bundled.names("targets")}
-    assert calibrations == bundled.names("calibration")
+    assert titles == {n: targets_module.target(n).title for n in names("targets")}
+    assert calibrations == names("calibration")
 
 
 def test_the_installed_command_lists_the_targets(installed: Path, tmp_path: Path) -> None:
     text = run([str(installed.parent / "edgeprune"), "list", "targets"], tmp_path)
-    for name in bundled.names("targets"):
+    for name in names("targets"):
         assert name in text
 
 

@@ -13,15 +13,15 @@ from nets import build, example
 from torch import Tensor, nn
 from training_tasks import TABLE, answers, images, task_of
 
+from edgeprune.methods._dnr.sparse_training import Plan, SparseTraining
 from edgeprune.methods.dnr import DNR
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.objectives import of_table
-from edgeprune.nn.schedule import optimizer_of
-from edgeprune.nn.units import of_channels
-from edgeprune.nn.wiring import Plan, Wiring
+from edgeprune.structure.groups import find_groups
+from edgeprune.structure.units import of_channels
+from edgeprune.train.job import optimizer_of
+from edgeprune.train.objectives import of_table
 
 
-def wired(kind: str, network: nn.Module, **plan: Any) -> tuple[Wiring, torch.optim.Optimizer]:
+def wired(kind: str, network: nn.Module, **plan: Any) -> tuple[SparseTraining, torch.optim.Optimizer]:
     """A network after a few steps of SGD on its budget."""
     task = task_of(network, kind, Path())
     wiring = DNR()._wiring(network, task, task.training)  # type: ignore[arg-type]
@@ -95,7 +95,9 @@ def test_a_channel_scores_by_the_norm_of_the_slices_that_read_it() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.ReLU(), nn.Linear(3, 2))
     network[3].weight.data = torch.tensor([[1, 0.1, 2], [0.5, 0.2, -1]])
     groups = find_groups(network, example()).groups
-    wiring = Wiring(network, of_channels(groups), Plan(2), {groups[0].name: torch.ones(3, dtype=torch.bool)})
+    wiring = SparseTraining(
+        network, of_channels(groups), Plan(2), {groups[0].name: torch.ones(3, dtype=torch.bool)}
+    )
     norms = wiring.scores(wiring.weights)[groups[0].name]
     assert norms.tolist() == pytest.approx([1.1180, 0.2236, 2.2361], abs=1e-4)
     assert int(norms.argmin()) == 1
@@ -114,7 +116,7 @@ def test_the_schedule_trades_nothing_after_the_last_epoch_or_beyond_its_end() ->
 # The dynamic term
 
 
-def pull(wiring: Wiring) -> tuple[float, dict[str, Tensor]]:
+def pull(wiring: SparseTraining) -> tuple[float, dict[str, Tensor]]:
     wiring.network.zero_grad()
     value = wiring.penalty()
     value.backward()

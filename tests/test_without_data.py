@@ -16,11 +16,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgeprune.cli import app
+from edgeprune.cli.app import app
 
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
+
 QUICK = ["measure.iterations=10", "measure.seconds=0.5", "measure.warmup=1"]
+
 ROUGH = ["synthesize.images=12", "synthesize.steps=6"]
+
 runner = CliRunner()
 
 

@@ -14,15 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgeprune import bundled, recipe, workdir
-from edgeprune.context import Context
+from edgeprune import distributed, targets
 from edgeprune.errors import ModelError, UsageError, WorkdirError
-from edgeprune.keys import dense_key
-from edgeprune.nn import team
-from edgeprune.nn.bundle import load_bundle
+from edgeprune.models.bundle import load_bundle
+from edgeprune.pipeline import run_directory
+from edgeprune.pipeline.context import Context, dense_key
+from edgeprune.pipeline.run_directory import STAGES, Workdir, check_shipped, digest
+from edgeprune.recipe import parse
+from edgeprune.recipe.schema import ModelTable
 from edgeprune.records import Budget, Bundle, InputSpec, Source
-from edgeprune.schema import ModelTable
-from edgeprune.workdir import STAGES, Workdir, check_shipped, digest
 
 
 def test_a_stage_that_failed_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_stage_whose_files_were_changed_is_refused_and_says_what_to_delete(tmp
 
 
 def test_a_second_process_is_turned_away_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
-    hold = "import sys,time; from pathlib import Path; from edgeprune.workdir import Workdir\n"
+    hold = "import sys,time; from pathlib import Path; from edgeprune.pipeline.run_directory import Workdir\n"
     hold += f"with Workdir(Path({str(tmp_path / 'run')!r})):\n print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
@@ -122,9 +122,9 @@ def test_a_place_that_is_no_directory_is_an_error_of_the_directory(tmp_path: Pat
 @pytest.fixture
 def following(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], set[str]]:
     """This process is number 1 of 2, and process 0 has no stage done yet; gives what lies in the run directory."""
-    monkeypatch.setattr(team, "rank", lambda: 1)
-    monkeypatch.setattr(team, "size", lambda: 2)
-    monkeypatch.setattr(team, "tell", lambda value: False)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: False)
     run = tmp_path / "run"
     return lambda: {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
 
@@ -143,7 +143,7 @@ def test_a_follower_works_where_all_work_and_leaves_nothing_of_its_own(
         first.mkdir(parents=True)
         (first / "record.json").write_text("{}")
 
-    monkeypatch.setattr(team, "wait", process_0_ends)
+    monkeypatch.setattr(distributed, "barrier", process_0_ends)
     with Workdir(tmp_path / "run") as work:
         assert not work.leads
         places.append(work.scratch("k"))
@@ -156,8 +156,8 @@ def test_a_follower_works_where_all_work_and_leaves_nothing_of_its_own(
 def test_a_follower_leaves_the_other_stages_to_the_first_process(
     tmp_path: Path, following: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workdir, "SIGHT_S", 0.0)
-    monkeypatch.setattr(team, "wait", lambda: None)
+    monkeypatch.setattr(run_directory, "SIGHT_S", 0.0)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
     with (
         Workdir(tmp_path / "run") as work,
         pytest.raises(WorkdirError, match="process 1 of 2 does not see") as caught,
@@ -169,7 +169,7 @@ def test_a_follower_leaves_the_other_stages_to_the_first_process(
 def test_a_follower_with_other_inputs_is_refused(
     tmp_path: Path, following: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(team, "tell", lambda keys: {"dense": "1", "prune": "2"})
+    monkeypatch.setattr(distributed, "broadcast_object", lambda keys: {"dense": "1", "prune": "2"})
     with Workdir(tmp_path / "run") as work:
         assert work.agree({"dense": "1", "prune": "2"}) == {"dense": "1", "prune": "2"}
         with pytest.raises(WorkdirError, match="process 1 of 2 would do another prune than process 0"):
@@ -183,7 +183,7 @@ def test_editing_the_architecture_or_the_calibration_recipe_makes_old_results_st
     calibration.write_text("count = 4\n")
     source = Source("state_dict", "w.pt", "1", f"{code}:net?deep=1")
     run = Context(
-        recipe.build({}, {"data": {"path": "x", "calibration": str(calibration)}}), bundled.target("local"), Budget(),
+        parse.build({}, {"data": {"path": "x", "calibration": str(calibration)}}), targets.target("local"), Budget(),
         Workdir(tmp_path), Bundle(None, source, InputSpec((3, 8, 8), 5)), SimpleNamespace(fingerprint="f"), None, print,
     )  # fmt: skip
     before = (dense_key(run), run.data_key)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from edgeprune.errors import EdgepruneError, MissingDependency, ModelError, UsageError
-from edgeprune.nn import zoo
+from edgeprune.models import architectures
+from edgeprune.safe_loading import user_code
 
 FILE = """
 from torch import nn
@@ -37,20 +38,20 @@ def file(tmp_path: Path) -> Path:
 
 def installed(package: str) -> None:
     try:
-        zoo.architecture(f"{package}:resnet18")
+        architectures.architecture(f"{package}:resnet18")
     except MissingDependency as error:
         pytest.skip(f"{error.message}: {error.hint}")
 
 
 def test_a_callable_in_a_file_builds_with_typed_arguments(file: Path) -> None:
-    net = zoo.architecture(f"{file}:Net?width=8&act=None&bias=false&name=abc&scale=0.5")
+    net = architectures.architecture(f"{file}:Net?width=8&act=None&bias=false&name=abc&scale=0.5")
     assert net.given == (8, None, False, "abc", 0.5)
     assert [type(v) for v in net.given] == [int, type(None), bool, str, float]
 
 
 def test_a_file_may_import_its_neighbors_and_leaves_the_import_path_as_it_was(file: Path) -> None:
     before = list(sys.path)
-    zoo.architecture(f"{file}:Net")
+    architectures.architecture(f"{file}:Net")
     assert sys.path == before
 
 
@@ -60,15 +61,17 @@ def test_a_package_may_lie_in_the_working_directory_but_shadows_nothing(
     (tmp_path / "my_architectures.py").write_text("from torch.nn import Linear\n")
     (tmp_path / "torch.py").write_text("raise RuntimeError('shadowed')\n")
     monkeypatch.chdir(tmp_path)
-    assert isinstance(zoo.architecture("my_architectures:Linear?in_features=2&out_features=3"), nn.Linear)
+    assert isinstance(
+        architectures.architecture("my_architectures:Linear?in_features=2&out_features=3"), nn.Linear
+    )
     assert str(tmp_path) not in sys.path
     del sys.modules["my_architectures"]
 
 
 def test_the_path_of_a_file_is_made_absolute(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
-    assert zoo.canonical(f"{file.name}:Net?width=2") == f"{file}:Net?width=2"
-    assert zoo.canonical("timm:resnet18?num_classes=3") == "timm:resnet18?num_classes=3"
+    assert architectures.canonical(f"{file.name}:Net?width=2") == f"{file}:Net?width=2"
+    assert architectures.canonical("timm:resnet18?num_classes=3") == "timm:resnet18?num_classes=3"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_the_path_of_a_file_is_made_absolute(file: Path, monkeypatch: pytest.Mon
 )
 def test_a_wrong_spec_says_what_is_wrong(spec: str, error: type[EdgepruneError], words: str) -> None:
     with pytest.raises(error, match=words):
-        zoo.architecture(spec)
+        architectures.architecture(spec)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +107,12 @@ def test_a_wrong_spec_says_what_is_wrong(spec: str, error: type[EdgepruneError],
 )
 def test_a_wrong_callable_in_a_file_says_what_is_wrong(file: Path, name: str, words: str) -> None:
     with pytest.raises(EdgepruneError, match=words):
-        zoo.architecture(f"{file}:{name}")
+        architectures.architecture(f"{file}:{name}")
 
 
 def test_the_closest_callable_is_suggested(file: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        zoo.architecture(f"{file}:Nett")
+        architectures.architecture(f"{file}:Nett")
     assert caught.value.hint == "did you mean Net?"
 
 
@@ -123,29 +126,45 @@ def test_a_file_that_can_not_be_run_says_why(
 ) -> None:
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(error, match=words):
-        zoo.architecture(f"{tmp_path / 'bad.py'}:net")
+        architectures.architecture(f"{tmp_path / 'bad.py'}:net")
 
 
 def test_a_network_of_timm_brings_its_input_and_normalization() -> None:
     installed("timm")
-    shape, mean, std = zoo.default_input(zoo.architecture("timm:resnet18")) or ((), (), ())
+    shape, mean, std = architectures.default_input(architectures.architecture("timm:resnet18")) or (
+        (),
+        (),
+        (),
+    )
     assert shape == (3, 224, 224)
     assert mean == (0.485, 0.456, 0.406) and std == (0.229, 0.224, 0.225)
 
 
 def test_a_gray_network_of_timm_brings_no_normalization_for_colors() -> None:
     installed("timm")
-    assert zoo.default_input(zoo.architecture("timm:resnet18?in_chans=1")) == ((1, 224, 224), (), ())
+    assert architectures.default_input(architectures.architecture("timm:resnet18?in_chans=1")) == (
+        (1, 224, 224),
+        (),
+        (),
+    )
 
 
 def test_a_network_of_torchvision_brings_its_input_but_no_normalization() -> None:
     installed("torchvision")
-    assert zoo.default_input(zoo.architecture("torchvision:resnet18")) == ((3, 224, 224), (), ())
-    assert zoo.default_input(zoo.architecture("torchvision:inception_v3")) == ((3, 299, 299), (), ())
+    assert architectures.default_input(architectures.architecture("torchvision:resnet18")) == (
+        (3, 224, 224),
+        (),
+        (),
+    )
+    assert architectures.default_input(architectures.architecture("torchvision:inception_v3")) == (
+        (3, 299, 299),
+        (),
+        (),
+    )
 
 
 def test_another_network_has_no_known_input() -> None:
-    assert zoo.default_input(nn.Linear(2, 2)) is None
+    assert architectures.default_input(nn.Linear(2, 2)) is None
 
 
 @pytest.mark.parametrize(
@@ -155,7 +174,7 @@ def test_another_network_has_no_known_input() -> None:
 def test_an_unknown_network_of_a_zoo_gets_a_suggestion(spec: str, hint: str) -> None:
     installed(spec.split(":", maxsplit=1)[0])
     with pytest.raises(UsageError) as caught:
-        zoo.architecture(spec)
+        architectures.architecture(spec)
     assert hint in caught.value.hint
 
 
@@ -170,30 +189,32 @@ def test_an_unknown_network_of_a_zoo_gets_a_suggestion(spec: str, hint: str) -> 
 def test_nothing_is_ever_downloaded(spec: str) -> None:
     installed(spec.split(":", maxsplit=1)[0])
     with pytest.raises(UsageError, match="never downloaded"):
-        zoo.architecture(spec)
+        architectures.architecture(spec)
 
 
 def test_networks_that_are_no_classifiers_are_not_offered() -> None:
     installed("torchvision")
     with pytest.raises(UsageError, match="no classification model"):
-        zoo.architecture("torchvision:fasterrcnn_resnet50_fpn")
+        architectures.architecture("torchvision:fasterrcnn_resnet50_fpn")
 
 
 def test_weights_are_random_and_arguments_reach_the_network() -> None:
     installed("torchvision")
-    net = zoo.architecture("torchvision:resnet18?num_classes=7")
+    net = architectures.architecture("torchvision:resnet18?num_classes=7")
     assert net.fc.out_features == 7
-    assert not torch.equal(net.fc.weight, zoo.architecture("torchvision:resnet18?num_classes=7").fc.weight)
+    assert not torch.equal(
+        net.fc.weight, architectures.architecture("torchvision:resnet18?num_classes=7").fc.weight
+    )
 
 
 def test_preparing_torchvision_twice_is_harmless() -> None:
-    zoo.prepare_torchvision()
-    zoo.prepare_torchvision()
+    user_code.prepare_torchvision()
+    user_code.prepare_torchvision()
     installed("torchvision")
 
 
 def test_a_missing_zoo_is_a_missing_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency) as caught:
-        zoo.architecture("timm:resnet18")
+        architectures.architecture("timm:resnet18")
     assert caught.value.hint == "pip install timm"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from edgeprune.nn.tracing import Program, trace
+from edgeprune.models.tracing import Program, trace
 
 _PROGRAMS: dict[str, Program] = {}
 

@@ -12,16 +12,17 @@ import torch
 from nets import SHAPE, example
 from torch import Tensor, nn
 
-from edgeprune.methods import PruneTask, Training
-from edgeprune.nn.allocate import Rules
-from edgeprune.nn.costs import cost_model, total_params
-from edgeprune.nn.data import Split, in_memory
-from edgeprune.nn.graph import find_groups
-from edgeprune.nn.units import of_weights
-from edgeprune.recipe import TuneTable
+from edgeprune.data.dataset import Split, in_memory
+from edgeprune.methods._base import PruneTask, Training
+from edgeprune.models.costs import cost_model, total_params
+from edgeprune.recipe.schema import TuneTable
 from edgeprune.records import Masks
+from edgeprune.structure.allocation import Rules
+from edgeprune.structure.groups import find_groups
+from edgeprune.structure.units import of_weights
 
 TABLE = TuneTable(epochs=3, lr=0.02, batch=16, augment="off", distill=0.0, mixed="fp32")
+
 ROBUST = replace(TABLE, objective="pgd", attack_steps=2)
 
 

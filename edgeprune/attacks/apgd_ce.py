@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeprune.attacks import Attack
+from edgeprune.attacks._apgd import Task, climb, cross_entropies
+from edgeprune.attacks._base import Attack
 from edgeprune.errors import UsageError
-from edgeprune.nn.apgd import Task, climb, cross_entropies
-from edgeprune.nn.asking import Advance, Logits, Tried, in_turn
-from edgeprune.nn.perturb import Ball
+from edgeprune.models import Advance, AttackResult, Logits, sequentially
+from edgeprune.train import Ball
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ApgdCe(Attack):
         """Run; the images that still stand run again."""
         task = Task(x, y, y)
 
-        def run(rows: Tensor) -> Tried:
+        def run(rows: Tensor) -> AttackResult:
             return climb(
                 model,
                 task.only(rows),
@@ -64,4 +64,4 @@ class ApgdCe(Attack):
                 generator=generator,
             )
 
-        return in_turn(x, [run] * self.restarts, advance)
+        return sequentially(x, [run] * self.restarts, advance)

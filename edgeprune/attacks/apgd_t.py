@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeprune.attacks import Attack
+from edgeprune.attacks._apgd import Task, climb, targeted_dlr, targets
+from edgeprune.attacks._base import Attack
 from edgeprune.errors import UsageError
-from edgeprune.nn.apgd import Task, climb, targeted_dlr, targets
-from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn
-from edgeprune.nn.perturb import Ball
+from edgeprune.models import Advance, AttackResult, Logits, as_logits, sequentially
+from edgeprune.train import Ball
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ApgdT(Attack):
     ) -> tuple[Tensor, Tensor]:
         """Run towards the second likeliest class; the images that still stand, towards the third; and so on."""
         with torch.no_grad():
-            ranked = targets(asking(model)(x), y, self.classes)
+            ranked = targets(as_logits(model)(x), y, self.classes)
 
-        def run(target: Tensor, rows: Tensor) -> Tried:
+        def run(target: Tensor, rows: Tensor) -> AttackResult:
             return climb(
                 model,
                 Task(x, y, target).only(rows),
@@ -68,5 +68,5 @@ class ApgdT(Attack):
                 generator=generator,
             )
 
-        images, queries = in_turn(x, [partial(run, target) for target in ranked.unbind(1)], advance)
+        images, queries = sequentially(x, [partial(run, target) for target in ranked.unbind(1)], advance)
         return images, queries + 1

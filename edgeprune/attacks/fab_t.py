@@ -14,13 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeprune.attacks import Attack
+from edgeprune.attacks._apgd import Task, targets
+from edgeprune.attacks._base import Attack
+from edgeprune.attacks._fab import nearest
+from edgeprune.attacks._onnx_session import alone
 from edgeprune.errors import UsageError
-from edgeprune.nn.apgd import Task, targets
-from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn, side_by_side
-from edgeprune.nn.fab import nearest
-from edgeprune.nn.onnx_answers import alone
-from edgeprune.nn.perturb import Ball
+from edgeprune.models import Advance, AttackResult, Logits, as_logits, in_parallel, sequentially
+from edgeprune.train import Ball
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class FabT(Attack):
     ) -> tuple[Tensor, Tensor]:
         """Search at each target's boundary until an image in the ball is found."""
         with torch.no_grad():
-            ranked = targets(asking(model)(x), y, self.classes)
+            ranked = targets(as_logits(model)(x), y, self.classes)
         look = alone(model, x, ranked.numel() * self.steps)
 
-        def search(target: Tensor, one: nn.Module | Logits, rows: Tensor) -> Tried:
+        def search(target: Tensor, one: nn.Module | Logits, rows: Tensor) -> AttackResult:
             task = Task(x, y, target).only(rows)
-            found = nearest(asking(one), task, ball.norm, steps=self.steps, enough=ball.eps, look=look)
-            return Tried(found.images, found.distance <= ball.eps, found.queries)
+            found = nearest(as_logits(one), task, ball.norm, steps=self.steps, enough=ball.eps, look=look)
+            return AttackResult(found.images, found.distance <= ball.eps, found.queries)
 
-        def run(target: Tensor, rows: Tensor) -> Tried:
-            return side_by_side(model, rows, partial(search, target))
+        def run(target: Tensor, rows: Tensor) -> AttackResult:
+            return in_parallel(model, rows, partial(search, target))
 
-        images, queries = in_turn(x, [partial(run, target) for target in ranked.unbind(1)], advance)
+        images, queries = sequentially(x, [partial(run, target) for target in ranked.unbind(1)], advance)
         return images, queries + 1

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.attacks import Attack
-from edgeprune.nn.asking import Advance, Logits, asking, slope
-from edgeprune.nn.perturb import Ball
+from edgeprune.attacks._base import Attack
+from edgeprune.models import Advance, Logits, as_logits, loss_and_gradient
+from edgeprune.train import Ball
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,7 @@ class Fgsm(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """x + eps sign(gradient), clipped to [0, 1]; draws no chance."""
-        _, _, gradient = slope(asking(model), x, lambda a: functional.cross_entropy(a, y, reduction="none"))
+        _, _, gradient = loss_and_gradient(
+            as_logits(model), x, lambda a: functional.cross_entropy(a, y, reduction="none")
+        )
         return ball.project(ball.step(x, gradient, ball.eps), x), torch.ones_like(y)

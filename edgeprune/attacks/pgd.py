@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.attacks import Attack
+from edgeprune.attacks._base import Attack
 from edgeprune.errors import UsageError
-from edgeprune.nn.asking import Advance, Logits, Tried, asking, in_turn, slope, wrong
-from edgeprune.nn.perturb import PGD_REACH, Ball
+from edgeprune.models import Advance, AttackResult, Logits, as_logits, loss_and_gradient, sequentially, wrong
+from edgeprune.train import PGD_REACH, Ball
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,16 @@ class Pgd(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """Walk; the images that still stand walk again."""
-        ask = asking(model)
+        ask = as_logits(model)
 
-        def walk(rows: Tensor) -> Tried:
+        def walk(rows: Tensor) -> AttackResult:
             return self._walk(ask, x[rows], y[rows], ball, generator)
 
-        return in_turn(x, [walk] * self.restarts, advance)
+        return sequentially(x, [walk] * self.restarts, advance)
 
-    def _walk(self, ask: Logits, x: Tensor, y: Tensor, ball: Ball, generator: torch.Generator) -> Tried:
+    def _walk(
+        self, ask: Logits, x: Tensor, y: Tensor, ball: Ball, generator: torch.Generator
+    ) -> AttackResult:
         size = self.step or PGD_REACH * ball.eps / self.steps
         found = ball.start(x, generator)
         queries = torch.zeros_like(y)
@@ -66,7 +68,7 @@ class Pgd(Attack):
         for step in range(self.steps + 1):
             at, labels = found[row], y[row]
             if step < self.steps:
-                answer, _, gradient = slope(ask, at, _cross_entropies(labels))
+                answer, _, gradient = loss_and_gradient(ask, at, _cross_entropies(labels))
             else:
                 with torch.no_grad():
                     answer, gradient = ask(at), at
@@ -78,7 +80,7 @@ class Pgd(Attack):
             found[row] = ball.project(ball.step(at[stay], gradient[stay], size), x[row])
         broken = torch.ones_like(y, dtype=torch.bool)
         broken[row] = False
-        return Tried(found, broken, queries)
+        return AttackResult(found, broken, queries)
 
 
 def _cross_entropies(y: Tensor) -> Logits:

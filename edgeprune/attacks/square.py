@@ -13,13 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from edgeprune.attacks import Attack
+from edgeprune.attacks._base import Attack
+from edgeprune.attacks._onnx_session import onnx_inference
+from edgeprune.attacks._square import search
+from edgeprune.attacks._windows import Asker
 from edgeprune.errors import UsageError
-from edgeprune.nn.asking import Advance, Logits, asking
-from edgeprune.nn.onnx_answers import swift
-from edgeprune.nn.perturb import Ball
-from edgeprune.nn.square import search
-from edgeprune.nn.windows import Asker
+from edgeprune.models import Advance, Logits, as_logits
+from edgeprune.train import Ball
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Square(Attack):
         """Search until an image is broken or the queries are spent."""
         network = model if isinstance(model, nn.Module) and x.device.type == "cpu" else None
         tried = search(
-            Asker(asking(model), network, swift(model, x, len(x) * self.queries)),
+            Asker(as_logits(model), network, onnx_inference(model, x, len(x) * self.queries)),
             x,
             y,
             ball,

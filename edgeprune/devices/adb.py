@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
-from edgeprune import packing, perf_test
-from edgeprune.channels import SLOWEST, START_S, Answer, Line, size_in
-from edgeprune.devices import Attached
+from edgeprune import agent
+from edgeprune.devices import _ort_perf_test
+from edgeprune.devices._base import ShellDevice
+from edgeprune.devices.transport.shell import SLOWEST, Shell, size_in
+from edgeprune.devices.transport.stream import START_S, Answer
 from edgeprune.errors import DeviceError, UsageError
 
 # As adb devices lists them: serial numbers, HOST:PORT, adb-XXX._adb-tls-connect._tcp, emulator-5554.
 _SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]%-]*")
+
 # What adb says -> what is wrong, and what to do. The first that fits.
 _FAULTS = (
     (
@@ -46,7 +49,7 @@ _FAULTS = (
 
 
 @dataclass(frozen=True)
-class Adb(Attached):
+class Adb(ShellDevice):
     """A phone. address: its serial number, "" for the only one that is connected.
 
     benchmark: path on this machine of an onnxruntime_perf_test that was built for the phone, or of a folder with it
@@ -68,7 +71,7 @@ class Adb(Attached):
             )
         if self.benchmark and not self._programs():
             raise UsageError(
-                f"there is no {perf_test.PROGRAM} at {self.benchmark!r}",
+                f"there is no {_ort_perf_test.PROGRAM} at {self.benchmark!r}",
                 "benchmark in the target's [setup] is its path, or that of a folder with it",
             )
 
@@ -78,13 +81,13 @@ class Adb(Attached):
         return f"adb://{self.address}"
 
     @property
-    def line(self) -> Line:
+    def line(self) -> Shell:
         """As Attached.line."""
-        return Line(self.name, self._attached, _explained)
+        return Shell(self.name, self._attached, _explained)
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run; what asks for the agent is answered by the benchmark program, where one is named."""
-        if argv[-1] == perf_test.AGENT:
+        if argv[-1] == _ort_perf_test.AGENT:
             return self._measured(stdin, timeout_s)
         return self.line.run(argv, stdin.encode(), timeout_s)
 
@@ -118,7 +121,7 @@ class Adb(Attached):
 
     def agent(self) -> List[str]:
         """As Device.agent."""
-        return [perf_test.AGENT] if self.benchmark else ["python3", "-c", packing.START]
+        return [_ort_perf_test.AGENT] if self.benchmark else ["python3", "-c", agent.START]
 
     def _attached(self, argv: Sequence[str]) -> List[str]:
         # adb hands one string to the phone's shell; every word is quoted for it. -T: bytes as they are.
@@ -158,18 +161,18 @@ class Adb(Attached):
             files = sorted(
                 p
                 for p in path.iterdir()
-                if p.is_file() and (p.suffix == ".so" or p.name == perf_test.PROGRAM)
+                if p.is_file() and (p.suffix == ".so" or p.name == _ort_perf_test.PROGRAM)
             )
-            return files if any(p.name == perf_test.PROGRAM for p in files) else []
+            return files if any(p.name == _ort_perf_test.PROGRAM for p in files) else []
         return [path] if path.is_file() else []
 
     def _measured(self, request: str, timeout_s: float) -> Answer:
         with self.line.keep() as folder:
             for file in self._programs():
-                name = perf_test.PROGRAM if file.suffix != ".so" else file.name
+                name = _ort_perf_test.PROGRAM if file.suffix != ".so" else file.name
                 self.put(file, f"{folder}/{name}")
-            self.check(["chmod", "755", f"{folder}/{perf_test.PROGRAM}"])
-            return perf_test.respond(
+            self.check(["chmod", "755", f"{folder}/{_ort_perf_test.PROGRAM}"])
+            return _ort_perf_test.respond(
                 request, folder, lambda argv, limit_s: self.line.run(argv, b"", min(limit_s, timeout_s))
             )
 

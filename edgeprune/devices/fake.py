@@ -10,9 +10,11 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
-from edgeprune import codec
-from edgeprune.devices import FACTS, Answer, Device
+from edgeprune import serialization
+from edgeprune.devices._base import Device
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, UsageError
+from edgeprune.host import FACTS
 
 # Made up, and shaped like a small board: a steady median, and a tail that the 90th and 99th percentile see.
 _SHAPE = (
@@ -37,6 +39,7 @@ _SHAPE = (
     0.99,
     1.3,
 )
+
 _CANNED: Dict[str, Any] = {
     "facts": {
         "machine": "aarch64", "system": "Linux", "board": "Canned board", "cpu": "Canned core", "cores": 4,
@@ -52,7 +55,9 @@ _CANNED: Dict[str, Any] = {
     },
     "classes": 10,
 }  # fmt: skip
+
 _FOLDER = "edgeprune-fake-"
+
 _MOST_CLASSES = 10**5
 
 
@@ -97,7 +102,7 @@ class Fake(Device):
         if not self.address:
             return _CANNED
         try:
-            given = codec.load(Path(self.address))
+            given = serialization.load(Path(self.address))
         except (OSError, ValueError) as error:
             raise UsageError(f"--device fake:{self.address}: not a readable JSON file: {error}") from error
         if not isinstance(given, dict) or not set(given) <= set(_CANNED):

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 import edgeprune
-from edgeprune import channel_process, packing
-from edgeprune.channels import Line
-from edgeprune.devices import Answer, Attached
+from edgeprune import agent
+from edgeprune.devices._base import ShellDevice
+from edgeprune.devices.transport import stream
+from edgeprune.devices.transport.shell import Shell
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, UsageError
 
 # Not `python -m`: that puts the current folder first on the path, where somebody's numpy.py would shadow numpy.
 _START = (
     "import sys; sys.path[:] = [p for p in sys.path if p] + [sys.argv.pop(1)]; "
-    "from edgeprune.agent import main; sys.exit(main())"
+    "from edgeprune.agent.program import main; sys.exit(main())"
 )
 
 
 @dataclass(frozen=True)
-class Local(Attached):
+class Local(ShellDevice):
     """The machine that edgeprune runs on.
 
     address: "" or "?python=PATH", the Python whose runtime is used: on a Jetson TensorRT belongs to the system's.
@@ -52,9 +54,9 @@ class Local(Attached):
         return "local"
 
     @property
-    def line(self) -> Line:
+    def line(self) -> Shell:
         """As Attached.line."""
-        return Line(self.name, list, _explain)
+        return Shell(self.name, list, _explain)
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run."""
@@ -76,7 +78,7 @@ class Local(Attached):
                     "time fewer iterations, as with --set measure.iterations=20",
                 ) from error
             finally:
-                channel_process.stop(process)  # and what it started, after Ctrl-C too
+                stream.stop(process)  # and what it started, after Ctrl-C too
         return Answer(process.returncode, out.decode(errors="replace"), errors.decode(errors="replace"))
 
     def put(self, here: Path, there: str) -> None:
@@ -90,7 +92,7 @@ class Local(Attached):
     def agent(self) -> List[str]:
         """As Device.agent."""
         if self._python:
-            return [self._python, "-c", packing.START]
+            return [self._python, "-c", agent.START]
         return [sys.executable, "-c", _START, str(Path(edgeprune.__file__).resolve().parent.parent)]
 
 

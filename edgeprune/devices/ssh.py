@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 from urllib.parse import parse_qsl
 
-from edgeprune import packing
-from edgeprune.channels import Answer, Line
-from edgeprune.devices import Attached, redacted
+from edgeprune import agent
+from edgeprune.devices._base import ShellDevice, redacted
+from edgeprune.devices.transport.shell import Shell
+from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, UsageError
 
 # BatchMode: a question for a password would wait for ever. ServerAlive: a cut cable is noticed after 30 s.
@@ -25,9 +26,12 @@ _OPTIONS = (
     "ServerAliveCountMax=3",
     "LogLevel=ERROR",
 )
+
 _KEEP_CONNECTION_S = 20
+
 # The socket of a shared connection may have a path of so many characters on every system, with what ssh adds to it.
 _MOST_PATH = 90
+
 _ADDRESS = re.compile(
     r"""
     (?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.+-]*)@)?
@@ -38,7 +42,9 @@ _ADDRESS = re.compile(
     """,
     re.VERBOSE,
 )
+
 _FORM = "ssh://[user@]host[:port][?python=PATH]"
+
 # What ssh says -> what is wrong, and what to do; {host} is put in. The first that fits.
 _FAULTS = (
     (
@@ -76,7 +82,7 @@ _FAULTS = (
 
 
 @dataclass(frozen=True)
-class Ssh(Attached):
+class Ssh(ShellDevice):
     """A far machine; `address` is what stands behind ssh:// in its URL.
 
     Raises:
@@ -98,9 +104,9 @@ class Ssh(Attached):
         return f"ssh://{user}{_host(self.address, brackets=True)}{port}"
 
     @property
-    def line(self) -> Line:
+    def line(self) -> Shell:
         """As Attached.line."""
-        return Line(self.name, self._attached, self._explained)
+        return Shell(self.name, self._attached, self._explained)
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:
         """As Device.run."""
@@ -116,7 +122,7 @@ class Ssh(Attached):
 
     def agent(self) -> List[str]:
         """As Device.agent: the machine's own Python, with what it has installed."""
-        return [_python(_parts(self.address)["query"]), "-c", packing.START]
+        return [_python(_parts(self.address)["query"]), "-c", agent.START]
 
     def _attached(self, argv: Sequence[str]) -> List[str]:
         parts = _parts(self.address)

@@ -18,21 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, Survey, SurveyMethod
-from edgeprune.nn import progressive
-from edgeprune.nn.allocate import losses_of
-from edgeprune.nn.certify import input_box
-from edgeprune.nn.costs import normalized_example
-from edgeprune.nn.elimination import Order, Reader, eliminate
-from edgeprune.nn.moments import affordable, input_moments, reads_patches
-from edgeprune.nn.progress import track
-from edgeprune.nn.readers import GroupReader, output_scale, readers_of
-from edgeprune.nn.sensitivity import Plant, losses
-from edgeprune.nn.tracing import Program, trace
+from edgeprune.methods._base import PruneTask, Survey, SurveyMethod
+from edgeprune.methods._data_free import progressive
+from edgeprune.methods._data_free.impact import input_box
+from edgeprune.models import Program, normalized_example, trace
+from edgeprune.progress import track
 from edgeprune.quantities import suggest
 from edgeprune.records import Group, InputSpec, Masks
+from edgeprune.repair import (
+    Consumer,
+    Order,
+    Reader,
+    SensitivityProbe,
+    affordable,
+    consumers_of,
+    eliminate,
+    losses,
+    moments_of_inputs,
+    output_scale,
+    reads_patches,
+)
+from edgeprune.structure import losses_of
 
 MODES = ("auto", "reconstruction", *progressive.MODES)
+
 BATCH = 64
 
 
@@ -85,7 +94,7 @@ class DataFree(SurveyMethod):
         moments: Mapping[str, Tensor] = {}
         if task.unlabelled is not None:
             images = affordable(task.unlabelled, task.costs.cost({})["macs"])
-            moments = input_moments(_Whole(network, task), layers, images, BATCH)
+            moments = moments_of_inputs(_Whole(network, task), layers, images, BATCH)
         out = {}
         for name, norms in units.norms(network).items():
             rows = norms.view(units.shapes[name][0], -1)
@@ -123,21 +132,21 @@ def _by_reconstruction(network: nn.Module, task: PruneTask) -> Survey:
     macs = task.costs.cost({})["macs"]
     images = affordable(images, macs)
     whole = _Whole(network, task)
-    readers = {g.name: readers_of(network, g)[0] for g in task.groups}
+    readers = {g.name: consumers_of(network, g)[0] for g in task.groups}
     program = trace(network, _example(task))
     layers = {r.path: r.layer for found in readers.values() for r in found}
-    moments = input_moments(whole, layers, images, BATCH)
+    moments = moments_of_inputs(whole, layers, images, BATCH)
     orders = {
         group.name: _order(group, readers[group.name], (network, program), moments)
         for group in track(task.groups, len(task.groups), "eliminate units")
     }
-    plant = Plant(whole, network, program, moments)
+    plant = SensitivityProbe(whole, network, program, moments)
     found = losses(plant, task.groups, orders, readers, images, macs)
     return Survey(found, orders)
 
 
 def _order(
-    group: Group, readers: list[GroupReader], traced: tuple[nn.Module, Program], moments: Mapping[str, Tensor]
+    group: Group, readers: list[Consumer], traced: tuple[nn.Module, Program], moments: Mapping[str, Tensor]
 ) -> Order:
     network, program = traced
     if not readers:

@@ -4,10 +4,11 @@ Kaur, Fioretto and Salekin, "Deadwooding: Robust Global Pruning for Deep Neural 
 network, Lagrangian duals that push weights down, one global cut by magnitude, then distillation and FGSM. Its
 constraints, steps and numbers are not, so this is a reconstruction; docs/deadwooding.md says which parts are ours.
 
-Stage A shrinks the deadwood, what the budget would remove now (`nn.deadwood`). The cut keeps exactly what the budget
-allows, and what is gone stays zero. Stage B trains under two constraints (`nn.constrained`): close to the dense model
-on clean images, and on images of the objective's attack; its epoch with the best accuracy under that attack on
-validation images stays. There is no early end of stage A: methods are compared at the same number of epochs.
+Stage A shrinks the deadwood, what the budget would remove now (`_deadwooding.shrinkage`). The cut keeps exactly what
+the budget allows, and what is gone stays zero. Stage B trains under two constraints
+(`_deadwooding.constrained_distillation`): close to the dense model on clean images,
+and on images of the objective's attack; its epoch with the best accuracy under that attack on validation images
+stays. There is no early end of stage A: methods are compared at the same number of epochs.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune import models, train
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, Training, TrainingMethod, need_training
-from edgeprune.nn import checkpoint, constrained, deadwood, duals, snapshot, train
-from edgeprune.nn.masked import holding
-from edgeprune.nn.objectives import of_table
+from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_training
+from edgeprune.methods._deadwooding import constrained_distillation, shrinkage
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
+from edgeprune.train import holding, of_table
 
 SCORES = ("auto", "raw", "layer")
+
 LOSSES = ("objective", "ce")
+
 RANGES = {
     "stage_a": (0.0, 0.99),
     "temperature": (0.01, 1000.0),
@@ -80,7 +83,7 @@ class Deadwooding(TrainingMethod):
         """
         words = (
             ("score", SCORES),
-            ("distance", constrained.DISTANCES),
+            ("distance", constrained_distillation.DISTANCES),
             ("loss_a", LOSSES),
             ("loss_b", LOSSES),
         )
@@ -109,10 +112,10 @@ class Deadwooding(TrainingMethod):
         if teacher is None:
             teacher = training.deployed(deepcopy(network)).eval()
         file, key = training.scratch / "cut.pt", self._key([network, teacher], task, training)
-        cut = snapshot.load(file, key)
+        cut = models.load_state(file, key)
         if cut is None:
             cut = self._cut(network, task, training)
-            snapshot.save(file, key, cut)
+            models.save_state(file, key, cut)
         network.load_state_dict(cut["network"])
         distilled = self._distil(network, task, cut["masks"], teacher)
         violation = {"deadwood": cut["violation"], **distilled.pop("violation")}
@@ -123,27 +126,28 @@ class Deadwooding(TrainingMethod):
         """Changes with whatever a cut depends on."""
         budget = (task.rules, task.counts, dict(task.units.sizes))
         settings = (self, training.table, training.seed, len(training.split), *budget)
-        return checkpoint.key(repr(settings), networks, {})
+        return models.key(repr(settings), networks, {})
 
     def _cut(self, network: nn.Module, task: PruneTask, training: Training) -> dict[str, Any]:
         """Stage A and the choice: all that stage B starts from."""
         table = training.table
         table = replace(table, epochs=self.stages(table.epochs)[0], keep="last", distill=0.0)
-        penalty = deadwood.Penalty(self.rho_s, self.tau, self.fixed_penalty, self.per_weight, self.cap)
+        penalty = shrinkage.Penalty(self.rho_s, self.tau, self.fixed_penalty, self.per_weight, self.cap)
 
         def choose(norms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return task.keep(self.scores(task.units.granularity, norms))
 
-        stage = deadwood.begin(
+        stage = shrinkage.begin(
             network, task.units, choose, penalty, table=table,
             steps=len(training.split) // min(table.batch, len(training.split)),
         )  # fmt: skip
         if table.epochs:
             hooks = train.Hooks(
-                loss=None if self.loss_a == "objective" else constrained.on_labels, after_step=stage.shrink,
+                loss=None if self.loss_a == "objective" else constrained_distillation.on_labels,
+                after_step=stage.shrink,
                 after_epoch=stage.after_epoch, state=stage.state, restore=stage.restore,
             )  # fmt: skip
-            course = train.Course(training.split, table, training.seed, training.scratch / "stage-a")
+            course = train.TrainingJob(training.split, table, training.seed, training.scratch / "stage-a")
             train.fit(training.deployed(network), course, hooks)
         masks = choose(task.units.norms(network))
         task.units.apply(network, masks)
@@ -159,7 +163,7 @@ class Deadwooding(TrainingMethod):
         training = need_training("deadwooding", task)
         epochs = self.stages(training.table.epochs)
         table = replace(training.table, epochs=epochs[1], keep="best", distill=0.0)
-        course = train.Course(
+        course = train.TrainingJob(
             training.split, table, training.seed, training.scratch / "stage-b", teacher, training.validation
         )
         stage = self._constraints(task, training, teacher)
@@ -177,9 +181,9 @@ class Deadwooding(TrainingMethod):
 
     def _constraints(
         self, task: PruneTask, training: Training, teacher: nn.Module
-    ) -> constrained.Distillation:
+    ) -> constrained_distillation.Distillation:
         objective = of_table(training.table, None)
-        metric = constrained.Metric(self.distance, self.temperature)
+        metric = constrained_distillation.Metric(self.distance, self.temperature)
         slack: dict[str, float] = {}
         if self.rho_kd or self.init_kd:
             # The teacher's distance from itself is 0.
@@ -192,14 +196,18 @@ class Deadwooding(TrainingMethod):
         elif self.rho_adv or self.init_adv:
             slack["adv"] = self.eps_adv
             if self.eps_adv < 0:
-                own = constrained.own_value(teacher, training.validation, objective, metric, training.seed)
+                own = constrained_distillation.own_value(
+                    teacher, training.validation, objective, metric, training.seed
+                )
                 slack["adv"] = self.slack(own, task)
         starts = {"kd": self.init_kd, "adv": self.init_adv}
-        bank = duals.Multipliers(
+        bank = shrinkage.Multipliers(
             {name: torch.tensor(starts[name], dtype=torch.float64) for name in slack}, self.cap
         )
         steps = {"kd": self.rho_kd, "adv": self.rho_adv}
-        return constrained.Distillation(objective, self.loss_b, teacher, metric, slack, steps, bank)
+        return constrained_distillation.Distillation(
+            objective, self.loss_b, teacher, metric, slack, steps, bank
+        )
 
     def stages(self, total: int) -> tuple[int, int]:
         """Epochs of stage A and of stage B: the share, but at least one for each where there are two."""
@@ -215,8 +223,8 @@ class Deadwooding(TrainingMethod):
             return dict(norms)
         if by_channel:
             # A channel's share of what its group holds: wide and narrow groups compete by what is lost.
-            return {name: n**2 / (n**2).sum().clamp(min=deadwood.TINY) for name, n in norms.items()}
-        return {name: n / max(deadwood.rms(n), deadwood.TINY) for name, n in norms.items()}
+            return {name: n**2 / (n**2).sum().clamp(min=shrinkage.TINY) for name, n in norms.items()}
+        return {name: n / max(shrinkage.rms(n), shrinkage.TINY) for name, n in norms.items()}
 
     def slack(self, found: tuple[float, float], task: PruneTask) -> float:
         """The teacher's own distance; 0, with a note, where it is no better than that of knowing nothing."""

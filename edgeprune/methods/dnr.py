@@ -16,26 +16,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from edgeprune import train
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, Training, TrainingMethod, need_training
-from edgeprune.nn import objectives
-from edgeprune.nn.allocate import BOTTLENECK, allocate, keep_largest, levels
-from edgeprune.nn.rewiring import largest_remainder
-from edgeprune.nn.rewiring_channels import ChannelBudget
-from edgeprune.nn.schedule import chance
-from edgeprune.nn.train import Course, fit
-from edgeprune.nn.wiring import REGULARIZERS, Plan, Wiring
+from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_training
+from edgeprune.methods._dnr.rewiring import ChannelBudget, largest_remainder
+from edgeprune.methods._dnr.sparse_training import REGULARIZERS, Plan, SparseTraining
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
+from edgeprune.structure import BOTTLENECK, allocate, keep_largest, levels
+from edgeprune.train import TrainingJob, chance, fit
 
 STARTS = ("given", "scratch")
+
 INITS = ("auto", "global", "uniform", "random")
+
 # Of a layer's weights at least so many stay, per output; fewer where the budget leaves no choice.
 FLOOR_PER_OUTPUT = 1 / 8
+
 HYBRID = 0.5
+
 # Of trained weights a half is too much to lose: a ResNet-20 at a tenth of its weights, after four epochs on 1,440
 # images, was right on 59 % with 0.2, on 46 % with 0.5, and on 51 % without rewiring.
 GIVEN_RATE = 0.2
+
 SCRATCH_RATE = 0.5
 
 
@@ -76,7 +79,7 @@ class DNR(TrainingMethod):
         if self.start == "scratch":
             task.notes.extend(_reset(network, training.seed))
         wiring = self._wiring(network, task, training)
-        course = Course(
+        course = TrainingJob(
             training.split,
             training.table,
             training.seed,
@@ -89,7 +92,7 @@ class DNR(TrainingMethod):
         task.record["dnr"] = {**wiring.record, "loss": list(history.losses)}
         return task.masks(wiring.masks)
 
-    def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> Wiring:
+    def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> SparseTraining:
         """The network with what is there first, ready to train."""
         epochs = training.table.epochs
         usual = SCRATCH_RATE if self.start == "scratch" else GIVEN_RATE
@@ -105,9 +108,9 @@ class DNR(TrainingMethod):
         told = f"{self!r} {sorted(task.rules.limits.items())}"
         if task.units.granularity == "channel":
             budget = ChannelBudget(task.costs.cost, task.rules.limits, _steps(task))
-            return Wiring(network, task.units, plan, masks, budget=budget, told=told)
+            return SparseTraining(network, task.units, plan, masks, budget=budget, told=told)
         floors = _floors(task) if task.units.granularity == "weight" else {}
-        return Wiring(network, task.units, plan, masks, floors, told=told)
+        return SparseTraining(network, task.units, plan, masks, floors, told=told)
 
     def _check(self) -> None:
         words = (
@@ -134,10 +137,10 @@ class DNR(TrainingMethod):
                     "leave it out for the usual value",
                 )
 
-    def _objective(self, training: Training) -> objectives.Objective:
+    def _objective(self, training: Training) -> train.Objective:
         """The recipe's objective with this method's share of clean images."""
         table = training.table
-        objective = objectives.of_table(table, training.teacher if table.distill > 0 else None)
+        objective = train.of_table(table, training.teacher if table.distill > 0 else None)
         if objective.kind in ("fgsm", "pgd"):
             return replace(objective, beta=self.beta if self.beta >= 0 else table.beta or HYBRID)
         if self.beta not in (-1, 1) or (self.beta == 1 and objective.kind == "trades"):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.methods import PruneTask, ScoreMethod
-from edgeprune.nn.units import channel_sums
+from edgeprune.methods._base import PruneTask, ScoreMethod
+from edgeprune.structure import channel_sums
 
 
 @dataclass(frozen=True)

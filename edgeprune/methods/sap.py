@@ -19,24 +19,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from edgeprune import distributed, models, train
 from edgeprune.errors import UsageError
-from edgeprune.methods import PruneTask, TrainingMethod, need_training
-from edgeprune.nn import checkpoint, next_cut, snapshot, team, train
-from edgeprune.nn.masked import holding
-from edgeprune.nn.next_cut import Cutter, Rule
-from edgeprune.nn.objectives import of_table
-from edgeprune.nn.pqi import pqi
-from edgeprune.nn.renewal import renew
+from edgeprune.methods._base import PruneTask, TrainingMethod, need_training
+from edgeprune.methods._sap import schedule
+from edgeprune.methods._sap.schedule import CutSchedule, Rule, reinitialize
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
+from edgeprune.structure import pqi
+from edgeprune.train import holding, of_table
 
 VARIANTS = ("tune", "paper", "oneshot")
+
 STARTS = ("given", "scratch")
+
 # Of trainings that begin anew, and where no budget says how many cuts it needs.
 EPOCHS_EACH = 5
+
 # Epochs after the last cut of a network that goes on from its weights; from 2 to 12 epochs, half of them were worse.
 LAST_SHARE = 2 / 3
+
 VALIDATED = 1000
+
 CURVES = ("iterations", "accuracy", "mean", "counts")
 
 
@@ -80,7 +84,7 @@ class Sap(TrainingMethod):
         # What can't be met is refused before the first epoch.
         task.keep(task.units.norms(network))
         key = self._key(network, task)
-        notes = renew(network, task.seed) if self.start == "scratch" else ()
+        notes = reinitialize(network, task.seed) if self.start == "scratch" else ()
         cutter = _cutter(task, rule)
         plan = self._plan(task, lambda: cutter.needed(task.units.norms(network)))
         work = _Work(self, cutter, network, task, plan, key, deepcopy(network.state_dict()))
@@ -134,7 +138,7 @@ class Sap(TrainingMethod):
         training = task.training
         learned = (training.table, training.seed, len(training.split)) if training else ()
         settings = (self, learned, task.rules, task.counts, task.seed, dict(task.units.sizes))
-        return checkpoint.key(repr(settings), [network], {})
+        return models.key(repr(settings), [network], {})
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class _Work:
     """plan: epochs of each training. start: the weights that a rewinding training begins with."""
 
     options: Sap
-    cutter: Cutter
+    cutter: CutSchedule
     network: nn.Module
     task: PruneTask
     plan: tuple[int, ...]
@@ -166,7 +170,7 @@ class _Work:
     def first(self, notes: tuple[str, ...]) -> _State:
         """Where an interrupted run was, or the beginning."""
         training = self.task.training
-        found = snapshot.load(training.scratch / "sap.pt", self.key) if training else None
+        found = models.load_state(training.scratch / "sap.pt", self.key) if training else None
         if found is not None:
             self.network.load_state_dict(found.pop("network"))
             found["notes"] = tuple(found["notes"])
@@ -186,8 +190,8 @@ class _Work:
         state = self._judged(state, state.dense or norms)
         if training := self.task.training:
             saved = {**vars(state), "notes": list(state.notes), "network": self.network.state_dict()}
-            snapshot.save(training.scratch / "sap.pt", self.key, saved)
-            if team.rank() == 0:
+            models.save_state(training.scratch / "sap.pt", self.key, saved)
+            if distributed.rank() == 0:
                 shutil.rmtree(self._folder(done), ignore_errors=True)
         return state
 
@@ -211,7 +215,7 @@ class _Work:
             return
         training = need_training("sap", self.task)
         seed = training.seed if self.options.variant == "paper" else (training.seed + state.step) % 2**32
-        course = train.Course(
+        course = train.TrainingJob(
             training.split, replace(training.table, epochs=epochs), seed, self._folder(state.step),
             training.teacher, training.validation,
         )  # fmt: skip
@@ -270,7 +274,7 @@ class _Work:
                 f"the next cut lost {100 * loss:.1f} points of validation accuracy, more than the tolerance of "
                 f"{100 * self.options.tolerance:.1f}"
             )
-        if next_cut.turned(curves["mean"]):
+        if schedule.turned(curves["mean"]):
             return "after the next cut the PQ index fell again after it had risen: the network collapses"
         return ""
 
@@ -280,7 +284,7 @@ class _Work:
         goal = cutter.excess(state.masks) ** ((left - 1) / left) if paced else math.inf
         after, rounds = cutter.next(scores, state.masks, goal)
         state.curves["counts"][-1] = rounds
-        stuck = next_cut.same(after, state.masks)
+        stuck = schedule.same(after, state.masks)
         if task.free:
             why = "its count is 0 everywhere: the PQ index calls nothing superfluous any more"
             return replace(state, stopped=why) if stuck else replace(state, masks=after)
@@ -294,18 +298,18 @@ class _Work:
             notes = (*notes, f"{found} took the rest at once.")
         return replace(state, masks=self._last(scores, state.masks), notes=notes, last=True)
 
-    def _bounded(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Cutter:
+    def _bounded(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> CutSchedule:
         """A cutter that takes no more channels of a group than the budget wants: the last cut finds fast counts."""
         if self.task.free or self.task.units.granularity != "channel":
             return self.cutter
-        wanted = self.task.keep(next_cut.energy(scores, masks))
+        wanted = self.task.keep(schedule.energy(scores, masks))
         return replace(self.cutter, least={n: int((keep & masks[n]).sum()) for n, keep in wanted.items()})
 
     def _last(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The cut that leaves exactly what the budget allows, of what is left."""
-        task, wishes = self.task, next_cut.alive(scores, masks)
+        task, wishes = self.task, schedule.alive(scores, masks)
         if task.units.granularity == "channel":
-            wishes = next_cut.energy(scores, masks)
+            wishes = schedule.energy(scores, masks)
         if task.units.granularity == "weight" and task.counts is None:
             total = sum(int(keep.sum()) for keep in masks.values()) - task.quota()
             chosen = self.cutter.exactly(scores, masks, total)
@@ -313,7 +317,7 @@ class _Work:
         return {name: keep & masks[name] for name, keep in task.keep(wishes).items()}
 
 
-def _cutter(task: PruneTask, rule: Rule) -> Cutter:
+def _cutter(task: PruneTask, rule: Rule) -> CutSchedule:
     """The rule for the units, floors and budget of a task."""
     units, limits = task.units, task.rules.limits
     if units.granularity == "2:4":
@@ -332,7 +336,7 @@ def _cutter(task: PruneTask, rule: Rule) -> Cutter:
         cost = task.costs.cost(left)
         return max(cost[metric] / limit for metric, limit in limits.items())
 
-    return Cutter(units, rule, least, excess)
+    return CutSchedule(units, rule, least, excess)
 
 
 def _shared(epochs: int, trainings: int, last: int) -> tuple[int, ...]:

@@ -19,22 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune import repair
 from edgeprune.errors import UsageError, not_short
-from edgeprune.methods import PruneTask, ScoreMethod, Survey, need_images
-from edgeprune.nn import sensitivity
-from edgeprune.nn.allocate import losses_of
-from edgeprune.nn.batchnorm import normalizers
-from edgeprune.nn.calling import CALL_ERRORS
-from edgeprune.nn.elimination import Order
-from edgeprune.nn.moments import positions
-from edgeprune.nn.progress import track
+from edgeprune.methods._base import PruneTask, ScoreMethod, Survey, need_images
+from edgeprune.models import CALL_ERRORS
+from edgeprune.progress import track
+from edgeprune.repair import Order, positions
+from edgeprune.structure import losses_of
+from edgeprune.train import normalizers
 
 # Images on which it is measured what a layer can miss; of fewer than the second number the scores know more.
 MOST, LEAST = 512, 16
+
 # Counts of all layers that are measured together, at most.
 TRIES = 60
+
 # Pixels of one channel that are looked at in one batch, which has to fit in memory.
 PIXELS = 2**22
+
 # Multiply-accumulates of a forward and a backward pass, over those of a forward pass.
 PASSES = 3
 
@@ -75,8 +77,8 @@ class Taylor(ScoreMethod):
         """Measured where that can be done: with batch-norm, on enough images."""
         images, labels = need_images("taylor", task)
         macs = task.costs.cost({})["macs"]
-        work = max(sensitivity.WORK, PASSES * self.images * macs)
-        count, widths = sensitivity.effort(len(task.groups), macs, work, MOST)
+        work = max(repair.WORK, PASSES * self.images * macs)
+        count, widths = repair.effort(len(task.groups), macs, work, MOST)
         count = min(count, len(images), max(LEAST, PIXELS // images[0, 0].numel()))
         told = Survey(losses_of(scores), scores)
         if not self.measured or task.rules.cuts is not None or count < LEAST or not normalizers(network):
@@ -89,7 +91,7 @@ class Taylor(ScoreMethod):
 
         orders = {group: _order(values) for group, values in scores.items()}
         try:
-            plant = sensitivity.Renormalized(network, loss, task.groups, orders)
+            plant = repair.Renormalized(network, loss, task.groups, orders)
             tries = min(TRIES, int(work / (count * macs)))
             return Survey(plant.losses(widths), scores, plant.rise, tries)
         except CALL_ERRORS as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.methods import PruneTask, ScoreMethod
+from edgeprune.methods._base import PruneTask, ScoreMethod
 
 
 @dataclass(frozen=True)

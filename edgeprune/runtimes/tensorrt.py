@@ -13,21 +13,105 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Tuple
 
-from edgeprune import agent_cuda, agent_engines, agent_trt, codec
-from edgeprune.errors import MissingDependency, ModelError, UnsupportedModel
-from edgeprune.runtimes import NodeTime, Runtime, Session
+from edgeprune import host, serialization
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, UnsupportedModel
+from edgeprune.runtimes._base import NodeTime, Runtime, Session
+from edgeprune.runtimes.engine import cuda as cuda_module
+from edgeprune.runtimes.engine import files
+from edgeprune.runtimes.engine.cuda import Cuda
 
 if TYPE_CHECKING:
     import numpy as np
 
     from edgeprune.records import Artifact, Target
 
+_LOG_LINES = 8
+
+
+def make_logger(trt: Any, lines: List[str]) -> Any:
+    """A logger that keeps TensorRT's errors and warnings, the last few of them."""
+    loud = {trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING}
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in loud:
+                lines.append(msg)
+                del lines[:-_LOG_LINES]
+
+    return Log()
+
+
+def make_profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
+    """A profiler that notes what each layer took, in ms, name -> one number for each run."""
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault(layer_name, []).append(ms)
+
+    return Profiler()
+
+
+def machine(trt: Any, cuda: Cuda) -> Dict[str, Any]:
+    """What an engine fits: the "tensorrt" here, "gpu", "compute_capability", "multiprocessors", and "board" or ""."""
+    return {
+        "tensorrt": trt.__version__, "gpu": cuda.name(), "compute_capability": cuda.capability(),
+        "multiprocessors": cuda.multiprocessors(), "board": host.board(),
+    }  # fmt: skip
+
+
+def multiplying(trt: Any, network: Any) -> int:
+    """How many layers of a network that was read are convolutions or matrix products."""
+    kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    return sum(layer.type in kinds for layer in layers)
+
+
+def use_timings(config: Any, cache: Path) -> None:
+    """Let a build use what was timed before, and note what it times itself.
+
+    Args:
+        cache: need not be there. What another GPU or version timed is not taken, nor what can't be read.
+    """
+    known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
+    if known is None or not config.set_timing_cache(known, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def last(log: List[str]) -> str:
+    """What TensorRT said in the end, on one line."""
+    return " | ".join(line.strip() for line in log[-3:]) or "it gave no reason"
+
+
+def started(make: Callable[[], Any], log: List[str]) -> Any:
+    """A builder or a runtime.
+
+    Raises:
+        DeviceError: there is no usable GPU. The bindings raise TypeError then, since the library makes none.
+    """
+    try:
+        return make()
+    except TypeError as error:
+        raise DeviceError(
+            f"TensorRT can't start: {last(log)} ({error})", "nvidia-smi says whether there is a GPU"
+        ) from error
+
+
 _WORKSPACE_SHARE = 4
+
 _LEAST_WORKSPACE = 64 * 2**20
+
 # What trtexec builds with when it is not told.
 _LEVEL = 3
+
 # The first whose strongly typed networks have all that is used here: that of JetPack 6.
 OLDEST = (10, 3)
+
 # Of all engines in a folder: what was timed for one helps the next.
 CACHE = "timing.cache"
 
@@ -55,10 +139,10 @@ class TensorRT(Runtime):
 
         `precision` "" is whatever the file has.
         """
-        trt, cuda, start = _new_enough(), agent_cuda.load(), time.perf_counter()
+        trt, cuda, start = _new_enough(), cuda_module.load(), time.perf_counter()
         log: List[str] = []
-        logger = agent_trt.logger(trt, log)
-        builder = agent_trt.started(lambda: trt.Builder(logger), log)
+        logger = make_logger(trt, log)
+        builder = started(lambda: trt.Builder(logger), log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         _parse(trt, network, logger, onnx)
         config = builder.create_builder_config()
@@ -70,24 +154,22 @@ class TensorRT(Runtime):
             config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
         _one_image(builder, network, config, onnx)
         cache = out.with_name(CACHE)
-        agent_trt.use_timings(config, cache)
+        use_timings(config, cache)
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
-            raise ModelError(
-                f"TensorRT {trt.__version__} can't build an engine of {onnx.name}: {agent_trt.last(log)}"
-            )
+            raise ModelError(f"TensorRT {trt.__version__} can't build an engine of {onnx.name}: {last(log)}")
         data = bytes(serialized)
-        runtime = agent_trt.started(lambda: trt.Runtime(logger), log)
-        found = agent_engines.layers(_information(trt, _deserialized(trt, runtime, data, log)))
-        agent_engines.judge(found, precision, onnx.name, agent_trt.multiplying(trt, network))
+        runtime = started(lambda: trt.Runtime(logger), log)
+        found = files.layers(_information(trt, _deserialized(trt, runtime, data, log)))
+        files.judge(found, precision, onnx.name, multiplying(trt, network))
         facts = {
-            **agent_trt.machine(trt, cuda), "onnx": agent_engines.digest(onnx), "onnx_name": onnx.name,
-            "precision": precision, "layers": agent_engines.counted(found), "workspace_bytes": workspace,
+            **machine(trt, cuda), "onnx": files.digest(onnx), "onnx_name": onnx.name,
+            "precision": precision, "layers": files.counted(found), "workspace_bytes": workspace,
             "sparse": self.sparse, "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
         }  # fmt: skip
-        agent_engines.write(out, data, facts)
+        files.write(out, data, facts)
         learned = config.get_timing_cache()
-        with codec.replace_file(cache) as file:
+        with serialization.replace_file(cache) as file:
             file.write(bytes(learned.serialize()))
 
     def open(self, built: Path, threads: int) -> Session:
@@ -101,7 +183,7 @@ class TensorRT(Runtime):
         """As Runtime.profile: TensorRT's own profiler, which times each layer of the engine on the GPU."""
         session, found = self._open(built)
         times: Dict[str, List[float]] = {}
-        profiler = agent_trt.profiler(_library(), times)
+        profiler = make_profiler(_library(), times)
         context = session.context
         context.profiler = profiler
         x, warmup = session.image(shape), max(1, runs // 10)
@@ -121,25 +203,25 @@ class TensorRT(Runtime):
         target: Target, artifact: Artifact, *, dynamic_batch: bool, sparse: bool = False
     ) -> str:
         """As engine_script.engine_script."""
-        text: str = importlib.import_module("edgeprune.engine_script").engine_script(
+        text: str = importlib.import_module("edgeprune.runtimes.engine.build_script").engine_script(
             target, artifact, dynamic_batch=dynamic_batch, sparse=sparse
         )
         return text
 
-    def _open(self, built: Path) -> Tuple[_EngineSession, List[agent_engines.Layer]]:
-        trt, cuda = _new_enough(), agent_cuda.load()
+    def _open(self, built: Path) -> Tuple[_EngineSession, List[files.Layer]]:
+        trt, cuda = _new_enough(), cuda_module.load()
         log: List[str] = []
-        logger = agent_trt.logger(trt, log)
+        logger = make_logger(trt, log)
         if built.suffix == ".onnx":
             onnx, built = built, built.with_name(built.name + ".engine")
             try:
-                agent_engines.fresh(built, agent_trt.machine(trt, cuda), onnx)
+                files.fresh(built, machine(trt, cuda), onnx)
             except ModelError:
                 self.make(onnx, built, "")
-        agent_engines.fresh(built, agent_trt.machine(trt, cuda))
-        runtime = agent_trt.started(lambda: trt.Runtime(logger), log)
+        files.fresh(built, machine(trt, cuda))
+        runtime = started(lambda: trt.Runtime(logger), log)
         engine = _deserialized(trt, runtime, built.read_bytes(), log)
-        found = agent_engines.layers(_information(trt, engine))
+        found = files.layers(_information(trt, engine))
         # The engine calls the logger as long as it lives.
         return _session(trt, cuda, engine, built, (logger, runtime)), found
 
@@ -158,7 +240,7 @@ class _Buffer:
 class _EngineSession(Session):
     engine: Any
     context: Any
-    cuda: agent_cuda.Cuda
+    cuda: Cuda
     stream: int
     source: _Buffer
     answer: _Buffer
@@ -205,9 +287,7 @@ class _EngineSession(Session):
             raise ModelError("TensorRT failed to run the engine", "its log, on stderr, says why")
 
 
-def _session(
-    trt: Any, cuda: agent_cuda.Cuda, engine: Any, path: Path, kept: Tuple[Any, ...]
-) -> _EngineSession:
+def _session(trt: Any, cuda: Cuda, engine: Any, path: Path, kept: Tuple[Any, ...]) -> _EngineSession:
     context = engine.create_execution_context()
     if context is None:
         raise ModelError(f"TensorRT can't make a context for {path.name}", "is there memory left on the GPU?")
@@ -231,7 +311,7 @@ def _session(
     return _EngineSession(engine, context, cuda, cuda.made("cudaStreamCreate"), source, answer, shape, kept)
 
 
-def _buffer(trt: Any, cuda: agent_cuda.Cuda, engine: Any, name: str, shape: Tuple[int, ...]) -> _Buffer:
+def _buffer(trt: Any, cuda: Cuda, engine: Any, name: str, shape: Tuple[int, ...]) -> _Buffer:
     kinds = {trt.DataType.FLOAT: ("float32", 4), trt.DataType.HALF: ("float16", 2)}
     kind = engine.get_tensor_dtype(name)
     if kind not in kinds:
@@ -276,9 +356,7 @@ def _one_image(builder: Any, network: Any, config: Any, onnx: Path) -> None:
 def _deserialized(trt: Any, runtime: Any, data: bytes, log: List[str]) -> Any:
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise ModelError(
-            f"TensorRT {trt.__version__} can't load the engine: {agent_trt.last(log)}", "build it again"
-        )
+        raise ModelError(f"TensorRT {trt.__version__} can't load the engine: {last(log)}", "build it again")
     return engine
 
 

@@ -1,0 +1,240 @@
+"""Square: random search with square patches, which asks for logits and never for gradients.
+
+M. Andriushchenko, F. Croce, N. Flammarion and M. Hein, Square Attack: a query-efficient black-box adversarial attack
+via random search, ECCV 2020, algorithms 1 to 3, with the margin as the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from edgeprune.attacks._tape_rules import Window
+from edgeprune.attacks._windows import Asker
+from edgeprune.models import Advance, AttackResult, wrong
+from edgeprune.train import Ball
+
+# Section 4.1: the share of pixels is halved behind each of these queries, of 10,000.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+SCHEDULED = 10_000
+
+# In L2 a patch has two halves of opposite sign; a side of 3 is the smallest that has both.
+LEAST_SIDE = {"Linf": 1, "L2": 3}
+
+TILES = 5
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The images that stand, (n, ...): their rows, themselves, the best found, labels and margins of the best.
+
+    What is the best changes in place.
+    """
+
+    row: Tensor
+    x: Tensor
+    best: Tensor
+    y: Tensor
+    margin: Tensor
+
+    def only(self, rows: Tensor) -> _Held:
+        return _Held(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+Box = tuple[slice, slice]
+
+
+def margins(answer: Tensor, y: Tensor) -> Tensor:
+    """The right class's logit less the largest of the others, (N,); < 0 is wrong."""
+    right = answer.gather(1, y.unsqueeze(1)).squeeze(1)
+    return right - answer.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+
+
+def share_of_pixels(query: int, queries: int, first: float, rescale: bool) -> float:
+    """How large the patch of a query is, as a share of the image.
+
+    Args:
+        query: counted from 0.
+        queries: how many there will be.
+        first: the share at the beginning.
+        rescale: whether the schedule, made for 10,000 queries, is compressed to `queries`; the standard evaluation
+            does not, and with its 5,000 queries stops at a 128th.
+    """
+    at = query / queries * SCHEDULED if rescale else query
+    return first / 2 ** sum(int(at) > halving for halving in HALVINGS)
+
+
+def search(  # noqa: PLR0913
+    asker: Asker,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    queries: int,
+    first: float,
+    rescale: bool,
+    generator: torch.Generator,
+    advance: Advance,
+) -> AttackResult:
+    """Ask about an image until it is wrong, at most `queries` times.
+
+    All images of a call get their patches at the same places.
+
+    Args:
+        asker: pixels to logits.
+        x: float (N, C, H, W) in [0, 1].
+        y: int64 (N,).
+        ball: how far the images may go.
+        queries: at most so many of each image, >= 1; the first is about stripes (Linf) or tiles (L2).
+        first: share of the pixels in the first patches.
+        rescale: see `share_of_pixels`.
+        generator: on the CPU.
+        advance: is told of how many images more nothing is left to do.
+    """
+    found = x.clone()
+    broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    asked = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    start = _stripes(x, ball, generator) if ball.norm == "Linf" else _tiles(x, ball, generator)
+    held = _Held(torch.arange(len(x), device=x.device), x, start, y, torch.full((len(x),), torch.inf).to(x))
+    moves = _squares if ball.norm == "Linf" else _pyramids
+    for query in range(queries):
+        tried, window = held.best, None
+        if query:
+            side = _side(x, share_of_pixels(query - 1, queries, first, rescale), ball.norm)
+            tried, window = moves(held, ball, side, generator)
+        answer = asker.look(held.best, tried, window)
+        answer = asker.sure(tried, wrong(answer, held.y), answer)
+        out, margin = wrong(answer, held.y), margins(answer, held.y)
+        asked[held.row] += 1
+        better = out | (margin < held.margin)
+        asker.keep(better)
+        held.best[better], held.margin[better] = tried[better], margin[better]
+        if out.any():
+            found[held.row[out]], broken[held.row[out]] = held.best[out], True
+            advance(int(out.sum()))
+            held = held.only(~out)
+            asker.forget()
+            if not len(held.row):
+                break
+    found[held.row] = held.best
+    advance(len(held.row))
+    return AttackResult(found, broken, asked)
+
+
+def _side(x: Tensor, share: float, norm: str) -> int:
+    """Of the square patch, in pixels; odd in L2."""
+    height, width = x.shape[-2:]
+    side = max(round(math.sqrt(share * height * width)), LEAST_SIDE[norm])
+    if norm == "L2" and side % 2 == 0:
+        side += 1
+    return min(side, height, width)
+
+
+def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
+    """Vertical stripes of width 1, +eps or -eps in each channel (section 3.2)."""
+    count, channels, _, width = x.shape
+    return (x + ball.eps * _signs((count, channels, 1, width), generator).to(x)).clamp(0, 1)
+
+
+def _squares(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> tuple[Tensor, Window | None]:
+    """Algorithm 2: one square moves by +-2 eps in each channel, which takes it to the ball's surface; and where."""
+    rows, columns = _box(held.x, side, generator)
+    moves = 2 * ball.eps * _signs((len(held.x), held.x.shape[1], 1, 1), generator).to(held.x)
+    tried = held.best.clone()
+    window, x = held.best[:, :, rows, columns], held.x[:, :, rows, columns]
+    tried[:, :, rows, columns] = torch.clamp(window + moves, x - ball.eps, x + ball.eps).clamp(0, 1)
+    return tried, Window(rows.start, rows.stop, columns.start, columns.stop)
+
+
+def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
+    """Five by five pyramids, together `eps` long (section 3.2)."""
+    count, channels, height, width = x.shape
+    side = max(min(height, width) // TILES, 1)
+    change = torch.zeros_like(x)
+    for top in _begins(height, side):
+        for left in _begins(width, side):
+            signs = _signs((count, channels, 1, 1), generator)
+            pyramid = _pyramid(side, generator) * signs
+            change[:, :, top : top + side, left : left + side] = pyramid.to(x)
+    return (x + ball.eps * _unit(change)).clamp(0, 1)
+
+
+def _begins(extent: int, side: int) -> Iterator[int]:
+    """Where whole tiles begin, with five of them in the middle."""
+    return iter(range(max((extent - TILES * side) // 2, 0), extent - side + 1, side))
+
+
+def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> tuple[Tensor, Window | None]:
+    """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first.
+
+    What there is elsewhere is scaled a little, so it changes everywhere.
+    """
+    first, second = _box(held.x, side, generator), _box(held.x, side, generator)
+    count, channels = held.x.shape[:2]
+    change = held.best - held.x
+    energy = change.square()
+    inside = _energy(energy, first) + _energy(energy, second) - _energy(energy, _overlap(first, second))
+    left = (ball.eps**2 - energy.sum((1, 2, 3), keepdim=True)).clamp_min(0) / channels
+    pyramid = (_pyramid(side, generator) * _signs((count, channels, 1, 1), generator)).to(change)
+    window = change[:, :, first[0], first[1]]
+    mixed = pyramid + window / (TINY + _energy(energy, first).sqrt())
+    mixed = mixed / (TINY + mixed.square().sum((2, 3), keepdim=True).sqrt())
+    change[:, :, second[0], second[1]] = 0
+    change[:, :, first[0], first[1]] = mixed * (left + inside.clamp_min(0)).sqrt()
+    return (held.x + ball.eps * _unit(change)).clamp(0, 1), None
+
+
+def _pyramid(side: int, generator: torch.Generator) -> Tensor:
+    """(side, side) of length 1: a positive and a negative half, one above or beside the other (eq. 2)."""
+    half = side // 2
+    whole = torch.cat([_half(half, side), -_half(side - half, side)])
+    whole = whole / whole.norm()
+    return whole.T if torch.rand(1, generator=generator) > 0.5 else whole
+
+
+def _half(height: int, width: int) -> Tensor:
+    """Rectangles within each other around the middle; the k-th adds 1 / k^2. (height, width), of length 1."""
+    count = max(height, width) // 2 + 1
+    steps = (1 / torch.arange(1, count + 1).square()).flip(0).cumsum(0).flip(0)
+    up = (torch.arange(height) - height // 2).abs()
+    across = (torch.arange(width) - width // 2).abs()
+    heights = steps[torch.maximum(up.unsqueeze(1), across)]
+    return heights / heights.norm().clamp_min(TINY)
+
+
+def _box(x: Tensor, side: int, generator: torch.Generator) -> Box:
+    """A square anywhere in the image, the last row and column included."""
+    height, width = x.shape[-2:]
+    top = int(torch.randint(height - side + 1, (1,), generator=generator))
+    left = int(torch.randint(width - side + 1, (1,), generator=generator))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _overlap(one: Box, other: Box) -> Box:
+    """What two boxes share; empty where they don't meet."""
+    begins = [max(a.start, b.start) for a, b in zip(one, other, strict=True)]
+    ends = [min(a.stop, b.stop) for a, b in zip(one, other, strict=True)]
+    rows, columns = (slice(begin, max(begin, end)) for begin, end in zip(begins, ends, strict=True))
+    return rows, columns
+
+
+def _energy(energy: Tensor, box: Box) -> Tensor:
+    """In the box, of each image and channel: (N, C, 1, 1)."""
+    return energy[:, :, box[0], box[1]].sum((2, 3), keepdim=True)
+
+
+def _unit(change: Tensor) -> Tensor:
+    """Each image's change with length 1."""
+    return change / (TINY + change.square().sum((1, 2, 3), keepdim=True).sqrt())
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """-1.0 or 1.0 with equal chance."""
+    return 2.0 * torch.randint(2, shape, generator=generator) - 1.0

@@ -1,0 +1,309 @@
+"""Functions of one number: where each turns and how steep it gets, and from that bounds of values and of changes.
+
+Over [lo, hi] a function's values lie between those at the ends and at the turns inside. f(x + d) - f(x) is d times a
+slope that f has in between (mean value theorem), and slopes have their extremes at the ends and at the bends inside.
+For clamps (ReLU and its relatives) the extremes of f(x + d) - f(x) are known exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgeprune.bounds.interval import Interval, NoRule, rounded, slack
+from edgeprune.models import Call
+
+_ROUNDINGS = 16
+
+CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "leaky_relu")
+
+# Slopes of functions that level off have long done so here.
+_FAR = 1e30
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A function R -> R.
+
+    turns: where it has a local extreme.
+    slope: its derivative. bends: where that has an extreme, or jumps: then with the slopes on both sides.
+    clamp, leak: f(x) = leak x + (1 - leak) clamp(x, *clamp).
+    cancels: its evaluation makes errors relative to x, not only to f(x). gap: height of a jump it makes.
+    domain: it is not defined below this. steep: its slope has no limit.
+    """
+
+    turns: tuple[float, ...] = ()
+    slope: Callable[[Tensor], Tensor] | None = None
+    bends: tuple[tuple[float, tuple[float, ...]], ...] = ()
+    clamp: tuple[float, float] | None = None
+    leak: float = 0.0
+    cancels: bool = False
+    gap: float = 0.0
+    domain: float = -math.inf
+    steep: bool = False
+
+
+def curve(call: Call) -> Curve | None:
+    """What is known of the function that an operator applies to each number; None when it applies none.
+
+    Raises:
+        NoRule: with these settings the function is not known.
+    """
+    make = _CURVES.get(call.op)
+    return make(call) if make else None
+
+
+def applied(call: Call, x: Tensor) -> Tensor:
+    """The function itself, with the settings of the call."""
+    return call.run((x, *call.args[1:]))
+
+
+def values(call: Call, function: Curve, x: Interval) -> Interval:
+    """Bounds of f over x, exact but for rounding.
+
+    Raises:
+        NoRule: x reaches where f is not defined.
+    """
+    if function.domain > -math.inf and bool((x.lo < function.domain).any()):
+        raise NoRule(f"its input may be below {function.domain:g}")
+    first, last = applied(call, x.lo), applied(call, x.hi)
+    if function.clamp == (0.0, math.inf) and not function.leak:
+        return Interval(first, last)
+    lo, hi = torch.minimum(first, last), torch.maximum(first, last)
+    for turn in function.turns:
+        inside = (x.lo <= turn) & (x.hi >= turn)
+        there = applied(call, torch.full_like(lo, turn))
+        lo = torch.where(inside, torch.minimum(lo, there), lo)
+        hi = torch.where(inside, torch.maximum(hi, there), hi)
+    wide = function.gap + slack(lo.dtype, _ROUNDINGS) * (x.magnitude if function.cancels else 0.0)
+    return rounded(lo - wide, hi + wide, _ROUNDINGS)
+
+
+def changes(function: Curve, change: Interval, x: Interval | None) -> Interval | None:
+    """Bounds of f(x + d) - f(x).
+
+    Args:
+        change: d. x: None when that is unknown, and then it can be anything.
+
+    Returns:
+        None when no bound of the slope is known.
+    """
+    if function.clamp:
+        passed = clamped(change, x, *function.clamp)
+        return change.scaled(function.leak) + passed.scaled(1 - function.leak) if function.leak else passed
+    slopes = _slopes(function, change, x)
+    if slopes is None:
+        return None
+    jump = torch.where((change.lo == 0) & (change.hi == 0), 0.0, function.gap).to(change.lo.dtype)
+    out = change * slopes
+    return Interval(out.lo - jump, out.hi + jump)
+
+
+def clamped(change: Interval, x: Interval | None, low: float, high: float) -> Interval:
+    """Exact bounds of clamp(x + d) - clamp(x), d in `change`; ReLU is the clamp to [0, inf).
+
+    It grows with d, so the largest is at the largest d and the smallest at the smallest. Its magnitude is the length
+    of [x, x + d] inside [low, high]; as x grows, that rises, stays and falls. So the longest is where x is nearest to
+    where it stays, and the shortest is at an end of x.
+    """
+    if x is None:
+        return Interval(change.lo.clamp(max=0.0), change.hi.clamp(min=0.0))
+    if (low, high) == (0.0, math.inf):
+        return _rectified(change, x)
+    longest, shortest = _longest(change.hi, x, low, high), _shortest(change.hi, x, low, high)
+    hi = torch.where(change.hi >= 0, longest, -shortest)
+    longest, shortest = _longest(change.lo, x, low, high), _shortest(change.lo, x, low, high)
+    return Interval(torch.where(change.lo <= 0, -longest, shortest), hi)
+
+
+def _rectified(change: Interval, x: Interval) -> Interval:
+    """`clamped` for ReLU, in closed form: what is left of d >= 0 above 0, and of d < 0 above -x."""
+    wide = slack(change.lo.dtype, 1)
+    risen = torch.minimum((change.hi + x.hi.clamp(max=0.0)).clamp(min=0.0) * (1 + wide), change.hi)
+    fallen = torch.maximum(change.hi, -x.lo.clamp(min=0.0))
+    hi = torch.where(change.hi >= 0, risen, fallen)
+    risen = (change.lo + x.lo.clamp(max=0.0)).clamp(min=0.0) * (1 - wide)
+    return Interval(torch.where(change.lo >= 0, risen, torch.maximum(change.lo, -x.hi.clamp(min=0.0))), hi)
+
+
+def _longest(change: Tensor, x: Interval, low: float, high: float) -> Tensor:
+    size = change.abs()
+    # Where [x, x + d] starts to lie inside as far as it can; for d < 0, x is its upper end.
+    stays = (high - size).clamp(max=low) + (-change).clamp(min=0.0)
+    length, error = _length(torch.minimum(torch.maximum(stays, x.lo), x.hi), change, low, high)
+    return torch.minimum(length + error, size)
+
+
+def _shortest(change: Tensor, x: Interval, low: float, high: float) -> Tensor:
+    ends = [_length(end, change, low, high) for end in (x.lo, x.hi)]
+    return torch.minimum(*(length - error for length, error in ends)).clamp(min=0.0)
+
+
+def _length(x: Tensor, change: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The length of [x, x + d] inside [low, high], and the rounding error in it; d as it is where all is inside."""
+    after, wide = x + change, slack(x.dtype, 2)
+    # The limits are rounded to the dtype, too.
+    lowest = low + wide * abs(low) if low > -math.inf else low
+    highest = high - wide * abs(high) if high < math.inf else high
+    inside = (x >= lowest) & (x <= highest) & (after > lowest) & (after < highest)
+    first, last = x.clamp(low, high), after.clamp(low, high)
+    error = wide * (first.abs() + last.abs())
+    zero = torch.zeros_like(error)
+    return torch.where(inside, change.abs(), (last - first).abs()), torch.where(inside, zero, error)
+
+
+def _slopes(function: Curve, change: Interval, x: Interval | None) -> Interval | None:
+    """The slopes that f has anywhere between x and x + d."""
+    if function.slope is None or (x is None and function.steep):
+        return None
+    if x is None:
+        low, high = torch.full_like(change.lo, -_FAR), torch.full_like(change.lo, _FAR)
+    else:
+        low, high = x.lo + change.lo.clamp(max=0.0), x.hi + change.hi.clamp(min=0.0)
+    ends = [function.slope(low), function.slope(high)]
+    smallest, largest = torch.minimum(*ends), torch.maximum(*ends)
+    for bend, sides in function.bends:
+        inside = (low <= bend) & (high >= bend)
+        near = sides or (float(function.slope(torch.tensor(bend, dtype=torch.float64))),)
+        smallest = torch.where(inside, smallest.clamp(max=min(near)), smallest)
+        largest = torch.where(inside, largest.clamp(min=max(near)), largest)
+    wide = slack(change.lo.dtype, _ROUNDINGS) * (1 + smallest.abs() + largest.abs())
+    return Interval(smallest - wide, largest + wide)
+
+
+def _bell(x: Tensor) -> Tensor:
+    """The density of the standard normal distribution."""
+    return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+def _mish_slope(x: Tensor) -> Tensor:
+    gate = torch.tanh(torch.nn.functional.softplus(x))
+    return gate + x * torch.sigmoid(x) * (1 - gate * gate)
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    scale, cubic, x = math.sqrt(2 / math.pi), 0.044715, x.clamp(-100, 100)
+    gate = torch.tanh(scale * (x + cubic * x**3))
+    return (1 + gate) / 2 + x / 2 * (1 - gate * gate) * scale * (1 + 3 * cubic * x * x)
+
+
+def _hardswish_slope(x: Tensor) -> Tensor:
+    return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, (2 * x + 3) / 6)).to(x.dtype)
+
+
+def _elu_slope(x: Tensor, alpha: float, scale: float, inner: float) -> Tensor:
+    return torch.where(x > 0, scale, scale * alpha * inner * torch.exp(inner * x.clamp(max=0.0))).to(x.dtype)
+
+
+def _gelu(call: Call) -> Curve:
+    if call.arg("approximate") == "tanh":
+        bend = 1.4185040087908283555
+        return Curve((-0.75246142207101625849,), _gelu_tanh_slope, ((-bend, ()), (bend, ())), cancels=True)
+    bend = math.sqrt(2)
+
+    def slope(x: Tensor) -> Tensor:
+        return (1 + torch.erf(x / math.sqrt(2))) / 2 + x * _bell(x)
+
+    return Curve((-0.75179152469356445746,), slope, ((-bend, ()), (bend, ())), cancels=True)
+
+
+def _clamp(call: Call) -> Curve:
+    limits = [call.arg(n) if n in call.names else None for n in ("min", "max")]
+    if any(v is not None and not isinstance(v, (int, float)) for v in limits):
+        raise NoRule("its limits are tensors")
+    low, high = limits
+    return Curve(clamp=(-math.inf if low is None else low, math.inf if high is None else high))
+
+
+def _leaky(call: Call) -> Curve:
+    # Below 0 it falls where the slope there is negative.
+    return Curve((0.0,), clamp=(0.0, math.inf), leak=float(call.arg("negative_slope")))
+
+
+def _elu(alpha: float, scale: float = 1.0, inner: float = 1.0) -> Curve:
+    def slope(x: Tensor) -> Tensor:
+        return _elu_slope(x, alpha, scale, inner)
+
+    return Curve((0.0,), slope, ((0.0, (scale, scale * alpha * inner)),), cancels=True)
+
+
+def _softplus(call: Call) -> Curve:
+    beta, threshold = float(call.arg("beta")), float(call.arg("threshold"))
+    if beta <= 0:
+        raise NoRule(f"beta is {beta:g}")
+    # Above its threshold torch takes x itself, which is a little less.
+    return Curve(slope=lambda x: torch.sigmoid(beta * x), gap=math.exp(-threshold) / beta)
+
+
+def _power(exponent: float) -> Curve:
+    if exponent >= 1 and float(exponent).is_integer():
+        return Curve((0.0,), lambda x: exponent * x ** (exponent - 1), ((0.0, ()),), steep=exponent > 1)
+    return Curve(domain=0.0)
+
+
+def _pow(call: Call) -> Curve:
+    exponent = call.arg("exponent")
+    if not isinstance(exponent, (int, float)):
+        raise NoRule("its exponent is a tensor")
+    return _power(exponent)
+
+
+_SELU = (1.6732632423543772848, 1.0507009873554804934)
+
+_CURVES: Mapping[str, Callable[[Call], Curve]] = {
+    "relu": lambda _: Curve(clamp=(0.0, math.inf)),
+    "relu6": lambda _: Curve(clamp=(0.0, 6.0)),
+    "hardtanh": lambda c: Curve(clamp=(c.arg("min_val"), c.arg("max_val"))),
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp,
+    "leaky_relu": _leaky,
+    "elu": lambda c: _elu(c.arg("alpha"), c.arg("scale"), c.arg("input_scale")),
+    "selu": lambda _: _elu(*_SELU),
+    "celu": lambda c: _elu(c.arg("alpha"), 1.0, 1.0 / c.arg("alpha")),
+    "sigmoid": lambda _: Curve(slope=lambda x: torch.sigmoid(x) * torch.sigmoid(-x), bends=((0.0, ()),)),
+    "hardsigmoid": lambda _: Curve(
+        slope=lambda x: (x.abs() < 3).to(x.dtype) / 6,
+        bends=((-3.0, (0.0, 1 / 6)), (3.0, (0.0, 1 / 6))),
+        cancels=True,
+    ),
+    "tanh": lambda _: Curve(slope=lambda x: 1 - torch.tanh(x) ** 2, bends=((0.0, ()),)),
+    "silu": lambda _: Curve(
+        (-1.2784645427610737951,),
+        _silu_slope,
+        ((-2.3993572805154676678, ()), (2.3993572805154676678, ())),
+        cancels=True,
+    ),
+    "hardswish": lambda _: Curve(
+        (-1.5,), _hardswish_slope, ((-3.0, (-0.5, 0.0)), (3.0, (1.0, 1.5))), cancels=True
+    ),
+    "mish": lambda _: Curve(
+        (-1.1924312145154952121,),
+        _mish_slope,
+        ((-2.25637639636079312, ()), (1.4905711794854284593, ())),
+        cancels=True,
+    ),
+    "gelu": _gelu,
+    "softplus": _softplus,
+    "log_sigmoid": lambda _: Curve(slope=lambda x: torch.sigmoid(-x)),
+    "erf": lambda _: Curve(slope=lambda x: _bell(x * math.sqrt(2)) * math.sqrt(8), bends=((0.0, ()),)),
+    "neg": lambda _: Curve(slope=lambda x: -torch.ones_like(x)),
+    "abs": lambda _: Curve((0.0,), torch.sign, ((0.0, (-1.0, 1.0)),)),
+    "exp": lambda _: Curve(slope=torch.exp, steep=True),
+    "square": lambda _: _power(2),
+    "pow": _pow,
+    "sign": lambda _: Curve(),
+    "sqrt": lambda _: Curve(domain=0.0),
+    "log": lambda _: Curve(domain=0.0),
+    "reciprocal": lambda _: Curve(domain=0.0),
+    "rsqrt": lambda _: Curve(domain=0.0),
+}

@@ -1,0 +1,9 @@
+"""Data sets, splits, calibration images, synthesized images."""
+
+# fmt: off
+from edgeprune.data.dataset import Data, Split, calibration_digest, calibration_images, calibration_indices, divide
+from edgeprune.data.dataset import in_memory, open_data, spread
+from edgeprune.data.images import Chosen, VERSION
+from edgeprune.data.sources import BROKEN_NPZ
+from edgeprune.data.splits import stratified
+from edgeprune.data.synthesis import SYNTHESIS_VERSION, read, run, write

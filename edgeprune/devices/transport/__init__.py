@@ -1,0 +1,1 @@
+"""A shell over ssh or adb: run, copy, keep, be alone."""

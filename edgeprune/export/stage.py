@@ -1,0 +1,314 @@
+"""Write what ships, model.onnx and what rebuilds the network in torch, each proven before it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import edgeprune
+from edgeprune import models, onnx_graph, serialization
+from edgeprune.errors import (
+    LESS,
+    ROOM,
+    EdgepruneError,
+    ModelError,
+    NoRoom,
+    ParityError,
+    UnsupportedModel,
+    is_memory,
+)
+from edgeprune.export import sparsity_check, torch_to_onnx
+from edgeprune.export.reload import PLAN, PROGRAM, WEIGHTS, Answer, PlanFile, Request
+from edgeprune.models import capture, check_logits, deployed, quiet
+from edgeprune.recipe import ExportTable
+from edgeprune.records import Artifact, Bundle, InputSpec, Reading
+
+RESULT_VERSION = 1
+
+SEED = 20
+
+# The reading of what holds the 2:4 pattern: a share of the file's weights.
+PATTERN = "pattern_2:4"
+
+RELOAD_TOLERANCE = 1e-5
+
+RELOAD_TIMEOUT_S = 1800
+
+
+def run(  # noqa: PLR0913
+    module: nn.Module,
+    spec: InputSpec,
+    out: Path,
+    *,
+    opset: int,
+    table: ExportTable,
+    meta: Mapping[str, str],
+    real: Tensor | None,
+    pattern: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]:
+    """Write the network as one ONNX file that answers as it does.
+
+    Args:
+        module: pixels float32 (N, C, H, W) in [spec.low, spec.high] -> logits (N, K), in eval mode.
+        spec: what it eats.
+        out: the file; whole or absent.
+        opset: the version of the standard operators that the file must have.
+        table: batch dimension and tolerance.
+        meta: what to add to the metadata that says version, input and normalization: "labels", "parent".
+        real: images to compare on besides random ones, or None.
+        pattern: the bare network's parameters that keep two of every four inputs at most, and their shapes; None
+            when nothing of the kind was promised.
+
+    Returns:
+        The file; how far its answers are from the module's, on random and on real images, and with a pattern the
+        share of the weights that hold it; notes for people.
+
+    Raises:
+        UnsupportedModel: the network can't be exported, or not at that opset; says what stands in the way.
+        ParityError: the file's answers differ from the module's; says by how much and on which input. Or it breaks
+            the pattern; says which weight and in how many blocks.
+    """
+    torch_to_onnx.check_size(module)
+    check_logits(module, spec)
+    job = _Job(module, spec, opset, table, _about(spec, meta), real, out.name, pattern)
+    model, readings, notes = _first_that_holds(job)
+    data = model.SerializeToString()
+    with serialization.replace_file(out) as file:
+        file.write(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    artifact = Artifact(
+        str(out), "onnx", "fp32", spec, sha256, len(data), parent=meta.get("parent", ""), opset=opset
+    )
+    return artifact, readings, notes
+
+
+def save_modules(bundle: Bundle, folder: Path) -> None:
+    """Write what rebuilds the network in torch: model.pt2, weights.safetensors and plan.json.
+
+    - model.pt2: the network with its normalization (pixels -> logits) as torch.export saves it, with an open
+      batch dimension where the network allows one. Loading it needs nothing but torch.
+    - weights.safetensors: the state dict of the bare network, tensors that share memory written each.
+    - plan.json: the record export.reload.PlanFile: `edgeprune` (version), `source` (records.Source), `input`
+      (records.InputSpec), `labels`, and `plans`: a list of records.Plan to replay on the original network, in
+      this order, before the weights are loaded.
+
+    Raises:
+        UnsupportedModel: the network can't be traced.
+    """
+    wrapped = deployed(bundle).eval()
+    try:
+        program = capture(wrapped, bundle.input, dynamic_batch=True)
+    except UnsupportedModel:
+        program = capture(wrapped, bundle.input, dynamic_batch=False)
+    forget_origin(program)
+    with quiet(), serialization.replace_file(folder / PROGRAM) as file:
+        torch.export.save(program, file)
+    models.save_network(bundle.module, folder / WEIGHTS)
+    known = PlanFile(edgeprune.__version__, bundle.source, bundle.input, bundle.plans, bundle.labels)
+    serialization.write(folder / PLAN, known)
+
+
+def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[Reading, ...]:
+    """Prove that a fresh process can rebuild the network from what `save_modules` wrote.
+
+    It does so twice: from the original architecture, plan and weights (not for a network that came from
+    memory: then that reading has no value and says why), and from model.pt2 alone.
+
+    Args:
+        folder: where the files are.
+        spec: what the network eats.
+        reference: the network itself, pixels -> logits, in eval mode.
+
+    Raises:
+        ModelError: a fresh process can't rebuild it; says why.
+        ParityError: what it rebuilt answers differently.
+    """
+    source = serialization.read(PlanFile, folder / PLAN, ModelError).source
+    ways = ("program",) if source.kind == "memory" else ("plan", "program")
+    images = [pixels for _, pixels in onnx_graph.probes(spec, SEED)]
+    with serialization.scratch_folder() as scratch:
+        pixels, out = scratch / "pixels", scratch / "logits"
+        models.save_tensors({"pixels": torch.cat(images)}, pixels)
+        request = Request(str(folder.resolve()), str(pixels), str(out), ways, torch.get_num_threads())
+        answer = _ask_fresh_process(request)
+        for way, (message, hint) in answer.errors.items():
+            raise ModelError(f"a fresh process can't rebuild the network from {_FILES[way]}: {message}", hint)
+        logits = models.load_tensors(out)
+    readings = tuple(_reload_reading(way, logits[way], spec, reference) for way in ways)
+    if "plan" in ways:
+        return readings
+    why = "the network came from memory: there is no file to take its architecture from"
+    missing = Reading(
+        onnx_graph.METRIC, None, "fraction", 0, None, "not measured", _FILES["plan"], {"why": why}
+    )
+    return (missing, *readings)
+
+
+def forget_origin(program: ExportedProgram) -> None:
+    """Remove the source paths and stack traces that torch.export notes at every operation, in place."""
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                for key in ("stack_trace", "from_node", "source_fn_stack"):
+                    node.meta.pop(key, None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    module: nn.Module
+    spec: InputSpec
+    opset: int
+    table: ExportTable
+    about: Mapping[str, str]
+    real: Tensor | None
+    name: str
+    pattern: Mapping[str, tuple[int, ...]] | None
+
+
+_Proven = tuple[ModelProto, tuple[Reading, ...], tuple[str, ...]]
+
+_FILES = {"plan": f"{PLAN} and {WEIGHTS}", "program": PROGRAM}
+
+
+def _about(spec: InputSpec, meta: Mapping[str, str]) -> dict[str, str]:
+    normalization = {"mean": spec.mean, "std": spec.std, "where": "inside the model"}
+    pixels = {"layout": "NCHW", "shape": spec.shape, "type": "float32", "low": spec.low, "high": spec.high}
+    own = {
+        "version": edgeprune.__version__,
+        "input": json.dumps(pixels),
+        "normalization": json.dumps(normalization),
+    }
+    return {f"edgeprune.{key}": value for key, value in {**own, **meta}.items()}
+
+
+def _first_that_holds(job: _Job) -> _Proven:
+    failures: list[EdgepruneError] = []
+    dynamic_batch = job.table.dynamic_batch
+    for way in torch_to_onnx.candidates(job.module, job.spec, job.opset, dynamic_batch=dynamic_batch):
+        try:
+            return _prove(job, way())
+        except (UnsupportedModel, ParityError) as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    said = "; ".join(dict.fromkeys(error.message for error in failures))
+    raise type(failures[0])(said, failures[0].hint) from failures[-1]
+
+
+def _prove(job: _Job, exported: torch_to_onnx.Exported) -> _Proven:
+    """The simplified model if it holds, else the model as it was exported."""
+    notes = (f"{job.name} was {exported.note}",) if exported.note else ()
+    try:
+        slimmed = onnx_graph.slim(exported.model)
+        return slimmed, _check(job, slimmed), notes
+    except (UnsupportedModel, ParityError) as error:
+        notes = (*notes, f"{job.name} was not simplified: {error.message}")
+    return exported.model, _check(job, exported.model), notes
+
+
+def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
+    onnx_graph.finish(model, job.about, producer="edgeprune", version=edgeprune.__version__)
+    got = torch_to_onnx.opset_of(model)
+    if got != job.opset:
+        raise UnsupportedModel(
+            f"{job.name} has opset {got} where {job.opset} was asked for", f"--set export.opset={got}"
+        )
+    if model.ByteSize() > torch_to_onnx.MAX_BYTES:
+        limit = f"{torch_to_onnx.MAX_BYTES / 1e9:.1f} GB"
+        raise UnsupportedModel(
+            f"{job.name} would have {model.ByteSize() / 1e9:.1f} GB; one ONNX file holds at most {limit}",
+            f"ask for a smaller network: --budget 'size={limit}'",
+        )
+    made, made_from = onnx_graph.open_onnx(model), onnx_graph.reference(job.module)
+    inputs = {"random": _random(job), "real": _real(job.real)}
+    readings = []
+    for kind, images in inputs.items():
+        difference = onnx_graph.compare(made_from, made, images, job.name)
+        if difference.images:
+            readings.append(
+                onnx_graph.check(
+                    difference, tolerance=job.table.tolerance, name=job.name, inputs=kind, hint=_HINT
+                )
+            )
+    return (*readings, *_pattern(job, model))
+
+
+def _pattern(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
+    """The proof that the file holds what was promised, read off its own weights."""
+    if job.pattern is None:
+        return ()
+    share = sparsity_check.pattern_share(model)
+    words = sparsity_check.check_pattern(share, job.pattern, job.name)
+    value = len(share.holding) / len(share.weights) if share.weights else 0.0
+    without = [w.name for w in share.weights if w not in share.holding]
+    facts = {"pattern": "2:4", "promised": len(job.pattern), "words": words, "without": without}
+    return (Reading(PATTERN, value, "fraction", len(share.weights), None, "counted", job.name, facts),)
+
+
+_HINT = "accept it with --set export.tolerance=..., or take another --set export.opset=..."
+
+
+def _random(job: _Job) -> Iterator[tuple[str, Tensor]]:
+    yield from onnx_graph.probes(job.spec, SEED)
+    if job.table.dynamic_batch:
+        yield from onnx_graph.probes(job.spec, SEED, batch=3)
+
+
+def _real(images: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    for number, image in enumerate(() if images is None else images):
+        yield f"real image {number}", image[None]
+
+
+def _ask_fresh_process(request: Request) -> Answer:
+    # -P: a file such as random.py in the user's directory must not take the place of the standard library's.
+    program = "import sys; sys.path.insert(0, sys.argv[1]); from edgeprune.export.reload import main; sys.exit(main())"
+    package = str(Path(edgeprune.__file__).resolve().parents[1])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program, package],
+            input=json.dumps(serialization.to_json(request)),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=RELOAD_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"a fresh process did not rebuild the network in {RELOAD_TIMEOUT_S} s") from error
+    if done.returncode:
+        if is_memory(done.stderr):
+            raise NoRoom(
+                f"out of memory in a fresh process: {done.stderr.strip().splitlines()[-1]}",
+                "free some memory",
+            )
+        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        if done.returncode == NoRoom.exit_code or is_memory(done.stderr):
+            raise NoRoom(
+                f"a fresh process that rebuilds the network has no room: {last}",
+                LESS if is_memory(last) else ROOM,
+            )
+        raise ModelError(f"a fresh process that was to rebuild the network failed: {last}")
+    return serialization.read(Answer, Path(request.out + ".json"), ModelError)
+
+
+def _reload_reading(way: str, logits: Tensor, spec: InputSpec, reference: nn.Module) -> Reading:
+    answers = iter(logits)
+    difference = onnx_graph.compare(
+        onnx_graph.reference(reference),
+        lambda _: next(answers)[None],
+        onnx_graph.probes(spec, SEED),
+        _FILES[way],
+    )
+    return onnx_graph.check(
+        difference, tolerance=RELOAD_TOLERANCE, name=_FILES[way], inputs="random", hint="please report this"
+    )

@@ -1,0 +1,289 @@
+"""How many channels each group keeps under a limit on predicted time: a knapsack over measured staircases.
+
+Time goes in steps, so a step down may save nothing and the next one much: from any count every other one is a
+candidate. Choices come from a greedy descent (the least importance lost per second saved) and from a price of time
+(Lagrange: each group in turn takes its best count, since what it reads and makes costs with its neighbours); what they
+leave over is given back, and pairs are exchanged as long as less importance is lost. Channels that cost no time stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from edgeprune.latency.table import TIME, TimedCosts
+from edgeprune.progress import bar
+from edgeprune.structure import Allocation, Rules, by_shares, fitting_levels, levels
+
+# Exchanges of two groups' steps; each takes the best of all there are.
+EXCHANGES = 60
+
+# Networks of no more groups than this try every step of a group against every one of another, not just the next one.
+FEW = 16
+
+# Halvings of the price of time, sweeps over the groups at one price, and starts that are improved.
+PRICES, SWEEPS, STARTS = 14, 6, 2
+
+
+def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules) -> Allocation:
+    """Choose how many channels each group keeps, `rules.limits` naming the most seconds as "latency".
+
+    Args:
+        losses: as for `allocate`.
+
+    Raises:
+        InfeasibleBudget: even the floor of every group is predicted to take longer; says how far it got.
+    """
+    multiple, steps = fitting_levels(losses, costs, rules, timed=rules.cuts is None)
+    if rules.cuts is not None:
+        kept = by_shares(steps, costs, rules.limits, rules.cuts)
+        return Allocation(kept, costs.cost(kept), multiple)
+    state = State(dict(costs.channels), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    finer = {g: _finer(costs.channels[g], s, multiple, rules.floor) for g, s in steps.items()}
+    best: tuple[float, dict[str, int]] | None = None
+    for start in _starts(state, steps):
+        state.put(start)
+        _give_back(state, steps)
+        _exchange(state, steps)
+        _give_back(state, finer)
+        lost = sum(state.losses[g][k] for g, k in state.kept.items() if g in state.losses)
+        if best is None or lost < best[0]:
+            best = (lost, dict(state.kept))
+    assert best is not None, "the descent always ends"
+    return Allocation(best[1], costs.cost(best[1]), multiple)
+
+
+def _starts(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+    """Choices that fit, to be improved: by a greedy descent, and by prices of time that are just high enough."""
+    dense = {g: counts[0] for g, counts in steps.items()}
+    state.put(dense)
+    _descend(state, steps)
+    found = [dict(state.kept)]
+    if found[0] == dense:
+        return found
+    for first in (dense, {g: counts[-1] for g, counts in steps.items()}):
+        low, high = 0.0, 1.0
+        for _ in range(PRICES):
+            price = (low + high) / 2
+            state.put(first)
+            # A price from 0 to infinity, over the middle of which importance and time are alike.
+            _relax(state, steps, price / (1 - price))
+            if not state.fits(state.now):
+                low = price
+                continue
+            high = price
+            found.append(dict(state.kept))
+    unique = {tuple(sorted(kept.items())): kept for kept in found}
+    return [found[0], *[kept for kept in list(unique.values())[::-1] if kept != found[0]][:STARTS]]
+
+
+def _relax(state: State, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
+    """One group after the other to its best count at a price of what is limited, until none changes."""
+    for _ in range(SWEEPS):
+        changed = False
+        for group, counts in steps.items():
+            best: tuple[float, int] | None = None
+            for count in counts:
+                after = state.after({group: count})
+                value = state.lost(group, count) + price * sum(after[m] / x for m, x in state.limits.items())
+                if best is None or value < best[0] - 1e-12:
+                    best = (value, count)
+            if best is not None and best[1] != state.kept[group]:
+                state.move(group, best[1])
+                changed = True
+        if not changed:
+            return
+
+
+@dataclass
+class State:
+    """A choice that is being made: the counts now, what they cost, and what another count of one group would cost."""
+
+    kept: dict[str, int]
+    losses: Mapping[str, list[float]]
+    costs: TimedCosts
+    limits: Mapping[str, float]
+    now: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.now = self._all(self.kept)
+
+    def _all(self, kept: Mapping[str, int]) -> dict[str, float]:
+        cost = self.costs.cost(kept)
+        return {metric: cost[metric] for metric in self.limits}
+
+    def after(self, changes: Mapping[str, int]) -> dict[str, float]:
+        """The costs when these groups keep so many."""
+        clock = self.costs.clock
+        new = {**self.kept, **changes}
+        out = {}
+        if any(metric != TIME for metric in self.limits):
+            counted = self.costs.counted.cost(new)
+            out = {metric: counted[metric] for metric in self.limits if metric != TIME}
+        if TIME in self.limits:
+            touched = dict.fromkeys(p for g in changes for p in clock.touched[g])
+            out[TIME] = self.now[TIME] + sum(clock.of(p, new) - clock.of(p, self.kept) for p in touched)
+        return out
+
+    def fits(self, cost: Mapping[str, float]) -> bool:
+        """Whether every limit holds."""
+        return all(cost[m] <= limit for m, limit in self.limits.items())
+
+    def lost(self, group: str, count: int) -> float:
+        """The importance that is lost more than now when a group keeps so many."""
+        values = self.losses.get(group)
+        return values[count] - values[self.kept[group]] if values else 0.0
+
+    def put(self, kept: Mapping[str, int]) -> None:
+        """Start anew from these counts; groups that are missing keep all of their channels."""
+        self.kept = {**self.costs.channels, **kept}
+        self.now = self._all(self.kept)
+
+    def move(self, group: str, count: int) -> None:
+        """Let a group keep so many."""
+        self.now = self.after({group: count})
+        self.kept[group] = count
+
+
+def _descend(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
+    """Always the jump with the least importance lost per (relative) cost saved, until everything fits."""
+    while not state.fits(state.now):
+        over = {m: limit for m, limit in state.limits.items() if state.now[m] > limit}
+        best: tuple[float, int, str] | None = None
+        for group, counts in steps.items():
+            for count in (c for c in counts if c < state.kept[group]):
+                after = state.after({group: count})
+                # More than is needed is worth nothing.
+                saved = sum((state.now[m] - max(after[m], limit)) / limit for m, limit in over.items())
+                if saved <= 0:
+                    continue
+                price = max(0.0, state.lost(group, count)) / saved
+                if best is None or (price, -count) < (best[0], -best[1]):
+                    best = (price, count, group)
+        if best is None:
+            # No single step helps; all floors together do, as was checked.
+            for group, counts in steps.items():
+                state.move(group, counts[-1])
+            return
+        state.move(best[2], best[1])
+
+
+def _give_back(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise what still fits, dearest importance first; of equal ones what costs no time."""
+    while True:
+        best: tuple[float, int, str] | None = None
+        for group, counts in steps.items():
+            for count in (c for c in counts if c > state.kept[group]):
+                gain = -state.lost(group, count)
+                if (best is None or (gain, count) > best[:2]) and state.fits(state.after({group: count})):
+                    best = (gain, count, group)
+        if best is None:
+            return
+        state.move(best[2], best[1])
+
+
+def _exchange(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
+    """One group a step up, another one down, as long as less importance is lost and it fits."""
+    for _ in range(EXCHANGES):
+        best: tuple[float, str, int, str, int] | None = None
+        for up, counts in steps.items():
+            higher = [c for c in counts if c > state.kept[up]]
+            for more in higher if len(steps) <= FEW else higher[-1:]:
+                gain = -state.lost(up, more)
+                found = _cheapest(state, steps, (up, more), gain)
+                if found is not None and (best is None or found[0] < best[0]):
+                    best = (found[0], up, more, *found[1:])
+        if best is None:
+            return
+        _, up, more, down, fewer = best
+        state.move(up, more)
+        state.move(down, fewer)
+        _give_back(state, steps)
+
+
+def _cheapest(
+    state: State, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
+) -> tuple[float, str, int] | None:
+    """What another group can give so that the raised one fits: importance lost in all (< 0), group, count."""
+    best: tuple[float, str, int] | None = None
+    up, more = raised
+    for down, counts in steps.items():
+        if down == up:
+            continue
+        for fewer in (c for c in counts if c < state.kept[down]):
+            net = state.lost(down, fewer) - gain
+            if net >= -1e-12 * max(1.0, gain) or (best is not None and net >= best[0]):
+                break
+            if state.fits(state.after({up: more, down: fewer})):
+                best = (net, down, fewer)
+                break
+    return best
+
+
+def _finer(channels: int, steps: tuple[int, ...], multiple_of: int, floor: float) -> tuple[int, ...]:
+    """Also half steps, above the lowest of them, for what a budget has left over."""
+    halves = levels(channels, max(1, multiple_of // 2), floor)
+    return tuple(sorted({*steps, *(k for k in halves if k >= steps[-1])}, reverse=True))
+
+
+# Steps that a group goes up at once, and exchanges that are measured in vain before it is enough.
+UP = 2
+
+IN_VAIN = 12
+
+
+def refine(
+    start: Mapping[str, int],
+    problem: tuple[Mapping[str, Tensor], TimedCosts, Rules],
+    together: Callable[[Mapping[str, int]], float],
+    tries: int,
+) -> dict[str, int]:
+    """Counts within the same limits that cost less together than those of the start, or the start.
+
+    Args:
+        start: group -> count, within the limits. problem: as for `allocate_timed`; `rules.cuts` is None.
+        together: counts -> what they cost together, measured. tries: how often it is measured at most.
+    """
+    losses, costs, rules = problem
+    _, steps = fitting_levels(losses, costs, rules, timed=True)
+    state = State(dict(start), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    best, vain, left = together(state.kept), 0, tries
+    with bar(tries, "what layers can miss together") as advance:
+        moves = _moves(state, steps)
+        while moves and left > 0 and vain < IN_VAIN:
+            changes = moves.pop(0)
+            value = together({**state.kept, **changes})
+            left, vain = left - 1, vain + 1
+            advance()
+            if value < best:
+                for group, count in changes.items():
+                    state.move(group, count)
+                best, vain = value, 0
+                moves = _moves(state, steps)
+        advance(left)
+    return dict(state.kept)
+
+
+def _moves(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+    """Exchanges that fit, those first that look best by what each group costs alone."""
+    found = []
+    for up, counts in steps.items():
+        for more in [c for c in counts if c > state.kept[up]][-UP:]:
+            if state.fits(state.after({up: more})):
+                found.append((state.lost(up, more), {up: more}))
+                continue
+            for down, others in steps.items():
+                fewer = next(
+                    (
+                        c
+                        for c in others
+                        if c < state.kept[down] and state.fits(state.after({up: more, down: c}))
+                    ),
+                    None,
+                )
+                if down != up and fewer is not None:
+                    lost = state.lost(up, more) + state.lost(down, fewer)
+                    found.append((lost, {up: more, down: fewer}))
+    return [changes for _, changes in sorted(found, key=lambda move: move[0])]

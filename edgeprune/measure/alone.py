@@ -1,0 +1,84 @@
+"""Whether an ONNX file gives an image the same output in a batch as alone, and at which node that ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from edgeprune.data import Split
+from edgeprune.errors import UnsupportedModel
+from edgeprune.models import HINT, check_alone, deployed, differs
+from edgeprune.onnx_graph import ORT_ERRORS, batch_of, opened
+from edgeprune.records import Bundle
+from edgeprune.runtimes import OnnxRuntime
+
+# So many images are given together and each alone.
+IMAGES = 8
+
+
+def check_bundle(bundle: Bundle, split: Split) -> None:
+    """Refuse a network whose outputs depend on the other images of a batch, looking at real images.
+
+    Raises:
+        UnsupportedModel: names the first layer whose output depends on the other images.
+    """
+    x = split.take(torch.arange(min(len(split), IMAGES)))
+    check_alone(deployed(bundle), x, bundle.source.path or "the network")
+
+
+def check(path: Path, x: Tensor) -> None:
+    """Refuse a file whose outputs depend on the other images of a batch; one that takes single images can't do that.
+
+    Args:
+        path: takes float32 (N, C, H, W), its first output has N rows. x: at least two such images.
+
+    Raises:
+        UnsupportedModel: names the first node whose output depends on the other images.
+    """
+    model, x = opened(path), x[:IMAGES]
+    if batch_of(model) is not None or len(x) < 2:
+        return
+    session = OnnxRuntime().open(path, 1)
+    together, *alone = (torch.from_numpy(session(part.numpy())) for part in (x, *x.split(1)))
+    if together.shape != torch.cat(alone).shape or differs(together, torch.cat(alone)):
+        raise UnsupportedModel(
+            f"{path.name} gives an image another output in a batch of {len(x)} than alone: {_first(model, x)} mixes "
+            "the images of a batch",
+            HINT,
+        )
+
+
+def _first(model: onnx.ModelProto, x: Tensor) -> str:
+    """The first node that gives rows of images, of which one is another one in a batch."""
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    nodes = {name: node for node in told.graph.node for name in node.output if name}
+    known = {value.name for value in told.graph.output}
+    told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in known)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(told.SerializeToString(), options, ["CPUExecutionProvider"])
+        given = session.get_inputs()[0]
+        x = x.half() if "float16" in given.type else x
+        together = session.run(list(nodes), {given.name: x.numpy()})
+        parts = [session.run(list(nodes), {given.name: image.numpy()}) for image in x.split(1)]
+    except ORT_ERRORS:
+        return "it"
+    for number, (name, node) in enumerate(nodes.items()):
+        rows, alone = torch.as_tensor(together[number]), [torch.as_tensor(part[number]) for part in parts]
+        if (
+            not rows.is_floating_point()
+            or not rows.ndim
+            or len(rows) != len(x)
+            or any(len(a) != 1 for a in alone)
+        ):
+            continue
+        if differs(rows, torch.cat(alone)):
+            return f"{node.name or name} ({node.op_type})"
+    return "it"

@@ -1,0 +1,249 @@
+"""Engines for a device: built there from the ONNX files, brought back, and held against ONNX Runtime's answers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgeprune.devices import Device, device_from_url
+from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError, WorkdirError
+from edgeprune.measure.answers import RUNTIME, Logits, predict
+from edgeprune.records import Artifact, InputSpec, Target
+from edgeprune.runtimes import CACHE, OLDEST, UNTOLD, beside, digest, workspace_mib
+from edgeprune.serialization import replace_file, scratch_folder
+
+_ASK_S = 120.0
+
+
+@contextmanager
+def timings(device: Device, folder: str) -> Iterator[None]:
+    """Lay what was timed before into a folder on the device, and fetch what is there in the end.
+
+    It lies in ~/.cache/edgeprune/timings, a file for each device, board and version of TensorRT, which itself refuses
+    what another GPU timed. Where that folder can't be written nothing is kept.
+
+    Raises:
+        DeviceError: a file could not be copied. MissingDependency: the device has no TensorRT.
+    """
+    kept, there = _kept(device), f"{folder}/{CACHE}"
+    if kept is None:
+        yield
+        return
+    if kept.is_file():
+        device.put(kept, there)
+    yield
+    with scratch_folder() as folder_here:
+        device.get(there, folder_here / CACHE)
+        with suppress(WorkdirError), replace_file(kept) as file:
+            file.write((folder_here / CACHE).read_bytes())
+
+
+def _kept(device: Device) -> Path | None:
+    about, facts = device.ask({"op": "about", "runtime": "tensorrt"}, timeout_s=_ASK_S), device.facts()
+    words = (device.name, str(facts.get("board")), str(facts.get("cpu")), str(about.get("runtime")))
+    name = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+    try:
+        folder = Path("~", ".cache", "edgeprune", "timings").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\n")
+    except (OSError, RuntimeError):
+        return None
+    return folder / f"{name}.cache"
+
+
+TENSORRT = "tensorrt"
+
+# Tactics of a large network on a small board are tried for a quarter of an hour.
+_BUILD_S = 3600.0
+
+# Largest difference of a logit, as a share of the largest logit, from ONNX Runtime's for the same file: TF32 keeps
+# 10 bits of a factor, half precision 11 bits of everything, and int8 rounds at other places.
+TOLERANCE = {"fp32": 5e-3, "fp16": 2e-2, "int8": 1e-1}
+
+# Or so many answers name the same class: a rounding to the other side of an int8 step changes logits, not classes.
+AGREEMENT = 0.99
+
+IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines are built: the device, the machine that it should be, and the folder here that they come to.
+
+    sparse: kernels for 2:4 weights may be used.
+    """
+
+    device: Device
+    target: Target
+    folder: Path
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that was built on a device. path: here. facts: what is known of it (`agent_engines`)."""
+
+    path: Path
+    onnx: Path
+    precision: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """One sentence for a report: from what, by which version, in which precisions its layers run."""
+        layers = self.facts.get("layers")
+        counts = (
+            {name: n for name, n in layers.items() if type(n) is int} if isinstance(layers, Mapping) else {}
+        )
+        dark = sum(counts.pop(key, 0) for key in UNTOLD)
+        told = [f"{count} in {name}" for name, count in counts.items()]
+        layers = ", ".join([*told, f"{dark} not told"] if dark else told) or "not told"
+        if self.precision != "fp32" and self.precision not in counts:
+            layers += f", so whether it runs in {self.precision} is not known"
+        return (
+            f"{self.onnx.name} ({self.precision}) was built by TensorRT {self.facts.get('tensorrt')} on "
+            f"{self.facts.get('gpu')}; layers that multiply: {layers}."
+        )
+
+
+def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
+    """The runtime that files are measured with on a device, and what a reader must know of that.
+
+    It is the target's where the device has it. A Jetson without TensorRT's Python package is measured with ONNX
+    Runtime on its CPU, and that is said.
+
+    Raises:
+        DeviceError: the device does not answer.
+    """
+    if target.runtime != TENSORRT:
+        return RUNTIME, ()
+    try:
+        about = device.ask({"op": "about", "runtime": TENSORRT}, timeout_s=_ASK_S)
+    except MissingDependency as error:
+        why = f"{error.message}; {error.hint}" if error.hint else error.message
+        what = "this machine, not of TensorRT" if device.name == "local" else f"{device.name}, not of its GPU"
+        return RUNTIME, (f"Times are of ONNX Runtime on the CPU of {what}: {why}.",)
+    found = re.match(rf"{TENSORRT} (\d{{1,4}})\.(\d{{1,4}})", str(about.get("runtime")))
+    if found is None:
+        return RUNTIME, ()
+    if (int(found.group(1)), int(found.group(2))) < OLDEST:
+        least = ".".join(str(n) for n in OLDEST)
+        note = (
+            f"Times are of ONNX Runtime on the CPU of {device.name}, not of its GPU: it has {about['runtime']}, and "
+            f"engines are built from Python with {least} or newer; build_engine.sh builds and times one there."
+        )
+        return RUNTIME, (note,)
+    return TENSORRT, ()
+
+
+def precision_of(path: Path) -> str:
+    """The precision that an ONNX file is written in: "int8" with Q/DQ, "fp16" with half-precision weights, or "fp32".
+
+    Raises:
+        ModelError: it is not a readable ONNX file.
+    """
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError, ValueError) as error:
+        raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
+    if any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return "int8"
+    halves = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+    return "fp16" if halves else "fp32"
+
+
+def built_engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
+    """Build an engine of each ONNX file on the device.
+
+    Returns:
+        Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. What TensorRT timed is
+        kept for the next run (`measure_timings`).
+
+    Raises:
+        UsageError, DeviceError, MissingDependency: as for `measure.latency`.
+        UnsupportedModel: TensorRT can't read a file; names the node and its operator.
+        ModelError: TensorRT can't build it.
+        ParityError: no layer runs in the precision of the file.
+    """
+    device = place.device
+    options = {"workspace_mib": workspace_mib(place.target.memory_bytes), "sparse": place.sparse}
+    with device.holding(files) as paths, timings(device, str(Path(next(iter(paths.values()))).parent)):
+        return {name: _built(name, files[name], path, place, options) for name, path in paths.items()}
+
+
+def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping[str, Any]) -> Engine:
+    precision, here, there = precision_of(onnx_file), place.folder / f"{name}.engine", f"{path}.engine"
+    request = {
+        "op": "build",
+        "runtime": TENSORRT,
+        "model": path,
+        "out": there,
+        "precision": precision,
+        "name": name,
+    }
+    answer = place.device.ask({**request, "options": dict(options)}, timeout_s=_BUILD_S)
+    facts = answer.get("facts")
+    if not isinstance(facts, dict):
+        raise DeviceError(f"the agent on {place.device.name} built {name!r} and answered {answer!r:.200}")
+    place.device.get(there, here)
+    place.device.get(f"{there}.json", beside(here))
+    if facts.get("onnx") != digest(onnx_file) or facts.get("engine") != digest(here):
+        raise ParityError(
+            f"the engine of {onnx_file.name} that came from {place.device.name} is not the one that was built there",
+            "was the connection lost? build it again",
+        )
+    return Engine(here, onnx_file, precision, facts)
+
+
+def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], device: Device) -> str:
+    """Hold an engine's answers on a device against ONNX Runtime's for its ONNX file, here, on the same images.
+
+    Args:
+        images: float32 (N, C, H, W).
+
+    Returns:
+        One sentence: how far apart they are.
+
+    Raises:
+        ParityError: an answer is not finite, or they are too far apart for the precision; says by how much.
+    """
+    expected = _logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
+    found = _logits(engine.path, spec, images, device, TENSORRT)
+    worst, same = _apart(expected, found)
+    said = (
+        f"the engine of {engine.onnx.name} answers {len(images)} images as ONNX Runtime does but for {worst:.1e} of "
+        f"the largest logit, with the same class for {100 * same:.1f} %"
+    )
+    if not np.isfinite(found).all():
+        raise ParityError(f"the engine of {engine.onnx.name} gives answers that are not finite")
+    if worst > TOLERANCE[engine.precision] and (engine.precision != "int8" or same < AGREEMENT):
+        wanted = f"in {engine.precision} it should be within {TOLERANCE[engine.precision]:.0e}"
+        raise ParityError(f"{said}; {wanted}", "does the ONNX file give the right answers itself?")
+    return f"T{said[1:]}."
+
+
+def _apart(expected: Logits, found: Logits) -> tuple[float, float]:
+    if expected.shape != found.shape:
+        raise ParityError(f"the engine answers {found.shape} where ONNX Runtime answers {expected.shape}")
+    scale = float(np.abs(expected).max()) or 1.0
+    worst = float(np.abs(expected - found).max()) / scale
+    return worst, float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
+
+
+def _logits(
+    path: Path, spec: InputSpec, images: npt.NDArray[np.float32], device: Device, runtime: str
+) -> Logits:
+    made = Artifact(str(path), "onnx", "fp32", spec, "", path.stat().st_size)
+    return predict(made, [images], device, total=len(images), label=f"{path.name}: answers", runtime=runtime)

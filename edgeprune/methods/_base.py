@@ -1,0 +1,346 @@
+"""How to choose what goes: the contract of a pruning method; one file per method."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.data import Split
+from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
+from edgeprune.models import CostModel
+from edgeprune.recipe import TuneTable
+from edgeprune.records import Group, InputSpec, Masks
+from edgeprune.structure import (
+    BLOCK,
+    KEPT_OF_BLOCK,
+    Rules,
+    Units,
+    allocate,
+    exactly,
+    keep_largest,
+    losses_of,
+    of_channels,
+)
+
+# Of each parameter at least so much stays, or a layer dies and all behind it.
+LEAST_DENSITY = 0.005
+
+CLASSIFIER_DIMS = 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method that trains is given.
+
+    split: images to learn from. validation: images to choose by; they are in neither `split` nor the held-out part.
+    table: epochs (all of them), objective and the rest. scratch: a folder for what lets it go on after a kill.
+    teacher: the dense model, pixels (N, C, H, W) in [0, 1] -> logits (N, K). deployed: network -> the same from
+    pixels, sharing its parameters.
+    """
+
+    split: Split
+    validation: Split
+    table: TuneTable
+    scratch: Path
+    seed: int
+    teacher: nn.Module | None
+    deployed: Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class PruneTask:
+    """All that a method may know.
+
+    groups: what can go. costs, rules: what it saves, and what must hold in the end.
+    logits: (network, pixels (N, C, H, W) in [0, 1]) -> logits (N, K); the normalization is inside.
+    images: float32 (N, C, H, W) in [0, 1] and labels: int64 (N,), or None when there is no data.
+    spec: what the network eats; None where nothing is said of it.
+    unlabelled: float32 (N, C, H, W), synthesized or calibration images that the network will be repaired on; or None.
+    notes: what a reader of the results must know; a method appends to it.
+    weights: the units of a granularity finer than channels. counts: of those, how many of each parameter stay, where
+    the recipe shares them out before a method looks. training: for methods that train. record: curves for the report.
+    """
+
+    groups: tuple[Group, ...]
+    costs: CostModel
+    rules: Rules
+    logits: Callable[[nn.Module, Tensor], Tensor]
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    seed: int = 0
+    spec: InputSpec | None = None
+    unlabelled: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+    weights: Units | None = None
+    counts: Mapping[str, int] | None = None
+    training: Training | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def units(self) -> Units:
+        """What is kept or removed whole."""
+        return of_channels(self.groups) if self.weights is None else self.weights
+
+    @property
+    def free(self) -> bool:
+        """Whether there is no limit: only a method that stops by itself can choose then."""
+        return not self.rules.limits and self.units.granularity != "2:4"
+
+    def quota(self) -> int:
+        """How many weights of the units stay; of channels it is no number.
+
+        Raises:
+            InfeasibleBudget: fewer than the floors.
+        """
+        units = self.units
+        total = sum(units.sizes.values())
+        if units.granularity == "2:4":
+            quota = total - sum(b.numel() // BLOCK * KEPT_OF_BLOCK for b in units.blocks.values())
+        else:
+            quota = total
+        others = self.costs.cost({})["params"] - total
+        limit = self.rules.limits.get("params", math.inf)
+        if units.granularity == "weight" and math.isfinite(limit):
+            quota = min(total, math.floor(limit + 1e-9) - round(others))
+        least = sum(self.floors().values()) if units.granularity == "weight" else quota
+        if quota < least or quota + others > limit:
+            raise InfeasibleBudget(
+                f"the budget can't be met by zeroing weights: params at most {limit:,.0f} asked for, "
+                f"at least {least + others:,.0f} stay",
+                "raise the budget, or prune channels (--granularity channel)",
+            )
+        return quota
+
+    def floors(self) -> dict[str, int]:
+        """Of each parameter the least number of weights that stay, so that no layer dies.
+
+        Half a percent of it, and as many as the classifier has outputs.
+        """
+        sizes, shapes = self.units.sizes, self.units.shapes
+        floors = {name: max(1, math.ceil(LEAST_DENSITY * n)) for name, n in sizes.items()}
+        classifier = next(
+            (name for name in reversed(tuple(shapes)) if len(shapes[name]) == CLASSIFIER_DIMS), None
+        )
+        if classifier is not None:
+            floors[classifier] = min(sizes[classifier], max(floors[classifier], shapes[classifier][0]))
+        return floors
+
+    def keep(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The choice with the largest scores that is exactly what the budget allows; without one, everything.
+
+        Args:
+            scores: name -> float (n,), >= 0 for what may stay; of channels comparable between groups.
+
+        Returns:
+            name -> bool (n,), True stays.
+
+        Raises:
+            InfeasibleBudget: no choice meets the budget.
+        """
+        units = self.units
+        if self.free:
+            return units.all()
+        if units.granularity == "channel":
+            kept = counts(Survey(losses_of({g: torch.clamp(s, min=0) for g, s in scores.items()})), self)
+            return {g: keep_largest(s, kept[g]) for g, s in scores.items()}
+        quota = self.quota()
+        if units.granularity == "2:4":
+            return units.best_of_blocks(scores)
+        if self.counts is not None:
+            return {name: keep_largest(s, self.counts[name]) for name, s in scores.items()}
+        return exactly(scores, quota, self.floors())
+
+    def masks(self, chosen: Mapping[str, Tensor]) -> Masks:
+        """A choice of units as the record that a method returns."""
+        return self.units.masks(chosen)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What counts cost.
+
+    losses: group -> float64 (C + 1,), what it costs to keep so many of it alone. detail: for `choose`.
+    together: counts of all groups -> what these cost together, where it can be measured; and how often it may be.
+    """
+
+    losses: Mapping[str, Tensor]
+    detail: Any = None
+    together: Callable[[Mapping[str, int]], float] | None = None
+    tries: int = 0
+
+
+class Method(ABC):
+    """A way to choose. Members are frozen dataclasses whose fields are their options."""
+
+    @final
+    def __call__(self, network: nn.Module, task: PruneTask) -> Masks:
+        """Choose, and distrust the choice: known groups, right lengths, something kept, the budget met.
+
+        Args:
+            network: the bare network; a method may train it in place but not change its structure.
+
+        Raises:
+            InfeasibleBudget: no choice meets the budget.
+            EdgepruneError: the method broke its contract (a bug in it).
+        """
+        shapes = {k: v.shape for k, v in network.state_dict().items()}
+        masks = self.prune(network, task)
+        if {k: v.shape for k, v in network.state_dict().items()} != shapes:
+            raise EdgepruneError(f"{type(self).__name__} changed the structure of the network")
+        verify(type(self).__name__, masks, task)
+        return masks
+
+    @abstractmethod
+    def prune(self, network: nn.Module, task: PruneTask) -> Masks:
+        """Choose what stays."""
+
+
+class TrainingMethod(Method):
+    """A method that trains the network while it chooses, for all the epochs of the recipe; what it leaves, ships."""
+
+
+class SurveyMethod(Method):
+    """A method that says first what every count of every group costs, and chooses when the counts are known.
+
+    Of units finer than channels nothing needs to be surveyed: the largest scores stay.
+    """
+
+    @final
+    def prune(self, network: nn.Module, task: PruneTask) -> Masks:
+        """Survey, share out the budget, choose."""
+        if task.weights is not None:
+            return task.masks(task.keep(_finite(self.scores(network, task))))
+        survey = self.survey(network, task)
+        return self.choose(network, task, survey, counts(survey, task))
+
+    @abstractmethod
+    def survey(self, network: nn.Module, task: PruneTask) -> Survey:
+        """What it costs to keep each number of channels; the network is not changed."""
+
+    @abstractmethod
+    def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
+        """Which channels stay, so many of every group; may edit the network's weights in place."""
+
+    @abstractmethod
+    def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
+        """Name of `task.units` -> float64 (n,), >= 0; larger means keep; comparable between names."""
+
+
+class ScoreMethod(SurveyMethod):
+    """A method that gives every unit a score and leaves the counts to the allocation."""
+
+    @final
+    def survey(self, network: nn.Module, task: PruneTask) -> Survey:
+        """Losses of the smallest scores of each group.
+
+        Raises:
+            EdgepruneError: a score is not finite (the method's bug, or a network that computes NaN).
+        """
+        scores = _finite(self.scores(network, task))
+        return self.weigh(network, task, scores)
+
+    def weigh(self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]) -> Survey:
+        """What it costs to keep the largest scores, which are its `detail`; here the scores alone tell."""
+        del network, task
+        return Survey(losses_of(scores), scores)
+
+    @final
+    def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
+        """Keep the largest scores of every group."""
+        return Masks(channels={g: keep_largest(s, kept[g]) for g, s in survey.detail.items()})
+
+
+def _finite(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    bad = [name for name, s in scores.items() if not bool(torch.isfinite(s).all())]
+    if bad:
+        raise EdgepruneError(
+            f"the scores of {bad[0]} are not finite numbers", "does the network compute NaN on this data?"
+        )
+    return scores
+
+
+def counts(survey: Survey, task: PruneTask) -> dict[str, int]:
+    """How many channels each group keeps, so that the budget holds.
+
+    Raises:
+        InfeasibleBudget: no choice meets the budget.
+    """
+    return allocate(survey.losses, task.costs, task.rules).kept
+
+
+def need_images(name: str, task: PruneTask) -> tuple[Tensor, Tensor]:
+    """The calibration images and labels.
+
+    Raises:
+        UsageError: there is no training data to look at.
+    """
+    if task.images is None or task.labels is None:
+        raise UsageError(
+            f"method {name} looks at training images, and there are none",
+            "give --data with a training part, or choose --method data-free",
+        )
+    return task.images, task.labels
+
+
+def need_training(name: str, task: PruneTask) -> Training:
+    """What a training method learns from.
+
+    Raises:
+        UsageError: there is nothing to learn from.
+    """
+    if task.training is None:
+        raise UsageError(
+            f"method {name} trains the network, and there is nothing to train on, or for no epoch",
+            "give --data with a training part (without --data-use evaluate) and --epochs, or choose --method data-free",
+        )
+    return task.training
+
+
+def verify(name: str, masks: Masks, task: PruneTask) -> None:
+    """Hold a choice against its task.
+
+    Raises:
+        EdgepruneError: the method broke its contract; says how.
+    """
+    if task.weights is not None:
+        _verify_weights(name, masks, task)
+        return
+    groups = {g.name: g for g in task.groups}
+    for group, keep in masks.channels.items():
+        if group not in groups:
+            raise EdgepruneError(f"{name} chose in a group {group!r} that does not exist")
+        if keep.dtype != torch.bool or keep.shape != (groups[group].channels,):
+            raise EdgepruneError(f"{name}: the mask of {group} must be bool ({groups[group].channels},)")
+        if not bool(keep.any()):
+            raise EdgepruneError(f"{name} kept no channel of {group}")
+    cost = task.costs.cost({g: int(keep.sum()) for g, keep in masks.channels.items()})
+    for metric, limit in task.rules.limits.items():
+        if cost[metric] > limit:
+            raise EdgepruneError(
+                f"{name} left {metric} at {cost[metric]:.0f}, more than the budget of {limit:.0f}"
+            )
+
+
+def _verify_weights(name: str, masks: Masks, task: PruneTask) -> None:
+    units = task.units
+    for parameter, keep in masks.weights.items():
+        if parameter not in units.shapes:
+            raise EdgepruneError(f"{name} chose in {parameter!r}, whose weights can't be pruned")
+        if keep.dtype != torch.bool or tuple(keep.shape) != units.shapes[parameter]:
+            raise EdgepruneError(f"{name}: the mask of {parameter} must be bool {units.shapes[parameter]}")
+        if units.granularity == "2:4":
+            kept = keep.flatten()[units.blocks[parameter]].sum(1)
+            if bool((kept != KEPT_OF_BLOCK).any()):
+                raise EdgepruneError(
+                    f"{name}: a block of {parameter} does not keep {KEPT_OF_BLOCK} of {BLOCK}"
+                )
+    stay = sum(int(masks.weights[n].sum()) if n in masks.weights else size for n, size in units.sizes.items())
+    if not task.free and stay != task.quota():
+        raise EdgepruneError(f"{name} kept {stay} weights, the budget says {task.quota()}")

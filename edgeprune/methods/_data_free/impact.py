@@ -1,0 +1,414 @@
+"""What taking a unit out changes where it begins: bounds at the layers that make or read it, to follow to the logits.
+
+A merge changes the unit's place in front of the activation; a unit that goes alone changes what its readers get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgeprune.bounds import (
+    TRANSPOSED,
+    Bounds,
+    Interval,
+    Value,
+    Weights,
+    activation_bounds,
+    changes_of,
+    consumer_impact,
+    delta_from,
+    outward,
+)
+from edgeprune.errors import ModelError
+from edgeprune.methods._data_free.merging import dead_units, unit_rows
+from edgeprune.methods._data_free.pairing import Pair
+from edgeprune.models import Call, Program, trace
+from edgeprune.records import Bundle, Group, InputSpec
+from edgeprune.repair import bias_of, tensors_of
+from edgeprune.structure import follow
+
+_NODES = 33
+
+# They act on every entry alone and alike, so a Gaussian's mean and variance after them is an integral.
+_POINTWISE = frozenset((
+    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "leaky_relu", "elu", "selu", "celu", "sigmoid", "hardsigmoid",
+    "tanh", "silu", "hardswish", "gelu", "mish", "softplus",
+))  # fmt: skip
+
+_SAME = frozenset(("dropout", "clone", "contiguous", "alias", "detach", "_to_copy"))
+
+_POOLS = frozenset(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "max_pool2d_with_indices"))
+
+_RESHAPES = frozenset(("flatten", "view", "reshape", "_unsafe_view"))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """mean, variance: float64 (C,), of a channel's entries over images and positions."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def expected_activations(program: Program, state: Mapping[str, Tensor]) -> dict[str, Moments]:
+    """Mean and variance of every value for which the batch-norms before it say them.
+
+    Args:
+        program: the traced network. state: its tensors by state-dict name.
+
+    Returns:
+        Name of a call -> moments of its output's channels; calls that nothing is known of are absent.
+    """
+    found: dict[str, Moments] = {}
+    for call in program.calls:
+        moments = _batch_norm(call, state) if call.op == "batch_norm" else _behind(call, found)
+        if moments is not None:
+            found[call.name] = moments
+    return found
+
+
+def _batch_norm(call: Call, state: Mapping[str, Tensor]) -> Moments | None:
+    weight, bias, mean = (call.arg(n) for n in ("weight", "bias", "running_mean"))
+    if mean is None or call.arg("training"):
+        return None
+    like = state[mean.name].double()
+    deviation = state[weight.name].detach().double() if weight is not None else torch.ones_like(like)
+    return Moments(
+        state[bias.name].detach().double() if bias is not None else torch.zeros_like(like), deviation**2
+    )
+
+
+def _behind(call: Call, found: Mapping[str, Moments]) -> Moments | None:
+    known = [found.get(name) for name in call.reads]
+    if not known or any(m is None for m in known):
+        return None
+    moments = [m for m in known if m is not None]
+    first = moments[0]
+    if call.op in _POINTWISE and len(moments) == 1:
+        return _integral(call, first)
+    if call.op in _SAME or (call.op in _POOLS and _keeps_channels(call)):
+        return first
+    if call.op in _RESHAPES and len(call.shape) == 2 and call.shape[1] % len(first.mean) == 0:
+        times = call.shape[1] // len(first.mean)
+        return Moments(first.mean.repeat_interleave(times), first.variance.repeat_interleave(times))
+    if call.op == "add" and len(moments) == 2 and call.arg("alpha") == 1:
+        other = moments[1]
+        if len(first.mean) == len(other.mean):
+            return Moments(first.mean + other.mean, first.variance + other.variance)
+    if call.op == "cat" and call.args[1] in (1, -len(call.shape) + 1):
+        return Moments(torch.cat([m.mean for m in moments]), torch.cat([m.variance for m in moments]))
+    return None
+
+
+def _keeps_channels(call: Call) -> bool:
+    """Whether a mean is over positions; other pools are by their nature."""
+    if call.op != "mean":
+        return True
+    dims = call.arg("dim") if "dim" in call.names else None
+    rank = len(call.shape) if not dims or call.arg("keepdim") else len(call.shape) + len(dims)
+    return bool(dims) and all(d % rank > 1 for d in dims)
+
+
+def _integral(call: Call, x: Moments) -> Moments:
+    """Mean and variance of f(x) for Gaussian x, by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    z = torch.from_numpy(nodes).view(-1, 1)
+    w = torch.from_numpy(weights / weights.sum()).view(-1, 1)
+    values = call.run((x.mean + x.variance.sqrt() * z, *call.args[1:]))
+    mean = (w * values).sum(0)
+    return Moments(mean, (w * (values - mean) ** 2).sum(0))
+
+
+# Candidates whose bounds are followed to the logits at a time.
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class BoundedNetwork:
+    """A network at one moment: its program, its weights as they are now, the bounds of its activations."""
+
+    program: Program
+    network: nn.Module
+    bounds: Bounds
+
+
+def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> Interval:
+    """Bounds of what each candidate changes in the logits, for every input in the box: float64 (n, K).
+
+    Args:
+        pairs: merges, or units that go alone (keep equal to remove) and leave their mean; all of one kind.
+
+    Raises:
+        Unbounded: an operator before or behind the group has no bound; says which.
+    """
+    found: list[Interval] = []
+    alone = any(p.keep == p.remove for p in pairs)
+    means = mean_contribution(scene.program, scene.network, group) if alone else {}
+    with torch.no_grad():
+        for start in range(0, len(pairs), BATCH):
+            part = pairs[start : start + BATCH]
+            starts = _removals(scene, group, part, means) if alone else _merges(scene, group, part)
+            found.append(delta_from(scene.program, tensors_of(scene.network), scene.bounds, starts))
+    return Interval(torch.cat([i.lo for i in found]).double(), torch.cat([i.hi for i in found]).double())
+
+
+def always_zero(scene: BoundedNetwork, group: Group) -> frozenset[int]:
+    """Units of which every reader gets 0 whatever the input: they can go and nothing changes.
+
+    Raises:
+        Unbounded: what a reader gets has no bound.
+    """
+    received = [_received(scene.bounds, *reading) for reading in _reads(scene.program, group)]
+    dead = [frozenset(dead_units(low, high)[0]) for low, high in received]
+    return frozenset.intersection(*dead) if dead else frozenset()
+
+
+def mean_contribution(program: Program, network: nn.Module, group: Group) -> dict[str, Tensor]:
+    """Reader's path -> float64 (channels of its input,): the mean of what it gets, to be put into its bias.
+
+    The means are those that batch-norms remember; 0 where none says them, or the reader has nowhere to put them.
+    """
+    expected = expected_activations(program, tensors_of(network))
+    found: dict[str, Tensor] = {}
+    for call, _ in _reads(program, group):
+        path = call.weights[0].rpartition(".")[0]
+        size = program.shape_of(call.reads[0])[_channel_axis(call)]
+        moments = expected.get(call.reads[0])
+        known = moments is not None and len(moments.mean) == size and bias_of(program, network, path).free
+        found[path] = (
+            moments.mean if known and moments is not None else torch.zeros(size, dtype=torch.float64)
+        )
+    return found
+
+
+def _merges(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[str, Interval]:
+    """Merging r into s puts scale * u_s where u_r was, in front of the activation.
+
+    The difference of the two rows, bounded over the layer's inputs, is much tighter than that of their bounds, and
+    0 for duplicates; both hold, so what lies in both does.
+    """
+    path = follow(scene.program, group)
+    assert not isinstance(path, str), "the group is mergeable"
+    rows = unit_rows(scene.network, group)
+    keep, gone = (torch.tensor([getattr(p, side) for p in pairs]) for side in ("keep", "remove"))
+    scale = torch.tensor([p.scale for p in pairs], dtype=torch.float64)
+    low, high = _patch(
+        _bounds_at(scene.bounds, path.producer.reads[0]), path.producer, rows.incoming.shape[1]
+    )
+    difference = scale[:, None] * rows.incoming[keep] - rows.incoming[gone]
+    close = _affine(difference, scale * rows.bias[keep] - rows.bias[gone], low, high)
+    own = _affine(rows.incoming, rows.bias, low, high)
+    apart = Interval(scale * own.lo[keep] - own.hi[gone], scale * own.hi[keep] - own.lo[gone])
+    both = close.meet(apart)
+    end = _behind_norm(scene.program, path.producer)
+    axis = _channel_axis(end)
+    starts = torch.zeros(2, len(pairs), end.shape[axis], dtype=torch.float64)
+    index = torch.arange(len(pairs))
+    starts[0, index, gone], starts[1, index, gone] = both.lo, both.hi
+    shape = [1] * len(end.shape)
+    shape[0], shape[axis] = len(pairs), end.shape[axis]
+    return {end.name: Interval(starts[0].reshape(shape), starts[1].reshape(shape))}
+
+
+def _removals(
+    scene: BoundedNetwork, group: Group, pairs: Sequence[Pair], means: dict[str, Tensor]
+) -> dict[str, Interval]:
+    """A unit that goes alone takes h away from each of its readers and leaves its mean: the change is mean - h."""
+    starts: dict[str, Interval] = {}
+    units = [p.remove for p in pairs]
+    for call, positions in _reads(scene.program, group):
+        low, high = _received(scene.bounds, call, positions)
+        mean = means[call.weights[0].rpartition(".")[0]].to(low)
+        left = torch.stack([mean[list(positions[u])].mean() for u in units])
+        change = Interval(left - high.amax(1)[units], left - low.amin(1)[units])
+        entries = [positions[u] for u in units]
+        starts[call.name] = consumer_impact(scene.program, tensors_of(scene.network), call, entries, change)
+    return starts
+
+
+def _reads(program: Program, group: Group) -> list[tuple[Call, tuple[tuple[int, ...], ...]]]:
+    """The calls that read the group's units, and the input entries of each unit."""
+    return [
+        (call, member.positions)
+        for member in group.members if member.role == "consumer"
+        for call in program.readers(member.tensor)
+    ]  # fmt: skip
+
+
+def _received(bounds: Bounds, call: Call, positions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Bounds of what a reader gets of each unit: two of (C, entries), units with fewer entries repeat one."""
+    at = _bounds_at(bounds, call.reads[0])
+    axis = _channel_axis(call)
+    lo, hi = (t.movedim(axis, 0).flatten(1) for t in (at.lo, at.hi))
+    most = max(len(p) for p in positions)
+    index = torch.tensor([[*p, *[p[0]] * (most - len(p))] for p in positions])
+    if len(lo) == 1:
+        index = torch.zeros_like(index)
+    return lo[index].flatten(1), hi[index].flatten(1)
+
+
+def _bounds_at(bounds: Bounds, name: str) -> Interval:
+    found = bounds.intervals.get(name)
+    if found is None:
+        raise bounds.causes[name]
+    return found
+
+
+def _channel_axis(call: Call) -> int:
+    """The axis of a layer's channels, of its input and of its output."""
+    return len(call.shape) - 1 if call.op == "linear" else 1
+
+
+def _behind_norm(program: Program, producer: Call) -> Call:
+    users = program.users(producer.name)
+    return users[0] if len(users) == 1 and users[0].op == "batch_norm" else producer
+
+
+def _patch(at: Interval, producer: Call, width: int) -> tuple[Tensor, Tensor]:
+    """The bounds of each entry of a patch that a layer multiplies with its rows: two of float64 (F,)."""
+    axis = _channel_axis(producer)
+    lo = at.lo.movedim(axis, 0).flatten(1).amin(1).double()
+    hi = at.hi.movedim(axis, 0).flatten(1).amax(1).double()
+    if producer.op != "linear" and (producer.op in TRANSPOSED or _is_padded(producer)):
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    taps = width // len(lo)
+    return lo.repeat_interleave(taps), hi.repeat_interleave(taps)
+
+
+def _is_padded(producer: Call) -> bool:
+    padding = producer.arg("padding")
+    return padding == "same" or (padding != "valid" and any(padding))
+
+
+def _affine(rows: Tensor, constant: Tensor, low: Tensor, high: Tensor) -> Interval:
+    """Bounds of rows . x + constant over low <= x <= high, widened for rounding."""
+    center, radius = rows @ ((low + high) / 2) + constant, rows.abs() @ ((high - low) / 2)
+    slack = 1e-12 * (radius + rows.abs() @ ((low + high) / 2).abs() + constant.abs())
+    return Interval(center - radius - slack, center + radius + slack)
+
+
+Removed = Mapping[str, Sequence[tuple[int, Sequence[int]]]]
+
+
+def input_box(spec: InputSpec) -> Interval:
+    """All inputs that the bare network may get, normalized: float64 (1, C, H, W)."""
+    channels = spec.shape[0]
+    mean = torch.tensor(spec.mean or (0.0,) * channels, dtype=torch.float64)
+    std = torch.tensor(spec.std or (1.0,) * channels, dtype=torch.float64)
+    ends = [((end - mean) / std).reshape(1, -1, 1, 1).expand(1, *spec.shape) for end in (spec.low, spec.high)]
+    return Interval(torch.minimum(*ends), torch.maximum(*ends))
+
+
+def full_size(
+    small_state: Mapping[str, Tensor], tensors: Removed, dense_state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The small network's tensors in the dense one's shapes, zeros (a running variance: ones) where some were cut.
+
+    For several cuts, from the last to the first: the result of each is the small state of the one before.
+
+    Args:
+        small_state: state dict after the cut. tensors: `Plan.tensors` of the cut.
+        dense_state: gives what the small one lacks.
+
+    Raises:
+        ModelError: the cut does not belong to these tensors.
+    """
+    full = dict(dense_state)
+    for name, small in small_state.items():
+        out = small.detach()
+        for axis, positions in tensors.get(name, ()):
+            out = _spread(name, out, axis, positions)
+        full[name] = out
+    return full
+
+
+def logit_change(
+    program: Program,
+    dense_state: Mapping[str, Tensor],
+    twin_state: Mapping[str, Tensor],
+    box: Interval,
+    *,
+    collapsed: bool,
+) -> Interval:
+    """A bound of twin(x) - dense(x) for every x in the box.
+
+    Args:
+        program: traced from the dense network. dense_state, twin_state: two state dicts of its shapes.
+        box: (1, C, H, W), as `input_box`. collapsed: as for `activation_bounds`, cheaper and looser.
+
+    Returns:
+        (1, K), in the dtype of the box.
+
+    Raises:
+        ModelError: a tensor of the twin has another shape than the dense one.
+        Unbounded: an operator has no bound; says which.
+    """
+    for name, tensor in twin_state.items():
+        if name in dense_state and tensor.shape != dense_state[name].shape:
+            raise ModelError(
+                f"{name} has shape {tuple(tensor.shape)}, the dense network's has {tuple(dense_state[name].shape)}",
+                "put the removed positions back with full_size",
+            )
+    states = (dense_state, twin_state)
+    bounds = [activation_bounds(program, s, box, collapsed=collapsed) for s in states]
+    weights = [Weights(program, s, box.lo.dtype) for s in states]
+    found = changes_of(program, (weights[0], weights[1]), (bounds[0], bounds[1]), {})
+    return outward(Value(found.full(), found.shape))
+
+
+def bundle_change(dense: Bundle, small: Bundle, *, collapsed: bool) -> Interval:
+    """A bound of small(x) - dense(x) for every image x that the dense network may get; see `logit_change`.
+
+    Args:
+        small: made from `dense` by cuts, which are the plans that it has beyond those of `dense`.
+
+    Returns:
+        float64 (1, K).
+
+    Raises:
+        UnsupportedModel, ModelError, Unbounded: the network can't be traced, the plans don't fit, no bound.
+    """
+    program = trace(dense.module, torch.zeros(1, *dense.input.shape))
+    dense_state, state = dense.module.state_dict(), dict(small.module.state_dict())
+    for plan in reversed(small.plans[len(dense.plans) :]):
+        state = full_size(state, plan.tensors, dense_state)
+    return logit_change(program, dense_state, state, input_box(dense.input), collapsed=collapsed)
+
+
+def margin_change(change: Interval) -> Tensor:
+    """How much the difference of two logits can change at most: max over i != j of hi_i - lo_j; (B,).
+
+    Where the margin of an answer is more than this, its class stays (methods' R; the sound version of "uniform").
+    With one logit there is no other class, and it is 0.
+    """
+    classes = change.lo.shape[1]
+    if classes < 2:
+        return change.lo.new_zeros(change.lo.shape[0])
+    # The largest hi and the smallest lo, of two different classes: among the two best of each.
+    highs, high_at = change.hi.topk(2, dim=1)
+    lows, low_at = (-change.lo).topk(2, dim=1)
+    sums = highs.unsqueeze(2) + lows.unsqueeze(1)
+    same = high_at.unsqueeze(2) == low_at.unsqueeze(1)
+    return sums.masked_fill(same, -torch.inf).flatten(1).amax(1)
+
+
+def _spread(name: str, tensor: Tensor, axis: int, positions: Sequence[int]) -> Tensor:
+    """The tensor with the removed positions along an axis back in."""
+    if not positions:
+        return tensor
+    size = (tensor.shape[axis] if axis < tensor.ndim else -len(positions)) + len(positions)
+    gone = set(positions)
+    kept = [i for i in range(size) if i not in gone]
+    if axis >= tensor.ndim or len(kept) != tensor.shape[axis]:
+        raise ModelError(
+            f"{name} has shape {tuple(tensor.shape)}, which the plan does not fit (axis {axis})",
+            "use the plan that the network was cut with",
+        )
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    fill = 1.0 if name.rpartition(".")[2] == "running_var" else 0.0
+    return tensor.new_full(shape, fill).index_copy_(axis, torch.tensor(kept, device=tensor.device), tensor)

@@ -1,0 +1,280 @@
+"""Take units out of a network by editing weights: merge a unit into another one, or put its mean into a bias.
+
+Works in place on the bare network, on the tensors of a dependency-graph group; afterwards the unit is zeroed everywhere
+and can be cut. A merge (Meng et al.; Srinivas and Babu 2015) lets the readers take from `keep` what they took from
+`remove`. Where units can't stand in for each other (residual sums, depthwise filters), what a unit contributes on
+average goes into the next layer's bias or its batch-norm's mean, as Ye, Lu, Lin and Wang do with constant channels
+("Rethinking the Smaller-Norm-Less-Informative Assumption in Channel Pruning of Convolution Layers", 2018).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import models
+from edgeprune.errors import EdgepruneError, UnsupportedModel
+from edgeprune.methods._data_free.pairing import Pair
+from edgeprune.models import Program
+from edgeprune.records import Group, Member
+from edgeprune.structure import Path, follow, following_batch_norm
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The weights of each unit of a group, batch-norm folded in: pre-activation = incoming . patch + bias.
+
+    incoming: float64 (C, F). bias: float64 (C,). outgoing: (C, G), everything that reads the unit, in the network's
+    own precision (a classifier behind a flatten has 10^8 of them).
+    """
+
+    incoming: Tensor
+    bias: Tensor
+    outgoing: Tensor
+
+
+def why_not_mergeable(program: Program, network: nn.Module, group: Group) -> str | None:
+    """Why no unit of a group can stand in for another one by weights alone, or None when it can.
+
+    Merging needs one ungrouped convolution or linear layer that makes the units, at most a batch-norm right behind
+    it, and between that and every reader only what treats each channel by itself and all alike.
+    """
+    tied = _tied(group)
+    if tied is not None:
+        return tied
+    path = follow(program, group)
+    if isinstance(path, str):
+        return path
+    modules = dict(network.named_modules())
+    slopes = {n: m.weight for n in _layers(group, "norm") if isinstance(m := modules.get(n), nn.PReLU)}
+    uneven = [n for n, slope in slopes.items() if bool(slope.max() != slope.min())]
+    return f"{uneven[0]} has another slope for each of its channels" if uneven else None
+
+
+def is_homogeneous(program: Program, group: Group) -> bool:
+    """Whether c > 0 times the pre-activation of a unit gives c times all that its readers get.
+
+    True when behind the batch-norm there are only ReLU, leaky ReLU, pooling, flatten and the like: then a unit that is
+    a multiple of another one is merged exactly. False for a group that can't be merged.
+    """
+    if _tied(group) is not None:
+        return False
+    path = follow(program, group)
+    return isinstance(path, Path) and path.homogeneous
+
+
+def unit_rows(network: nn.Module, group: Group) -> Rows:
+    """Incoming rows, biases and outgoing weights of the units of a group that has one producer.
+
+    Raises:
+        UnsupportedModel: several producers, or tied channels.
+    """
+    tied = _tied(group)
+    if tied is not None:
+        raise UnsupportedModel(f"the units of {group.name} are no rows of one layer: {tied}")
+    state = _tensors(network)
+    made = {m.tensor: m for m in group.members if m.role == "producer"}
+    weight = next(m for m in made.values() if m.tensor.endswith("weight"))
+    incoming = _by_unit(state[weight.tensor], weight).double()
+    shift = made.get(weight.tensor.removesuffix("weight") + "bias")
+    bias = torch.zeros(group.channels, dtype=torch.float64)
+    if shift is not None:
+        bias = _by_unit(state[shift.tensor], shift)[:, 0].double()
+    for member in group.members:
+        if member.role == "norm" and member.tensor.endswith("running_mean"):
+            gain, offset = _affine(network, member)
+            incoming, bias = incoming * gain[:, None], bias * gain + offset
+    outgoing = [_by_unit(state[m.tensor], m) for m in group.members if m.role == "consumer"]
+    return Rows(incoming, bias, outgoing[0] if len(outgoing) == 1 else torch.cat(outgoing, 1))
+
+
+def merge(network: nn.Module, group: Group, pairs: Sequence[Pair]) -> None:
+    """Let `keep` of each pair do the work of `remove`, in place: w_keep += scale w_remove, then `remove` is zeroed.
+
+    Exact for units with equal rows, and for multiples of each other when the way to the readers is homogeneous.
+
+    Raises:
+        EdgepruneError: a unit is in two of the pairs, or not in the group.
+    """
+    used = Counter(u for pair in pairs for u in (pair.keep, pair.remove))
+    wrong = next((u for u, times in used.items() if times > 1 or not 0 <= u < group.channels), None)
+    if wrong is not None:
+        raise EdgepruneError(
+            f"unit {wrong} of {group.name} is in {used[wrong]} pairs, "
+            f"accepted: each of units 0 to {group.channels - 1} in one"
+        )
+    if not pairs:
+        return
+    state = _tensors(network)
+    with torch.no_grad():
+        for member in group.members:
+            if member.role != "consumer":
+                continue
+            weight = state[member.tensor].movedim(member.axis, 0)
+            keep = torch.tensor([p for pair in pairs for p in member.positions[pair.keep]])
+            gone = torch.tensor([p for pair in pairs for p in member.positions[pair.remove]])
+            scale = [pair.scale for pair in pairs for _ in member.positions[pair.keep]]
+            shape = (-1, *[1] * (weight.ndim - 1))
+            added = weight[gone].double() * torch.tensor(scale, dtype=torch.float64).view(shape)
+            weight[keep] = (weight[keep].double() + added).to(weight.dtype)
+    _zero(network, group, [pair.remove for pair in pairs])
+
+
+def compensate(
+    program: Program,
+    network: nn.Module,
+    group: Group,
+    removed: Sequence[int],
+    mean: Tensor | Mapping[str, Tensor],
+) -> tuple[str, ...]:
+    """Zero units, in place, and put what they contributed on average into the biases of the layers that read them.
+
+    The contribution is mean * w summed over a convolution's taps, as in the interior of an image. It goes into the
+    reader's bias or, when it has none, out of the running mean of the batch-norm right behind it. For any group that
+    can be cut, residual sums, depthwise and grouped convolutions included.
+
+    Args:
+        removed: the units that go.
+        mean: (C,), the mean of each unit as every reader gets it; or reader's path -> (channels of its input,), the
+            means of all of its inputs, which is needed where readers or positions of a unit differ.
+
+    Returns:
+        The readers that could not be compensated: they have neither a bias nor a batch-norm of their own behind them.
+
+    Raises:
+        EdgepruneError: a reader has no means, or not one for each channel of its input.
+    """
+    readers = [m for m in group.members if m.role == "consumer"]
+    lost = {_path(m.tensor): _contribution(network, group, m, removed, mean) for m in readers}
+    failed = tuple(
+        layer
+        for layer, value in lost.items()
+        if bool(value.any()) and not _absorb(program, network, layer, value)
+    )
+    _zero(network, group, removed)
+    return failed
+
+
+def dead_units(lo: Tensor, hi: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Units that need nothing but to be removed, and units that `compensate` removes exactly.
+
+    Args:
+        lo, hi: (C,) or (C, positions), sound bounds of what the readers get of each unit.
+
+    Returns:
+        Units that are 0 whatever the input; and units that are always the same other number, at all positions.
+    """
+    low, high = lo.reshape(len(lo), -1).amin(1), hi.reshape(len(hi), -1).amax(1)
+    constant = low == high
+    dead = constant & (low == 0)
+    return _indices(dead), _indices(constant & ~dead)
+
+
+def _tied(group: Group) -> str | None:
+    """Why the units of a group are not one row each of one layer, or None."""
+    producers = _layers(group, "producer")
+    if len(producers) != 1:
+        return f"its units are joined from what {len(producers)} layers make ({', '.join(producers[:3])})"
+    if {len(p) for m in group.members if m.role == "producer" for p in m.positions} != {1}:
+        return "its channels go in sets, which a grouped convolution, a split or a group norm ties together"
+    if any(len({len(p) for p in m.positions}) != 1 for m in group.members):
+        return "its units do not all have the same number of readers"
+    return None
+
+
+def _indices(which: Tensor) -> tuple[int, ...]:
+    return tuple(which.nonzero().flatten().tolist())
+
+
+def _path(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _layers(group: Group, role: str) -> list[str]:
+    """The paths of the layers that have tensors of a role; a parameter of the network itself is its own name."""
+    return list(dict.fromkeys(_path(m.tensor) or m.tensor for m in group.members if m.role == role))
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    tensors = (
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    )
+    return {name: tensor.detach() for name, tensor in tensors}
+
+
+def _by_unit(tensor: Tensor, member: Member) -> Tensor:
+    """(C, all entries that each unit owns in a tensor)."""
+    places = torch.tensor(member.positions)
+    return tensor.movedim(member.axis, 0)[places.flatten()].reshape(len(places), -1)
+
+
+def _affine(network: nn.Module, member: Member) -> tuple[Tensor, Tensor]:
+    """Gain and offset of each unit in a batch-norm in eval mode, float64 (C,)."""
+    layer = network.get_submodule(_path(member.tensor))
+    tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    units = {k: _by_unit(v.detach(), member)[:, 0].double() for k, v in tensors.items() if v.ndim == 1}
+    gain = units.get("weight", torch.ones(())) / torch.sqrt(units["running_var"] + layer.eps)  # type: ignore[operator]
+    return gain, units.get("bias", torch.zeros(())) - units["running_mean"] * gain
+
+
+def _zero(network: nn.Module, group: Group, removed: Sequence[int]) -> None:
+    keep = torch.ones(group.channels, dtype=torch.bool)
+    keep[list(removed)] = False
+    models.mask(network, (group,), {group.name: keep})
+
+
+def _contribution(
+    network: nn.Module,
+    group: Group,
+    member: Member,
+    removed: Sequence[int],
+    mean: Tensor | Mapping[str, Tensor],
+) -> Tensor:
+    """What a layer's outputs get from the removed units on average, float64 (outputs,)."""
+    name = _path(member.tensor)
+    layer = network.get_submodule(name)
+    weight = layer.get_parameter("weight").detach().double()
+    if isinstance(layer, _TRANSPOSED):
+        # Each output meets one tap in `stride` along every axis.
+        taps = weight.flatten(2).sum(2).T / math.prod(layer.stride)
+    else:
+        taps = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    sets = int(getattr(layer, "groups", 1))
+    width = taps.shape[1]
+    means = torch.zeros((sets, width), dtype=torch.float64)
+    given = mean if isinstance(mean, Tensor) else mean.get(name)
+    expected = group.channels if isinstance(mean, Tensor) else sets * width
+    if given is None or given.shape != (expected,):
+        shape = "none" if given is None else str(tuple(given.shape))
+        raise EdgepruneError(f"means ({expected},) are needed for what {name} reads, got {shape}")
+    values = given.detach().double()
+    for unit in removed:
+        places = list(member.positions[unit])
+        means[:, places] = values[unit] if isinstance(mean, Tensor) else values.view(sets, width)[:, places]
+    return torch.einsum("goi,gi->go", taps.reshape(sets, -1, width), means).flatten()
+
+
+def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> bool:
+    """Add a constant to a layer's outputs through a bias, its own or that of the batch-norm behind it."""
+    bias = network.get_submodule(layer).get_parameter("bias") if _has_bias(network, layer) else None
+    if bias is not None:
+        bias.data.copy_(bias.data.double() + value)
+        return True
+    norm = following_batch_norm(program, layer)
+    if norm is None:
+        return False
+    running_mean = network.get_submodule(norm).get_buffer("running_mean")
+    running_mean.copy_(running_mean.double() - value)
+    return True
+
+
+def _has_bias(network: nn.Module, layer: str) -> bool:
+    return dict(network.get_submodule(layer).named_parameters(recurse=False)).get("bias") is not None

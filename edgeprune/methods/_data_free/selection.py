@@ -1,0 +1,336 @@
+"""Which candidates of a list go: scores of what they do to the logits, and three ways to choose by them.
+
+A candidate is a pair to merge or a unit to remove, with bounds of what it changes in the logits. After Meng, Bai, Teo,
+Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning": a small shift of all logits that is nearly
+the same for each does not change the class, so small and uniform bounds are good ones.
+
+Ours: bounds of what was accepted add up while a step runs, and a candidate is judged by the *mean* bounds per accepted
+candidate, (sum + candidate) / (accepted + 1): the widths of a sum only grow, so against the sum itself hardly any
+second candidate would ever be "no worse". How much worse it is, is the change of that mean times accepted + 1, which is
+what the candidate itself is worse than the mean of the others, in the unit of single scores however many there are. The
+temperature falls as the quota fills up, from the spread of single scores; what was rejected is walked through again,
+and a walk that accepts nothing ends it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import EdgepruneError
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+"""Lower and upper bounds (B, K) of changes of the logits -> float64 (B,); smaller is better."""
+
+_WARM_UP = 32
+
+_ROUNDING = 1e-9
+
+_BLOCK_BYTES = 32 * 2**20
+
+_MOST_AT_ONCE = 64
+
+_MOST_LOGITS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What may go, in ascending saliency.
+
+    lo, hi: float64 (n, K), finite, bounds of what each of n candidates changes in K logits.
+    units: the units that each one uses up; of two candidates that share a unit only one is accepted.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    units: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that are none.
+
+        Raises:
+            EdgepruneError: shapes that don't fit, a bound that is not finite, or lo > hi.
+        """
+        if self.lo.ndim != 2 or self.lo.shape != self.hi.shape or len(self.units) != len(self.lo):
+            raise EdgepruneError(
+                f"bounds (n, K) and n tuples of units are needed, got {tuple(self.lo.shape)}, "
+                f"{tuple(self.hi.shape)} and {len(self.units)}"
+            )
+        if not bool(torch.isfinite(self.lo).all() and torch.isfinite(self.hi).all()):
+            raise EdgepruneError(
+                "a bound of a candidate is not finite", "choose by saliency alone: mode baseline"
+            )
+        if bool((self.lo > self.hi).any()):
+            row = int((self.lo > self.hi).any(1).nonzero()[0])
+            raise EdgepruneError(f"the lower bound of candidate {row} is above its upper bound")
+
+
+def entropy(lo: Tensor, hi: Tensor, threshold: float = 0.9) -> Tensor:
+    """How little the bounds of the logits are alike: -sum_i p_i ln p_i.
+
+    p_i is the share of logits j (i included) with similarity 1 - (|lo_i - lo_j| + |hi_i - hi_j|) / (2 U) of at least
+    `threshold`, U the width of the hull of all bounds and 0. No probability distribution: up to n / e for n logits.
+    Of more than 128 logits, 128 that are spread evenly stand for all i; the cost is that of comparing all with all.
+
+    Args:
+        lo, hi: (B, K).
+
+    Returns:
+        float64 (B,), >= 0; 0 when all are alike.
+    """
+    points = torch.stack([lo, hi], 2).double()
+    hull = (points.amax((1, 2)).clamp_min(0) - points.amin((1, 2)).clamp_max(0))[:, None, None]
+    points = points / torch.where(hull > 0, hull, 1.0)
+    classes = points.shape[1]
+    asked = (
+        torch.linspace(0, max(0, classes - 1), min(classes, _MOST_LOGITS), dtype=torch.float64).round().long()
+    )
+    rows = max(1, _BLOCK_BYTES // (16 * max(1, classes * len(asked))))
+    counts = [
+        # A similarity on the threshold counts on every machine, whatever its last digit.
+        (torch.cdist(part[:, asked], part, p=1) / 2 <= 1 - threshold + 1e-12).sum(2)
+        for part in points.split(rows)
+    ]
+    share = torch.cat(counts).double() / max(1, classes)
+    return -torch.special.xlogy(share, share).sum(1) * (classes / max(1, len(asked))) + 0.0
+
+
+def paper_score(lo: Tensor, hi: Tensor, alpha: float = 0.75) -> Score:
+    """The paper's score, alpha L + (1 - alpha) ENT, with L and ENT as ranks in a list of candidates.
+
+    L is the sum of the widths over all logits. The paper puts both through a sigmoid, which is 1 to the last digit for
+    every L of a real network, so that L counts nothing; instead each is replaced by its rank among the candidates of
+    the list, in [0, 1], ties at their mean. A value that is not in the list, such as that of several candidates
+    together, lies on the straight line between its neighbours' ranks, and beyond the ends goes on with the mean slope.
+
+    Args:
+        lo, hi: (n, K), the list: bounds of single candidates. alpha: in [0, 1], the share of L.
+
+    Returns:
+        A score, for the members of the list in [0, 1].
+    """
+    width_rank, entropy_rank = _Ranks.among((hi - lo).double().sum(1)), _Ranks.among(entropy(lo, hi))
+
+    def score(low: Tensor, high: Tensor) -> Tensor:
+        widths = (high - low).double().sum(1)
+        return alpha * width_rank(widths) + (1 - alpha) * entropy_rank(entropy(low, high))
+
+    return score
+
+
+def margin_score(lo: Tensor, hi: Tensor) -> Tensor:
+    """R = max over logits i != j of hi_i - lo_j: the most by which one logit can gain on another one.
+
+    A change of the logits with R below the margin between the best and the second never changes the class. With a
+    single logit the width.
+
+    Args:
+        lo, hi: (B, K).
+
+    Returns:
+        float64 (B,).
+    """
+    lo, hi = lo.double(), hi.double()
+    if lo.shape[1] == 1:
+        return (hi - lo)[:, 0]
+    most, least = hi.topk(2, 1), lo.topk(2, 1, largest=False)
+    apart = most.indices[:, 0] != least.indices[:, 0]
+    second = torch.maximum(most.values[:, 0] - least.values[:, 1], most.values[:, 1] - least.values[:, 0])
+    return torch.where(apart, most.values[:, 0] - least.values[:, 0], second)
+
+
+def baseline(candidates: Candidates, quota: int) -> list[int]:
+    """The first candidates of the list, by saliency alone.
+
+    Returns:
+        At most `quota` indices into the list, in the order of acceptance, no unit twice.
+    """
+    state = _State(candidates, quota)
+    state.fill(range(len(candidates.units)))
+    return state.accepted
+
+
+def greedy(candidates: Candidates, score: Score, quota: int, pool: int) -> list[int]:
+    """Again and again the candidate with the best score together with those accepted, of the first `pool` of the list.
+
+    When the pool's units are used up before the quota is met, the rest of the list fills it in order.
+
+    Returns:
+        At most `quota` indices into the list, in the order of acceptance, no unit twice.
+    """
+    state = _State(candidates, quota)
+    waiting = list(range(min(pool, len(candidates.units))))
+    while not state.full:
+        waiting = [i for i in waiting if state.is_free(i)]
+        if not waiting:
+            break
+        scores = state.scores(score, waiting)
+        # The first of those that tie: which one `argmin` gives is not promised.
+        best = int((scores <= _with_slack(float(scores.min()))).nonzero()[0])
+        state.accept(waiting[best])
+    state.fill(range(len(candidates.units)))
+    return state.accepted
+
+
+def anneal(
+    candidates: Candidates,
+    score: Score,
+    quota: int,
+    *,
+    generator: torch.Generator,
+    start_temperature: float | None = None,
+) -> list[int]:
+    """Walk through the list and accept what does not worsen the score, or worsens it with falling probability.
+
+    exp(-(accepted + 1) (new - current) / T) with T = start (1 - accepted / quota); the first is always accepted. What
+    was rejected is walked through again until the quota is met; when a walk accepts nothing the list fills it in order.
+
+    Args:
+        generator: gives one float64 per candidate that is looked at, so a seed decides the same on every machine.
+        start_temperature: in units of the score; 0 is hill climbing, infinity the order of the list, None the
+            standard deviation of the scores of the first 32 candidates.
+
+    Returns:
+        At most `quota` indices into the list, in the order of acceptance, no unit twice; fewer only when the units of
+        all others are used up.
+    """
+    state = _State(candidates, quota)
+    start = _spread(candidates, score) if start_temperature is None else start_temperature
+    current: float | None = None
+    waiting, walked = list(range(len(candidates.units))), -1
+    while not state.full and len(state.accepted) > walked:
+        walked = len(state.accepted)
+        rejected: list[int] = []
+        for index, value in _scored(state, score, waiting):
+            chance = float(torch.rand(1, generator=generator, dtype=torch.float64))
+            if (
+                current is None
+                or value <= _with_slack(current)
+                or chance < _odds(value - current, start, state)
+            ):
+                state.accept(index)
+                current = value
+            else:
+                rejected.append(index)
+            if state.full:
+                break
+        waiting = rejected
+    state.fill(range(len(candidates.units)))
+    return state.accepted
+
+
+def _odds(change: float, start: float, state: _State) -> float:
+    """The probability to accept what changes the mean score by so much: 0 at a temperature of 0, 1 at infinity."""
+    temperature = start * (1 - len(state.accepted) / state.quota)
+    return math.exp(-change * (len(state.accepted) + 1) / temperature) if temperature > 0 else 0.0
+
+
+def _spread(candidates: Candidates, score: Score) -> float:
+    first = score(candidates.lo[:_WARM_UP], candidates.hi[:_WARM_UP])
+    return float(first.std(correction=0)) if len(first) else 0.0
+
+
+def _with_slack(value: float) -> float:
+    """A score that is the same but for its last digits, which depend on the order of a sum, is no worse."""
+    return value + 1e-12 * max(1.0, abs(value))
+
+
+def _scored(state: _State, score: Score, waiting: list[int]) -> Iterator[tuple[int, float]]:
+    """(candidate, its score together with what is accepted at that moment), of those whose units are free.
+
+    Scores are computed ahead for as long as nothing is accepted, twice as many each time.
+    """
+    ahead: dict[int, float] = {}
+    accepted, many = len(state.accepted), 1
+    for place, index in enumerate(waiting):
+        if not state.is_free(index):
+            continue
+        if len(state.accepted) != accepted:
+            ahead, accepted, many = {}, len(state.accepted), 1
+        if index not in ahead:
+            part = waiting[place : place + many]
+            ahead = dict(zip(part, state.scores(score, part).tolist(), strict=True))
+            many = min(2 * many, _MOST_AT_ONCE)
+        yield index, ahead[index]
+
+
+@dataclass
+class _State:
+    """What is accepted so far: indices, the units used up, the sums of the bounds."""
+
+    candidates: Candidates
+    quota: int
+    accepted: list[int] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+    lo: Tensor | float = 0.0
+    hi: Tensor | float = 0.0
+
+    @property
+    def full(self) -> bool:
+        """Whether the quota is met."""
+        return len(self.accepted) >= self.quota
+
+    def is_free(self, index: int) -> bool:
+        """Whether none of a candidate's units is used up."""
+        return self.used.isdisjoint(self.candidates.units[index])
+
+    def accept(self, index: int) -> None:
+        """Take a candidate, use up its units, add its bounds."""
+        self.accepted.append(index)
+        self.used.update(self.candidates.units[index])
+        self.lo = self.lo + self.candidates.lo[index].double()
+        self.hi = self.hi + self.candidates.hi[index].double()
+
+    def fill(self, order: range) -> None:
+        """Accept what is free in the order of the list until the quota is met."""
+        taken = set(self.accepted)
+        for index in order:
+            if self.full:
+                return
+            if index not in taken and self.is_free(index):
+                self.accept(index)
+
+    def scores(self, score: Score, indices: list[int]) -> Tensor:
+        """The score of the mean bounds per candidate if each of these were the next one."""
+        count = len(self.accepted) + 1
+        return score(
+            (self.lo + self.candidates.lo[indices].double()) / count,
+            (self.hi + self.candidates.hi[indices].double()) / count,
+        )
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Ranks in [0, 1] of the values of a list, as a piecewise linear, strictly increasing map of any value."""
+
+    values: Tensor
+    ranks: Tensor
+    grain: float
+
+    @staticmethod
+    def among(values: Tensor) -> _Ranks:
+        """The map of a list (n,); values that differ only in rounding have one rank."""
+        grain = _ROUNDING * ((float(values.abs().max()) if len(values) else 0.0) or 1.0)
+        distinct, counts = torch.unique((values / grain).round(), return_counts=True)
+        middle = counts.cumsum(0).double() - (counts.double() + 1) / 2
+        return _Ranks(distinct, middle / max(1, len(values) - 1), grain)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The rank of each value."""
+        values = (values / self.grain).round()
+        if not len(self.values):
+            return torch.zeros_like(values)
+        first, last = self.values[0], self.values[-1]
+        width = float(last - first) or float(last.abs()) or 1 / self.grain
+        below, above = (first - values).clamp_min(0) / width, (values - last).clamp_min(0) / width
+        if len(self.values) == 1:
+            return self.ranks + above - below
+        place = torch.searchsorted(self.values, values, right=True).clamp(1, len(self.values) - 1)
+        left, right = self.values[place - 1], self.values[place]
+        share = ((values - left) / (right - left)).clamp(0, 1)
+        return torch.lerp(self.ranks[place - 1], self.ranks[place], share) + above - below

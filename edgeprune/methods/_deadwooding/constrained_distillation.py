@@ -1,0 +1,184 @@
+"""Distillation as constraints: close to a teacher on clean images, and right or close to it on adversarial ones.
+
+A batch costs L + sum of lambda_c max(0, g_c), over 1 + sum of lambda_c, so that the gradient does not grow with the
+multipliers; L is the loss of the recipe's objective, on x' where that is adversarial, or CE(f(x), y).
+g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x')) - eps_adv, with x' from the attack
+of the recipe's objective. After each epoch a multiplier rises by its step times its mean violation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune import distributed
+from edgeprune.data import Split
+from edgeprune.methods._deadwooding import shrinkage
+from edgeprune.models import full, logits, modes
+from edgeprune.train import Objective, chance, fastest_config, restored_device
+
+DISTANCES = ("teacher_clean", "ce", "tv", "w1")
+
+OWN_IMAGES = 1024
+
+OWN_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How far answers are from what is wanted; each the mean over the images.
+
+    kind: "teacher_clean": T^2 KL from the teacher's softmax on the clean image; "tv", "w1": total variation and
+    1-Wasserstein distance over the class numbers between the two; "ce": cross-entropy of the label.
+    """
+
+    kind: str = "teacher_clean"
+    temperature: float = 4.0
+
+    def __call__(self, answer: Tensor, wanted: Tensor, y: Tensor) -> Tensor:
+        """From logits `answer` (N, K) to the teacher's `wanted` (N, K) or labels y int64 (N,): a scalar >= 0."""
+        if self.kind == "ce":
+            return functional.cross_entropy(answer, y)
+        if self.kind == "teacher_clean":
+            return divergence(wanted, answer, self.temperature)
+        change = answer.softmax(1) - wanted.softmax(1)
+        if self.kind == "tv":
+            return change.abs().sum(1).mean() / 2
+        return change.cumsum(1).abs().sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of one training; `loss`, `after_epoch`, `state` and `restore` are hooks of `train.loop.fit`.
+
+    objective: whose attack makes x'. task: L, the "objective"'s or the cross-entropy of clean images, "ce".
+    metric: D. slack: eps of each constraint that counts, "kd" and "adv"; without any the loss is L alone.
+    steps: name -> dual step. bank: name -> multiplier. sums: what the batches of this epoch add up to.
+    curves: name -> a number for each epoch: the multiplier while it ran, the mean distance and the mean violation.
+    """
+
+    objective: Objective
+    task: str
+    teacher: nn.Module
+    metric: Metric
+    slack: Mapping[str, float]
+    steps: Mapping[str, float]
+    bank: shrinkage.Multipliers
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The cost of a batch; clean and adversarial images go through the network together."""
+        adversarial = self.task == "objective" and self.objective.attacks
+        if not self.slack:
+            return (self.objective if adversarial else on_labels)(module, x, y, generator)
+        with torch.no_grad():
+            wanted = full(logits(self.teacher, x))
+        robust = "adv" in self.slack or adversarial
+        seen = torch.cat([x, self.objective.attack(module, x, y, generator)]) if robust else x
+        answer = full(logits(module, seen))
+        clean, moved = answer[: len(x)], answer[len(x) :]
+        found: dict[str, Tensor] = {}
+        if "kd" in self.slack:
+            found["kd"] = divergence(wanted, clean, self.metric.temperature)
+        if "adv" in self.slack:
+            found["adv"] = self.metric(moved, wanted, y)
+        over = {name: (value - self.slack[name]).clamp(min=0) for name, value in found.items()}
+        self._count(found, over)
+        loss, weight = self._task(clean, moved, y) if adversarial else functional.cross_entropy(clean, y), 1.0
+        for name, violation in over.items():
+            multiplier = float(self.bank.values[name])
+            loss, weight = loss + multiplier * violation, weight + multiplier
+        return loss / weight
+
+    def after_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        """The dual step."""
+        if not self.slack:
+            return
+        means = {name: float(total / self.sums["batches"]) for name, total in self.sums.items()}
+        self.sums.clear()
+        for name, multiplier in self.bank.values.items():
+            found = {
+                f"lambda_{name}": float(multiplier), name: means[name], f"{name} over": means[f"{name} over"],
+            }  # fmt: skip
+            for curve, value in found.items():
+                self.curves.setdefault(curve, []).append(value)
+        self.bank.update({name: means[f"{name} over"] for name in self.slack}, self.steps)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        curves = {name: [*curve] for name, curve in self.curves.items()}
+        return {**self.bank.state(), "sums": dict(self.sums), "curves": curves}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; curves that are longer than its stay, for the best epoch may be an early one."""
+        self.bank.restore(state)
+        self.sums.clear()
+        self.sums.update(state["sums"])
+        longer = {n: c for n, c in state["curves"].items() if len(c) > len(self.curves.get(n, []))}
+        self.curves.update({name: [*curve] for name, curve in longer.items()})
+
+    def _task(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
+        """The objective's loss of a batch whose answers are there."""
+        on_clean = functional.cross_entropy(clean, y)
+        if self.objective.kind == "trades":
+            return on_clean + self.objective.trades * divergence(clean, moved, 1.0)
+        beta = self.objective.beta
+        return beta * on_clean + (1 - beta) * functional.cross_entropy(moved, y)
+
+    def _count(self, found: Mapping[str, Tensor], over: Mapping[str, Tensor]) -> None:
+        """Add a batch to the sums, of all processes, so that a checkpoint of one is that of all."""
+        named = {**found, **{f"{name} over": value for name, value in over.items()}}
+        values = torch.stack([value.detach().double() for value in named.values()])
+        distributed.all_reduce_mean_([values])
+        for name, value in zip((*named, "batches"), (*values, torch.ones_like(values[0])), strict=True):
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+def own_value(
+    teacher: nn.Module, split: Split, objective: Objective, metric: Metric, seed: int
+) -> tuple[float, float]:
+    """How far a teacher's own answers are from what is wanted under the attack, on at most 1,024 images.
+
+    Args:
+        teacher: pixels in [0, 1] to logits. split: at least one image; not of those that are trained on.
+
+    Returns:
+        The mean distance of its answers, and that of an answer that knows nothing, all classes alike.
+
+    Raises:
+        ModelError: the teacher fails on the images, or the attack finds no gradient.
+    """
+    rows = torch.arange(min(OWN_IMAGES, len(split)))
+    total = torch.zeros(2, dtype=torch.float64)
+    with restored_device([teacher]), modes(None, teacher):
+        placement = fastest_config([teacher], split.take(rows[:2]))
+        for number, (x, y) in enumerate(split.batches(OWN_BATCH, rows)):
+            images, labels = placement.images(x), y.to(placement.device)
+            moved = objective.attack(teacher, images, labels, chance(seed, number, "slack"))
+            with torch.no_grad():
+                wanted, answer = full(logits(teacher, images)), full(logits(teacher, moved))
+                pair = [metric(each, wanted, labels) for each in (answer, torch.zeros_like(answer))]
+            total += len(x) * torch.stack(pair).double().cpu()
+    own, nothing = distributed.broadcast_(total / len(rows)).tolist()
+    return own, nothing
+
+
+def divergence(wanted: Tensor, answer: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(wanted / T) || softmax(answer / T)) of logits (N, K), the mean over the images."""
+    return temperature**2 * functional.kl_div(
+        functional.log_softmax(answer / temperature, dim=1),
+        functional.log_softmax(wanted / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def on_labels(module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean cross-entropy of clean images, as a hook of `train.loop.fit`."""
+    return functional.cross_entropy(full(logits(module, x)), y)

@@ -1,0 +1,1 @@
+"""What only Dynamic Network Rewiring needs."""

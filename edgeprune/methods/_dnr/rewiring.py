@@ -1,0 +1,329 @@
+"""Which units a sparse network trades for others between epochs, on an exact budget.
+
+Dynamic network rewiring (Kundu et al. 2021): each layer gives up its weakest units, and what that frees goes to the
+layers whose momentum is largest. Everything here is counting and choosing: pure, stable by flat index, exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from edgeprune.structure import drop_smallest
+
+# p * k is meant as a product of decimals: 0.29 * 100 is 28.999999999999996 in binary.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Rewired:
+    """What a rewiring did.
+
+    masks: name -> bool (n,), what is there now. stayed: what was there before and was not removed; the rest of masks
+    starts at zero. removed, grown: how many, per name. shares: of the regrowth, summing to 1; empty where the pattern
+    fixes them.
+    """
+
+    masks: dict[str, Tensor]
+    stayed: dict[str, Tensor]
+    removed: dict[str, int]
+    grown: dict[str, int]
+    shares: dict[str, float]
+
+
+def pruning_rate(start: float, epoch: int, epochs: float) -> float:
+    """The share of active units that go after an epoch: p_0 (1 - e / E), falling to 0 at the end of the training.
+
+    Args:
+        start: p_0, in [0, 1]. epoch: e, the epochs done before the one just done. epochs: E, all of them,
+            or those in which anything goes.
+    """
+    return max(0.0, start * (1 - epoch / epochs))
+
+
+def largest_remainder(
+    shares: Sequence[float], total: int, caps: Sequence[int], floors: Sequence[int] = ()
+) -> list[int]:
+    """Whole numbers in proportion to shares: exactly `total` together, none above its cap or below its floor.
+
+    Each gets its quota rounded down and those with the largest remainders one more (of equal ones the first). What a
+    cap cuts off is shared out again among the others; who would get less than its floor gets that, and the others
+    share the rest. Shares that are all 0 count as the caps.
+
+    Args:
+        shares: >= 0, of any scale.
+        total: from the sum of the floors to the sum of the caps.
+        floors: one for each cap and at most that; empty for 0.
+
+    Raises:
+        ValueError: a share is negative or not finite, or no such numbers exist.
+    """
+    if any(not math.isfinite(s) or s < 0 for s in shares):
+        raise ValueError(f"shares must be finite and not negative, got {list(shares)}")
+    least = list(floors) or [0] * len(caps)
+    if not sum(least) <= total <= sum(caps):
+        raise ValueError(f"{total} can't be shared out with at least {least} and at most {list(caps)}")
+    fixed: dict[int, int] = {}
+    while True:
+        rest = [i for i in range(len(caps)) if i not in fixed]
+        counts = _capped([shares[i] for i in rest], total - sum(fixed.values()), [caps[i] for i in rest])
+        found = dict(zip(rest, counts, strict=True))
+        below = {i: least[i] for i, count in found.items() if count < least[i]}
+        if not below:
+            return [fixed[i] if i in fixed else found[i] for i in range(len(caps))]
+        fixed.update(below)
+
+
+def normalized(means: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Normalized momentum of each layer: the mean |momentum| of its active entries over the sum of all layers'.
+
+    Args:
+        means: name -> mean |momentum|, 0 where nothing is active.
+        sizes: name -> how many entries there are; the layers share by these where the means say nothing (all 0, or
+            not finite).
+
+    Returns:
+        name -> share, in [0, 1], summing to 1.
+    """
+    usable: Mapping[str, float] = means
+    if not math.isfinite(sum(means.values())) or sum(means.values()) <= 0:
+        usable = {name: float(sizes[name]) for name in means}
+    total = sum(usable.values())
+    return {name: value / total for name, value in usable.items()}
+
+
+def rewire(
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    rate: float,
+    floors: Mapping[str, int] | None = None,
+) -> Rewired:
+    """Trade single weights: in every layer the smallest |w| go, and as many grow where the momentum is largest.
+
+    A layer gives up floor(rate * active). What all of them give up is shared out by normalized momentum (largest
+    remainder, at most what a layer has free) and goes to the largest |momentum| of the inactive positions, those just
+    removed among them. As many are active afterwards as before, exactly.
+
+    Args:
+        masks: name -> bool (n,). weights, momenta: name -> a tensor of n entries, in row-major order.
+        rate: in [0, 1], `pruning_rate`.
+        floors: name -> the least that stay active; a layer that has less already keeps what it has.
+    """
+    means = {name: _mean(momenta[name], mask) for name, mask in masks.items()}
+    shares = normalized(means, {name: len(mask) for name, mask in masks.items()})
+    removed = {name: math.floor(rate * int(m.sum()) + ROUNDING) for name, m in masks.items()}
+    stayed = {name: drop_smallest(magnitude(weights[name]), m, removed[name]) for name, m in masks.items()}
+    active = {name: int(m.sum()) for name, m in stayed.items()}
+    least = {
+        name: max(0, min((floors or {}).get(name, 0), int(m.sum())) - active[name])
+        for name, m in masks.items()
+    }
+    free = {name: len(m) - active[name] for name, m in masks.items()}
+    counts = largest_remainder(
+        list(shares.values()), sum(removed.values()), list(free.values()), list(least.values())
+    )
+    grown = dict(zip(masks, counts, strict=True))
+    new = {name: with_largest(magnitude(momenta[name]), m, grown[name]) for name, m in stayed.items()}
+    return Rewired(new, stayed, removed, grown, shares)
+
+
+def rewire_blocks(
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    blocks: Mapping[str, Tensor],
+    rate: float,
+) -> Rewired:
+    """Trade weights within blocks of four, two of which are active before and after.
+
+    In floor(rate * blocks) blocks of a layer, those whose weaker active weight is smallest, that weight goes, and the
+    largest |momentum| among the three positions that are then free comes.
+
+    Args:
+        masks: name -> bool (n,), two of every block. weights, momenta: name -> a tensor of n entries, row-major.
+        blocks: name -> int64 (b, 4), flat indices; entries in no block stay as they are.
+        rate: in [0, 1].
+    """
+    new = {name: m.clone() for name, m in masks.items()}
+    stayed = {name: m.clone() for name, m in masks.items()}
+    counts: dict[str, int] = {}
+    for name, mask in masks.items():
+        where = blocks[name]
+        weak, position = magnitude(weights[name])[where].masked_fill(~mask[where], math.inf).min(1)
+        count = counts[name] = math.floor(rate * len(where) + ROUNDING)
+        chosen = torch.argsort(weak, stable=True)[:count]
+        going = where[chosen, position[chosen]]
+        stayed[name][going] = False
+        new[name][going] = False
+        others = where[chosen]
+        wanted = magnitude(momenta[name])[others].masked_fill(new[name][others], -1.0).argmax(1)
+        new[name][others[torch.arange(count), wanted]] = True
+    return Rewired(new, stayed, counts, dict(counts), {})
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """|values| as float64 (n,) on the CPU; what is no number counts as 0."""
+    return torch.nan_to_num(values.detach().reshape(-1).double().abs().cpu(), nan=0.0)
+
+
+def with_largest(scores: Tensor, mask: Tensor, count: int) -> Tensor:
+    """A mask with `count` more units: those with the largest scores that it lacks, the first of equal ones.
+
+    Args:
+        scores: float64 (n,), >= 0. mask: bool (n,). count: at most how many it lacks.
+    """
+    out = mask.clone()
+    out[torch.argsort(scores.masked_fill(mask, -1.0), descending=True, stable=True)[:count]] = True
+    return out
+
+
+def _capped(shares: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
+    """Largest remainders below caps: full ones drop out until none is, then quotas are rounded."""
+    out = [0] * len(caps)
+    open_ = list(range(len(caps)))
+    while True:
+        # Fractions: with floats, equal shares could end as unequal remainders and break ties by noise.
+        weights = {i: Fraction(shares[i]) for i in open_}
+        if not sum(weights.values()):
+            weights = {i: Fraction(caps[i]) for i in open_}
+        whole = sum(weights.values()) or Fraction(1)
+        rest = total - sum(out)
+        quotas = {i: rest * weight / whole for i, weight in weights.items()}
+        full = [i for i in open_ if quotas[i] > caps[i]]
+        if not full:
+            break
+        for i in full:
+            out[i] = caps[i]
+        open_ = [i for i in open_ if i not in full]
+    for i in open_:
+        out[i] = math.floor(quotas[i])
+    short = total - sum(out)
+    for i in sorted((i for i in open_ if out[i] < caps[i]), key=lambda i: (out[i] - quotas[i], i))[:short]:
+        out[i] += 1
+    return out
+
+
+def _mean(momentum: Tensor, mask: Tensor) -> float:
+    active = momentum.detach().reshape(-1).abs().cpu()[mask].double()
+    return float(active.mean()) if len(active) else 0.0
+
+
+@dataclass(frozen=True)
+class ChannelBudget:
+    """What the kept channels may cost.
+
+    costs: group -> count, to metric -> cost; must not fall with a count. limits: metric -> most allowed. levels: group
+    -> the counts that it may keep, its number of channels among them.
+    """
+
+    costs: Callable[[Mapping[str, int]], Mapping[str, float]]
+    limits: Mapping[str, float]
+    levels: Mapping[str, tuple[int, ...]]
+
+    def above(self, group: str, count: int) -> int | None:
+        """The next larger level of a group, None when it keeps all."""
+        return min((k for k in self.levels[group] if k > count), default=None)
+
+    def left(self, kept: Mapping[str, int]) -> float:
+        """What is not spent, as a share of each limit, summed over the limits; -inf when one is broken."""
+        cost = self.costs(kept)
+        spare = [(limit - cost[metric]) / max(limit, 1e-12) for metric, limit in self.limits.items()]
+        return sum(spare) if all(s >= 0 for s in spare) else -math.inf
+
+
+def rewire_channels(
+    masks: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor],
+    momenta: Mapping[str, Tensor],
+    shares: Mapping[str, float],
+    rate: float,
+    budget: ChannelBudget,
+) -> Rewired:
+    """Trade whole channels: the weakest of every group go, and the freed cost goes where the momentum is largest.
+
+    A group gives up floor(rate * active). It gets back at least what lifts it to one of its levels, and then what its
+    share of the freed cost buys; the rest is spent on the most momentum per cost that still fits. Afterwards every
+    count is a level, every limit holds, and no group could go up a level without breaking one.
+
+    Args:
+        masks: group -> bool (C,), a choice that fits and lies on the levels.
+        norms: group -> float64 (C,), what a channel is worth. momenta: group -> float64 (C,), its momentum's norm.
+        shares: group -> share of the regrowth (`normalized`).
+        rate: in [0, 1].
+    """
+    removed = {name: math.floor(rate * int(m.sum()) + ROUNDING) for name, m in masks.items()}
+    stayed = {name: drop_smallest(magnitude(norms[name]), m, removed[name]) for name, m in masks.items()}
+    strength = {name: magnitude(momenta[name]) for name in masks}
+    active = {name: int(m.sum()) for name, m in stayed.items()}
+    kept = {name: min(k for k in budget.levels[name] if k >= count) for name, count in active.items()}
+    gains = {name: _gains(strength[name], m) for name, m in stayed.items()}
+    kept = fill(kept, shares, gains, budget)
+    grown = {name: kept[name] - active[name] for name in masks}
+    new = {name: with_largest(strength[name], m, grown[name]) for name, m in stayed.items()}
+    return Rewired(new, stayed, removed, grown, dict(shares))
+
+
+def fill(
+    kept: Mapping[str, int], shares: Mapping[str, float], gains: Mapping[str, Tensor], budget: ChannelBudget
+) -> dict[str, int]:
+    """Raise counts, level by level, until no group can go up without breaking a limit.
+
+    First each group by what its share of the unspent cost buys, where what full groups leave over is shared out again;
+    then whichever gains most per cost.
+
+    Args:
+        kept: group -> a level; together within the limits.
+        gains: group -> float64 (C,), what the k-th channel adds; only those beyond kept are looked at.
+    """
+    counts = dict(kept)
+    while _share_out(counts, shares, budget):
+        pass
+    open_ = set(counts)
+    while True:
+        best: tuple[float, str, int] | None = None
+        left = budget.left(counts)
+        for group in [g for g in counts if g in open_]:
+            level = budget.above(group, counts[group])
+            after = -math.inf if level is None else budget.left({**counts, group: level})
+            if level is None or after == -math.inf:
+                # What does not fit now will not fit later: costs only rise.
+                open_.discard(group)
+                continue
+            gain = float(gains[group][counts[group] : level].sum())
+            value = gain / max(left - after, 1e-12)
+            if best is None or value > best[0]:
+                best = (value, group, level)
+        if best is None:
+            return counts
+        counts[best[1]] = best[2]
+
+
+def _share_out(counts: dict[str, int], shares: Mapping[str, float], budget: ChannelBudget) -> bool:
+    """Spend each group's share of what is left on its own levels, in place; whether that filled a group."""
+    steps = {group: budget.above(group, count) for group, count in counts.items()}
+    open_ = [g for g, step in steps.items() if step is not None and budget.left({**counts, g: step}) >= 0]
+    whole = sum(shares[g] for g in open_)
+    left = budget.left(counts)
+    filled = False
+    for group in sorted(open_, key=lambda g: -shares[g]) if whole > 0 else ():
+        allowance = left * shares[group] / whole * (1 + ROUNDING)
+        before = budget.left(counts)
+        while (level := budget.above(group, counts[group])) is not None:
+            after = budget.left({**counts, group: level})
+            if before - after > allowance:
+                break
+            counts[group] = level
+            filled = filled or budget.above(group, level) is None
+    return filled
+
+
+def _gains(strength: Tensor, active: Tensor) -> Tensor:
+    """What the k-th channel of a group adds: 0 for the active ones, then the strengths of the others, falling."""
+    others = torch.sort(strength[~active], descending=True).values
+    return torch.cat([torch.zeros(int(active.sum()), dtype=torch.float64), others])

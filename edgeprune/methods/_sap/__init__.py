@@ -1,0 +1,1 @@
+"""What only Sparsity-informed Adaptive Pruning needs."""

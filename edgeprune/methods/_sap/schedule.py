@@ -1,0 +1,327 @@
+"""Which units go next: SAP's count on every vector of a scope, and the cut that takes exactly so many.
+
+The vectors are the rows of a weight ("unit"), a whole weight or group ("layer"), or all of them together ("global").
+Of the 2:4 pattern a cut does not drop single weights but imposes the pattern on half as many blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import UsageError
+from edgeprune.quantities import suggest
+from edgeprune.structure import (
+    BLOCK,
+    KEPT_OF_BLOCK,
+    ROUNDING,
+    Units,
+    check_rule,
+    drop_smallest,
+    exactly,
+    share_out,
+    superfluous,
+)
+
+SCOPES = ("unit", "layer", "global")
+
+TINY = 1e-9
+
+# A change of the index counts from this share of it on: below it, it is chance.
+TURN = 0.02
+
+# No budget needs more cuts; and so many share it when counts alone would never get there.
+MOST_CUTS, CUTS_WITHOUT_HELP = 100, 10
+
+# Counts of one cut, and how many units one of them must take, or it is the last.
+MOST_COUNTS, LEAST_COUNT = 1000, 0.01
+
+HALVINGS = 20
+
+Scores = Mapping[str, Tensor]
+
+UnitMasks = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many units go at once. p, q, eta, gamma, beta: of `sap_count`. scope: one of SCOPES.
+
+    ratio: if more than 0, this share goes, whatever the index says.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    p: float = 0.5
+    q: float = 1.0
+    eta: float = 0.0
+    gamma: float = 1.0
+    beta: float = 0.9
+    scope: str = "layer"
+    ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no rule."""
+        check_rule(self.p, self.q, self.eta, self.gamma, self.beta)
+        if self.scope not in SCOPES:
+            found = f"sap: scope = {self.scope!r} is not one of {', '.join(SCOPES)}"
+            raise UsageError(found, suggest(self.scope, SCOPES))
+        if not 0 <= self.ratio < 1:
+            raise UsageError(
+                f"sap: ratio = {self.ratio:g} must be in [0, 1)",
+                "0 lets the index decide, the paper's baseline is 0.2",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedVector:
+    """Some units that are counted and cut together: `start` to `stop` of a name, or all of all names (name "").
+
+    left: how many are still there. room: how many can go at most. shares: float64 (left + 1,), which part of the n
+    largest is superfluous, before gamma and beta.
+    """
+
+    name: str
+    start: int
+    stop: int
+    left: int
+    room: int
+    shares: Tensor
+
+    def count(self, gone: float, rule: Rule) -> float:
+        """How many go next when so many have gone: n * min(gamma * share, beta), as far as there is room."""
+        n = self.left - gone
+        share = rule.ratio or min(rule.gamma * float(self.shares[int(n)]), rule.beta)
+        return min(self.room - gone, n * share)
+
+
+@dataclass(frozen=True)
+class CutSchedule:
+    """Cuts by a rule.
+
+    least: name -> how many units stay at least. excess: what masks leave, as a multiple of the budget; 0 without one.
+    """
+
+    units: Units
+    rule: Rule
+    least: Mapping[str, int]
+    excess: Callable[[Scores], float]
+
+    def next(self, scores: Scores, masks: Scores, goal: float = math.inf) -> tuple[UnitMasks, float]:
+        """One cut by the rule's count; and by the count of what that leaves, and so on, until a goal is reached.
+
+        Args:
+            scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left. goal: an excess.
+
+        Returns:
+            Masks, True only where `masks` is; and how many counts it took, the last one perhaps in part.
+        """
+        found = vectors(self.units, scores, masks, self.rule, self.least)
+        excess, left = self.excess(masks), sum(int(keep.sum()) for keep in masks.values())
+
+        def reached(drops: Sequence[int]) -> bool:
+            if self.units.granularity == "channel":
+                return self.excess(self._cut(scores, masks, found, drops)) <= goal
+            return excess * (left - sum(drops)) / left <= goal
+
+        drops, rounds = descend(found, self.rule, reached)
+        return self._cut(scores, masks, found, drops), rounds
+
+    def exactly(self, scores: Scores, masks: Scores, total: int) -> UnitMasks | None:
+        """A cut of `total` weights, shared out as counts one after the other do; None where floors leave no room."""
+        found = vectors(self.units, scores, masks, self.rule, self.least)
+        if sum(v.room for v in found) < total:
+            return None
+        return self._cut(scores, masks, found, exact_counts(found, self.rule, total))
+
+    def needed(self, scores: Scores) -> int:
+        """How many counts get to the budget, if no training changes the scores in between."""
+        after, rounds = self.next(scores, self.units.all(), 1.0)
+        short = self.excess(after) > 1
+        return min(MOST_CUTS, max(math.ceil(rounds), CUTS_WITHOUT_HELP if short else 1))
+
+    def _cut(
+        self, scores: Scores, masks: Scores, found: Sequence[PrunedVector], drops: Sequence[int]
+    ) -> UnitMasks:
+        """Take the smallest of each vector, so many as said; of the pattern, half as many of the cheapest blocks."""
+        after = {name: keep.clone() for name, keep in masks.items()}
+        kept = self.units.best_of_blocks(scores) if self.units.granularity == "2:4" else {}
+        for vector, count in zip(found, drops, strict=True):
+            if kept:
+                _impose((self.units, scores, kept), after, vector, count // KEPT_OF_BLOCK)
+            elif not vector.name:
+                return _global(scores, masks, count, self.least)
+            else:
+                part = slice(vector.start, vector.stop)
+                after[vector.name][part] = drop_smallest(
+                    scores[vector.name][part], after[vector.name][part], count
+                )
+        return after
+
+
+def vectors(
+    units: Units, scores: Scores, masks: Scores, rule: Rule, least: Mapping[str, int]
+) -> list[PrunedVector]:
+    """The vectors of a scope.
+
+    Args:
+        scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left.
+        least: name -> how many units stay at least.
+    """
+
+    def vector(place: tuple[str, int, int], values: Tensor, floor: int) -> PrunedVector:
+        room = max(0, values.numel() - max(1, floor))
+        return PrunedVector(*place, values.numel(), room, superfluous(values, rule.p, rule.q, rule.eta))
+
+    if rule.scope == "global":
+        everything = torch.cat([scores[name][masks[name]] for name in units.sizes])
+        return [
+            vector(("", 0, sum(units.sizes.values())), everything, sum(least[name] for name in units.sizes))
+        ]
+    found: list[PrunedVector] = []
+    for name, n in units.sizes.items():
+        rows = units.shapes[name][0] if rule.scope == "unit" and name in units.shapes else 1
+        for start in range(0, n, n // rows):
+            part = slice(start, start + n // rows)
+            values = scores[name][part][masks[name][part]]
+            found.append(vector((name, part.start, part.stop), values, -(-least[name] // rows)))
+    return found
+
+
+def descend(
+    found: Sequence[PrunedVector], rule: Rule, reached: Callable[[Sequence[int]], bool]
+) -> tuple[list[int], float]:
+    """How many units of each vector go: a whole count, and more counts until a goal is reached, as if it were cut.
+
+    Other than with one count times a factor, a layer of which little is superfluous by then loses little; and a small
+    one, whose count is less than a unit, nothing more.
+
+    Returns:
+        The numbers, and how many counts they are; of the last one only the part that is needed.
+    """
+    first = [math.floor(v.count(0, rule) + ROUNDING) for v in found]
+    if reached(first):
+        return first, 1.0
+    gone: list[float] = [*first]
+    for rounds in range(1, MOST_COUNTS):
+        more = _more(found, gone, rule)
+        if sum(more) < LEAST_COUNT:
+            return _partly(gone, more, 0.0), float(rounds)
+        if reached(_partly(gone, more, 1.0)):
+            low, high = 0.0, 1.0
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                low, high = (low, middle) if reached(_partly(gone, more, middle)) else (middle, high)
+            return _partly(gone, more, high), rounds + high
+        gone = [a + b for a, b in zip(gone, more, strict=True)]
+    return _partly(gone, gone, 0.0), float(MOST_COUNTS)
+
+
+def exact_counts(found: Sequence[PrunedVector], rule: Rule, total: int) -> list[int]:
+    """How many units of each vector go so that it is `total` in all, by counts one after the other."""
+    gone = [0.0] * len(found)
+    while (rest := total - sum(gone)) > 0:
+        more = _more(found, gone, rule)
+        if sum(more) < LEAST_COUNT:
+            # Where nothing is superfluous, a budget still takes from all alike.
+            more = [v.room - g for v, g in zip(found, gone, strict=True)]
+        part = min(1.0, rest / sum(more))
+        gone = [a + part * b for a, b in zip(gone, more, strict=True)]
+        if part < 1 or rest <= sum(more):
+            break
+    wanted = {i: max(g, TINY) for i, g in enumerate(gone)}
+    nothing, most = dict.fromkeys(wanted, 0), {i: v.room for i, v in enumerate(found)}
+    return list(share_out(wanted, total, nothing, most).values())
+
+
+def _more(found: Sequence[PrunedVector], gone: Sequence[float], rule: Rule) -> list[float]:
+    """The next count; only where it is less than a unit everywhere, these parts of units."""
+    exact = [v.count(g, rule) for v, g in zip(found, gone, strict=True)]
+    whole = [math.floor(count + ROUNDING) for count in exact]
+    return [*whole] if any(whole) else exact
+
+
+def _partly(gone: Sequence[float], more: Sequence[float], share: float) -> list[int]:
+    return [math.floor(a + share * b + ROUNDING) for a, b in zip(gone, more, strict=True)]
+
+
+def alive(scores: Scores, masks: Scores) -> UnitMasks:
+    """The scores, and -1 for what is gone: it is chosen last."""
+    return {name: s.masked_fill(~masks[name], -1.0) for name, s in scores.items()}
+
+
+def energy(scores: Scores, masks: Scores) -> UnitMasks:
+    """Squared scores as shares of what is left of a group, comparable between groups; -1 for what is gone."""
+    out: dict[str, Tensor] = {}
+    for name, wish in alive(scores, masks).items():
+        squares = wish.clamp(min=0) ** 2
+        out[name] = torch.where(masks[name], squares / torch.clamp(squares.sum(), min=1e-30), -1.0)
+    return out
+
+
+def same(a: Scores, b: Scores) -> bool:
+    """Whether two masks are equal."""
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def turned(curve: Sequence[float]) -> bool:
+    """Whether an index that had risen is falling now: the network collapses. Smaller changes than TURN don't count."""
+    lowest, peak = math.inf, 0.0
+    for value in curve:
+        lowest = min(lowest, value)
+        peak = max(peak, value) if value > lowest * (1 + TURN) or peak else 0.0
+    return bool(curve) and peak > 0 and curve[-1] < peak * (1 - TURN)
+
+
+def _global(scores: Scores, masks: Scores, count: int, least: Mapping[str, int]) -> UnitMasks:
+    left = sum(int(keep.sum()) for keep in masks.values())
+    chosen = exactly(alive(scores, masks), left - count, least)
+    return {name: keep & masks[name] for name, keep in chosen.items()}
+
+
+def _impose(
+    pattern: tuple[Units, Scores, Scores], masks: UnitMasks, vector: PrunedVector, count: int
+) -> None:
+    """Leave the two largest of `count` blocks, those that lose the least sum of squares by it, in place."""
+    units, scores, kept = pattern
+    whole: dict[str, Tensor] = {}
+    for name in [vector.name] if vector.name else units.sizes:
+        blocks = units.blocks[name]
+        if vector.name:
+            blocks = blocks[vector.start // BLOCK : vector.stop // BLOCK]
+        whole[name] = blocks[masks[name][blocks].all(1)]
+    losses = [(scores[name][blocks] ** 2 * ~kept[name][blocks]).sum(1) for name, blocks in whole.items()]
+    chosen = torch.zeros(sum(map(len, losses)), dtype=torch.bool)
+    chosen[torch.argsort(torch.cat(losses), stable=True)[:count]] = True
+    for (name, blocks), taken in zip(whole.items(), chosen.split([len(x) for x in losses]), strict=True):
+        entries = blocks[taken].flatten()
+        masks[name][entries] = kept[name][entries]
+
+
+def reinitialize(network: nn.Module, seed: int) -> tuple[str, ...]:
+    """New weights by the seed, drawn on the CPU, so that every device gets the same; notes of what could not be drawn.
+
+    Raises:
+        UsageError: no layer can be initialized.
+    """
+    fresh, known = deepcopy(network).cpu(), set[str]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path, layer in fresh.named_modules():
+            reset = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                known |= {
+                    f"{path}.{name}" if path else name for name, _ in layer.named_parameters(recurse=False)
+                }
+    if not known:
+        raise UsageError("no layer of the network can be initialized anew", "train from the given weights")
+    network.load_state_dict(fresh.state_dict())
+    old = [name for name, _ in network.named_parameters() if name not in known]
+    return (f"Not initialized anew, because it is no layer's: {', '.join(old)}.",) if old else ()

@@ -1,0 +1,19 @@
+"""A network as data: load, trace, run, cut, store."""
+
+# fmt: off
+from edgeprune.models.architectures import canonical
+from edgeprune.models.batch_dependence import HINT, TWO_LINES, check_alone, differs
+from edgeprune.models.batchnorm_folding import folded
+from edgeprune.models.bundle import deployed, from_module, image_shape, load_bundle, rebuild, run, sha256_file
+from edgeprune.models.costs import CostModel, LAYERS, cost_model, layer_costs, normalized_example, total_macs
+from edgeprune.models.costs import total_params
+from edgeprune.models.inference import CALL_ERRORS, full, logits, modes, unfreeze
+from edgeprune.models.queries import Advance, AttackResult, Logits, as_logits, by_image, in_parallel, lengths
+from edgeprune.models.queries import loss_and_gradient, sequentially, wrong
+from edgeprune.models.replicas import Replicas, on_replicas
+from edgeprune.models.storage import Checkpoint, Progress, key, load_plan, load_state, load_tensors, masks_to_tensors
+from edgeprune.models.storage import restore, save_network, save_plan, save_state, save_tensors
+from edgeprune.models.surgery import NETWORK_ERRORS, checked_logits, cut, disturbed, mask, proof_failure
+from edgeprune.models.surgery import removed_positions
+from edgeprune.models.torch_export import FORWARD_ERRORS, PREFIX, capture, check_logits, example, quiet, reason, title
+from edgeprune.models.tracing import Call, Program, Ref, Weight, trace

@@ -1,0 +1,183 @@
+"""What a network answers to images: run once on noise, its classes counted, and its failures told by layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import ModelError, UnsupportedModel
+from edgeprune.models.batch_dependence import TWO_LINES, check_alone
+from edgeprune.models.from_export import ExportedNetwork
+from edgeprune.safe_loading import FOREIGN_ERRORS
+
+# What a network's own code may raise when it is called; not KeyboardInterrupt and its kind.
+CALL_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+)
+
+
+def logits(module: nn.Module, x: Tensor) -> Tensor:
+    """The network's answer (N, K); of several outputs (auxiliary heads in training mode) the main one.
+
+    Raises:
+        ModelError: the network fails on the batch, or its answer is not one row for each image.
+    """
+    try:
+        answer = _main(module(x))
+    except CALL_ERRORS as error:
+        mode = "training" if module.training else "evaluation"
+        raise ModelError(f"the network fails on a batch {tuple(x.shape)} in {mode} mode: {error}") from error
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(x):
+        found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        raise ModelError(f"the network answers a batch {tuple(x.shape)} with {found}, not with logits (N, K)")
+    return answer
+
+
+@contextmanager
+def modes(training: nn.Module | None, evaluating: nn.Module | None) -> Iterator[None]:
+    """One network in training mode, another in evaluation mode; afterwards each layer is as it was."""
+    networks = [network for network in (training, evaluating) if network is not None]
+    before = [(layer, layer.training) for network in networks for layer in network.modules()]
+    for network in networks:
+        network.train(network is training)
+    try:
+        yield
+    finally:
+        for layer, mode in before:
+            layer.training = mode
+
+
+def _main(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        # torchvision's segmentation and detection name it "out", Hugging Face "logits".
+        return next(
+            (output[key] for key in ("logits", "out") if key in output), next(iter(output.values()), None)
+        )
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def unfreeze(module: nn.Module) -> None:
+    """A network that was frozen for inference is trained whole; one that is frozen in part stays so."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def full(answer: Tensor) -> Tensor:
+    """Logits in at least float32: a loss of bfloat16 logits has three digits."""
+    return answer.float() if answer.dtype in (torch.bfloat16, torch.float16) else answer
+
+
+_LOG = logging.getLogger("edgeprune")
+
+_IMAGES = 2
+
+
+def count_classes(
+    module: nn.Module,
+    shape: tuple[int, int, int],
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    where: str,
+) -> int:
+    """K, the width of the logits that a network gives to images of a shape.
+
+    Args:
+        module: in eval mode; not changed.
+        shape: (C, H, W).
+        normalization: mean and std, one value per channel or empty.
+        where: what to call the network in messages.
+
+    Raises:
+        UnsupportedModel: it fails on such images (names the layer), answers with something else than (N, K) floats
+            (says with what), gives one logit, only takes batches of one certain size, or mixes the images of a batch.
+    """
+    fixed = module.fixed_batch if isinstance(module, ExportedNetwork) else None
+    if fixed is not None and fixed > 1:
+        raise UnsupportedModel(
+            f"{where} was exported for batches of {fixed} images and works with no other number",
+            "export it again with an open batch dimension: dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)",
+        )
+    if fixed is not None:
+        _LOG.warning("%s takes one image at a time only, as it was exported: it can't be fine-tuned", where)
+    x = torch.rand((fixed or _IMAGES, *shape), generator=torch.Generator().manual_seed(0))
+    if all(normalization):
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
+        x = (x - mean) / std
+    answer = _answer(module, x, where)
+    if (
+        isinstance(answer, Tensor)
+        and answer.ndim == 2
+        and answer.shape[0] == len(x)
+        and answer.shape[1] > 1
+        and answer.is_floating_point()
+    ):
+        check_alone(module, x, where)
+        return int(answer.shape[1])
+    if isinstance(answer, Tensor) and answer.is_floating_point() and answer.numel() == len(x):
+        raise UnsupportedModel(
+            f"{where} gives one number for each image, {tuple(answer.shape)}; accepted: logits of two classes or more",
+            TWO_LINES,
+        )
+    raise UnsupportedModel(
+        f"{where} answers {len(x)} images with {_what(answer)}, expected float logits ({len(x)}, K)",
+        "give the part of the network that classifies images",
+    )
+
+
+def main_answer(answer: Any) -> Any:
+    """The main logits among a network's outputs: the ones that torchvision and timm name so, or put first."""
+    if isinstance(answer, Mapping):
+        return next(
+            (answer[key] for key in ("logits", "out") if key in answer), next(iter(answer.values()), None)
+        )
+    return answer[0] if isinstance(answer, (tuple, list)) and answer else answer
+
+
+def text_of(shape: tuple[int, ...]) -> str:
+    """A shape as the command line writes it, such as 3x224x224."""
+    return "x".join(map(str, shape))
+
+
+def _answer(module: nn.Module, x: Tensor, where: str) -> Any:
+    entered: list[str] = []
+
+    def leave(*_: Any) -> None:
+        entered.pop()
+
+    handles = [part.register_forward_hook(leave) for part in module.modules()]
+    for name, part in module.named_modules():
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
+    try:
+        with torch.no_grad():
+            return module(x)
+    except FOREIGN_ERRORS as error:
+        inside = f" in {entered[-1]}" if entered and entered[-1] else ""
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UnsupportedModel(
+            f"{where} fails{inside} on {len(x)} images of {text_of(tuple(x.shape[1:]))}: {reason}",
+            "if its images have another size, give it as --input CxHxW",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _what(answer: Any) -> str:
+    if isinstance(answer, Tensor):
+        return f"a {str(answer.dtype).removeprefix('torch.')} tensor {tuple(answer.shape)}"
+    if isinstance(answer, Mapping):
+        return f"a {type(answer).__name__} with {', '.join(map(str, list(answer)[:5]))}"
+    return f"a {type(answer).__name__}" + (
+        f" of {len(answer)} values" if isinstance(answer, (tuple, list)) else ""
+    )

@@ -1,0 +1,162 @@
+"""Asking a classifier about images: its logits, whether they are wrong, and how a loss rises with the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import ModelError
+from edgeprune.models import inference
+from edgeprune.models.inference import full
+from edgeprune.models.replicas import Replicas
+
+# On the processor so many images at a time go through an attempt: what is known of them stays in its caches.
+ROWS = 32
+
+Logits = Callable[[Tensor], Tensor]
+
+Advance = Callable[[int], None]
+
+# Attempts get the rows of the images that still stand.
+Attempt = Callable[[Tensor], "AttackResult"]
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attempt came to.
+
+    images: float (N, C, H, W), the best it found. broken: bool (N,). queries: int64 (N,), images asked about.
+    """
+
+    images: Tensor
+    broken: Tensor
+    queries: Tensor
+
+
+def as_logits(model: nn.Module | Logits) -> Logits:
+    """The classifier as a function whose answer is (N, K) and at least float32; gradients pass where they did.
+
+    Raises (when called):
+        ModelError: a network fails on the batch, or the answer is not one row of logits for each image.
+    """
+
+    def ask(x: Tensor) -> Tensor:
+        if isinstance(model, nn.Module):
+            return full(inference.logits(model, x))
+        answer = model(x)
+        if answer.ndim != 2 or len(answer) != len(x):
+            raise ModelError(
+                f"the model answers a batch {tuple(x.shape)} with {tuple(answer.shape)}, not with logits (N, K)"
+            )
+        return full(answer)
+
+    return ask
+
+
+def wrong(answer: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit is another class's: bool (N,). An answer with NaN in it is wrong.
+
+    Of equal logits the first counts, as in every accuracy.
+    """
+    return (answer.argmax(1) != y) | answer.isnan().any(1)
+
+
+def loss_and_gradient(
+    answers: Logits, at: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The answer, the losses and their gradients by the images.
+
+    A network that is cut off from its input has the gradient 0: an evaluation goes on and says so, where training
+    against such an attack has to stop.
+
+    Args:
+        answers: pixels (N, C, H, W) to logits (N, K).
+        at: float (N, C, H, W).
+        loss: logits (N, K) to (N,); of each image by itself.
+
+    Returns:
+        Logits (N, K), losses (N,) and gradients like `at`, detached.
+    """
+    # An evaluation may run where gradients are switched off; a clone of what was made in inference mode can have them.
+    with torch.inference_mode(False), torch.enable_grad():
+        point = (at.clone() if at.is_inference() else at.detach()).requires_grad_()
+        answer = answers(point)
+        losses = loss(answer)
+        found = None
+        if losses.requires_grad:
+            found = torch.autograd.grad(losses.sum(), point, allow_unused=True)[0]
+    return answer.detach(), losses.detach(), torch.zeros_like(at) if found is None else found
+
+
+def sequentially(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tuple[Tensor, Tensor]:
+    """One attempt after another, each on the images that still stand.
+
+    Args:
+        x: (N, C, H, W), the images.
+        attempts: each gets int64 (n,), the rows that stand, and answers for these rows alone.
+        advance: is told of how many images more nothing is left to do.
+
+    Returns:
+        Images like `x`, what the last attempt on each came to; and int64 (N,), how often each was asked about.
+    """
+    images = x.clone()
+    queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    standing = torch.arange(len(x), device=x.device)
+    for attempt in attempts:
+        if not len(standing):
+            break
+        tried = attempt(standing)
+        images[standing] = tried.images
+        queries[standing] += tried.queries
+        advance(int(tried.broken.sum()))
+        standing = standing[~tried.broken]
+    advance(len(standing))
+    return images, queries
+
+
+def in_parallel(
+    model: nn.Module | Logits, rows: Tensor, attempt: Callable[[nn.Module | Logits, Tensor], AttackResult]
+) -> AttackResult:
+    """An attempt in which no image depends on another one and no chance is drawn, on every lane of a network.
+
+    Each lane takes its images to the end, some at a time, and waits for no other lane before.
+
+    Args:
+        model: `Lanes`, or what has one lane.
+        rows: int64 (n,). attempt: answers for the rows that it gets.
+    """
+    if not isinstance(model, Replicas) or model.count(len(rows)) < 2:
+        return attempt(model, rows)
+    count = model.count(len(rows))
+    # Neighbours are often of one class and alike hard: they are dealt out.
+    places = [torch.arange(lane, len(rows), count, device=rows.device) for lane in range(count)]
+
+    def some_at_a_time(one: nn.Module, mine: Tensor) -> AttackResult:
+        return _joined([attempt(one, part) for part in mine.tensor_split(-(-len(mine) // ROWS))])
+
+    found = _joined(model.each([rows[place] for place in places], some_at_a_time))
+    back = torch.cat(places).argsort()
+    return AttackResult(found.images[back], found.broken[back], found.queries[back])
+
+
+def _joined(tried: Sequence[AttackResult]) -> AttackResult:
+    """What several attempts on different images came to, one behind the other."""
+    return AttackResult(
+        torch.cat([one.images for one in tried]),
+        torch.cat([one.broken for one in tried]),
+        torch.cat([one.queries for one in tried]),
+    )
+
+
+def by_image(numbers: Tensor, like: Tensor) -> Tensor:
+    """(N,) as (N, 1, ..., 1), to be multiplied with `like`."""
+    return numbers.view(-1, *[1] * (like.ndim - 1))
+
+
+def lengths(change: Tensor, norm: str) -> Tensor:
+    """How long each image's change is in "Linf" or "L2": (N,)."""
+    dims = tuple(range(1, change.ndim))
+    return change.abs().amax(dims) if norm == "Linf" else torch.linalg.vector_norm(change, dim=dims)

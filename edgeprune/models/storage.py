@@ -1,0 +1,246 @@
+"""The state of a training, in one file that is whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from edgeprune import distributed, serialization
+from edgeprune.errors import UsageError, WorkdirError
+from edgeprune.models import surgery
+from edgeprune.records import Bundle, Plan
+from edgeprune.serialization import replace_file
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write named tensors as safetensors; tensors that share memory are written each."""
+    with serialization.replace_file(path) as file:
+        file.write(save({name: t.detach().clone().contiguous() for name, t in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        WorkdirError: not a readable safetensors file.
+    """
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise WorkdirError(
+            f"{path} can't be read: {error}", f"delete {path.parent}; it will be made again"
+        ) from error
+
+
+def save_network(network: nn.Module, path: Path) -> None:
+    """Write a network's state dict as safetensors."""
+    save_tensors(dict(network.state_dict()), path)
+
+
+def restore(dense: Bundle, plans: tuple[Plan, ...], weights: Path) -> Bundle:
+    """The smaller bundle again: the dense network cut as the plans say, with the weights of a file.
+
+    Args:
+        dense: not changed. plans: those that were made after `dense` was loaded.
+    """
+    network = deepcopy(dense.module)
+    for plan in plans:
+        surgery.replay(network, plan)
+    network.load_state_dict(load_tensors(weights), strict=True)
+    return replace(dense, module=network.eval(), plans=(*dense.plans, *plans))
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan as JSON."""
+    serialization.write(path, plan)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        WorkdirError: not a readable plan.
+    """
+    return serialization.read(Plan, path, WorkdirError)
+
+
+def masks_to_tensors(channels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Boolean masks as bytes, which every safetensors reader knows."""
+    return {name: keep.to(torch.uint8) for name, keep in channels.items()}
+
+
+# What torch.load and load_state_dict raise on a file of another kind.
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass
+class Progress:
+    """How far a training has come; it grows with each step.
+
+    epoch: epochs that are done. step, total: steps of the next one that are done, and the sum of their losses.
+    losses, validation: of each epoch that is done. best: the number of the best one, counted from 0; -1 for none.
+    kept: what "module" and "hooks" were after it.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    best: int = -1
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file, and the key of the training that it must belong to. Of a team, process 0 alone writes and reads it."""
+
+    path: Path
+    key: str
+
+    def save(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        hooks: Mapping[str, Any],
+    ) -> None:
+        """Write the state over the one before; a process that is killed meanwhile leaves the one before.
+
+        Raises:
+            WorkdirError: the file can't be written.
+        """
+        if distributed.rank():
+            return
+        state = {
+            "key": self.key,
+            "progress": dict(vars(progress)),
+            "module": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "hooks": dict(hooks),
+        }
+        with replace_file(self.path) as file:
+            content = io.BytesIO()
+            torch.save(state, content)
+            file.write(hashlib.sha256(content.getbuffer()).digest())
+            file.write(content.getbuffer())
+
+    def restore(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> tuple[Progress, dict[str, Any]] | None:
+        """Put the saved state into the network and the optimizer; None without a whole one of this training.
+
+        Returns:
+            The progress, and what the hooks had to save, on the device when it was on a GPU.
+        """
+        content = distributed.broadcast_object(_read(self.path) if distributed.rank() == 0 else b"")
+        try:
+            state = torch.load(
+                io.BytesIO(content),
+                weights_only=True,
+                map_location=_onto(device),
+            )
+            if state["key"] != self.key:
+                return None
+            progress = Progress(**state["progress"])
+            # The optimizer first: if it is refused, the network is still as it was.
+            optimizer.load_state_dict(state["optimizer"])
+            module.load_state_dict(state["module"])
+            return progress, state["hooks"]
+        except BROKEN:
+            # Training starts again then, and ends the same.
+            return None
+
+
+def key(settings: str, networks: Iterable[nn.Module], more: Any) -> str:
+    """A hash of the settings, of all weights that a training starts from, and of what hooks start from.
+
+    Raises:
+        UsageError: `more` has something else than tensors, numbers, text, and mappings and lists of them.
+    """
+    digest = hashlib.sha256(settings.encode())
+    for network in networks:
+        tensors = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+        _feed(digest, tensors)
+    _feed(digest, more)
+    return digest.hexdigest()
+
+
+def _onto(device: torch.device) -> Callable[[Any, str], Any]:
+    """What was on a GPU comes onto this process's device, the rest stays on the CPU."""
+    return lambda storage, place: storage if place == "cpu" else storage.to(device=device)
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            digest.update(repr(name).encode())
+            _feed(digest, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().view(-1)
+        digest.update(repr((value.shape, value.dtype)).encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(repr(value).encode())
+    else:
+        raise UsageError(
+            f"a {type(value).__name__} can't be kept in a checkpoint",
+            "a hook's state may have tensors, numbers, text, and dictionaries and lists of them",
+        )
+
+
+def _read(path: Path) -> bytes:
+    """The content of a checkpoint; empty when there is none, or not all of it is as it was written."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return b""
+    digest, content = found[:DIGEST_BYTES], found[DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else b""
+
+
+def save_state(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = False) -> None:
+    """Write a state over the one before; a process that is killed meanwhile leaves the one before.
+
+    Args:
+        key: tells to which work it belongs. state: tensors, numbers, texts, and lists and dicts of them.
+        alone: of a team only this process is at work, the others don't call this.
+
+    Raises:
+        WorkdirError: the file can't be written.
+    """
+    if alone or distributed.rank() == 0:
+        with replace_file(path) as file:
+            torch.save({"key": key, "state": dict(state)}, file)
+    if not alone:
+        distributed.barrier()
+
+
+def load_state(path: Path, key: str, *, alone: bool = False) -> dict[str, Any] | None:
+    """What `save` left for the same key; None when there is none, or it is broken. Of a team, process 0 reads."""
+    content = b""
+    if (alone or distributed.rank() == 0) and path.is_file():
+        content = path.read_bytes()
+    content = content if alone else distributed.broadcast_object(content)
+    try:
+        found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        return found["state"] if found["key"] == key else None
+    except BROKEN:
+        # The work starts again then, and ends the same.
+        return None

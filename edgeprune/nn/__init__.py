@@ -1,1 +1,0 @@
-"""Torch plumbing that stages and families share."""

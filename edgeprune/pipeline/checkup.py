@@ -1,0 +1,22 @@
+"""The command `doctor`: what works here and on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgeprune import diagnose, targets
+from edgeprune.errors import DeviceError, MissingDependency
+
+
+def doctor(target: str | None, devices: Sequence[str]) -> Any:
+    """What works here and on each device, and the line that installs what is missing."""
+    return diagnose.check_environment(targets.target(target) if target else None, *dict.fromkeys(devices))
+
+
+def doctor_status(rows: Sequence[Any]) -> int:
+    """The exit status of doctor: 6 where a device does not answer as it must, 3 where something else is missing."""
+    missing = [row for row in rows if row.status == "missing"]
+    if any(row.name.startswith("device ") for row in missing):
+        return DeviceError.exit_code
+    return MissingDependency.exit_code if missing else 0

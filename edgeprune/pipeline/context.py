@@ -1,0 +1,347 @@
+"""What one run is: its context, what one stage of it is given, its result, and how a stage's module is had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune import (
+    data,
+    export,
+    measure,
+    models,
+    prune,
+    quantize,
+    recipe,
+    repair,
+    robustness,
+    targets,
+    train,
+)
+from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
+from edgeprune.pipeline.run_directory import STAGES, Workdir, check_plain, check_shipped, digest
+from edgeprune.recipe import ExportTable, ModelTable, Recipe, TuneTable, with_defaults
+from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
+from edgeprune.serialization import to_json
+
+Log = Callable[[str], None]
+
+# Of a method that trains, when nobody says how long.
+EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where it lies, its report, and how its own budget came out.
+
+    trouble: what to tell where some of several devices gave no readings, which is all that is missing; or None.
+    """
+
+    folder: Path
+    report: Report
+    verdict: Verdict
+    bundle: Bundle
+    trouble: EdgepruneError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0; what a device that failed stands for; or 4 when the budget is missed by what was measured in the end."""
+        if self.trouble is not None:
+            return self.trouble.exit_code
+        return InfeasibleBudget.exit_code if any(c.status == "fail" for c in self.verdict.checks) else 0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a stage leaves besides the weights: accuracies after each step, and what a reader must know."""
+
+    readings: tuple[Reading, ...]
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeviceResult:
+    """A further device: its URL without a password, the place as its readings name it, and its facts."""
+
+    url: str
+    where: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OtherDevices:
+    """What the further devices of a run came to.
+
+    found: each that gave readings, and its `measure.stage.Measured`. failed: URL -> error of each that did not.
+    """
+
+    found: tuple[tuple[DeviceResult, Any], ...] = ()
+    failed: Mapping[str, EdgepruneError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of one run is given. data: `data.dataset.Data` or None. device: `devices.Device`."""
+
+    recipe: Recipe
+    target: Target
+    budget: Budget
+    work: Workdir
+    bundle: Bundle
+    data: Any
+    device: Any
+    say: Log
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this the run of one model and not of another."""
+        source, spec = self.bundle.source, self.bundle.input
+        return {
+            "path": Path(source.path).name, "sha256": source.sha256, "arch": source.arch,
+            "input": list(spec.shape), "mean": list(spec.mean), "std": list(spec.std),
+        }  # fmt: skip
+
+    @property
+    def code_key(self) -> str:
+        """What the network owes to a file of the user's code: editing it makes another network of the same weights."""
+        path = Path(self.bundle.source.arch.rpartition(":")[0])
+        return digest(path) if path.suffix == ".py" and path.is_file() else ""
+
+    @property
+    def data_key(self) -> Any:
+        """What the results owe to the data."""
+        if not self.data:
+            return None
+        calibration = digest(targets.resolve("calibration", self.recipe.data.calibration))
+        return [
+            data.VERSION,
+            self.data.fingerprint,
+            recipe.to_dict(self.recipe)["data"],
+            calibration,
+        ]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are images that may be learned from."""
+        return self.data is not None and self.data.train is not None
+
+    @property
+    def method(self) -> str:
+        """The method's name, with "auto" decided."""
+        return prune.method_name(self.recipe.prune, self.trainable)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains the network while it chooses."""
+        return prune.trains(self.recipe.prune, self.method)
+
+    @property
+    def synthesizes(self) -> bool:
+        """Whether images are made from the network itself: to repair it on, or for data-free to look at."""
+        if self.repair == "synthetic":
+            return True
+        finer = self.recipe.prune.granularity != "channel"
+        chooses = finer and self.method == "data-free"
+        return not self.trainable and (chooses or self.recipe.export.precision in ("int8", "fp16"))
+
+    @property
+    def on_target(self) -> bool:
+        """Whether what is timed here is timed on the target: see `measure.place.on_target`."""
+        return measure.on_target(self.target, self.device)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether another precision than fp32 is tried: it is asked for, or there is a choice and a way to choose."""
+        precision, table = self.recipe.export.precision, self.target.precisions
+        if precision != "auto":
+            return precision != "fp32"
+        pictures = self.trainable or self.synthesizes
+        limits = tuple(self.budget.limits)
+        return pictures and quantize.wants_images(precision, table, timed=self.on_target, limits=limits)
+
+    @property
+    def file_share(self) -> float:
+        """PruneTable.int8_file where it counts: int8 was asked for by name, and channels go for MACs; else 0."""
+        named = self.recipe.export.precision == "int8" and self.recipe.prune.granularity == "channel"
+        return self.recipe.prune.int8_file if named and prune.minds_macs(self.budget) else 0.0
+
+    @property
+    def minds_attacks(self) -> bool:
+        """Whether accuracy under attack matters to who runs this."""
+        return self.recipe.tune.objective != "natural" or "robust_accuracy" in self.budget.limits
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether the method's unlabelled images are the calibration images."""
+        finer = self.recipe.prune.granularity != "channel"
+        return self.repair == "data" or (finer and self.trainable)
+
+    @property
+    def lesson(self) -> TuneTable:
+        """What the tune stage does: nothing more when the method has trained."""
+        table = self.recipe.tune
+        return replace(table, epochs=0, recalibrate=False) if self.trains else table
+
+    @property
+    def repair(self) -> str:
+        """Which images the network is repaired on: synthetic, data or none.
+
+        Raises:
+            UsageError: the recipe wants training images, and there are none.
+        """
+        return repair.source_of(self.recipe.prune, self.method, self.trainable)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage at work. folders: stage -> the finished folder of each stage before it.
+
+    out: where it writes. scratch: where it may keep what lets it go on after a kill.
+    """
+
+    run: Context
+    folders: Mapping[str, Path]
+    out: Path
+    scratch: Path
+
+
+def load(table: ModelTable) -> Bundle:
+    """The network of [model]: a file, or a run directory that holds what its report was made of.
+
+    Raises:
+        UsageError: a file of the run was replaced. Others as `models.bundle.load_bundle`.
+    """
+    if (Path(table.path) / "model.pt2").is_file():
+        check_plain(Path(table.path))
+        check_shipped(Path(table.path))
+    return models.run(table)
+
+
+def with_epochs(recipe: Recipe) -> Recipe:
+    """The recipe with the epochs of a method that trains written out when it names none."""
+    name = recipe.prune.method
+    untold = not recipe.tune.epochs and recipe.data.path and recipe.data.use != "evaluate"
+    if name != "auto" and untold and prune.trains(recipe.prune, name):
+        return with_defaults(recipe, tune={"epochs": EPOCHS})
+    return recipe
+
+
+def check_together(recipe: Recipe, target: Target) -> None:
+    """Refuse what each by itself is accepted but not together.
+
+    Raises:
+        UsageError: names the option and what is accepted.
+    """
+    if recipe.export.precision not in ("auto", "fp32"):
+        quantize.check_asked(recipe.export.precision, target.precisions, target.name)
+    if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
+        raise UsageError(
+            f"--epochs {recipe.tune.epochs} needs images to train on",
+            "give --data (without --data-use evaluate)",
+        )
+    if "fp32" not in target.precisions:
+        raise UsageError(f"target {target.name} does not run fp32", "choose another target")
+
+
+# Raised where the same inputs give another result than before.
+VERSIONS = {
+    "dense": export.RESULT_VERSION, "synthesize": data.SYNTHESIS_VERSION, "prune": prune.RESULT_VERSION,
+    "cut": prune.CUT_VERSION, "repair": repair.RESULT_VERSION, "tune": train.TUNE_VERSION,
+    "export": export.RESULT_VERSION, "quantize": quantize.RESULT_VERSION, "measure": measure.RESULT_VERSION,
+    "attack": robustness.RESULT_VERSION,
+}  # fmt: skip
+
+
+def stage_keys(run: Context) -> dict[str, str]:
+    """Stage -> key, in the order of the stages; a stage that this run does without is absent.
+
+    Images are synthesized, and the network is repaired, only where the recipe's `prune.repair` comes to that.
+
+    Raises:
+        UsageError: the recipe wants a repair with training images, and there are none.
+    """
+    repair, table = run.repair, run.recipe
+    keys = {"dense": dense_key(run)}
+    if run.synthesizes:
+        # Not the budget and not the opset: another one finds the same images.
+        keys["synthesize"] = _key(run, "synthesize", run.identity, run.code_key, table.synthesize, table.seed)
+    keys["prune"] = _prune_key(run, keys)
+    keys["cut"] = _key(run, "cut", keys["prune"])
+    if repair != "none":
+        images = keys.get("synthesize", run.data_key)
+        keys["repair"] = _key(run, "repair", keys["cut"], repair, images, run.data_key, table.seed)
+    pruned = keys.get("repair", keys["cut"])
+    keys["tune"] = _key(run, "tune", pruned, run.lesson, run.data_key, table.seed)
+    keys["export"] = _key(run, "export", keys["tune"], _float(run), run.target)
+    where, attack = run.device.where(), recipe.attack(table)
+    if run.quantizes:
+        keys["quantize"] = _quantize_key(run, keys, where)
+    shipped = keys.get("quantize", keys["export"])
+    keys["measure"] = _key(run, "measure", shipped, _timing(run), run.data_key, where)
+    if run.data and attack.name != "none":
+        keys["attack"] = _key(run, "attack", shipped, keys["tune"], attack, run.data_key, table.seed, where)
+    return {name: keys[name] for name in STAGES if name in keys}
+
+
+def beside_key(run: Context, keys: Mapping[str, str], url: str) -> str:
+    """What the readings of a further device depend on; the device itself is not asked, so that it may be away.
+
+    Args:
+        keys: of `stage_keys`. url: of the device, without a password.
+    """
+    shipped = keys.get("quantize", keys["export"])
+    return _key(run, "measure", shipped, {**_timing(run), "device": url}, run.data_key, "beside")
+
+
+def dense_key(run: Context) -> str:
+    """What dense.onnx depends on: the network, the user's code that it is made by, and how it is exported."""
+    inputs = (run.identity, run.code_key, _float(run), run.target.opset)
+    return run.work.key("dense", VERSIONS["dense"], *inputs)
+
+
+def multiple_of(run: Context) -> int:
+    """What kept channels should be multiples of: the recipe's wish, or the target's fact for what is built."""
+    precision = run.recipe.export.precision
+    return (
+        run.recipe.prune.multiple_of or run.target.multiple_of["fp32" if precision == "auto" else precision]
+    )
+
+
+def _float(run: Context) -> ExportTable:
+    """How networks are exported, whatever precision the file gets in the end."""
+    return replace(run.recipe.export, precision="fp32")
+
+
+def _timing(run: Context) -> dict[str, Any]:
+    """How the device that decides is timed; that others measure beside it changes nothing there."""
+    return {name: value for name, value in to_json(run.recipe.measure).items() if name != "beside"}
+
+
+def _quantize_key(run: Context, keys: dict[str, str], where: str) -> str:
+    table = run.recipe
+    images = run.data_key if run.trainable else keys.get("synthesize")
+    clock = [_timing(run), where] if run.on_target and table.export.precision == "auto" else None
+    ball = replace(recipe.attack(table), name="pgd", limit=0, batch=0)
+    crafted = [ball, table.seed] if run.trainable and run.minds_attacks else None
+    wanted = (table.quantize, table.export.precision, run.target.precisions, run.target.int8, run.budget)
+    return _key(run, "quantize", keys["export"], *wanted, images, clock, crafted)
+
+
+def _prune_key(run: Context, keys: dict[str, str]) -> str:
+    timed = any(m.startswith("latency") for m in run.budget.limits)
+    seen = run.data_key if run.trainable else None
+    clock = [_timing(run), run.device.where()] if timed else None
+    # "auto" and the word that it comes to are the same. A method may look at the images that the repair will use.
+    table = replace(run.recipe.prune, repair=run.repair)
+    images = keys.get("synthesize")
+    lesson = run.recipe.tune if run.trains else None
+    built = run.recipe.export.precision if timed or "size" in run.budget.limits or run.file_share else ""
+    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson, built)
+    return _key(run, "prune", keys["dense"], *chosen_by)
+
+
+def _key(run: Context, name: str, *inputs: object) -> str:
+    return run.work.key(name, VERSIONS[name], *inputs)

@@ -1,0 +1,199 @@
+"""The command `evaluate`: the accuracy of a file or a model, without and under attack."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeprune import devices, measure, robustness, targets
+from edgeprune.data import open_data
+from edgeprune.errors import UsageError
+from edgeprune.measure import look
+from edgeprune.pipeline.context import Log, load
+from edgeprune.pipeline.run_directory import check_plain, check_shipped, own_scratch
+from edgeprune.recipe import Recipe, attack
+from edgeprune.records import Bundle, InputSpec, Reading
+from edgeprune.serialization import scratch_folder
+
+
+def evaluate(
+    recipe: Recipe, *, limit: int | None, say: Log, output: str = "", trust_run: bool = False
+) -> tuple[Reading, ...]:
+    """The accuracy of a file or a model on held-out images, without and, where the recipe says so, under attack.
+
+    Args:
+        recipe: `[attack]` with the name "auto" is none.
+        limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
+            `attack.limit` with one.
+        output: the name of a file's output that has the logits, "" where it is to be told.
+        trust_run: code that the recipe of a run directory names may be imported.
+
+    Raises:
+        UnsafeModel: a run names code that `recipe.model` does not.
+        UsageError: no data, an output that is not there or can't be told, an attack that needs gradients on a file
+            that has none, or a wrong limit.
+        ModelError, MissingDependency, DeviceError: the file or the model can't be used.
+        WorkdirError: the state of an attack can't be written.
+    """
+    if not recipe.data.path:
+        raise UsageError("evaluate needs images", "give --data")
+    if limit is not None and limit < 0:
+        raise UsageError(f"--limit {limit} must be at least 0", "0 is all images")
+    attacks = recipe.attack.name not in ("none", "auto")
+    wanted = limit if limit is not None else recipe.attack.limit if attacks else 0
+    path = Path(recipe.model.path)
+    is_file = path.suffix == ".onnx" or (path / "model.onnx").is_file()
+    if output and not is_file:
+        raise UsageError(
+            f"--output {output!r} names an output of an ONNX file, and {path} is none", "leave it out"
+        )
+    with scratch_folder() as folder:
+        subject = look(onnx_of(path), folder, recipe.model.input) if is_file else load(recipe.model)
+        return _evaluated(recipe, subject, (wanted, output, trust_run), say)
+
+
+def _evaluated(recipe: Recipe, subject: Any, asked: tuple[int, str, bool], say: Log) -> tuple[Reading, ...]:
+    """As `evaluate`. subject: a Bundle or an `evaluate_file.OnnxFile`. asked: limit, output, trust_run."""
+    path, (limit, output, trust_run) = Path(recipe.model.path), asked
+    bundle = subject if isinstance(subject, Bundle) else None
+    given: Any = subject
+    spec = bundle.input if bundle else given.spec(output)
+    found, split = images(recipe, spec, limit)
+    for note in found.notes:
+        say(f"data: {note}")
+    attacks, file = recipe.attack.name not in ("none", "auto"), None
+    if bundle is not None:
+        measure.check_bundle(bundle, split)
+    else:
+        file = given.judged(split, len(found.labels), wanted=output, attacked=attacks)
+        spec = file.spec
+    if attacks:
+        scratch = (path if file and path.is_dir() else Path("runs")) / "scratch"
+        place = _Place(limit, found.fingerprint, scratch, say, trust_run)
+        clean, *rest = _attacked(recipe, _victim(path, bundle or file, recipe, place), split, place)
+    else:
+        clean, rest = _clean(path, bundle or file, split, _device(recipe)), []
+    if file is not None:
+        measure.check(clean, file, split)
+        clean = measure.noted(clean, file.notes)
+    clean = measure.classes(measure.guessing(clean, split, attacked=attacks), split, spec.classes)
+    if file is not None:
+        clean = measure.normalized(measure.reported(clean, path), recipe.model)
+    return (with_notes(clean, found.notes), *rest)
+
+
+def check_attack(recipe: Recipe) -> None:
+    """Refuse an attack that can't be run, before anything is measured.
+
+    Raises:
+        UsageError: no images, or the attack does not exist or has no such option.
+    """
+    if not recipe.data.path:
+        raise UsageError(f"the attack {recipe.attack.name!r} needs images", "give --data")
+    robustness.attack_job(attack(recipe), seed=recipe.seed, data="")
+
+
+def with_notes(reading: Reading, notes: Sequence[str]) -> Reading:
+    """A reading whose conditions say what a reader of it must know of the images."""
+    said = {"notes": [*notes, *reading.conditions.get("notes", ())]} if notes else {}
+    return replace(reading, conditions={**reading.conditions, **said})
+
+
+def _device(recipe: Recipe) -> Any:
+    """Where a file answers."""
+    setup = targets.target(recipe.target).setup
+    return devices.device_from_url(recipe.measure.device, setup)
+
+
+def _clean(path: Path, subject: Any, images: Any, device: Any) -> Reading:
+    """The accuracy of a Bundle in torch, or of an `evaluate_file.Judged` through its runtime on a device."""
+    if isinstance(subject, Bundle):
+        return measure.of_network(subject, images, path.name)
+    artifact = measure.artifact(subject.path, subject.spec)
+    return measure.accuracy(artifact, images, device, name=subject.path.name)[0]
+
+
+def _victim(path: Path, subject: Any, recipe: Recipe, place: _Place) -> Any:
+    """A Bundle, the file of a run, or a bare file (`evaluate_file.Judged`); a file answers on the recipe's device."""
+    device = _device(recipe)
+    if isinstance(subject, Bundle):
+        return robustness.of_bundle(subject, path.name)
+    here = devices.device_from_url("local").where()
+    if path.is_dir():
+        victim = robustness.of_run(path, place.scratch, here, recipe.model, trusted=place.trust_run)
+    else:
+        victim = robustness.of_file(path.name, subject.path, place.scratch, here)
+    if not robustness.elsewhere(device):
+        return victim
+    there = robustness.OnDevice(device, targets.target(recipe.target), place.scratch, place.say)
+    return robustness.on_device(victim, subject.path, subject.spec, there)
+
+
+def warnings(readings: tuple[Reading, ...]) -> list[str]:
+    """What a reader of readings must know: how they were had, and signs that they are too good to be true."""
+    lines: list[str] = []
+    for reading in readings:
+        facts = reading.conditions
+        if reading.metric == "robust_accuracy":
+            broken = ", ".join(f"{name} {count}" for name, count in facts["broken"].items())
+            lines.append(f"{facts['attack']}, {facts['norm']} eps {facts['eps']}, {facts['gradients']}.")
+            lines.append(f"Of {reading.n} images broken by: {broken}; {facts['right']} survived.")
+        lines += [f"note: {note}" for note in facts.get("notes", ())]
+        lines += [f"WARNING: {flag}" for flag in facts.get("flags", ())]
+    return lines
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What an attack needs beside the victim and the images. data: their fingerprint. limit: how many; 0 is all."""
+
+    limit: int
+    data: str
+    scratch: Path
+    say: Log
+    trust_run: bool
+
+
+def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[Reading, ...]:
+    """Readings of an attack; what lets it go on after a kill is deleted when it is done."""
+    table = replace(attack(recipe), limit=place.limit)
+    job = robustness.attack_job(table, seed=recipe.seed, data=f"{place.data} {images.name} {len(images)}")
+    place.say(f"attack: {table.name}, {table.norm} eps {table.eps}, {len(images)} images of {victim.name}")
+    victim = robustness.proven(victim, images, say=place.say)
+    scratch = place.scratch / f"attack-{job.key(victim)}"
+    own_scratch(scratch)
+    verdicts = robustness.run(victim, images, job, scratch=scratch, say=place.say)
+    place.say("attack: look for signs that the gradients mislead")
+    found = robustness.flags(victim, images, job, verdicts)
+    rows = robustness.readings_of(victim, job, verdicts, part=images.name, flags=found)
+    rows = (*rows, *robustness.bounded(victim, images, job, rows[0].artifact))
+    shutil.rmtree(scratch, ignore_errors=True)
+    for folder in (place.scratch, place.scratch.parent):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return rows
+
+
+def images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
+    """The data set, and so many of its held-out images; 0 is all."""
+    data = open_data(recipe.data, spec, recipe.seed)
+    held_out = data.held_out
+    return data, measure.balanced(held_out, limit, recipe.seed) if limit else held_out
+
+
+def onnx_of(path: Path) -> Path:
+    """The ONNX file that a path names: itself, or the one of a run directory.
+
+    Raises:
+        UsageError: there is none, or it is not the one that the report of the run was made of.
+    """
+    found = path / "model.onnx" if path.is_dir() else path
+    if not found.is_file():
+        raise UsageError(f"no ONNX file at {found}", "give an .onnx file or a finished run directory")
+    if path.is_dir():
+        check_plain(path)
+        check_shipped(path)
+    return found

@@ -1,0 +1,312 @@
+"""Building: a network from the folders of its run, its file, and readings that are only had by building a trial."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edgeprune import (
+    data,
+    devices,
+    distributed,
+    export,
+    measure,
+    models,
+    plugins,
+    progress,
+    quantize,
+    recipe,
+    robustness,
+    serialization,
+    train,
+)
+from edgeprune.errors import UsageError
+from edgeprune.export import check_for_tensorrt as check
+from edgeprune.measure import precision_of
+from edgeprune.models import deployed
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.run_directory import digest
+from edgeprune.prune import Probe as probe
+from edgeprune.quantities import show
+from edgeprune.quantize import CalibrationSet as material
+from edgeprune.records import Bundle, Reading
+
+PARITY_IMAGES = 8
+
+# How long a run waits for somebody else who measures on the device.
+WAIT_S = 3600.0
+
+# Seconds for each file while the precision is chosen; what ships is timed again.
+CHOICE_S = 5.0
+
+# The stages that leave weights of the smaller network; the last one that took place has the newest.
+WEIGHTS = ("tune", "repair", "cut")
+
+
+def current_bundle(run: Context, folders: Mapping[str, Path]) -> Bundle:
+    """The cut network with the newest weights that a stage of this run has left."""
+    newest = next(folders[name] for name in WEIGHTS if name in folders)
+    plan = models.load_plan(folders["cut"] / "plan.json")
+    return models.restore(run.bundle, (plan,), newest / "weights.safetensors")
+
+
+def shipped(folders: Mapping[str, Path]) -> Path:
+    """The file that ships: as it was quantized, or else as it was exported."""
+    exported = folders["export"] / "model.onnx"
+    return quantize.shipped(exported, folders["quantize"]) if "quantize" in folders else exported
+
+
+def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> Any:
+    """What the quantize stage is given: images, a way to time files where the target is at hand, and limits."""
+    return quantize.Job(
+        table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
+        scheme=run.target.int8, material=_material(run, folders), scratch=scratch, say=run.say,
+        timer=_timer(run), limits=run.budget.limits,
+        dense=folders["dense"] / "dense.onnx",
+    )  # fmt: skip
+
+
+def timing_trials(run: Context) -> Any:
+    """How files are timed while the run decides (`measure.trials.Trials`)."""
+    sparse = run.recipe.prune.granularity == "2:4"
+    return measure.Trials(run.device, run.target, run.say, WAIT_S, sparse)
+
+
+def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] | None:
+    """What times files to choose among them; None where the target is not at hand or only emulated."""
+    if not run.on_target:
+        return None
+    there = timing_trials(run)
+    if there.emulated:
+        return None
+
+    def times(files: Mapping[str, Path]) -> dict[str, Reading]:
+        table = run.recipe.measure
+        found = there.latency(files, replace(table, seconds=min(CHOICE_S, table.seconds)))
+        return {
+            name: next(r for r in rows if r.metric == "latency_p50") for name, rows in found.readings.items()
+        }
+
+    return times
+
+
+def _material(run: Context, folders: Mapping[str, Path]) -> Any:
+    """The images that ranges are taken from; where accuracy under attack matters, attacked ones too."""
+    if not run.trainable:
+        if "synthesize" not in folders:
+            return None
+        return material(data.read(folders["synthesize"]).images, None, "synthesized")
+    images = data.calibration_images(run.data, run.recipe.data.calibration)
+    labels = run.data.train.labels
+    labels = labels[data.calibration_indices(labels, run.recipe.data.calibration)]
+    adversarial = _crafted(run, folders, images, labels) if run.minds_attacks else None
+    return material(images, labels, "calibration", adversarial)
+
+
+def _crafted(run: Context, folders: Mapping[str, Path], images: Any, labels: Any) -> Any:
+    """Images attacked by PGD on the float network, as many as candidates are judged on."""
+    table = replace(recipe.attack(run.recipe), name="pgd")
+    count = quantize.judged(len(images))
+    run.say(f"quantize: attack {count} calibration images, to judge by")
+    job = robustness.attack_job(table, seed=run.recipe.seed, data="")
+    network = models.deployed(current_bundle(run, folders))
+    chance = train.chance(run.recipe.seed, "quantize")
+    pgd = job.attacks["pgd"]
+    with progress.bar(count, "attack calibration images") as advance:
+        parts = [
+            pgd(network, x, y, job.ball, chance, advance).images
+            for x, y in zip(images[:count].split(128), labels[:count].split(128), strict=True)
+        ]
+    return import_module("torch").cat(parts)
+
+
+def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Reading], tuple[str, ...]]:
+    """What the files would take on a target that is not at hand, by a roofline of its facts, and a sentence about it.
+
+    Args:
+        files: "dense" and "compressed" -> ONNX file.
+    """
+    if run.on_target:
+        return {}, ()
+    run.say(f"measure: estimate the time on {run.target.title}")
+    fit, unheld = measure.validated({"dense": files["dense"]}, run.device, run.recipe.measure)
+    found = {
+        name: replace(
+            measure.estimate(path, run.target, precision_of(path), validation=fit, unheld=unheld),
+            artifact=name,
+        )
+        for name, path in files.items()
+    }
+    if any(reading.value is None for reading in found.values()):
+        return {}, ()
+    times = ", ".join(f"{name} {show(reading.value, 's')}" for name, reading in found.items())
+    off = f"; not validated: {unheld}"
+    if fit is not None:
+        off = f"; the same formula was off by {100 * fit.error:.0f} % for a typical layer here"
+    return found, (f"Estimated, not measured, on {run.target.title}: {times} (roofline of its facts{off}).",)
+
+
+def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[str, Any]:
+    """What is attacked, in the order of the stages: the dense network, what each stage left, and the file.
+
+    Adversarial images of the dense network are tried on all of them.
+
+    Args:
+        scratch: for temporary files.
+    """
+    dense = deployed(run.bundle)
+    # A file like the other one: what differs then is the network.
+    original = folders["dense"] / "dense.onnx"
+    found = {"dense": _file_victim(run, original, scratch, dense, {})}
+    plan = models.load_plan(folders["cut"] / "plan.json")
+    last = "tuned" if run.lesson.epochs else "bn recalibrated"
+    for name, label in (("cut", "pruned"), ("repair", "repaired"), ("tune", last)):
+        if name in folders and (name != "tune" or run.lesson.epochs or run.lesson.recalibrate):
+            weights = folders[name] / "weights.safetensors"
+            module = deployed(models.restore(run.bundle, (plan,), weights))
+            found[label] = robustness.of_network(label, module, digest(weights), others={"dense": dense})
+    twin = deployed(current_bundle(run, folders))
+    exported = folders["export"] / "model.onnx"
+    for name, path in (("exported", exported), ("quantized", shipped(folders))):
+        if name == "exported" or path != exported:
+            found[name] = _file_victim(run, path, scratch, twin, {"dense": dense})
+    return found
+
+
+def _file_victim(run: Context, path: Path, scratch: Path, twin: Any, others: Mapping[str, Any]) -> Any:
+    """A file that answers on this machine or, where there is one, on the device."""
+    local = devices.device_from_url("local")
+    victim = robustness.of_file(path.name, path, scratch, local.where(), twin=twin, others=others)
+    if not robustness.elsewhere(run.device):
+        return victim
+    there = robustness.OnDevice(run.device, run.target, scratch, run.say, WAIT_S)
+    return robustness.on_device(victim, path, run.bundle.input, there)
+
+
+def export_onnx(
+    run: Context,
+    bundle: Bundle,
+    out: Path,
+    *,
+    parent: str,
+    pattern: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Any, tuple[Reading, ...]]:
+    """Write a network as ONNX for the run's target, and prove it; gives the artifact and the parity readings.
+
+    Args:
+        pattern: parameter -> shape of what holds the 2:4 pattern, which the file must hold then; or None.
+    """
+    labels = list(bundle.labels or (run.data.labels if run.data else ()))
+    meta = {"labels": json.dumps(labels)} if labels else {}
+    if parent:
+        meta["parent"] = parent
+    real = next(iter(run.data.held_out.batches(PARITY_IMAGES)))[0] if run.data else None
+    artifact, parity, notes = export.run(
+        models.deployed(bundle), bundle.input, out,
+        opset=run.recipe.export.opset or run.target.opset, table=run.recipe.export, meta=meta, real=real,
+        pattern=pattern,
+    )  # fmt: skip
+    for note in notes:
+        run.say(f"export: {note}")
+    return artifact, parity
+
+
+def engine_script(run: Context, artifact: Any, out: Path) -> None:
+    """Write build_engine.sh for a target that runs TensorRT, which must take the file.
+
+    Raises:
+        UnsupportedModel: TensorRT does not read the file; says which node and why.
+    """
+    if "tensorrt" not in run.target.setup:
+        return
+    check(import_module("onnx").load(artifact.path), str(run.target.setup["tensorrt"]))
+    script = plugins.build("runtimes", "tensorrt", {}).engine_script(
+        run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch,
+        sparse=run.recipe.prune.granularity == "2:4",
+    )  # fmt: skip
+    with serialization.replace_file(out / "build_engine.sh") as file:
+        file.write(script.encode())
+    (out / "build_engine.sh").chmod(0o755)
+
+
+def measured_limits(run: Context, dense: Path) -> dict[str, Any]:
+    """Readings that are only had by building the file: its size, and its time on the device.
+
+    Raises:
+        UsageError: a time is limited on a device whose processor is emulated.
+    """
+    found: dict[str, Any] = {}
+    if "size" in run.budget.limits or run.file_share:
+        found["size"] = probe(
+            float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
+        )
+    timed = [
+        metric for metric in ("latency_p50", "latency_p90", "latency_p99") if metric in run.budget.limits
+    ]
+    there = timing_trials(run)
+    if timed and there.emulated:
+        raise UsageError(
+            f"a budget on {timed[0]} can't be held on {run.device.where()}: its processor is emulated, and times there "
+            "follow the number of instructions",
+            "give a budget on macs, params or size, or the device itself as --device",
+        )
+    for metric in timed:
+        first = there.latency({"dense": dense / "dense.onnx"}, run.recipe.measure)
+        reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
+
+        def read(net: Any, metric: str = metric, reference: float = reference) -> float:
+            return _built_time(run, there, (net, dense), metric) * reference
+
+        found[metric] = probe(reference, read)
+    return found
+
+
+def shared_probes(run: Context, dense: Path) -> dict[str, Any]:
+    """The same for all processes of a team: what the first one reads, the others are told."""
+    own = measured_limits(run, dense) if run.work.leads else {}
+
+    def reader(metric: str) -> Callable[[Any], float]:
+        return lambda net: distributed.broadcast_object(own[metric].read(net) if metric in own else 0.0)
+
+    references = distributed.broadcast_object({metric: found.dense for metric, found in own.items()})
+    return {metric: probe(value, reader(metric)) for metric, value in references.items()}
+
+
+def _built_size(run: Context, network: Any) -> int:
+    with serialization.scratch_folder() as folder:
+        path = folder / "probe.onnx"
+        artifact, _ = export_onnx(run, replace(run.bundle, module=network), path, parent="")
+        if run.recipe.export.precision in ("int8", "fp16"):
+            return quantize.size_of(path, run.recipe.export.precision, run.target.int8)
+        return artifact.size_bytes
+
+
+def _built_time(run: Context, there: Any, pair: tuple[Any, Path], metric: str) -> float:
+    """The time of a cut network as a share of the dense one's, timed alternately.
+
+    Args:
+        there: `trials`. pair: the cut network, and the folder of the dense one's file.
+    """
+    network, dense = pair
+    with serialization.scratch_folder() as folder:
+        path = folder / "probe.onnx"
+        export_onnx(run, replace(run.bundle, module=network), path, parent="")
+        precision = run.recipe.export.precision
+        if precision in ("int8", "fp16"):
+            model = quantize.rough(path, precision, run.target.int8)
+            path.write_bytes(model.SerializeToString())
+        timed = there.latency({"dense": dense / "dense.onnx", "compressed": path}, run.recipe.measure)
+    found = measure.latency_ratio(timed)
+    if metric == "latency_p50" and found is not None:
+        share = 1.0 / found[1].value
+    else:
+        value = {
+            name: next(r.value for r in rows if r.metric == metric) for name, rows in timed.readings.items()
+        }
+        share = value["compressed"] / value["dense"]
+    run.say(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
+    return share

@@ -1,0 +1,243 @@
+"""The measure stage of a run: the device that decides, and the others side by side with it.
+
+The readings of each further device lie in a folder of their own, so that one that fails costs the others nothing and
+a second start measures only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgeprune import concurrency, data, devices, distributed, models, report, serialization
+from edgeprune import measure as measure_stage
+from edgeprune.errors import DeviceError, EdgepruneError, WorkdirError
+from edgeprune.measure import NOT_THERE, Measured, MeasureRequest, Pictures, densities, measure_unlabelled
+from edgeprune.pipeline.context import Context, DeviceResult, Ledger, OtherDevices, Step, beside_key
+from edgeprune.pipeline.intermediates import current_bundle, estimates, shipped
+from edgeprune.records import Bundle, Reading
+from edgeprune.report import ON
+
+MEASURED, SITE = "measured.json", "device.json"
+
+
+def measure(step: Step) -> None:
+    """Measure the dense and the shipped file on the device that decides."""
+    run, small, files = step.run, current_bundle(step.run, step.folders), _files(step.folders)
+    run.say(f"measure: dense and compressed in turn on {run.device.where()}")
+    networks = {"dense": run.bundle.module, "compressed": small.module}
+    counted = densities(networks)
+    measured = measure_stage.run(_wanted(run, run.device, step.out), files, small.plans[-1], counted=counted)
+    guessed, said = estimates(run, files)
+    measured = replace(
+        measured,
+        before=(*measured.before, *(r for name, r in guessed.items() if name == "dense")),
+        after=(
+            *measured.after,
+            *_without_labels(step, small, files),
+            *(r for name, r in guessed.items() if name != "dense"),
+        ),
+        notes=(*measured.notes, *said),
+    )
+    serialization.write(step.out / MEASURED, measured)
+
+
+def look_ahead(run: Context, keys: Mapping[str, str]) -> None:
+    """Say at once, and not after hours, that a further device which is still to measure does not answer now.
+
+    Raises:
+        UsageError: the URL of one names what is not there.
+    """
+    if not run.work.leads:
+        return
+    asked = {
+        url: device.where
+        for url, device in _further(run).items()
+        if not run.work.is_done("measure", beside_key(run, keys, url))
+    }
+    for url, future in concurrency.start(asked).items():
+        try:
+            future.result()
+        except DeviceError as error:
+            run.say(
+                f"measure: {url} does not answer now, and is asked again when it is its turn: {error.message}"
+            )
+
+
+def side_by_side(
+    run: Context, keys: Mapping[str, str], folders: Mapping[str, Path], first: Callable[[], Path]
+) -> tuple[Path, OtherDevices]:
+    """Measure on all devices at the same time; those that have done so before are not asked again.
+
+    Args:
+        keys: of `keys.stage_keys`. folders: of the stages before. first: measures on the device that decides.
+
+    Returns:
+        what `first` gives, and what the further devices came to.
+
+    Raises:
+        EdgepruneError: the device that decides has failed; what the others read is kept.
+    """
+    devices = _further(run) if run.work.leads else {}
+    jobs = {
+        url: partial(_on, run, beside_key(run, keys, url), dict(folders), (url, device))
+        for url, device in devices.items()
+    }
+    futures = concurrency.start(jobs)
+    try:
+        folder = first()
+    except EdgepruneError:
+        concurrency.results(futures)
+        raise
+    done, failed = concurrency.results(futures)
+    return folder, distributed.broadcast_object(OtherDevices(tuple(done.values()), failed))
+
+
+def _further(run: Context) -> dict[str, Any]:
+    """URL, without a password -> `devices.Device` of each device but the first."""
+    return {
+        devices.redacted(url): devices.device_from_url(url, run.target.setup)
+        for url in run.recipe.measure.beside
+    }
+
+
+def _on(
+    run: Context, key: str, folders: Mapping[str, Path], there: tuple[str, Any]
+) -> tuple[DeviceResult, Any]:
+    """The readings of one further device, taken now if need be. there: its URL, and the device."""
+
+    def work(out: Path) -> None:
+        url, device = there
+        site = DeviceResult(url, device.where(), device.facts())
+        run.say(f"measure: dense and compressed in turn on {site.where}")
+        plan = models.load_plan(folders["cut"] / "plan.json")
+
+        def say(text: str) -> None:
+            run.say(f"measure: {site.where}: {text.removeprefix('measure: ')}")
+
+        wanted = replace(_wanted(run, device, out), say=say)
+        serialization.write(out / MEASURED, measure_stage.run(wanted, _files(folders), plan))
+        serialization.write(out / SITE, site)
+
+    folder = run.work.alone("measure", key, work)
+    site = serialization.read(DeviceResult, folder / SITE, WorkdirError)
+    return site, serialization.read(Measured, folder / MEASURED, WorkdirError)
+
+
+def _files(folders: Mapping[str, Path]) -> dict[str, Path]:
+    return {"dense": folders["dense"] / "dense.onnx", "compressed": shipped(folders)}
+
+
+def _wanted(run: Context, device: Any, out: Path) -> Any:
+    """What is to be read on a device (`measure.stage.MeasureRequest`). out: where its engines are kept."""
+    return MeasureRequest(
+        run.bundle.input, device, run.recipe.measure, run.target, run.data.held_out if run.data else None, run.say,
+        engines=out, sparse=run.recipe.prune.granularity == "2:4",
+    )  # fmt: skip
+
+
+def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tuple[Reading, ...]:
+    """What can be said without data: where images were synthesized, and where there is nothing else to be said."""
+    run = step.run
+    pictures = None
+    if "synthesize" in step.folders:
+        made = data.read(step.folders["synthesize"])
+        facts: dict[str, Any] = {"synthesis": made.facts}
+        if "repair" in step.folders:
+            facts["repair"] = serialization.read(
+                Ledger, step.folders["repair"] / "ledger.json", WorkdirError
+            ).facts
+        pictures = Pictures(made.images, facts, fitted="repair" in step.folders)
+    elif run.data is not None:
+        return ()
+    return measure_unlabelled((run.bundle, small), files, pictures, run.device, run.say)
+
+
+# Of their own kind, these are counted once and not read on a device.
+NOT_READ = ("counted", "computed", "estimated")
+
+# How notes begin that are of one device, and don't say which.
+OF_THE_TIMES = ("The median time", "Times are", "Other work")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The further part of a report.
+
+    measured: `measure.stage.Measured` with the readings and the samples of the further devices, and the notes of
+    all. environment: what the report's environment has besides; empty where there is one device.
+    """
+
+    measured: Any
+    environment: Mapping[str, Any]
+
+
+def joined(run: Context, measured: Any, beside: OtherDevices) -> Joined:
+    """Put what the further devices measured beside what the first one did.
+
+    Args:
+        measured: of the device that decides.
+    """
+    first = run.device.where() if beside.found else ""
+    asked = [(run.recipe.measure.device, first), *((site.url, site.where) for site, _ in beside.found)]
+    named = [
+        _named(site, found, name)
+        for (site, found), name in zip(beside.found, concurrency.names(asked)[1:], strict=True)
+    ]
+    parts = [part for _, part in named]
+    rows = [
+        *({"url": site.url, "where": site.where, **report.machine(site.facts)} for site, _ in named),
+        *({"url": url, "why": error.message} for url, error in beside.failed.items()),
+    ]
+    notes = [*_first_notes(measured.notes, first, beside), *_missing(beside)]
+    for site, part in named:
+        notes += [_said(note, site.where) for note in part.notes if note not in measured.notes]
+    found = replace(
+        measured,
+        before=tuple(reading for part in parts for reading in part.before),
+        after=tuple(reading for part in parts for reading in part.after),
+        samples={
+            f"{name}{ON}{site.where}": values for site, part in named for name, values in part.samples.items()
+        },
+        notes=tuple(notes),
+    )
+    return Joined(found, {"devices": rows} if rows else {})
+
+
+def _named(site: DeviceResult, measured: Any, name: str) -> tuple[DeviceResult, Any]:
+    """A device under a name that no other one of the run has, and what was read there alone."""
+
+    def moved(readings: tuple[Reading, ...]) -> tuple[Reading, ...]:
+        here = [r for r in readings if not r.where.startswith(NOT_READ)]
+        return tuple(replace(r, where=name) if r.where == site.where else r for r in here)
+
+    notes = tuple(note.replace(site.where, name) for note in measured.notes if not _elsewhere(note))
+    changed = replace(measured, before=moved(measured.before), after=moved(measured.after), notes=notes)
+    return replace(site, where=name), changed
+
+
+def _first_notes(notes: tuple[str, ...], first: str, beside: OtherDevices) -> list[str]:
+    """The notes of the device that decides, among those of others: what is said of times says of which.
+
+    The note that the target was not measured is left out where a device that is not this machine gave readings.
+    """
+    if not beside.found:
+        return list(notes)
+    far = any(not site.url.startswith(("local", "fake")) for site, _ in beside.found)
+    kept = [note for note in notes if not (far and _elsewhere(note))]
+    return [_said(note, first) if note.startswith(OF_THE_TIMES) else note for note in kept]
+
+
+def _elsewhere(note: str) -> bool:
+    return note.startswith(NOT_THERE)
+
+
+def _missing(beside: OtherDevices) -> list[str]:
+    return [f"Without readings: {concurrency.said(url, error)}." for url, error in beside.failed.items()]
+
+
+def _said(note: str, where: str) -> str:
+    return note if where in note else f"On {where}: {note}"

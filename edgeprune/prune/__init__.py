@@ -1,0 +1,6 @@
+"""Which units go, so that the budget holds, and the cut itself."""
+
+# fmt: off
+from edgeprune.prune.budget_search import Probe
+from edgeprune.prune.cut import CUT_VERSION, run_cut
+from edgeprune.prune.stage import PruningInputs, RESULT_VERSION, method_name, minds_macs, read, run, trains, write

@@ -1,0 +1,110 @@
+"""cut: remove the chosen channels, and prove that the result answers as the masked network does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from edgeprune import models
+from edgeprune.errors import ModelError
+from edgeprune.models import total_macs, total_params
+from edgeprune.records import Bundle, Group, Masks, Plan
+
+CUT_VERSION = 2
+
+
+def run_cut(
+    bundle: Bundle,
+    groups: Sequence[Group],
+    masks: Masks,
+    left_out: Mapping[str, str],
+    example: Tensor,
+    *,
+    edited: Mapping[str, Tensor] | None = None,
+) -> tuple[Plan, Bundle]:
+    """Cut a copy of the network.
+
+    Args:
+        bundle: not changed. groups, masks, left_out: what prune chose. example: float32 (N, C, H, W), normalized.
+        edited: state-dict name -> the tensor that the method put there, as when it merged channels; what is proven
+            is that the edited network answers alike masked and cut. The counts before are those of `bundle`.
+
+    Returns:
+        The plan, and the bundle of the smaller network with the plan appended. Groups that fail the proof with
+        these very weights stay whole and are added to the plan's `left_out`.
+
+    Raises:
+        ModelError: nothing was removed although the masks said so, the outputs changed their shape, or the
+            edited tensors are not of this network.
+    """
+    network = _with(bundle.module, edited or {})
+    channels, failed = _proven(network, groups, masks.channels, example)
+    tensors = models.removed_positions(groups, channels)
+    before = (total_params(bundle.module), total_macs(bundle.module, example))
+    attributes = models.cut(network, tensors)
+    after = (total_params(network), total_macs(network, example))
+    _check_smaller(bundle.module, network, example, (tensors, before, after))
+    removed = {
+        g: tuple(i for i, kept in enumerate(keep.tolist()) if not kept) for g, keep in channels.items()
+    }
+    plan = Plan(
+        removed={g: gone for g, gone in removed.items() if gone}, tensors=tensors, attributes=attributes,
+        left_out={**left_out, **failed}, params=after[0], macs=after[1], params_before=before[0], macs_before=before[1],
+    )  # fmt: skip
+    return plan, replace(bundle, module=network, plans=(*bundle.plans, plan))
+
+
+def _with(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
+    """A copy with some of its tensors replaced."""
+    copy = deepcopy(module)
+    state = copy.state_dict()
+    for name, tensor in edited.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = f"is {tuple(state[name].shape)} there" if name in state else "is not there"
+            raise ModelError(f"the method edited {name} {tuple(tensor.shape)}, which {found}")
+        state[name].copy_(tensor)
+    return copy
+
+
+def _proven(
+    network: nn.Module, groups: Sequence[Group], channels: Mapping[str, Tensor], example: Tensor
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The masks that pass the proof, all together; on failure each group alone, to name the culprit."""
+    if models.proof_failure(network, groups, channels, example) is None:
+        return dict(channels), {}
+    failed: dict[str, str] = {}
+    for group in groups:
+        if group.name in channels:
+            failure = models.proof_failure(network, groups, {group.name: channels[group.name]}, example)
+            if failure is not None:
+                failed[group.name] = failure
+    rest = {g: keep for g, keep in channels.items() if g not in failed}
+    failure = models.proof_failure(network, groups, rest, example)
+    if failure is not None:
+        raise ModelError(
+            f"the cut network does not answer as the masked one does, and no single layer is to blame: {failure}",
+            "leave layers out with --set prune.skip='[\"LAYER\"]'",
+        )
+    return rest, failed
+
+
+def _check_smaller(
+    dense: nn.Module,
+    small: nn.Module,
+    example: Tensor,
+    result: tuple[Mapping[str, object], tuple[int, int], tuple[int, int]],
+) -> None:
+    tensors, before, after = result
+    if not tensors:
+        return
+    if not (after[0] < before[0] and after[1] < before[1]):
+        raise ModelError(
+            f"cutting {len(tensors)} tensors left params {before[0]} -> {after[0]} and macs {before[1]} -> {after[1]}: "
+            "nothing was removed where it counts"
+        )
+    old, new = models.checked_logits(dense, example), models.checked_logits(small, example)
+    if old.shape != new.shape:
+        raise ModelError(f"the output has shape {tuple(new.shape)} after the cut, {tuple(old.shape)} before")

@@ -1,0 +1,342 @@
+"""Why a node of an ONNX graph must stay in float32 when the rest becomes float16."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from copy import deepcopy
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from edgeprune.errors import UnsupportedModel
+from edgeprune.models import reason
+from edgeprune.onnx_graph import ONNX_ERRORS, View, attribute, captured, copied, title, unused
+from edgeprune.quantize.evaluation import FloatBaseline
+from edgeprune.quantize.int8 import fall_back
+from edgeprune.quantize.job import Built, Job
+
+if TYPE_CHECKING:
+    from edgeprune.quantize.observers import Activations
+
+FLOAT, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
+
+# Images that were not seen may go further than those that were.
+HEADROOM = 2.0
+
+LARGEST, SMALLEST_NORMAL = 65504.0, 2.0**-14
+
+# Rounding to float16 changes each entry by at most 2**-11 of it, unless it is so small that digits are lost.
+LOST = 1e-3
+
+# What raises to powers, multiplies many numbers or takes the inverse of small ones inside: the largest may not fit
+# even where the result does, and the relative error grows.
+SENSITIVE = frozenset(
+    ("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Softplus", "LayerNormalization", "InstanceNormalization",
+     "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization", "LRN", "ReduceL2",
+     "ReduceSumSquare", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "GlobalLpPool", "LpPool", "CumSum")
+)  # fmt: skip
+
+_SUMMING = frozenset(("ReduceMean", "ReduceSum", "ReduceL1", "GlobalAveragePool", "AveragePool"))
+
+# These read a value of any type, and what they give does not depend on it.
+_INDIFFERENT = frozenset(("Shape", "Size"))
+
+_STANDARD = ("", "ai.onnx")
+
+# What these make has the type that an attribute says.
+_TOLD = frozenset(("Cast", "ConstantOfShape"))
+
+_FLOAT_TYPE, _HALF_TYPE = "tensor(float)", "tensor(float16)"
+
+
+class Reasons:
+    """Looks at the nodes of one graph."""
+
+    def __init__(self, view: View, seen: Activations, skip: Collection[str]) -> None:
+        """Look at `view` with what its activations were, and with nodes to leave alone."""
+        self.view, self.seen, self.skip = view, seen, frozenset(skip)
+        self.inside = {name: node.name for node in view.graph.node for name in captured(node)}
+
+    def of(self, node: NodeProto) -> str:
+        """Why a node stays float32; "" when it becomes float16, or has to do with no floats at all."""
+        values = [name for name in (*node.input, *node.output) if name]
+        unknown = next((name for name in values if not self.view.dtype(name)), "")
+        if unknown and node.domain in _STANDARD:
+            return f"the type of {unknown} is not known"
+        if not unknown and not any(self.view.dtype(name) == FLOAT for name in values):
+            return ""
+        return next((why for why in self._found(node) if why), "")
+
+    def _found(self, node: NodeProto) -> Iterator[str]:
+        if title(node) in self.skip:
+            yield "asked for"
+        if any(item.HasField("g") or item.graphs for item in node.attribute):
+            yield f"{node.op_type} holds a graph of its own"
+        yield next((f"read inside of {self.inside[n]}" for n in node.output if n in self.inside), "")
+        yield _unknown(self.view, node)
+        if node.op_type in SENSITIVE:
+            yield f"{node.op_type} loses digits in float16"
+        yield self._summing(node)
+        for name in dict.fromkeys((*node.input, *node.output)):
+            yield self._out_of_range(name)
+        for name in node.input:
+            yield self._rounded(name)
+
+    def _largest(self, name: str) -> float | None:
+        seen = self.seen.get(name)
+        return None if seen is None else max(abs(seen.low), abs(seen.high))
+
+    def _out_of_range(self, name: str) -> str:
+        largest = self._largest(name)
+        if largest is None or largest == 0.0:
+            return ""
+        if not largest <= LARGEST / HEADROOM:
+            return f"{name} reached {largest:.3g}; float16 ends at {LARGEST:.0f}"
+        if largest < SMALLEST_NORMAL:
+            return f"{name} never rose above {largest:.3g}; float16 loses digits below {SMALLEST_NORMAL:.3g}"
+        return ""
+
+    def _summing(self, node: NodeProto) -> str:
+        largest = self._largest(node.input[0]) if node.op_type in _SUMMING else None
+        if largest is None:
+            return ""
+        count = self._summed(node)
+        if count * largest <= LARGEST / HEADROOM:
+            return ""
+        return f"{node.op_type} sums {count} entries of up to {largest:.3g}; float16 ends at {LARGEST:.0f}"
+
+    def _summed(self, node: NodeProto) -> int:
+        """How many entries make one of the result."""
+        if node.op_type == "AveragePool":
+            return prod(attribute(node, "kernel_shape", ()))
+        before, after = self.view.shape(node.input[0]), self.view.shape(node.output[0])
+        return max(1, prod(size or 1 for size in before) // max(1, prod(size or 1 for size in after)))
+
+    def _rounded(self, name: str) -> str:
+        array = self.view.constant(name) if name in self.view.initializers else None
+        if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
+            return ""
+        largest = float(np.abs(array).max(initial=0.0))
+        if largest > LARGEST:
+            return f"{name} holds {largest:.3g}; float16 ends at {LARGEST:.0f}"
+        exact = array.astype(np.float64)
+        change, norm = np.linalg.norm(exact - array.astype(np.float16)), np.linalg.norm(exact)
+        if change > LOST * norm:
+            return f"rounding {name} (at most {largest:.3g}) to float16 changes it by {100 * change / norm:.2g} %"
+        return ""
+
+
+def needs(view: View, node: NodeProto, kind: int) -> list[int]:
+    """The type in which a node of a kind wants each of its inputs, where that is a float: 0 for any."""
+    if node.op_type in _INDIFFERENT:
+        return [0] * len(node.input)
+    schema = _schema(view, node)
+    if schema is None:
+        return [kind] * len(node.input)
+    formal = schema.inputs
+    types = [formal[min(i, len(formal) - 1)].type_str for i in range(len(node.input))]
+    return [FLOAT if name == _FLOAT_TYPE else kind for name in types]
+
+
+def _unknown(view: View, node: NodeProto) -> str:
+    """Why ONNX has no float16 form of a node."""
+    schema = _schema(view, node)
+    if schema is None:
+        return f"{node.op_type} is no standard operator"
+    allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+    for values, formal in ((node.input, schema.inputs), (node.output, schema.outputs)):
+        for i, name in enumerate(values):
+            kind = formal[min(i, len(formal) - 1)].type_str
+            if view.dtype(name) == FLOAT and kind != _FLOAT_TYPE and _HALF_TYPE not in allowed.get(kind, ()):
+                return f"ONNX has no float16 {node.op_type}"
+    if node.op_type not in _TOLD and not _follows(view, node, schema):
+        return f"{node.op_type} makes float32 of its own"
+    return ""
+
+
+def _follows(view: View, node: NodeProto, schema: Any) -> bool:
+    """Whether the type of each float that a node makes is that of a float that it reads."""
+    read, made = (
+        {
+            formal[min(i, len(formal) - 1)].type_str
+            for i, name in enumerate(values)
+            if view.dtype(name) == FLOAT
+        }
+        for values, formal in ((node.input, schema.inputs), (node.output, schema.outputs))
+    )
+    return made <= read
+
+
+def _schema(view: View, node: NodeProto) -> Any:
+    version = next((o.version for o in view.model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if node.domain not in _STANDARD or not onnx.defs.has(node.op_type):
+        return None
+    return onnx.defs.get_schema(node.op_type, version)
+
+
+_TAGS = {FLOAT: "fp32", HALF: "fp16"}
+
+
+def half(
+    model: ModelProto, seen: Activations, *, skip: Collection[str] = ()
+) -> tuple[ModelProto, dict[str, str]]:
+    """Convert a graph to float16; its inputs and outputs stay float32.
+
+    A node stays float32 when it is in `skip`; when ONNX has it for float32 only, or it holds a graph; when it squares,
+    exponentiates or normalizes; when one of its values went above half of what float16 can hold, or never rose above
+    where float16 loses digits; when it sums so many entries that the sum may not fit; or when rounding its weight
+    changes that by more than 0.1 %.
+
+    Args:
+        model: float32; not changed. Conv, Gemm and so on with their weights as initializers.
+        seen: the activations of `model`; those that are missing are taken to be within range.
+        skip: names of nodes to keep in float32.
+
+    Returns:
+        The float16 graph, and {node that stays float32: why}, in the order of the graph.
+
+    Raises:
+        UnsupportedModel: the graph has types that can't be told apart, or the result is no valid ONNX.
+    """
+    copy = copied(model)
+    _hoist(copy)
+    view = View(copy)
+    reasons = Reasons(view, seen, skip)
+    nodes = list(copy.graph.node)
+    why = [reasons.of(node) for node in nodes]
+    kept = {title(node): said for node, said in zip(nodes, why, strict=True) if said}
+    _Converter(view, nodes).run([FLOAT if said else HALF for said in why])
+    del copy.graph.value_info[:]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, check_type=True, strict_mode=True)
+        onnx.checker.check_model(inferred, full_check=True)
+    except ONNX_ERRORS as error:
+        raise UnsupportedModel(f"the float16 graph is no valid ONNX: {reason(error)}") from error
+    return inferred, kept
+
+
+def _hoist(model: ModelProto) -> None:
+    """Make initializers of Constant nodes."""
+    view = View(model)
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:
+        array = view.constant(node.output[0])
+        if array is not None and array.dtype.kind in "fiub":
+            model.graph.initializer.append(numpy_helper.from_array(array, node.output[0]))
+            model.graph.node.remove(node)
+
+
+class _Converter:
+    """Rewrites a graph node by node.
+
+    have: float value -> its type as the graph is now. first: float constant -> the type that keeps its name.
+    """
+
+    def __init__(self, view: View, nodes: list[NodeProto]) -> None:
+        self.view, self.old = view, nodes
+        self.floats = {name for name, (dtype, _) in view.kinds.items() if dtype == FLOAT}
+        self.have = dict.fromkeys(view.inputs, FLOAT)
+        self.first: dict[str, int] = {}
+        self.casts: dict[tuple[str, int], str] = {}
+        self.nodes: list[NodeProto] = []
+        self.arrays: dict[str, TensorProto] = {}
+
+    def run(self, kinds: list[int]) -> None:
+        """Give every node its kind, and put a Cast wherever a value is needed in another type than it has."""
+        graph = self.view.graph
+        plain = [item for item in graph.initializer if item.name not in self.floats]
+        inside = [name for node in self.old for name in captured(node)]
+        for name in (*inside, *self.view.outputs):
+            if name in self.view.initializers and name in self.floats:
+                self._constant(name, FLOAT)
+        for node, kind in zip(self.old, kinds, strict=True):
+            self._retype(node, kind)
+        for name in dict.fromkeys(self.view.outputs):
+            if self.have.get(name) == HALF:
+                self._cast_output(name)
+        arrays = deepcopy([*plain, *self.arrays.values()])
+        made = deepcopy(self.nodes)
+        del graph.initializer[:], graph.node[:]
+        graph.initializer.extend(arrays)
+        graph.node.extend(made)
+
+    def _retype(self, node: NodeProto, kind: int) -> None:
+        wanted = needs(self.view, node, kind)
+        for position, name in enumerate(node.input):
+            if name in self.floats and wanted[position]:
+                node.input[position] = self._as(name, wanted[position])
+        for name in node.output:
+            if name in self.floats:
+                self.have[name] = kind
+        if kind == HALF:
+            _retype_attributes(node, bool(self.floats & set(node.output)))
+        self.nodes.append(node)
+
+    def _as(self, name: str, kind: int) -> str:
+        """The name under which a value is to be had in a type."""
+        if name in self.view.initializers:
+            return self._constant(name, kind)
+        if self.have[name] == kind:
+            return name
+        if (name, kind) not in self.casts:
+            made = unused(self.view, f"{name}.{_TAGS[kind]}")
+            self.nodes.append(helper.make_node("Cast", [name], [made], f"{made}.Cast", to=kind))
+            self.casts[name, kind] = made
+        return self.casts[name, kind]
+
+    def _constant(self, name: str, kind: int) -> str:
+        # What nodes of both types read is stored twice: a Cast of it would cost time at each run.
+        same = self.first.setdefault(name, kind) == kind
+        new = name if same else unused(self.view, f"{name}.{_TAGS[kind]}")
+        if new not in self.arrays:
+            array = numpy_helper.to_array(self.view.initializers[name])
+            typed = array.astype(np.float16 if kind == HALF else np.float32)
+            self.arrays[new] = numpy_helper.from_array(typed, new)
+        return new
+
+    def _cast_output(self, name: str) -> None:
+        made = unused(self.view, f"{name}.{_TAGS[HALF]}")
+        for node in self.nodes:
+            for values in (node.input, node.output):
+                values[:] = [made if value == name else value for value in values]
+        self.nodes.append(helper.make_node("Cast", [made], [name], f"{name}.Cast", to=FLOAT))
+
+
+def _retype_attributes(node: NodeProto, makes_floats: bool) -> None:
+    """What a float16 node says about types: the aim of a Cast, the value that it fills with."""
+    for item in node.attribute:
+        if node.op_type == "Cast" and item.name == "to" and item.i == FLOAT:
+            item.i = HALF
+        if item.HasField("t") and item.t.data_type == FLOAT:
+            item.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item.t).astype(np.float16)))
+    if node.op_type == "ConstantOfShape" and makes_floats and attribute(node, "value", None) is None:
+        node.attribute.append(
+            helper.make_attribute("value", numpy_helper.from_array(np.zeros(1, np.float16)))
+        )
+
+
+NAME = "fp16"
+
+
+def build(floats: FloatBaseline, job: Job) -> Built:
+    """The network in fp16; its loss may still be above the tolerance.
+
+    Raises:
+        UnsupportedModel: the graph can't be converted.
+    """
+    seen = floats.seen(floats.model, "the network")
+
+    def made(skip: tuple[str, ...]) -> ModelProto:
+        return half(floats.model, seen, skip=(*floats.skipped, *skip))[0]
+
+    job.say(f"quantize: to fp16, judged on {floats.panel.clean} images")
+    judgement, fallback = floats.judge(NAME, (), lambda: made(())), dict[str, float]()
+    if judgement.loss > job.table.tolerance and len(floats.layers) > 1:
+        job.say(f"quantize: fp16 loses {100 * judgement.loss:.2f} points; find the layers that do")
+        fallback, judgement = fall_back(floats, NAME, made, job.table.tolerance)
+    model, kept = half(floats.model, seen, skip=(*floats.skipped, *fallback))
+    kept = {node: reason for node, reason in kept.items() if node not in fallback}
+    kept |= dict.fromkeys(floats.skipped, "asked for with quantize.skip")
+    return Built("fp16", NAME, model, floats.model, judgement, {}, fallback, kept)

@@ -1,0 +1,138 @@
+"""The nouns of the quantize stage: what it is given, what it hands on, and one precision that was built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+from torch import Tensor
+
+from edgeprune.recipe import QuantizeTable
+from edgeprune.records import Limit, Reading
+
+Timer = Callable[[Mapping[str, Path]], Mapping[str, Reading]]
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """The images that ranges are taken from and choices are made on.
+
+    images: float32 (N, C, H, W). labels: int64 (N,), or None where nobody knows them. kind: "calibration" (of the
+    training part) or "synthesized" (from the network itself). adversarial: float32 (M, C, H, W), the first M images
+    attacked on the float network, where robust accuracy matters.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    kind: str
+    adversarial: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is asked for.
+
+    precision: auto, fp32, fp16 or int8. precisions: what the target takes. scheme: the target's, of int8. scratch:
+    where what was computed is kept until the stage is done. timer: times files alternately on the target's device,
+    name -> its latency_p50; None where that device is not there. limits: the run's budget. dense: the unpruned file,
+    which relative limits speak of.
+    """
+
+    table: QuantizeTable
+    precision: str
+    precisions: tuple[str, ...]
+    scheme: str
+    material: CalibrationSet | None
+    scratch: Path
+    say: Callable[[str], None]
+    timer: Timer | None = None
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    dense: Path | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came out; `quantized.json` is this record (docs/precision.md documents each field).
+
+    precision: of what ships. file: the name of the file in the stage's folder; empty when the exported one ships.
+    choice: how it was made; empty for fp32. candidates: every one that was built, and why it does not ship.
+    """
+
+    precision: str
+    file: str
+    choice: Mapping[str, Any]
+    candidates: tuple[Mapping[str, Any], ...]
+    readings: tuple[Reading, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a file answers the judged images.
+
+    clean_accuracy, robust_accuracy: None without labels, or without attacked images. agreement: share of the judged
+    images classified as by the float file. sqnr_db: signal-to-quantization-noise ratio of the logits. right: for each
+    judged image, with labels: whether it is classified right; of the attacked ones, right as by the float file.
+    loss: what is held against the tolerance: accuracy lost, clean or under attack, whichever is more; without labels
+    1 - agreement.
+    """
+
+    clean_accuracy: float | None
+    robust_accuracy: float | None
+    agreement: float
+    sqnr_db: float
+    loss: float
+    right: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """One precision, built as well as it could be.
+
+    name: for people ("int8 entropy, equalized"). model: not finished yet. floats: the float model it was made from,
+    with the same node names. options: how. fallback: layer that went back to float -> its measured output error.
+    kept: node that stays float for another reason -> the reason. tried: the other candidates.
+    """
+
+    precision: str
+    name: str
+    model: ModelProto
+    floats: ModelProto
+    judgement: Judgement
+    options: Mapping[str, Any]
+    fallback: Mapping[str, float]
+    kept: Mapping[str, str]
+    tried: tuple[Mapping[str, Any], ...] = ()
+
+
+def row(
+    precision: str,
+    name: str,
+    judgement: Judgement | None,
+    *,
+    why_not: str,
+    options: Mapping[str, Any],
+    fallback: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """A candidate as `Quantized.candidates` lists it; size and time are None until the file was written and timed."""
+    return {
+        "precision": precision,
+        "name": name,
+        "calibrator": options.get("calibrator"),
+        "equalized": bool(options.get("equalized")),
+        "corrected": bool(options.get("corrected")),
+        "fallback": list(fallback),
+        "clean_accuracy": judgement.clean_accuracy if judgement else None,
+        "robust_accuracy": judgement.robust_accuracy if judgement else None,
+        "agreement": judgement.agreement if judgement else None,
+        "sqnr_db": judgement.sqnr_db if judgement and math.isfinite(judgement.sqnr_db) else None,
+        "loss": judgement.loss if judgement else None,
+        "size_bytes": None,
+        "latency_s": None,
+        "chosen": False,
+        "why_not": why_not,
+    }

@@ -1,0 +1,312 @@
+"""The tables of a recipe, one frozen record each, with every default; `recipe.py` reads and writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Tuple
+
+from edgeprune import plugins
+from edgeprune.errors import UsageError
+from edgeprune.quantities import eps_of, limit, suggest
+
+GRANULARITIES = ("channel", "weight", "2:4")
+
+ALLOCATIONS = ("global", "uniform", "pqi")
+
+OBJECTIVES = ("natural", "fgsm", "pgd", "trades")
+
+OPTIMIZERS = ("sgd", "adamw")
+
+NORMS = ("Linf", "L2")
+
+KEEPS = ("last", "best")
+
+MIXED = ("auto", "fp32", "bf16")
+
+PRECISIONS = ("auto", "fp32", "fp16", "int8")
+
+CALIBRATORS = ("auto", "minmax", "percentile", "entropy", "mse")
+
+SCHEMES = ("auto", "u8", "s8")
+
+SWITCHES = ("auto", "on", "off")
+
+AUGMENTS = ("auto", "on", "off", "shift", "mirror")
+
+ATTACKS = ("auto", "none", "fgsm", "pgd", "standard")
+
+# The radius of a norm that people mean when they name none.
+USUAL_EPS_TEXT = {"Linf": "8/255", "L2": "128/255"}
+
+REPAIRS = ("auto", "none", "synthetic", "data")
+
+# In a budget: an estimate may stand for a measurement.
+ALLOW_ESTIMATES = "allow-estimates"
+
+# What the method "auto" stands for, with and without training images.
+AUTO = ("taylor", "data-free")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a value that is not accepted.
+
+    Raises:
+        UsageError: names the key, what was found and what is accepted.
+    """
+    words = (
+        ("data.use", recipe.data.use, ("all", "evaluate")),
+        ("prune.granularity", recipe.prune.granularity, GRANULARITIES),
+        ("prune.allocation", recipe.prune.allocation, ALLOCATIONS),
+        ("prune.repair", recipe.prune.repair, REPAIRS),
+        ("tune.objective", recipe.tune.objective, OBJECTIVES),
+        ("tune.optimizer", recipe.tune.optimizer, OPTIMIZERS),
+        ("tune.norm", recipe.tune.norm, NORMS),
+        ("tune.keep", recipe.tune.keep, KEEPS),
+        ("tune.augment", recipe.tune.augment, AUGMENTS),
+        ("tune.mixed", recipe.tune.mixed, MIXED),
+        ("export.precision", recipe.export.precision, PRECISIONS),
+        ("quantize.calibrator", recipe.quantize.calibrator, CALIBRATORS),
+        ("quantize.scheme", recipe.quantize.scheme, SCHEMES),
+        ("quantize.equalize", recipe.quantize.equalize, SWITCHES),
+        ("quantize.bias_correction", recipe.quantize.bias_correction, SWITCHES),
+        ("attack.name", recipe.attack.name, ATTACKS),
+        ("attack.norm", recipe.attack.norm, NORMS),
+    )
+    for where, value, accepted in words:
+        if value not in accepted:
+            raise UsageError(
+                f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
+            )
+    _check_options(recipe.prune)
+    _check_ranges(recipe)
+    eps_of(recipe.tune.eps, recipe.tune.norm)
+    eps_of(recipe.attack.eps, recipe.attack.norm)
+    for metric, text in recipe.budget.items():
+        if metric == ALLOW_ESTIMATES and text in ("True", "true", "False", "false"):
+            continue
+        limit(metric, text)
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    ranges = (
+        ("seed", recipe.seed, 0, 2**32 - 1),
+        ("prune.floor", recipe.prune.floor, 0.0, 1.0),
+        ("prune.int8_file", recipe.prune.int8_file, 0.0, 1.0),
+        ("data.val_share", recipe.data.val_share, 0.01, 0.99),
+        ("tune.distill", recipe.tune.distill, 0.0, 1.0),
+        ("tune.lr", recipe.tune.lr, 0.0, 100.0),
+        ("tune.weight_decay", recipe.tune.weight_decay, 0.0, 1.0),
+        ("tune.temperature", recipe.tune.temperature, 0.01, 1000.0),
+        ("tune.epochs", recipe.tune.epochs, 0, 100000),
+        ("tune.batch", recipe.tune.batch, 2, 65536),
+        ("tune.attack_steps", recipe.tune.attack_steps, 1, 1000),
+        ("tune.attack_step", recipe.tune.attack_step, 0.0, 100.0),
+        ("tune.beta", recipe.tune.beta, 0.0, 1.0),
+        ("tune.trades", recipe.tune.trades, 0.0, 1000.0),
+        ("tune.val_share", recipe.tune.val_share, 0.01, 0.5),
+        ("prune.multiple_of", recipe.prune.multiple_of, 0, 1024),
+        ("synthesize.images", recipe.synthesize.images, 0, 65536),
+        ("synthesize.steps", recipe.synthesize.steps, 0, 10**6),
+        ("export.opset", recipe.export.opset, 0, 100),
+        ("export.tolerance", recipe.export.tolerance, 0.0, 1.0),
+        ("quantize.tolerance", recipe.quantize.tolerance, 0.0, 1.0),
+        ("measure.threads", recipe.measure.threads, 0, 1024),
+        ("measure.warmup", recipe.measure.warmup, 0, 10**6),
+        ("measure.iterations", recipe.measure.iterations, 10, 10**6),
+        ("measure.seconds", recipe.measure.seconds, 0.1, 86400.0),
+        ("attack.limit", recipe.attack.limit, 0, 10**9),
+        ("attack.steps", recipe.attack.steps, 1, 100000),
+        ("attack.restarts", recipe.attack.restarts, 1, 1000),
+        ("attack.batch", recipe.attack.batch, 0, 65536),
+    )
+    for where, value, low, high in ranges:
+        if not low <= value <= high:
+            raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
+
+
+def _check_options(table: PruneTable) -> None:
+    if table.method == "auto" and table.options:
+        known = {key for name in AUTO for key in plugins.options("methods", name)}
+        for key in table.options:
+            if key not in known:
+                raise UsageError(f"neither {' nor '.join(AUTO)} has an option {key!r}", suggest(key, known))
+    elif table.method != "auto" and "." not in table.method:
+        plugins.check_options("methods", table.method, table.options)
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """[model]: the network and how to load it. `input` is "CxHxW" or empty when the file says it."""
+
+    path: str = ""
+    arch: str = ""
+    input: str = ""
+    mean: Tuple[float, ...] = ()
+    std: Tuple[float, ...] = ()
+    allow_class: Tuple[str, ...] = ()
+    trust_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """[data]: where the images are. `use` is "all" or "evaluate" (then nothing is trained or calibrated on them).
+
+    val_share: held-out share of a set that came without a split. calibration: which images methods, batch-norm
+    recalibration and quantization look at, a name or path of `calibration/*.toml`.
+    """
+
+    path: str = ""
+    use: str = "all"
+    val_share: float = 0.2
+    calibration: str = "default"
+
+
+@dataclass(frozen=True)
+class PruneTable:
+    """[prune]: the method and how channels are shared out.
+
+    granularity: what goes whole: "channel", "weight", or half of each block of four weights, "2:4".
+    allocation: "global", "uniform", or "pqi" (layers share by their PQ index). floor: the least share of a layer's
+    channels that stays.
+    multiple_of: 0 takes the target's. skip: layers whose channels are left alone. repair: the images on which the
+    layers after a cut are solved anew: "synthetic" (made from the network itself), "data" (calibration images),
+    "none", or "auto". int8_file: with --precision int8 and a budget of macs without size, params or latency, the file
+    is held to this times the MACs' share of the dense file too (0.2: to a tenth of it at macs=50 %); 0 is off.
+    `options` are the method's own (its dataclass fields).
+    """
+
+    method: str = "auto"
+    granularity: str = "channel"
+    allocation: str = "global"
+    floor: float = 0.1
+    multiple_of: int = 0
+    skip: Tuple[str, ...] = ()
+    repair: str = "auto"
+    int8_file: float = 0.2
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SynthesizeTable:
+    """[synthesize]: images made from the network itself: how many, and in how many steps.
+
+    0 is as many as the cost of the network allows.
+    """
+
+    images: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class TuneTable:
+    """[tune]: training with data, after a cut or, for a method that trains, while it chooses. Warm-up, then a cosine.
+
+    epochs: all of them; of a method that trains they are its own. optimizer: sgd (Nesterov momentum) or adamw.
+    distill: the weight of the dense model's answers. eps: radius of the attack ("8/255"; empty for the norm's usual
+    one), attack_step 0 for a step that fits attack_steps of them. beta: share of the clean images' loss in fgsm and
+    pgd. trades: weight of the divergence. keep: "last" epoch, or the "best" on val_share of the training images.
+    mixed: "auto", "fp32" or "bf16". augment: "on" (random shifts and mirrors; also `true`), "shift", "mirror", "off"
+    (`false`), or "auto", those that the dense network does not mind.
+    """
+
+    epochs: int = 0
+    objective: str = "natural"
+    lr: float = 0.03
+    batch: int = 128
+    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    distill: float = 0.9
+    temperature: float = 4.0
+    augment: str = "auto"
+    recalibrate: bool = True
+    eps: str = ""
+    norm: str = "Linf"
+    attack_steps: int = 7
+    attack_step: float = 0.0
+    beta: float = 0.0
+    trades: float = 6.0
+    keep: str = "last"
+    val_share: float = 0.1
+    mixed: str = "auto"
+
+
+@dataclass(frozen=True)
+class ExportTable:
+    """[export]: the file that ships. opset 0 takes the target's."""
+
+    precision: str = "auto"
+    opset: int = 0
+    dynamic_batch: bool = False
+    tolerance: float = 1e-4
+
+
+@dataclass(frozen=True)
+class QuantizeTable:
+    """[quantize]: how the file gets the precision that `export.precision` names.
+
+    calibrator: how the range of an activation is chosen; "auto" tries all. scheme: "u8" (unsigned asymmetric
+    activations), "s8" (signed symmetric), or "auto", the target's. equalize, bias_correction: "on", "off", or "auto",
+    which tries both. tolerance: the loss of accuracy (without labels: of agreement with the float file) above which
+    layers go back to float, one after the other. skip: layers that stay float.
+    """
+
+    calibrator: str = "auto"
+    scheme: str = "auto"
+    equalize: str = "auto"
+    bias_correction: str = "auto"
+    tolerance: float = 0.01
+    skip: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasureTable:
+    """[measure]: how the file is timed. threads 0 takes the target's.
+
+    device: a URL, or a list of them: the first one decides whatever is decided by time; the others, which are held in
+    `beside`, measure what ships at the same time.
+    iterations, seconds (for each file): caps; timing ends before when the medians are known within 2 %.
+    """
+
+    device: str = "local"
+    beside: Tuple[str, ...] = ()
+    threads: int = 1
+    warmup: int = 10
+    iterations: int = 4000
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class AttackTable:
+    """[attack]: how accuracy under attack is measured.
+
+    name: "standard" (the four attacks of AutoAttack's standard version), "pgd", "fgsm", "none", or "auto": standard
+    where a robust accuracy is asked for. eps: radius ("8/255"; empty for the one that was trained against, or the
+    norm's usual one). limit: so many held-out images, the same share of each class; 0 is all. steps, restarts: of
+    pgd. batch: images at a time; 0 is sized to memory.
+    """
+
+    name: str = "auto"
+    eps: str = ""
+    norm: str = "Linf"
+    limit: int = 500
+    steps: int = 20
+    restarts: int = 1
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, decided completely: same recipe, same model, same data give the same result."""
+
+    target: str = "local"
+    seed: int = 0
+    model: ModelTable = ModelTable()
+    data: DataTable = DataTable()
+    synthesize: SynthesizeTable = SynthesizeTable()
+    prune: PruneTable = PruneTable()
+    budget: Mapping[str, str] = field(default_factory=dict)
+    tune: TuneTable = TuneTable()
+    export: ExportTable = ExportTable()
+    quantize: QuantizeTable = QuantizeTable()
+    measure: MeasureTable = MeasureTable()
+    attack: AttackTable = AttackTable()

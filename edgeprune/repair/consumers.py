@@ -1,0 +1,128 @@
+"""The layers that read a group of channels, and where a solved layer's bias can go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.models import Program
+from edgeprune.records import Group
+from edgeprune.repair.input_moments import features, reads_patches
+from edgeprune.repair.least_squares import Ridge
+from edgeprune.structure import following_batch_norm
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads a group. features[u]: the entries of its patches that unit u owns."""
+
+    path: str
+    layer: nn.Module
+    features: tuple[tuple[int, ...], ...]
+
+
+def consumers_of(network: nn.Module, group: Group) -> tuple[list[Consumer], list[str]]:
+    """The layers that read a group as linear maps of patches, and the paths of those that read it in another way.
+
+    The second are grouped and transposed convolutions, and readers where units own different numbers of inputs.
+    """
+    found: list[Consumer] = []
+    others: list[str] = []
+    for member in group.members:
+        if member.role != "consumer":
+            continue
+        path, _, leaf = member.tensor.rpartition(".")
+        layer = network.get_submodule(path)
+        owned = {len(p) for p in member.positions}
+        if (
+            leaf == "weight"
+            and member.axis == 1
+            and reads_patches(layer)
+            and len(owned) == 1
+            and owned != {0}
+        ):
+            found.append(Consumer(path, layer, tuple(tuple(features(layer, p)) for p in member.positions)))
+        else:
+            others.append(path)
+    return found, others
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Where the constant of a layer's answer lies: its own bias, or the running mean of the batch-norm behind it."""
+
+    bias: Tensor | None
+    running_mean: Tensor | None
+
+    @property
+    def free(self) -> bool:
+        """Whether a constant can be put anywhere."""
+        return self.bias is not None or self.running_mean is not None
+
+    def add(self, shift: Tensor) -> None:
+        """Move the layer's answer by shift (O,), in place."""
+        with torch.no_grad():
+            if self.bias is not None:
+                self.bias.add_(shift.to(self.bias))
+            elif self.running_mean is not None:
+                self.running_mean.sub_(shift.to(self.running_mean))
+
+
+def bias_of(program: Program, network: nn.Module, path: str) -> Bias:
+    """Where a constant that a layer should add can be put."""
+    layer = network.get_submodule(path)
+    own = dict(layer.named_parameters(recurse=False)).get("bias")
+    if own is not None:
+        return Bias(own, None)
+    norm = _norm_of(program, path)
+    statistics = dict(network.get_submodule(norm).named_buffers(recurse=False)) if norm is not None else {}
+    return Bias(None, statistics.get("running_mean"))
+
+
+def _norm_of(program: Program, path: str) -> str | None:
+    """The batch-norm behind a layer, if it is the layer's outputs that it scales: behind words it may be the words."""
+    calls = program.readers(f"{path}.weight" if path else "weight")
+    if any(call.op == "linear" and len(call.shape) != 2 for call in calls):
+        return None
+    return following_batch_norm(program, path)
+
+
+def output_scale(program: Program, network: nn.Module, path: str) -> Tensor:
+    """How much the batch-norm behind a layer multiplies each output with, without sign: (O,); ones without one."""
+    weight = network.get_submodule(path).get_parameter("weight")
+    norm = _norm_of(program, path)
+    if norm is None:
+        return torch.ones(len(weight))
+    module = network.get_submodule(norm)
+    variance = dict(module.named_buffers(recurse=False)).get("running_var")
+    if variance is None:
+        return torch.ones(len(weight))
+    scale = (variance + module.eps).rsqrt()  # type: ignore[operator]
+    own = dict(module.named_parameters(recurse=False)).get("weight")
+    return (scale * own.detach().abs()) if own is not None else scale
+
+
+def solve(
+    moments: Tensor, cross: Tensor, start: Tensor, keep: Sequence[int] | None, *, constant: bool, ridge: float
+) -> Tensor:
+    """The weights that answer best: argmin |X W - Y|^2 + ridge * mean(diag) * |W - start|^2, the constant unpenalized.
+
+    Args:
+        moments: X^T X, float64 (F + 1, F + 1), the constant last. cross: X^T Y, (F + 1, O). start: (F + 1, O).
+        keep: the features that may be used; None for all. constant: whether the last row may change.
+
+    Returns:
+        (F + 1, O); 0 in the features that may not be used.
+    """
+    return Ridge(moments, start, keep, constant=constant, ridge=ridge).solve(cross)
+
+
+def tensors_of(network: nn.Module) -> Mapping[str, Tensor]:
+    """Every parameter and buffer by its state-dict name, non-persistent buffers too."""
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }

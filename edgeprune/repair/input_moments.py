@@ -1,0 +1,175 @@
+"""What the layers of a network get: second moments of their inputs, over images and positions.
+
+A convolution is a linear layer on patches. The moments are those of the patch with a 1 appended, so that a closed-form
+solution has a bias; they are all that least squares and backward elimination need to know of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.models import logits
+from edgeprune.progress import bar
+
+# Beyond so many inputs of a layer the moments are not kept: their number is the square, and the solution its cube.
+WIDEST = 6144
+
+# Positions of images that one layer's moments are made of, at most; taken evenly.
+ROWS = 65536
+
+# Entries of patches that are held at a time.
+ENTRIES = 2**26
+
+# Multiply-accumulates of one look at all images, and the images that are looked at whatever it costs.
+LOOK = 2.5e11
+
+FEWEST_IMAGES = 16
+
+
+def reads_patches(layer: nn.Module) -> bool:
+    """Whether the layer is a linear map of patches that the functions here understand."""
+    if isinstance(layer, nn.Linear):
+        return True
+    return isinstance(layer, nn.Conv2d) and layer.groups == 1
+
+
+def width(layer: nn.Module) -> int:
+    """Entries of one patch, the 1 for the bias not counted."""
+    weight = layer.get_parameter("weight")
+    return weight[0].numel()
+
+
+def patches(layer: nn.Module, x: Tensor, most: int = ROWS, *, padded: bool = False) -> Tensor:
+    """The rows that a layer multiplies with its weights, a 1 appended to each.
+
+    Args:
+        layer: an ungrouped Conv2d or a Linear. x: its input, (N, C, H, W) or (N, ..., F).
+        most: of more rows than this, evenly chosen ones are taken.
+        padded: x has the convolution's padding already.
+
+    Returns:
+        (rows, F + 1); for a convolution F = C * kernel, channels first, as in `weight.flatten(1)`.
+    """
+    if isinstance(layer, nn.Conv2d):
+        rows = _unfolded(layer, x if padded else _padded(layer, x), most)
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows[positions(len(rows), most)]
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def answers(layer: nn.Module, y: Tensor, most: int = ROWS) -> Tensor:
+    """The outputs of a layer in the order of `patches`: (rows, outputs)."""
+    rows = y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.permute(0, 2, 3, 1).flatten(0, 2)
+    return rows[positions(len(rows), most)]
+
+
+def affordable(images: Tensor, macs: float) -> Tensor:
+    """As many of the images, evenly chosen, as a network of that cost is looked at in reasonable time and memory.
+
+    Args:
+        images: (N, C, H, W). macs: multiply-accumulates for one of them.
+    """
+    return images[positions(len(images), max(FEWEST_IMAGES, int(LOOK / max(1.0, macs))))]
+
+
+def positions(count: int, most: int) -> Tensor | slice:
+    """Which of `count` rows are looked at, ascending: all, or `most` of them, one from each of as many equal parts.
+
+    Where in its part changes from one to the next by the golden ratio: always at the same place, a stride as wide as
+    an image has pixels in a row, or as there are classes, would see the left border or one class alone.
+    """
+    if count <= most:
+        return slice(None)
+    edges = torch.arange(most + 1) * count // most
+    place = (torch.arange(most, dtype=torch.float64) * ((5**0.5 - 1) / 2)).frac()
+    return edges[:-1] + (place * edges.diff()).long()
+
+
+def moments_of_inputs(
+    network: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, batch: int
+) -> dict[str, Tensor]:
+    """Mean of patch patch^T of each layer, on images.
+
+    Args:
+        network: images to logits; not changed. layers: path -> layer of it, each an ungrouped Conv2d or a Linear.
+        images: (N, C, H, W). batch: images at a time.
+
+    Returns:
+        path -> float64 (F + 1, F + 1); without layers wider than WIDEST and those that are not reached.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    narrow = {n: layer for n, layer in layers.items() if width(layer) <= WIDEST}
+    with torch.no_grad(), bar(len(images), "look at the layers") as advance:
+        for chunk in images.split(batch):
+            most = max(1, ROWS * len(chunk) // len(images))
+
+            def see(name: str, layer: nn.Module, x: Tensor, most: int = most) -> None:
+                patch = patches(layer, x, most)
+                moment = (patch.T @ patch).double()
+                sums[name] = sums[name] + moment if name in sums else moment
+                rows[name] = rows.get(name, 0) + len(patch)
+
+            with watching(narrow, see):
+                logits(network, chunk)
+            advance(len(chunk))
+    return {name: moment / rows[name] for name, moment in sums.items()}
+
+
+@contextmanager
+def watching(
+    layers: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(path, layer, input)` whenever one of the layers is about to run."""
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, given: see(name, layer, given[0])
+
+    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def features(layer: nn.Module, channels: Sequence[int]) -> list[int]:
+    """Which entries of a patch belong to input channels (of a linear layer: to inputs)."""
+    taps = 1 if isinstance(layer, nn.Linear) else layer.get_parameter("weight")[0, 0].numel()
+    return [channel * taps + tap for channel in channels for tap in range(taps)]
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+
+
+def _unfolded(layer: nn.Conv2d, x: Tensor, most: int) -> Tensor:
+    """The chosen patches of a padded input, unfolded for a few images at a time: all of them can be gigabytes."""
+    span = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    sizes = [(n - s - 1) // step + 1 for n, s, step in zip(x.shape[2:], span, layer.stride, strict=True)]
+    each = sizes[0] * sizes[1]
+    chosen = torch.arange(len(x) * each)[positions(len(x) * each, most)]
+    images = max(1, ENTRIES // (each * width(layer)))
+    found: list[Tensor] = []
+    for first in range(0, len(x), images):
+        columns = _columns(layer, x[first : first + images])
+        mine = chosen[(chosen // each >= first) & (chosen // each < first + images)] - first * each
+        if len(mine) == columns.shape[0] * each:
+            found.append(columns.transpose(1, 2).flatten(0, 1))
+        else:
+            found.append(columns.transpose(1, 2)[mine // each, mine % each])
+    return torch.cat(found)
+
+
+def _columns(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """(N, F, patches) of a padded input."""
+    if layer.kernel_size == (1, 1):
+        return x[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
+    return functional.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)

@@ -1,0 +1,162 @@
+"""Ridge least squares for one layer, and for what its activation lets through.
+
+The plain solution fits the layer's answers. Where an activation cuts off one side, only what is on the other side
+counts: the error after it goes down in turns of fixing which answers are cut off and solving for the others (Zhang,
+Zou, He and Sun, "Accelerating Very Deep Convolutional Networks for Classification and Detection", 2016, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Penalty on moving away from the weights as they were, as a share of the moments' mean diagonal: small where there are
+# many more rows than unknowns.
+RIDGE, RIDGE_SHORT = 1e-3, 1e-2
+
+SHORT = 4
+
+TURNS = 8
+
+
+class Ridge:
+    """argmin |X W - Y|^2 + ridge * mean(diag X^T X) * |W - start|^2 for any Y, the constant not penalized."""
+
+    def __init__(
+        self, moments: Tensor, start: Tensor, keep: Sequence[int] | None, *, constant: bool, ridge: float
+    ) -> None:
+        """Prepare the system.
+
+        Args:
+            moments: X^T X, float64 (F + 1, F + 1), the constant last. start: (F + 1, O).
+            keep: the features that may be used; None for all. constant: whether the last row may change.
+        """
+        width = len(moments) - 1
+        used = torch.arange(width) if keep is None else torch.tensor(sorted(keep), dtype=torch.int64)
+        index = torch.cat([used, torch.tensor([width])]) if constant else used
+        weight = max(ridge * float(moments.diagonal()[:-1].mean()), 1e-12)
+        penalty = torch.full((len(index),), weight, dtype=torch.float64)
+        if constant:
+            penalty[-1] = 0
+        self._index, self._start, self._constant = index, start, constant
+        self._system = moments[index][:, index] + penalty.diag()
+        # Half the work of a general solution; a singular system (an input that is always 0) needs that all the same.
+        self._lower, failed = torch.linalg.cholesky_ex(self._system)
+        self._general = bool(failed)
+        self._added = penalty[:, None] * start[index]
+        if not constant:
+            self._added = self._added - moments[index][:, [width]] @ start[[width]]
+
+    def solve(self, cross: Tensor) -> Tensor:
+        """The weights (F + 1, O) for answers Y, 0 in features that may not be used. cross: X^T Y, (F + 1, O)."""
+        out = torch.zeros_like(self._start)
+        wanted = cross[self._index] + self._added
+        if self._general:
+            out[self._index] = torch.linalg.solve(self._system, wanted)
+        else:
+            out[self._index] = torch.cholesky_solve(wanted, self._lower)
+        if not self._constant:
+            out[-1] = self._start[-1]
+        return out
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """An activation that is constant on one side. at: (n, O) or (1, O), the answers where it begins.
+
+    side: (O,), 1 where it cuts off what is below, -1 what is above, 0 where nothing is.
+    """
+
+    at: Tensor
+    side: Tensor
+
+    def hides(self, answers: Tensor) -> Tensor:
+        """Which answers are cut off: bool (n, O)."""
+        return (answers - self.at) * self.side < 0
+
+    def through(self, answers: Tensor) -> Tensor:
+        """Answers as far as they get through; those cut off lie on the edge."""
+        return torch.where(self.hides(answers), self.at.expand_as(answers), answers)
+
+
+class Rows:
+    """What a layer gets and what it should answer, row by row."""
+
+    def __init__(self, *, wide: bool) -> None:
+        """wide: a layer with more inputs than rows, whose moments are not to be made."""
+        self._wide = wide
+        self._rows: list[tuple[Tensor, Tensor, CutOff | None]] = []
+
+    def add(self, x: Tensor, y: Tensor, cut_off: CutOff | None = None) -> None:
+        """More rows. x: (n, F + 1), the constant last. y: (n, O). cut_off: of the activation behind, if any."""
+        self._rows.append((x, y, cut_off))
+
+    def solution(self, start: Tensor, *, constant: bool) -> Tensor:
+        """float64 (F + 1, O), the weights that answer best, near to start."""
+        count = sum(len(x) for x, _, _ in self._rows)
+        ridge = RIDGE if count >= SHORT * len(start) else RIDGE_SHORT
+        if self._wide:
+            return self._dual(start, ridge, constant=constant)
+        moments = sum((_gram(x, x) for x, _, _ in self._rows), torch.zeros((), dtype=torch.float64)) / count
+        system = Ridge(moments, start, None, constant=constant, ridge=ridge)
+        weights = system.solve(self._cross(None) / count)
+        if all(cut_off is None for _, _, cut_off in self._rows):
+            return weights
+        best, least = weights, self.error(weights)
+        for _ in range(TURNS):
+            weights = system.solve(self._cross(weights) / count)
+            error = self.error(weights)
+            if error >= least:
+                break
+            best, least = weights, error
+        return best
+
+    def error(self, weights: Tensor) -> float:
+        """Mean squared error of what gets through the activation."""
+        squared, count = 0.0, 0
+        for x, y, cut_off in self._rows:
+            found = (x.double() @ weights).to(y.dtype) if self._wide else x @ weights.to(x.dtype)
+            wanted = y
+            if cut_off is not None:
+                found, wanted = cut_off.through(found), cut_off.through(y)
+            squared += float((found - wanted).double().pow(2).sum())
+            count += y.numel()
+        return squared / count
+
+    def _cross(self, weights: Tensor | None) -> Tensor:
+        """X^T Y; with weights, what both they and the wanted answers are cut off at does not count."""
+        total = torch.zeros((), dtype=torch.float64)
+        for x, y, cut_off in self._rows:
+            wanted = y
+            if cut_off is not None and weights is not None:
+                found = x @ weights.to(x.dtype)
+                free = torch.where(cut_off.hides(found), found, cut_off.at.expand_as(found))
+                wanted = torch.where(cut_off.hides(y), free, y)
+            total = total + _gram(x, wanted)
+        return total
+
+    def _dual(self, start: Tensor, ridge: float, *, constant: bool) -> Tensor:
+        """With fewer rows than unknowns: the same ridge solution through the rows' own products.
+
+        A constant that is not penalized is solved for by taking the means off, of the inputs and of what is missing.
+        """
+        x = torch.cat([r[:, :-1].double() for r, _, _ in self._rows])
+        missing = torch.cat([a.double() - r.double() @ start for r, a, _ in self._rows])
+        penalty = max(ridge * float(x.pow(2).mean()), 1e-12) * len(x)
+        middle, level = (t.mean(0) if constant else torch.zeros_like(t[0]) for t in (x, missing))
+        x, missing = x - middle, missing - level
+        products = x @ x.T
+        products.diagonal().add_(penalty)
+        change = x.T @ torch.linalg.solve(products, missing)
+        return torch.cat([start[:-1] + change, start[-1:] + (level - middle @ change)])
+
+
+def _gram(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y in float64, summed in float32 over blocks that are short enough for it."""
+    return sum(
+        ((a.T @ b).double() for a, b in zip(x.split(8192), y.split(8192), strict=True)),
+        torch.zeros((), dtype=torch.float64),
+    )

@@ -1,0 +1,171 @@
+"""The nouns of an attacked evaluation: who is attacked, with what, and what became of every image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import plugins
+from edgeprune.attacks import STANDARD, Attack
+from edgeprune.errors import UsageError
+from edgeprune.models import Logits, as_logits
+from edgeprune.quantities import eps_of
+from edgeprune.recipe import AttackTable
+from edgeprune.train import Ball
+from edgeprune.version import __version__
+
+RESULT_VERSION = 3
+
+# What an image is called that is wrong without any attack.
+CLEAN = "clean"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelUnderAttack:
+    """Whose answers count, and whose gradients are used.
+
+    name: "dense", "compressed" or a file's name. sha256: of the file or of the weights. where: the place, as in
+    readings.
+    answers: the artifact itself: its session, or the network in torch. Pixels in [0, 1] to logits.
+    twin: the network in torch whose gradients are used, or None; `answers` itself where that is a network.
+    others: name -> network whose adversarial images are tried too.
+    fast: answers as `answers` does, many images at a time; what breaks it is tried again on `answers`. Or None.
+    notes: what a reader must know of how all this was had.
+    straight: of a quantized file, its own graph in torch with gradients that pass the rounding (`onnx_module`), or
+    None. own: `twin` was read from the file, too. What was read from the file is believed when `proven` says so.
+    asked: what to enter while many questions are asked; a session on a device stays open then.
+    """
+
+    name: str
+    sha256: str
+    answers: Logits
+    twin: nn.Module | None = None
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    fast: Logits | None = None
+    where: str = "local"
+    notes: tuple[str, ...] = ()
+    straight: nn.Module | None = None
+    own: bool = False
+    asked: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    @property
+    def is_network(self) -> bool:
+        """Whether the network that gives gradients is also the one that is judged."""
+        return self.answers is self.twin
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All networks whose gradients are used."""
+        return tuple(n for n in (self.twin, self.straight, *self.others.values()) if n is not None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done to a victim. data: changes when the images do. attacks: name -> member, in their order."""
+
+    table: AttackTable
+    ball: Ball
+    attacks: Mapping[str, Attack]
+    seed: int
+    data: str
+
+    def key(self, victim: ModelUnderAttack) -> str:
+        """A hash of all that the verdicts depend on."""
+        members = {name: [type(a).__qualname__, _fields(a)] for name, a in self.attacks.items()}
+        parts = (
+            RESULT_VERSION, __version__, victim.sha256, victim.where, victim.is_network,
+            victim.twin is not None, victim.own, victim.straight is not None, sorted(victim.others), asdict(self.table),
+            members, self.seed, self.data,
+        )  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+    @property
+    def parameters(self) -> dict[str, dict[str, object]]:
+        """The options of every attack."""
+        return {name: _fields(attack) for name, attack in self.attacks.items()}
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What became of every image, in the order of the split.
+
+    by: "" for one that survived everything, "clean" for one that is wrong without an attack, or else the name of the
+    attack that broke it. tried, queries, seconds: of each attack: images that it was given, forward passes for one
+    image summed over them, and its time. how: how gradients were had. batch: images at a time. steps: the attacks
+    that there were, in their order, whether or not an image was left for them.
+    """
+
+    by: tuple[str, ...]
+    tried: Mapping[str, int]
+    queries: Mapping[str, int]
+    seconds: Mapping[str, float]
+    how: str
+    batch: int
+    steps: tuple[str, ...] = ()
+
+    @property
+    def clean_right(self) -> tuple[bool, ...]:
+        """Which images are right without an attack."""
+        return tuple(by != CLEAN for by in self.by)
+
+    @property
+    def survived(self) -> tuple[bool, ...]:
+        """Which images are right under every attack."""
+        return tuple(not by for by in self.by)
+
+    @property
+    def broken(self) -> dict[str, int]:
+        """Attack -> how many images it broke of those that were left, in the order in which they ran."""
+        return {name: self.by.count(name) for name in self.tried if name != CLEAN}
+
+
+def attack_job(table: AttackTable, *, seed: int, data: str) -> Job:
+    """What a table means.
+
+    Args:
+        table: with "auto" decided (`recipe.attack`); not "none".
+        data: the fingerprint of the data set.
+
+    Raises:
+        UsageError: the radius is no radius, or there is nothing to attack with.
+    """
+    if table.name in ("none", "auto"):
+        raise UsageError(f"attack.name = {table.name!r} is no attack", "accepted: fgsm, pgd, standard")
+    ball = Ball(table.norm, eps_of(table.eps, table.norm))
+    options = {"steps": table.steps, "restarts": table.restarts} if table.name == "pgd" else {}
+    names = STANDARD if table.name == "standard" else (table.name,)
+    return Job(table, ball, {name: plugins.build("attacks", name, options) for name in names}, seed, data)
+
+
+def ask(answers: Logits, x: Tensor) -> Tensor:
+    """The logits (N, K) for pixels (N, C, H, W), without gradients.
+
+    Raises:
+        ModelError: the network or the file fails on the batch.
+    """
+    with torch.no_grad():
+        return as_logits(answers)(x)
+
+
+def wrong(answers: Logits, x: Tensor, y: Tensor) -> Tensor:
+    """Which images do not get their label, bool (N,) on the CPU; an answer that is not finite is wrong.
+
+    Raises:
+        ModelError: the network or the file fails on the batch.
+    """
+    found = ask(answers, x)
+    right = (found.argmax(1) == y.to(found.device)) & found.isfinite().all(1)
+    return ~right.cpu()
+
+
+def _fields(attack: Attack) -> dict[str, object]:
+    """The options of a member, which is a frozen dataclass."""
+    options: Any = attack
+    return {f.name: getattr(attack, f.name) for f in fields(options)}

@@ -1,0 +1,108 @@
+"""Whether a network that was read from a file answers as the file does; only then its gradients are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.data import Split
+from edgeprune.errors import ModelError
+from edgeprune.models import logits
+from edgeprune.robustness.attack_plan import placed
+from edgeprune.robustness.job import ModelUnderAttack, ask
+
+# So many images are compared.
+IMAGES = 256
+
+# On how many both must name the same class; of how far apart logits may be as a share of the largest one.
+SAME = 0.99
+
+FLOAT, QUANTIZED = 1e-3, 0.05
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """How a network compares to a file. same: share of images with the same class; apart: root mean square."""
+
+    same: float
+    apart: float
+    images: int
+
+
+def proven(victim: ModelUnderAttack, split: Split, *, say: Log) -> ModelUnderAttack:
+    """The victim, without networks from its file that answer otherwise than the file does; notes say so then.
+
+    ONNX Runtime may compute quantized graphs in another order than the file says, and a rounding that goes the other
+    way is a whole step: classes whose logits are that near count as the same.
+
+    Args:
+        split: labelled images; the first 256 are looked at.
+
+    Raises:
+        UsageError, ModelError: the file fails on the images.
+    """
+    network = victim.straight if victim.straight is not None else victim.twin if victim.own else None
+    if network is None:
+        return victim
+    tolerance = QUANTIZED if victim.straight is not None else FLOAT
+    x = split.take(torch.arange(min(IMAGES, len(split))))
+    if not len(x):
+        return victim
+    wanted = ask(victim.fast or victim.answers, x)
+    try:
+        with placed(victim, split) as placement, torch.no_grad():
+            found = _answers(network, placement.images(x))
+    except ModelError as error:
+        return _doubted(victim, f"it fails on images ({error.message})", say)
+    if found.shape != wanted.shape:
+        return _doubted(victim, f"it answers {tuple(found.shape)}, the file {tuple(wanted.shape)}", say)
+    alike = compared(wanted, found, tolerance)
+    if alike.same < SAME or not alike.apart <= tolerance:
+        words = (
+            f"on {alike.images} images it names the same class on {100 * alike.same:.1f} %, its logits are "
+            f"{100 * alike.apart:.2g} % of the largest one away"
+        )
+        return _doubted(victim, words, say)
+    say(
+        f"attack: gradients from the graph of {victim.name}; on {alike.images} images it agrees with the file on "
+        f"{100 * alike.same:.1f} %"
+    )
+    return victim
+
+
+def compared(wanted: Tensor, found: Tensor, tolerance: float) -> Alike:
+    """How near the logits `found` (N, K) are to those of the file.
+
+    Args:
+        tolerance: a class whose logit is so little, as a share of the largest one, below the best counts as the same.
+    """
+    scale = float(wanted.abs().max()) or 1.0
+    mine = wanted.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
+    same = (wanted.amax(1) - mine) <= tolerance * scale
+    apart = float((found - wanted).square().mean().sqrt()) / scale
+    return Alike(float(same.float().mean()), apart, len(wanted))
+
+
+def _answers(network: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([logits(network, part).float().cpu() for part in x.split(32)])
+
+
+def _doubted(victim: ModelUnderAttack, why: str, say: Log) -> ModelUnderAttack:
+    note = f"The network that was read from {victim.name} does not answer as the file does: {why}. "
+    if victim.own:
+        note += "Its gradients were not used; the file was only asked, which overstates robustness."
+    else:
+        note += "Attacks that see the quantization were not tried, which overstates robustness."
+    say(f"attack: {note}")
+    return replace(
+        victim,
+        twin=None if victim.own else victim.twin,
+        straight=None,
+        own=False,
+        notes=(*victim.notes, note),
+    )

@@ -1,0 +1,1 @@
+"""TensorRT engine files, their build script, and CUDA by ctypes."""

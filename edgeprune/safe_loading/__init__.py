@@ -1,0 +1,8 @@
+"""Files of strangers, opened so that no code in them runs."""
+
+# fmt: off
+from edgeprune.safe_loading.formats import kind_of
+from edgeprune.safe_loading.names import check_names
+from edgeprune.safe_loading.pickle_loader import load_pickle
+from edgeprune.safe_loading.pt2_archive import load_pt2
+from edgeprune.safe_loading.user_code import FOREIGN_ERRORS, importable_here, prepare_torchvision

@@ -1,0 +1,73 @@
+"""Architectures by name, with random weights: timm:NAME, torchvision:NAME, package.module:callable, file.py:callable.
+
+Naming a file or a package here means running it: that is the user's own code, never something out of a model file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# What foreign code (a user's file, a library's constructor, a network's forward) may raise at us.
+FOREIGN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    Warning,
+)
+
+_TORCHVISION_OPS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "roi_align": "(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+    "int sampling_ratio, bool aligned) -> Tensor",
+}
+
+
+def prepare_torchvision() -> None:
+    """Make `import torchvision` (and timm, which needs it) work beside another build of torch; harmless to repeat.
+
+    torchvision's Python part refuses to be imported when its compiled operators can't be loaded, as with a CUDA wheel
+    beside torch's CPU build. Then the schemas that it looks for are declared; the operators serve detection only.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or not found.submodule_search_locations or "torchvision" in sys.modules:
+        return
+    if hasattr(torch.ops.torchvision, "nms") or _operators_load(Path(found.submodule_search_locations[0])):
+        return
+    for name, schema in _TORCHVISION_OPS.items():
+        torch.library.define(f"torchvision::{name}", schema)
+
+
+@contextlib.contextmanager
+def importable_here() -> Iterator[None]:
+    """The working directory at the END of the import path, so that it can't shadow an installed package."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
+
+
+def _operators_load(folder: Path) -> bool:
+    for library in sorted([*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(str(library))
+            return True
+    return False

@@ -1,0 +1,340 @@
+"""How many channels each group keeps, so that a budget holds: the cheapest loss of importance per cost saved.
+
+Kept counts move on levels: multiples of what the hardware is fast with, never below the floor and never zero.
+Where no choice on those levels meets the budget, finer levels are tried, and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import InfeasibleBudget
+from edgeprune.quantities import show
+
+# Levels below this share of a layer's channels are only used when the budget can't be met without them: one layer cut
+# to a few channels chokes all that passes through it. Not where the time of each count is known.
+BOTTLENECK = 0.3
+
+# Steps that a group has where the time of each is known, and channels of a step at least.
+STEPS, FINEST = 16, 4
+
+# So many proportions of two limits are tried, less one.
+WEIGHINGS = 8
+
+
+class Costs(Protocol):
+    """What counts cost: `models.costs.CostModel`, or that with predicted seconds."""
+
+    @property
+    def channels(self) -> Mapping[str, int]:
+        """Group -> channels."""
+        ...
+
+    def cost(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Metric -> what it is when each group keeps so many channels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """kept: group -> channels that stay. cost: metric -> what that costs. multiple_of: what the levels ended as."""
+
+    kept: dict[str, int]
+    cost: dict[str, float]
+    multiple_of: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What must hold.
+
+    limits: metric (macs, params) -> most allowed. floor: least share of a group that stays.
+    cuts: group -> how much of it goes relative to the others, in [0, 1], 1 where nothing is said; so {} is the same
+    share for all groups. None shares by importance.
+    """
+
+    limits: Mapping[str, float]
+    multiple_of: int = 1
+    floor: float = 0.1
+    cuts: Mapping[str, float] | None = None
+
+
+def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
+    """Counts that a group of so many channels may keep, descending from all of them; at least one is kept.
+
+    A group too small to hold two multiples uses a half, a quarter, ... of `multiple_of`.
+    """
+    step = max(1, multiple_of)
+    while step > 1 and channels < 2 * step:
+        step //= 2
+    least = max(1, -int(-floor * channels // 1))
+    down = [k for k in range(channels - channels % step, 0, -step) if least <= k < channels]
+    return (channels, *down)
+
+
+def timed_levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
+    """Counts for where it is known what each takes: sixteen steps of a group, where multiples are coarser.
+
+    But none below `FINEST` channels: widths that are no multiples of a small vector leave runtimes' fast layouts.
+    """
+    finest = max(FINEST, 1 << max(0, (channels // STEPS).bit_length() - 1))
+    return levels(channels, min(max(1, multiple_of), finest), floor)
+
+
+def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Allocation:
+    """Choose how many channels each group keeps.
+
+    Args:
+        losses: group -> float64 (C + 1,), what it costs to keep k channels, not increasing in k and 0 for all of them;
+            comparable between groups unless `rules.cuts` decides.
+
+    Raises:
+        InfeasibleBudget: even the floor of every group costs more than a limit; says how far it got.
+    """
+    multiple, steps = fitting_levels(losses, costs, rules)
+    kept = (
+        _cheapest(losses, steps, costs, rules.limits)
+        if rules.cuts is None
+        else by_shares(steps, costs, rules.limits, rules.cuts)
+    )
+    if rules.cuts is None and multiple > 1:
+        kept = _fill(kept, losses, multiple // 2, (costs, rules))
+    return Allocation(kept, costs.cost(kept), multiple)
+
+
+def fitting_levels(
+    groups: Mapping[str, object], costs: Costs, rules: Rules, *, timed: bool = False
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """The coarsest levels that can meet the limits: rather finer ones than a bottleneck, rather that than none.
+
+    Args:
+        timed: the time of each count is known. What stands in for that elsewhere, multiples and a comfortable floor,
+            is not needed then.
+
+    Returns:
+        What they are multiples of; group -> levels, descending from all channels.
+
+    Raises:
+        InfeasibleBudget: no levels can.
+    """
+    wish = max(1, rules.multiple_of)
+    halves = [wish >> k for k in range(wish.bit_length())]
+    comfortable = [] if timed else [(m, max(BOTTLENECK, rules.floor)) for m in halves[:2]]
+    choices = timed_levels if timed else levels
+    steps: dict[str, tuple[int, ...]] = {}
+    for multiple, floor in [*comfortable, *((m, rules.floor) for m in halves)]:
+        steps = {g: choices(costs.channels[g], multiple, floor) for g in groups}
+        if _fits(costs.cost({g: s[-1] for g, s in steps.items()}), rules.limits):
+            return multiple, steps
+    raise _infeasible(costs, {g: s[-1] for g, s in steps.items()}, rules)
+
+
+def shared_counts(
+    sizes: Mapping[str, int], cuts: Mapping[str, float], k: int, floors: Mapping[str, int]
+) -> dict[str, int]:
+    """How many of each stay, k in all, when what goes is shared out in given proportions.
+
+    Args:
+        sizes: name -> n. cuts: name -> how much of it goes relative to the others. floors: name -> least that stays.
+
+    Returns:
+        name -> count; their sum is exactly k, which lies between the sums of the floors and of the sizes.
+    """
+
+    def kept(strength: float) -> dict[str, float]:
+        return {
+            m: min(n, max(floors.get(m, 0), n * (1 - strength * cuts.get(m, 1.0)))) for m, n in sizes.items()
+        }
+
+    low, high = 0.0, 1.0 / max(1e-12, min((cuts.get(m, 1.0) for m in sizes), default=1.0))
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(kept(middle).values()) >= k else (low, middle)
+    wish = kept(low)
+    out = {name: int(value) for name, value in wish.items()}
+    while (short := k - sum(out.values())) != 0:
+        step = 1 if short > 0 else -1
+        room = [m for m in out if (out[m] < sizes[m] if step > 0 else out[m] > floors.get(m, 0))]
+        assert room, "k lies between the floors and the sizes"
+        room.sort(key=lambda m: step * (out[m] - wish[m]))
+        for name in room[: abs(short)]:
+            out[name] += step
+    return out
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Exactly `count` True for the largest scores; of equal ones the first.
+
+    Args:
+        scores: float (C,).
+
+    Returns:
+        bool (C,).
+    """
+    keep = torch.zeros(len(scores), dtype=torch.bool)
+    keep[torch.argsort(scores, descending=True, stable=True)[:count]] = True
+    return keep
+
+
+def _fits(cost: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    return all(cost[metric] <= limit for metric, limit in limits.items())
+
+
+def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What it costs in importance when a group keeps its k best channels, from a score for each channel.
+
+    Not their sum S - R alone (R is what stays of the total S), but S log(S / R): the same for the first channels
+    that go, ever dearer for the last ones. Additive scores say nothing of how channels lean on each other, and with
+    sums the cheapest group is emptied to its floor before the next one is touched.
+
+    Args:
+        scores: group -> float64 (C,), >= 0; larger means keep; comparable between groups.
+
+    Returns:
+        group -> float64 (C + 1,); infinite for 0.
+    """
+    out = {}
+    for group, values in scores.items():
+        kept = torch.sort(values.double(), descending=True).values.cumsum(0)
+        total = float(kept[-1])
+        if total <= 0:
+            out[group] = torch.zeros(len(values) + 1, dtype=torch.float64)
+            continue
+        lost = -total * torch.clamp(kept / total, min=1e-12).log()
+        out[group] = torch.cat([torch.tensor([float("inf")], dtype=torch.float64), lost])
+    return out
+
+
+def _cheapest(
+    given: Mapping[str, Tensor],
+    steps: dict[str, tuple[int, ...]],
+    costs: Costs,
+    limits: Mapping[str, float],
+) -> dict[str, int]:
+    """The descent that loses least, of several where there are several limits.
+
+    With one limit the price of a step is clear. With more, a descent that minds only those that are still exceeded
+    meets one early and overshoots it while it goes after the other; so the savings are also weighed against each
+    other in fixed proportions (Lagrange multipliers), from one limit alone to the other alone.
+    """
+    losses = {g: values.tolist() for g, values in given.items()}
+    weights: list[Mapping[str, float]] = [{}]
+    dense = costs.cost({})
+    over = [m for m, limit in limits.items() if dense[m] > limit]
+    for k in range(1, WEIGHINGS if len(over) > 1 else 0):
+        share = k / WEIGHINGS
+        weights += [
+            {m: share if m == first else (1 - share) / (len(over) - 1) for m in over} for first in over[:-1]
+        ]
+    found = [_descend(losses, steps, costs, limits, weigh) for weigh in weights]
+    return min(found, key=lambda kept: sum(losses[g][k] for g, k in kept.items()))
+
+
+def _descend(
+    losses: dict[str, list[float]],
+    steps: dict[str, tuple[int, ...]],
+    costs: Costs,
+    limits: Mapping[str, float],
+    weights: Mapping[str, float],
+) -> dict[str, int]:
+    """Greedy: always the step with the least importance lost per (relative) cost saved, then what can be given back.
+
+    weights: metric -> what its saving counts, while any limit is exceeded; {}: of those that are exceeded, alike.
+    """
+    at = dict.fromkeys(steps, 0)
+    kept = {g: s[0] for g, s in steps.items()}
+    now = costs.cost(kept)
+    while not _fits(now, limits):
+        prices = weights or dict.fromkeys((m for m, limit in limits.items() if now[m] > limit), 1.0)
+        best: tuple[float, str, dict[str, float]] | None = None
+        for group, levels_ in steps.items():
+            if at[group] + 1 == len(levels_):
+                continue
+            after = costs.cost({**kept, group: levels_[at[group] + 1]})
+            saved = sum(weight * (now[m] - after[m]) / limits[m] for m, weight in prices.items())
+            lost = losses[group][levels_[at[group] + 1]] - losses[group][kept[group]]
+            price = lost / saved if saved > 0 else float("inf")
+            if best is None or price < best[0]:
+                best = (price, group, after)
+        assert best is not None, "the floor of every group was checked to fit"
+        _, group, now = best
+        at[group] += 1
+        kept[group] = steps[group][at[group]]
+    return _give_back(kept, at, steps, losses, (costs, limits))
+
+
+def _give_back(
+    kept: dict[str, int],
+    at: dict[str, int],
+    steps: dict[str, tuple[int, ...]],
+    losses: dict[str, list[float]],
+    fit: tuple[Costs, Mapping[str, float]],
+) -> dict[str, int]:
+    """The last step often saves more than was needed: undo what still fits, dearest importance first."""
+    costs, limits = fit
+    while True:
+        gains = []
+        for group, index in at.items():
+            if index and _fits(costs.cost({**kept, group: steps[group][index - 1]}), limits):
+                gains.append((losses[group][kept[group]] - losses[group][steps[group][index - 1]], group))
+        if not gains:
+            return kept
+        _, group = max(gains)
+        at[group] -= 1
+        kept = {**kept, group: steps[group][at[group]]}
+
+
+def _fill(
+    kept: dict[str, int], losses: Mapping[str, Tensor], multiple_of: int, fit: tuple[Costs, Rules]
+) -> dict[str, int]:
+    """Spend what a budget has left over, less than a coarse step, in half steps."""
+    costs, rules = fit
+    steps = {g: levels(costs.channels[g], multiple_of, rules.floor) for g in kept}
+    steps = {g: s if kept[g] in s else (kept[g],) for g, s in steps.items()}
+    at = {g: s.index(kept[g]) for g, s in steps.items()}
+    lost = {g: values.tolist() for g, values in losses.items()}
+    return _give_back(kept, at, steps, lost, (costs, rules.limits))
+
+
+def by_shares(
+    steps: dict[str, tuple[int, ...]],
+    costs: Costs,
+    limits: Mapping[str, float],
+    cuts: Mapping[str, float],
+) -> dict[str, int]:
+    """The gentlest cut in the given proportions, rounded to the nearest levels, that fits.
+
+    Strength t takes the share min(1, t * cut) of a group.
+    """
+    cut = {g: cuts.get(g, 1.0) for g in steps}
+    deepest = max(*cut.values(), 1e-12)
+    top = deepest / max(
+        min(c for c in cut.values() if c > 0) if any(cut.values()) else deepest, deepest / 1000
+    )
+    for permille in range(int(1000 * top) + 1):
+        strength = permille / 1000 / deepest
+        share = {g: max(0.0, 1.0 - strength * cut[g]) for g in steps}
+        kept = {g: min(s, key=lambda k, wish=share[g] * s[0]: (abs(k - wish), k)) for g, s in steps.items()}
+        if _fits(costs.cost(kept), limits):
+            return kept
+    # What is not to be cut at all goes to its floor only when nothing else is left.
+    return {g: s[-1] for g, s in steps.items()}
+
+
+def _infeasible(costs: Costs, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:
+    dense, least = costs.cost({}), costs.cost(kept)
+    rows = [
+        f"{m}: asked for at most {show(limit, '')}, got down to {show(least[m], '')} "
+        f"({100 * least[m] / dense[m]:.1f} % of dense)"
+        for m, limit in rules.limits.items()
+        if least[m] > limit
+    ]
+    return InfeasibleBudget(
+        f"the budget can't be met with {rules.floor:.0%} of every prunable layer kept: {'; '.join(rows)}",
+        "raise the budget, lower --set prune.floor, or see `edgeprune why` for the layers that can't be pruned",
+    )

@@ -1,0 +1,11 @@
+"""The training loop, objectives, adversarial examples, fine-tuning."""
+
+# fmt: off
+from edgeprune.train.adversarial import Ball, PGD_REACH, crafting, cross_entropy, pgd
+from edgeprune.train.batchnorm import normalizers, remembers
+from edgeprune.train.evaluation import accuracy, reading, robust_accuracy
+from edgeprune.train.job import Hooks, TrainingJob, chance, decide, momentum, share_of_lr
+from edgeprune.train.loop import fit
+from edgeprune.train.objectives import Objective, of_table
+from edgeprune.train.placement import CPU, ExecutionConfig, fastest_config, restored_device
+from edgeprune.train.tune import TUNE_VERSION, holding, run

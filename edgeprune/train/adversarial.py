@@ -1,0 +1,239 @@
+"""Adversarial images by gradient: FGSM, PGD and TRADES' own, in an Linf or L2 ball; pixels are in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.errors import ModelError, UsageError
+from edgeprune.models import full, logits, modes
+from edgeprune.quantities import suggest
+from edgeprune.recipe import NORMS
+
+# An FGSM step of 1.25 eps from a random point (Wong et al. 2020); steps of PGD that add up to 2.5 eps, so that any
+# point of the ball can be reached from any other (Madry et al. 2018).
+FGSM_REACH = 1.25
+
+PGD_REACH = 2.5
+
+# Standard deviation of the noise at which TRADES starts; at the image itself its gradient is 0.
+TRADES_NOISE = 0.001
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What an attack may change: every image within `eps` of the given one in `norm`, with pixels in [0, 1].
+
+    norm: "Linf" (largest change of a value) or "L2" (Euclidean length of the change of one image).
+    eps: radius > 0 in units of pixels in [0, 1].
+
+    Raises:
+        UsageError: an unknown norm, or a radius that is not finite and more than 0.
+    """
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no ball."""
+        if self.norm not in NORMS:
+            raise UsageError(
+                f"norm = {self.norm!r} is not one of {', '.join(NORMS)}", suggest(self.norm, NORMS)
+            )
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise UsageError(f"eps = {self.eps} must be finite and more than 0", "for example 8/255")
+
+    def project(self, found: Tensor, x: Tensor) -> Tensor:
+        """The nearest images in the ball around `x`, then clipped to [0, 1], which leaves no ball around a legal x.
+
+        Args:
+            found: (N, ...).
+            x: like `found`, in [0, 1]: the centres.
+        """
+        if self.norm == "Linf":
+            return torch.clamp(found, x - self.eps, x + self.eps).clamp(0, 1)
+        change = found - x
+        shrink = (self.eps / _length(change).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1)
+        return (x + change * shrink).clamp(0, 1)
+
+    def start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniformly random points of the balls around `x`, clipped to [0, 1].
+
+        Args:
+            x: float (N, ...) in [0, 1].
+            generator: on the CPU, so that every device starts at the same points.
+        """
+        if self.norm == "Linf":
+            noise = 2 * torch.rand(x.shape, generator=generator) - 1
+        else:
+            noise = torch.randn(x.shape, generator=generator)
+            radius = torch.rand(len(x), generator=generator) ** (1 / max(1, math.prod(x.shape[1:])))
+            noise = _direction(noise) * radius.view(-1, *[1] * (x.ndim - 1))
+        return self.project(x + self.eps * noise.to(x), x)
+
+    def step(self, found: Tensor, gradient: Tensor, size: float) -> Tensor:
+        """A step of length `size` in the norm, the way that raises a linear loss most; NaN in a gradient counts as 0.
+
+        Args:
+            found: (N, ...).
+            gradient: like `found`. An image whose gradient is 0 stays.
+            size: in units of pixels.
+        """
+        usable = torch.nan_to_num(gradient, nan=0.0)
+        return found + size * (usable.sign() if self.norm == "Linf" else _direction(usable))
+
+
+def cross_entropy(answer: Tensor, y: Tensor) -> Tensor:
+    """Summed over the images, so that no image's gradient depends on how many others there are."""
+    return functional.cross_entropy(answer, y, reduction="sum")
+
+
+@contextmanager
+def crafting(module: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode and without gradients for its parameters; afterwards all is as it was.
+
+    In evaluation mode batch-norm's statistics stay untouched and dropout draws no chance.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with modes(None, module):
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+def perturb(  # noqa: PLR0913
+    module: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int,
+    step: float,
+    generator: torch.Generator | None,
+    loss: Loss = cross_entropy,
+) -> Tensor:
+    """Climb the loss by projected gradient steps (Madry et al. 2018).
+
+    Modes of all layers, `requires_grad` of all parameters and what is in `.grad` are afterwards as they were, also
+    when the network fails. Chance comes from the generator alone.
+
+    Args:
+        module: pixels in [0, 1] to logits (N, K).
+        x: float (N, C, H, W) in [0, 1].
+        y: what `loss` gets beside the logits: int64 (N,) class numbers for the default.
+        ball: how far the images may go.
+        steps: number of gradients, >= 0.
+        step: length of a step, in units of pixels.
+        generator: decides where in the ball to start; None starts at `x`.
+        loss: (logits (N, K), y) to the scalar sum over the images that is to become large.
+
+    Returns:
+        Like `x`, in the ball and in [0, 1], detached.
+
+    Raises:
+        ModelError: the network fails on the batch, or no gradient reaches its input.
+    """
+    x = x.detach()
+    start = x if generator is None else ball.start(x, generator)
+    with crafting(module):
+        return _climb(lambda at: loss(full(logits(module, at)), y), start, x, ball, steps, step)
+
+
+def fgsm(
+    module: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """One step on the cross-entropy, of `eps` from `x` itself (Goodfellow et al. 2015).
+
+    With a generator it is a step of 1.25 eps from a random point, which is what to train against: networks do not
+    learn to stop just this attack so easily (Wong et al. 2020).
+    Arguments, result and errors are those of `perturb`.
+    """
+    step = ball.eps if generator is None else FGSM_REACH * ball.eps
+    return perturb(module, x, y, ball, steps=1, step=step, generator=generator)
+
+
+def pgd(  # noqa: PLR0913
+    module: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    steps: int,
+    step: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`steps` steps on the cross-entropy; `step` 0 takes 2.5 eps / steps.
+
+    Arguments, result and errors are those of `perturb`.
+    """
+    size = step or PGD_REACH * ball.eps / max(1, steps)
+    return perturb(module, x, y, ball, steps=steps, step=size, generator=generator)
+
+
+def trades(
+    module: nn.Module, x: Tensor, ball: Ball, *, steps: int, step: float, generator: torch.Generator
+) -> Tensor:
+    """Climb KL(softmax(f(x)) || softmax(f(x'))) from x' = x + 0.001 N(0, 1): the inner problem of TRADES.
+
+    Zhang et al. 2019, algorithm 1. No labels. Arguments, result and errors are those of `perturb`.
+    """
+    x = x.detach()
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    with crafting(module):
+        clean = functional.log_softmax(full(logits(module, x)), dim=1)
+
+        def divergence(at: Tensor) -> Tensor:
+            answer = functional.log_softmax(full(logits(module, at)), dim=1)
+            return functional.kl_div(answer, clean, reduction="sum", log_target=True)
+
+        return _climb(divergence, ball.project(x + TRADES_NOISE * noise, x), x, ball, steps, step)
+
+
+def _climb(
+    loss: Callable[[Tensor], Tensor], found: Tensor, x: Tensor, ball: Ball, steps: int, step: float
+) -> Tensor:
+    for _ in range(steps):
+        found = ball.project(ball.step(found, _gradient(loss, found), step), x)
+    return found
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Of the loss by the images; nothing is left in any `.grad`."""
+    with torch.enable_grad():
+        point = at.detach().requires_grad_()
+        value = loss(point)
+    found = torch.autograd.grad(value, point, allow_unused=True)[0] if value.requires_grad else None
+    if found is None:
+        raise ModelError(
+            "the attack finds no gradient: the network's answer is cut off from its input",
+            "look for detach(), no_grad() or argmax in its forward, or train with --objective natural",
+        )
+    return found
+
+
+def _direction(change: Tensor) -> Tensor:
+    """Each image's change with Euclidean length 1; zero stays zero.
+
+    Divided by its largest value first: of a network that is sure of itself the squares of gradients underflow.
+    """
+    finite = torch.nan_to_num(change)
+    largest = finite.abs().amax(dim=tuple(range(1, change.ndim)), keepdim=True)
+    scaled = finite / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return scaled / _length(scaled).clamp_min(torch.finfo(change.dtype).tiny)
+
+
+def _length(change: Tensor) -> Tensor:
+    """Euclidean, of each image: (N, 1, ..., 1)."""
+    return torch.linalg.vector_norm(change, dim=tuple(range(1, change.ndim)), keepdim=True)

@@ -1,0 +1,149 @@
+"""How right a network is: accuracy, accuracy under the attack it was trained against, and mean loss."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgeprune.confidence import binomial
+from edgeprune.data import Split
+from edgeprune.models import logits, modes
+from edgeprune.progress import bar
+from edgeprune.records import Reading
+from edgeprune.train.job import chance
+from edgeprune.train.objectives import Objective
+from edgeprune.train.placement import ExecutionConfig, device_of, fastest_config, restored_device
+
+BATCH_UNDER_ATTACK = 250
+
+
+def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, int]:
+    """How many images of a part are classified right, and how many there are; what isn't finite is wrong.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    return int(right(module, split, torch.arange(len(split)), batch=batch).sum()), len(split)
+
+
+def right(
+    module: nn.Module,
+    split: Split,
+    rows: Tensor,
+    change: Callable[[Tensor], Tensor] | None = None,
+    batch: int = 500,
+) -> Tensor:
+    """Which of the images `rows` (n,) are classified right, bool (n,), each batch changed first by `change`.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    found, label = [], f"accuracy on {split.name}"
+    with _ready(module, split) as device, torch.no_grad(), bar(len(rows), label) as advance:
+        for x, y in split.batches(batch, rows):
+            images = x if change is None else change(x)
+            found.append(_right(module, images.to(device), y.to(device)).cpu())
+            advance(len(y))
+    return torch.cat(found)
+
+
+def robust_accuracy(
+    module: nn.Module, split: Split, objective: Objective, *, seed: int, limit: int = 0
+) -> tuple[int, int]:
+    """How many images are classified right under the objective's own attack, and how many were tried.
+
+    Args:
+        module: pixels in [0, 1] to logits; attacked and asked in evaluation mode.
+        split: where the images are from.
+        objective: its attack; one that makes none gives the clean accuracy.
+        seed: decides which images are tried, and where attacks start.
+        limit: how many images at most, chosen by chance; 0 is all.
+
+    Raises:
+        ModelError: the network fails on the images, or the attack finds no gradient.
+    """
+    with _ready(module, split) as device:
+        rows = some(len(split), limit, seed)
+        return attacked(
+            module, split, rows, (objective, seed), ExecutionConfig(device, torch.contiguous_format)
+        )
+
+
+def some(count: int, limit: int, seed: int) -> Tensor:
+    """Which of `count` images are tried: all, or `limit` chosen by chance; int64, ascending."""
+    if not 0 < limit < count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=chance(seed, "some"))[:limit].sort().values
+
+
+def attacked(
+    module: nn.Module, split: Split, rows: Tensor, attack: tuple[Objective, int], placement: ExecutionConfig
+) -> tuple[int, int]:
+    """Right answers among the images `rows` (n,) under an objective's attack with a seed, and n.
+
+    The network is on the placement's device. Modes are put back.
+    """
+    objective, seed = attack
+    correct = 0
+    label = f"{'attacked' if objective.attacks else 'accuracy'} on {split.name}"
+    with modes(None, module), placement.autocast(), bar(len(rows), label) as advance:
+        for number, (x, y) in enumerate(split.batches(BATCH_UNDER_ATTACK, rows)):
+            images, labels = placement.images(x), y.to(placement.device)
+            found = objective.attack(module, images, labels, chance(seed, number, "attack"))
+            with torch.no_grad():
+                correct += int(_right(module, found, labels).sum())
+            advance(len(y))
+    return correct, len(rows)
+
+
+def mean_loss(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
+    """Mean cross-entropy over images (n, C, H, W) with labels (n,), in evaluation mode; may be NaN.
+
+    Raises:
+        ModelError: the network fails on the images.
+    """
+    total = 0.0
+    device = device_of(module)
+    with modes(None, module), torch.no_grad():
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            answer = logits(module, x.to(device))
+            total += float(functional.cross_entropy(answer, y.to(device), reduction="sum"))
+    return total / len(images)
+
+
+@contextmanager
+def _ready(module: nn.Module, split: Split) -> Iterator[torch.device]:
+    """The network in evaluation mode on the fastest device that it takes; afterwards as and where it was."""
+    with restored_device([module]), modes(None, module):
+        yield fastest_config([module], split.take(torch.arange(min(2, len(split))))).device
+
+
+def _right(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which images get their label, bool (n,); an answer that is not finite gets none."""
+    answer = logits(module, x)
+    return (answer.argmax(1) == y) & answer.isfinite().all(1)
+
+
+def reading(network: nn.Module, split: Split, stage: str, used: Mapping[str, Any]) -> Reading:
+    """The accuracy of a network on held-out images, with its exact binomial 95 % interval.
+
+    Args:
+        network: pixels in [0, 1] to logits. stage: the step that it was measured after. used: what the step used.
+    """
+    correct, total = accuracy(network, split)
+    return Reading(
+        metric="clean_accuracy",
+        value=correct / total,
+        unit="fraction",
+        n=total,
+        spread=binomial(correct, total),
+        where=f"local {platform.machine()} torch",
+        artifact="compressed",
+        conditions={"stage": stage, "images": total, **used},
+    )

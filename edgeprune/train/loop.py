@@ -1,0 +1,282 @@
+"""The one training loop; `module` takes pixels in [0, 1] to logits everywhere."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import distributed, models
+from edgeprune.data import Split
+from edgeprune.errors import ModelError, UsageError
+from edgeprune.models import Checkpoint, Progress, modes
+from edgeprune.progress import bar
+from edgeprune.quantities import suggest
+from edgeprune.recipe import KEEPS
+from edgeprune.train.evaluation import attacked, some
+from edgeprune.train.job import (
+    KINDS,
+    NO_HOOKS,
+    History,
+    Hooks,
+    TrainingJob,
+    augment,
+    chance,
+    optimizer_of,
+    seed_of,
+    share_of_lr,
+    trained,
+)
+from edgeprune.train.objectives import Objective, of_table
+from edgeprune.train.placement import (
+    ExecutionConfig,
+    fastest_config,
+    repeatable,
+    restored_device,
+    set_memory_format,
+)
+
+MAX_GRAD_NORM = 5.0
+
+CHECKPOINT = "training.pt"
+
+# Within an epoch: what a kill may cost. At the end of an epoch there is a checkpoint anyway.
+CHECKPOINT_SECONDS = 120.0
+
+# Validation images under attack; 1,000 tell accuracies apart that differ by 3 points.
+VALIDATED = 1000
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What every step needs."""
+
+    module: nn.Module
+    course: TrainingJob
+    hooks: Hooks
+    placement: ExecutionConfig
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def batch(self) -> int:
+        """Images of a step, of all processes."""
+        return min(self.course.table.batch, len(self.course.split))
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch; a rest that fills no batch waits for another epoch's order."""
+        return len(self.course.split) // self.batch
+
+
+def fit(module: nn.Module, course: TrainingJob, hooks: Hooks = NO_HOOKS) -> History:
+    """Train in place by SGD or AdamW, with warm-up and cosine; the last or the best epoch's weights stay.
+
+    On a GPU when there is one. In a team every process works on its share of each batch, and all end with the same
+    weights. The state goes to `course.scratch` after each epoch and every two minutes. Called again with the same
+    arguments after an interruption, also in the middle of an epoch, the weights become bit for bit those of an
+    undisturbed run (same machine, same number of threads and processes).
+
+    Args:
+        module: pixels in [0, 1] to logits (N, K); parameters that ask for no gradient stay as they are.
+        course: images, settings, seed, folder, teacher, validation images.
+        hooks: what a method adds.
+
+    Raises:
+        UsageError: too few images, no validation images where the best epoch is wanted, or a word of the table that
+            is not known.
+        ModelError: the loss is not finite any more, or the network fails in training mode.
+        WorkdirError: a checkpoint can't be written.
+    """
+    _check(course)
+    with _prepared(module, course, hooks) as loop:
+        saved = Checkpoint(course.scratch / CHECKPOINT, _key(loop))
+        found = saved.restore(module, loop.optimizer, loop.placement.device)
+        progress, state = found or (Progress(), {})
+        if found:
+            hooks.restore(state)
+        resumed = progress.epoch
+        with modes(module, course.teacher), bar(course.table.epochs * loop.steps, "training") as advance:
+            advance(resumed * loop.steps + progress.step)
+            while progress.epoch < course.table.epochs:
+                _epoch(loop, progress, saved, advance)
+                saved.save(module, loop.optimizer, progress, hooks.state())
+        if progress.best not in {-1, progress.epoch - 1}:
+            module.load_state_dict(progress.kept["module"])
+            hooks.restore(progress.kept["hooks"])
+        loop.optimizer.zero_grad(set_to_none=True)
+    last = progress.epoch - 1 if progress.epoch else None
+    best = progress.best if progress.best >= 0 else last
+    return History(tuple(progress.losses), resumed, tuple(progress.validation), best)
+
+
+def _check(course: TrainingJob) -> None:
+    split, table = course.split, course.table
+    if len(split) < 2:
+        raise UsageError(f"{split.name} has {len(split)} image, training needs at least 2")
+    least, batch = 2 * distributed.size(), min(table.batch, len(split))
+    if batch < least:
+        found = f"a batch of {batch} is too small for {distributed.size()} processes: each needs at least 2 images"
+        raise UsageError(found, f"--set tune.batch={least}, or fewer processes")
+    if table.keep not in KEEPS:
+        raise UsageError(
+            f"tune.keep = {table.keep!r} is not one of {', '.join(KEEPS)}", suggest(table.keep, KEEPS)
+        )
+    if table.keep == "best" and not course.validation:
+        raise UsageError(
+            'tune.keep = "best" chooses an epoch by its accuracy on validation images, and there are none',
+            '--set tune.keep="last"',
+        )
+
+
+@contextmanager
+def _prepared(module: nn.Module, course: TrainingJob, hooks: Hooks) -> Iterator[_Loop]:
+    """Networks on the device on which they train; they go back, and the global chance is left alone."""
+    table, teacher = course.table, course.teacher
+    objective = of_table(table, teacher if table.distill > 0 else None)
+    networks = _networks(module, course)
+    with restored_device(networks):
+        for tensor in (*module.parameters(), *module.buffers()):
+            distributed.broadcast_(tensor)
+        placement = fastest_config(networks, course.split.take(torch.arange(2)), table.mixed)
+        for network in networks:
+            set_memory_format(network, placement.memory_format)
+        try:
+            with repeatable(placement.device):
+                optimizer = optimizer_of(module, table)
+                yield _Loop(module, course, hooks, placement, objective, optimizer)
+        finally:
+            for network in networks:
+                set_memory_format(network, torch.contiguous_format)
+
+
+def _epoch(loop: _Loop, progress: Progress, saved: Checkpoint, advance: Callable[..., None]) -> None:
+    """The steps of an epoch that are not done yet, and what comes after them."""
+    course, epoch = loop.course, progress.epoch
+    order = torch.randperm(len(course.split), generator=chance(course.seed, epoch, "order"))
+    last = time.monotonic()
+    for step in range(progress.step, loop.steps):
+        progress.total += _step(loop, epoch, step, order[step * loop.batch : (step + 1) * loop.batch])
+        progress.step = step + 1
+        mean = progress.total / progress.step
+        advance(1, f"training, epoch {epoch + 1} of {course.table.epochs}, loss {mean:.3f}")
+        # Not after the last step: what the hooks do then may look at its gradients, which no checkpoint has.
+        if progress.step < loop.steps and time.monotonic() - last >= CHECKPOINT_SECONDS:
+            saved.save(loop.module, loop.optimizer, progress, loop.hooks.state())
+            last = time.monotonic()
+    loop.hooks.after_epoch(epoch, loop.optimizer)
+    progress.losses.append(progress.total / loop.steps)
+    if course.table.keep == "best" and course.validation is not None:
+        _validate(loop, progress, course.validation)
+    progress.epoch, progress.step, progress.total = epoch + 1, 0, 0.0
+
+
+def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
+    """One step on the images `rows` of all processes; gives their loss.
+
+    Chance depends on the seed, the epoch, the step and, but for augmentation, the process.
+    """
+    table, rank, size = loop.course.table, distributed.rank(), distributed.size()
+    mine = slice(rank, None, size)
+    seed = (loop.course.seed, epoch, step)
+    x, y = loop.course.split.take(rows[mine]), loop.course.split.labels[rows[mine]]
+    # "auto" that nobody decided about (`augmenting.decide`) is nothing: no image is changed unseen.
+    kinds = KINDS.get(table.augment, ())
+    if kinds:
+        x = augment(x, chance(*seed, "augment"), count=len(rows), part=mine, kinds=kinds)
+    torch.manual_seed(seed_of(*seed, rank, "dropout"))
+    loss = _loss(loop, loop.placement.images(x), y.to(loop.placement.device), chance(*seed, rank, "attack"))
+    loop.optimizer.zero_grad(set_to_none=True)
+    # A process may have one image more than another.
+    share = len(y) * size / len(rows)
+    _backward(loss * share, tuple(x.shape))
+    mean = loss.detach() * share
+    if size > 1:
+        distributed.all_reduce_mean_([mean, *_shared(loop.module)])
+    loop.hooks.before_step()
+    norm = nn.utils.clip_grad_norm_(trained(loop.module), MAX_GRAD_NORM)
+    value = float(mean)
+    _check_finite(loop, (value, float(norm)), f"epoch {epoch + 1}, step {step + 1} of {loop.steps}")
+    rate = table.lr * share_of_lr(epoch * loop.steps + step, table.epochs * loop.steps)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = rate
+    loop.optimizer.step()
+    loop.hooks.after_step(loop.optimizer, rate)
+    return value
+
+
+def _loss(loop: _Loop, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    with loop.placement.autocast():
+        loss = (loop.hooks.loss or loop.objective)(loop.module, x, y, generator)
+    return loss if loop.hooks.penalty is None else loss + loop.hooks.penalty()
+
+
+def _backward(loss: Tensor, shape: tuple[int, ...]) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        raise ModelError(
+            f"the loss of a batch {shape} has no gradient that can be computed: {error}",
+            "look for detach() and in-place changes",
+        ) from error
+
+
+def _shared(module: nn.Module) -> list[Tensor]:
+    """What processes hold in common besides weights: gradients, and statistics of normalization.
+
+    The latter after every step: attacks look at them, and a checkpoint may come after any.
+    """
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    statistics = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
+    return gradients + [value for value in statistics if value is not None]
+
+
+def _check_finite(loop: _Loop, found: tuple[float, float], where: str) -> None:
+    loss, norm = found
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    hint = f"lower the learning rate: --set tune.lr={loop.course.table.lr / 10:g}"
+    raise ModelError(f"training diverged: {what} in {where}", hint)
+
+
+def _validate(loop: _Loop, progress: Progress, split: Split) -> None:
+    """Accuracy after an epoch, of all processes together; of two best epochs the later one is kept."""
+    seed = loop.course.seed
+    rows = some(len(split), VALIDATED if loop.objective.attacks else 0, seed)
+    mine = rows[distributed.rank() :: distributed.size()]
+    counts = attacked(loop.module, split, mine, (loop.objective, seed), loop.placement)
+    found = torch.tensor(counts, dtype=torch.float64)
+    distributed.all_reduce_mean_([found])
+    value = float(found[0] / found[1])
+    progress.validation.append(value)
+    if value >= max(progress.validation):
+        progress.best = progress.epoch
+        progress.kept = copy.deepcopy({"module": dict(loop.module.state_dict()), "hooks": loop.hooks.state()})
+
+
+def _key(loop: _Loop) -> str:
+    """What tells trainings apart: settings, seed, all weights, the hooks' state, how many images, and where."""
+    course = loop.course
+    held = len(course.validation) if course.validation else 0
+    where = (
+        loop.placement.device.type,
+        loop.placement.memory_format,
+        loop.placement.mixed,
+        distributed.size(),
+    )
+    settings = repr((course.table, course.seed, len(course.split), held, where))
+    return distributed.broadcast_object(
+        models.key(settings, _networks(loop.module, course), loop.hooks.state())
+    )
+
+
+def _networks(module: nn.Module, course: TrainingJob) -> list[nn.Module]:
+    return [module] if course.teacher is None else [module, course.teacher]

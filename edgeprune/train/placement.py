@@ -1,0 +1,125 @@
+"""Where and how a network trains: on a GPU when there is one, channels last and in bfloat16 where that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, product
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.errors import ModelError, UsageError
+from edgeprune.models import logits, modes
+from edgeprune.quantities import suggest
+from edgeprune.recipe import MIXED
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """A device, how weights and images lie in its memory, and whether layers compute in bfloat16."""
+
+    device: torch.device = CPU
+    memory_format: torch.memory_format = torch.channels_last
+    mixed: bool = False
+
+    def images(self, x: Tensor) -> Tensor:
+        """A batch (N, C, H, W) on the device, laid out as the network likes it."""
+        return x.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
+
+    def autocast(self) -> torch.autocast:
+        """The block in which losses and attacks are computed.
+
+        Weights that were cast where no gradient is wanted (a teacher, an attack) must not be used again where one is,
+        so casts are not kept.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=False)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its first tensor is; the CPU when it has none."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return CPU if first is None else first.device
+
+
+def fastest_config(networks: Sequence[nn.Module], example: Tensor, mixed: str = "fp32") -> ExecutionConfig:
+    """The first placement, from fast to slow, in which all networks answer; they are on that device afterwards.
+
+    Channels last is a third faster on CPUs; networks that call `view` on feature maps fail with it. A network that
+    makes tensors on the CPU fails on a GPU. One that answers nowhere gets the slowest and says why when it is used.
+
+    Args:
+        networks: each takes pixels in [0, 1] to logits.
+        example: images (n, C, H, W) to try it on.
+        mixed: "fp32", "bf16", or "auto": bfloat16 on a GPU, where the network takes it, and float32 on a CPU.
+            CPUs with AVX-512 BF16 train convolutions in half the time with "bf16" (benchmarks/mixed.py); CPUs
+            without it only emulate it, and results would depend on which one it is.
+
+    Raises:
+        UsageError: another word for `mixed`.
+    """
+    *tried, last = _candidates(mixed)
+    for placement in tried:
+        if all(_answers(network, example, placement) for network in networks):
+            return placement
+    for network in networks:
+        network.to(last.device)
+    return last
+
+
+@contextmanager
+def restored_device(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Networks that come back afterwards to the devices on which they were."""
+    before = [(network, device_of(network)) for network in networks]
+    try:
+        yield
+    finally:
+        for network, device in before:
+            network.to(device)
+
+
+def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out kernels in memory; their values stay."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """The global chance is afterwards as it was, and cuDNN takes algorithms that give the same bits each time."""
+    before = torch.backends.cudnn.deterministic
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.backends.cudnn.deterministic = True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.deterministic = before
+
+
+def _answers(network: nn.Module, example: Tensor, placement: ExecutionConfig) -> bool:
+    network.to(placement.device)
+    try:
+        with modes(None, network), torch.no_grad(), placement.autocast():
+            logits(network, placement.images(example))
+    except ModelError:
+        return False
+    return True
+
+
+def _candidates(mixed: str) -> list[ExecutionConfig]:
+    if mixed not in MIXED:
+        raise UsageError(f"tune.mixed = {mixed!r} is not one of {', '.join(MIXED)}", suggest(mixed, MIXED))
+    devices = [CPU]
+    if torch.cuda.is_available():
+        devices.insert(0, torch.device("cuda", torch.cuda.current_device()))
+    formats = (torch.channels_last, torch.contiguous_format)
+    found: list[ExecutionConfig] = []
+    for device in devices:
+        mixes = {"auto": (True, False) if device.type == "cuda" else (False,), "bf16": (True,)}
+        chosen = mixes.get(mixed, (False,))
+        found += [ExecutionConfig(device, layout, mix) for mix, layout in product(chosen, formats)]
+    return found

@@ -1,0 +1,141 @@
+"""tune: batch-norm statistics anew and fine-tuning for a pruned network, and the accuracy after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import models
+from edgeprune.data import Data, calibration_images, calibration_indices, divide
+from edgeprune.models import unfreeze
+from edgeprune.recipe import TuneTable
+from edgeprune.records import Bundle, Reading
+from edgeprune.train import batchnorm, evaluation, job, loop
+from edgeprune.train.job import Hooks
+
+
+def holding(network: nn.Module, stays: Mapping[str, Tensor]) -> Hooks:
+    """Hooks that keep entries of a network at zero while it trains.
+
+    Gradients are masked before they are clipped: those of pruned weights would shrink the step of the others.
+
+    Args:
+        network: the one that trains. stays: parameter -> bool like it, False is zero and stays zero.
+    """
+
+    def mask_gradients() -> None:
+        for parameter, keep in _pairs(network, stays):
+            if parameter.grad is not None:
+                parameter.grad.mul_(keep)
+
+    def mask_weights(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        with torch.no_grad():
+            for parameter, keep in _pairs(network, stays):
+                parameter.mul_(keep)
+                for value in optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.mul_(keep)
+
+    return Hooks(before_step=mask_gradients, after_step=mask_weights)
+
+
+def _pairs(network: nn.Module, stays: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    named = dict(network.named_parameters(remove_duplicate=False))
+    return [(named[name], keep.to(named[name].device)) for name, keep in stays.items()]
+
+
+TUNE_VERSION = 3
+
+
+def run(  # noqa: PLR0913
+    bundle: Bundle,
+    data: Data,
+    table: TuneTable,
+    *,
+    calibration: str,
+    teacher: Bundle | None,
+    seed: int,
+    scratch: Path,
+    measured: bool = False,
+    masks: Mapping[str, Tensor] | None = None,
+) -> tuple[Bundle, tuple[Reading, ...]]:
+    """Tune a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
+
+    Nothing is learned from held-out images; without training images only the accuracy before is measured.
+
+    Args:
+        bundle: the pruned network; not changed.
+        data: images to learn from and images to measure on.
+        table: whether to recalibrate, and how long and how to fine-tune.
+        calibration: the recipe of `calibration/` whose images set the batch-norm statistics. Where the old
+            statistics give a smaller loss on those images, they stay, and the reading says so.
+        teacher: the dense network, to imitate with weight `table.distill`; or None.
+        seed: decides the order of the images and their augmentation.
+        scratch: a folder for the state after each epoch; an interrupted run goes on from there.
+        measured: the stage before this one has measured the accuracy of `bundle` already.
+        masks: parameter -> bool like it, False is zero and stays zero; or None.
+
+    Returns:
+        The tuned bundle, and readings of clean_accuracy with `conditions["stage"]` pruned (unless it was measured
+        already), bn recalibrated and tuned (those that took place).
+
+    Raises:
+        ModelError: the network fails on images, or training diverges.
+        UsageError: the calibration recipe or the objective is wrong.
+    """
+    copy = replace(bundle, module=deepcopy(bundle.module))
+    network = models.deployed(copy)
+    readings = [] if measured else [evaluation.reading(network, data.held_out, "pruned", {})]
+    if data.train is None:
+        return copy, tuple(readings)
+    if table.recalibrate:
+        used = _recalibrate(network, data, data.train.labels, calibration)
+        if used:
+            readings.append(evaluation.reading(network, data.held_out, "bn recalibrated", used))
+    if table.epochs:
+        unfreeze(copy.module)
+        dense = models.deployed(teacher) if teacher is not None and table.distill > 0 else None
+        split, validation = data.train, None
+        if table.keep == "best":
+            split, validation = divide(data.train, table.val_share, seed)
+        course = job.TrainingJob(split, table, seed, scratch, dense, validation)
+        history = loop.fit(network, course, holding(copy.module, masks or {}))
+        used = {
+            "epochs": table.epochs, "training images": len(split), "loss": history.losses[-1],
+            "objective": table.objective,
+        }  # fmt: skip
+        readings.append(evaluation.reading(network, data.held_out, "tuned", used))
+    return copy, tuple(readings)
+
+
+def _recalibrate(network: nn.Module, data: Data, labels: Tensor, calibration: str) -> dict[str, Any]:
+    """What was done, for the reading; {} when there is no batch-norm.
+
+    A network that lost little may have been trained on other statistics than those of plain images (such as
+    with black borders); new ones make it worse. So both are tried on the images that the new ones come from.
+    """
+    images = calibration_images(data, calibration)
+    chosen = labels[calibration_indices(labels, calibration)]
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    old_loss = evaluation.mean_loss(network, images, chosen)
+    layers = batchnorm.recalibrate_bn(network, images)
+    if not layers:
+        return {}
+    new_loss = evaluation.mean_loss(network, images, chosen)
+    worse = new_loss > old_loss
+    if worse:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
+    return {
+        "statistics": "old ones kept" if worse else "new",
+        "layers": layers,
+        "calibration images": len(images),
+        "loss with old": old_loss,
+        "loss with new": new_loss,
+    }

@@ -1,0 +1,1 @@
+"""What tests share and what checks the tree; no test is in here."""
