@@ -38,9 +38,7 @@ from edgeprune.robustness import models_under_attack, stage
 from edgeprune.robustness.job import attack_job
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "resnet20_cifar10.py"
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 SIDES = ("reference", "edgeprune")
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 CLASSES = 10
-
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
 
 

@@ -32,9 +32,7 @@ from edgeprune.records import Bundle
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "resnet20_cifar10.py"
-
 MEAN, STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
-
 ROWS: dict[str, tuple[str, ...]] = {
     "default": (),
     "stochastic": ("--set", "prune.mode=stochastic", "--set", "prune.repair=none"),

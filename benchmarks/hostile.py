@@ -25,7 +25,6 @@ from hostile_runs import LIMIT_S, Ended, run
 from sound_files import write_stock
 
 os.environ["OMP_NUM_THREADS"] = "1"
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 COLUMNS = ("kind of file", "tried", "exit 0", "refused (2, 4, 7)", "other verdicts (1, 3, 5, 6, 8)", "exit 70",

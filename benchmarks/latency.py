@@ -35,9 +35,7 @@ from edgeprune.recipe.schema import PruneTable
 from edgeprune.structure.allocation import levels
 
 BUDGETS = (0.75, 0.5)
-
 UNIFORM = (0.9, 0.8, 0.7, 0.6)
-
 SEEDS = 2
 
 

@@ -29,7 +29,6 @@ from edgeprune.records import Bundle
 from edgeprune.train import tune
 
 UNIFORM, TABLE, MACS = "uniform", "by the table", "by multiply-accumulates"
-
 WAYS = {
     UNIFORM: PruneTable(method="taylor", allocation="uniform"),
     TABLE: PruneTable(method="taylor"),

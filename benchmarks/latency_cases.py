@@ -28,9 +28,7 @@ from edgeprune.records import Budget, Bundle, Group
 from edgeprune.structure.groups import find_groups, provable_groups
 
 DEVICE = device_from_url("local")
-
 QUICK, THOROUGH = MeasureTable(iterations=60, seconds=3.0), MeasureTable(iterations=300, seconds=10.0)
-
 MULTIPLE = targets.target("local").multiple_of["fp32"]
 
 

@@ -37,15 +37,10 @@ from edgeprune.structure.groups import find_groups
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 HELD_OUT, EPOCHS, BATCH, RATE = 500, 60, 64, 1e-3
-
 EPS = (0.05, 0.1)
-
 STEPS = 20
-
 CLASSES = 10
-
 SALIENCY = "saliency"
-
 # The published baseline ranks the pairs of the trained network once; here that is one step, and merges of equal weight.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "saliency, in one step, unscaled": ("data-free", {"mode": "baseline", "step": 1.0, "scaled": False}),
@@ -60,9 +55,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
     "random": ("uniform-random", {}),
 }
-
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
-
 COLUMNS = ("accuracy", *(f"{attack} {eps:g}" for eps in EPS for attack in ("FGSM", "PGD-20")))
 
 

@@ -46,9 +46,7 @@ from edgeprune.records import InputSpec
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 LARGE, SMALL = InputSpec((3, 224, 224), 100), InputSpec((3, 32, 32), 10)
-
 LARGE_IMAGES, COMPARED = 24, 300
-
 FP32, PLAIN, OURS = "fp32", "quantize_static", "edgeprune"
 
 

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CLASSES = 10
-
 BATCH, RATE, DECAY = 64, 0.1, 5e-4
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

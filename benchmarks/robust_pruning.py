@@ -43,11 +43,8 @@ from edgeprune.train import evaluation, job, loop, tune
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-
 SPEC = InputSpec((3, 32, 32), 10, MEAN, STD)
-
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 20
-
 CALIBRATION = "small"
 
 

@@ -7,14 +7,12 @@ from typing import Any
 
 # The objective of all other rows: adversarial images alone. By itself DNR takes clean images for half of its loss.
 SAME = {"beta": 0.0}
-
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without stage A": {"stage_a": 0.0},
     "without stage B's constraints": {"rho_kd": 0.0, "init_kd": 0.0, "rho_adv": 0.0, "init_adv": 0.0},
     "without distillation": {"rho_kd": 0.0},
     "without the robust constraint": {"rho_adv": 0.0, "init_adv": 0.0},
 }
-
 BASELINES: dict[str, dict[str, Any]] = {
     "sap, layer": {"scope": "layer"},
     "sap, global": {"scope": "global"},

@@ -9,7 +9,6 @@ import math
 from typing import Callable, Optional, Sequence, Tuple
 
 LEVEL = 0.95
-
 _TINY = 1e-300
 
 

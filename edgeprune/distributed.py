@@ -28,13 +28,10 @@ T = TypeVar("T")
 
 # So long may it take until all processes, on all machines, have started.
 START = timedelta(minutes=10)
-
 # A follower waits while process 0 exports and measures, and that may take hours on a device.
 PATIENCE = timedelta(hours=24)
-
 # So long may process 0 take to say that it ended, before a follower takes an error for its own.
 COURTESY = timedelta(seconds=20)
-
 _OVER = "edgeprune/over"
 
 

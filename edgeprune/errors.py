@@ -28,11 +28,8 @@ from typing import ClassVar, Iterator, Optional
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
-
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
 _PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
-
 # torch, ONNX Runtime, C++ and the system have no common class for it.
 _MEMORY = re.compile(
     "(can.?t|cannot|unable to|failed to) allocate|not enough memory|out of memory|bad[ _]alloc|MemoryError"
@@ -40,15 +37,12 @@ _MEMORY = re.compile(
     "|could not create a (primitive(?! desc)|memory)",  # oneDNN
     re.IGNORECASE,
 )
-
 LESS = (
     "free some memory or raise the limit, or let less be in memory at once, as with --set tune.batch=16 or --set "
     "data.calibration=64; the same command goes on after the last finished stage"
 )
-
 # Characters of a message; a value of somebody's file may have any number.
 _MOST = 2000
-
 ROOM = "make room there, or choose another place with -o or TMPDIR; the same command goes on after the last stage"
 
 

@@ -14,12 +14,9 @@ from edgeprune.records import METRICS, Limit
 _NUMBER = re.compile(
     r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?:/\s*(\d+(?:\.\d+)?))?\s*([A-Za-zµ%]*)\s*", re.ASCII
 )
-
 _POINTS = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))\s*pp", re.ASCII)
-
 # A limit of more than this many times the dense model's is none.
 _MOST_SHARE = 100.0
-
 _SCALES = {
     "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9},
     "B": {
@@ -49,11 +46,9 @@ _SCALES = {
 }
 
 USUAL_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
-
 # A larger radius was meant in levels of 255: an Linf ball of 1 is every image there is, and an L2 ball of 20
 # makes any photograph of 3x224x224 unrecognizable.
 LARGEST_EPS = {"Linf": 1.0, "L2": 20.0}
-
 # As far as levels of 255 can be meant: from half the range of pixels on, any image may become gray.
 MEANT_EPS = {"Linf": 0.5, "L2": 20.0}
 

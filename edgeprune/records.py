@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 REPORT_SCHEMA = "edgeprune.report/1"
-
 MOST_SAMPLES = 10**12
-
 # A device and its processor as `devices.Device.where` and `abreast.names` write them; processors' names have a digit.
 _PLACE = re.compile(
     r"(?:local(?:://\?python=.+)?|fake(?::.+)?|ssh://\S+|adb://\S*)(?: \w*\d\w*)?"
@@ -290,13 +288,11 @@ class Metric:
     taken: str = ""
 
 
-_COUNTED, _BOUNDED = "counted", "computed: interval bounds"
+_COUNTED = "counted"
 
 # A time, a number of bytes and a number of joules that something which exists can have.
 _TIME, _FILE, _MEMORY, _JOULES, _COUNT = (1e-9, 1e5), (1.0, 1e13), (0.0, 1e13), (1e-12, 1e6), (1.0, 1e15)
-
 _LEVELS = (-200.0, 200.0)
-
 _SHARE, _CHANGE = (0.0, 1.0), (-1.0, 1.0)
 
 METRICS: Dict[str, Metric] = {
@@ -322,10 +318,6 @@ METRICS: Dict[str, Metric] = {
         Metric("energy", "J", True, "energy of one image", *_JOULES),
         Metric("clean_accuracy", "fraction", False, "share of held-out images classified right", *_SHARE),
         Metric("robust_accuracy", "fraction", False, "share of held-out images right under attack", *_SHARE),
-        Metric(
-            "certified_accuracy", "fraction", False,
-            "share that no image within a small radius changes: a lower bound", *_SHARE, _BOUNDED,
-        ),
         Metric("agreement", "fraction", False, "share of images classified as the dense model does", *_SHARE),
         Metric(
             "agreement_with_float", "fraction", False, "share of images classified as the float file does", *_SHARE

@@ -22,17 +22,12 @@ from typing import Any, Callable, Iterator, Mapping, Optional, Tuple, Type, Type
 from edgeprune.errors import DeviceError, EdgepruneError, UsageError, WorkdirError, shortage
 
 T = TypeVar("T")
-
 DEEPEST = 64
-
 # Bytes of a file: a report of thousands of layers has a hundredth of it.
 LARGEST = 2**28
-
 # Digits of a whole number, which a float holds.
 LONGEST = 300
-
 LEFT_FILES = "*.[0-9]*.tmp"
-
 _SCRATCH = "edgeprune-work-"
 
 

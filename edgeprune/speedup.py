@@ -13,13 +13,10 @@ from edgeprune.records import Reading
 # Two sessions of the very same file differ by up to this factor from one process to the next: where their memory
 # lands decides. Less than that is no gain, however narrow the interval of one process is.
 SAME = 1.02
-
 # Where both files do the same work, as when only single weights were set to zero, a gain needs more than chance.
 SAME_WORK = 1.05
-
 # Wider than this, an interval round 1 says that the machine was too busy to tell.
 WIDE = 1.05
-
 FASTER, UNDECIDED, NOT_FASTER = "faster", "undecided", "not faster"
 
 

@@ -11,11 +11,8 @@ from edgeprune.quantities import number, suggest
 from edgeprune.records import Target
 
 PRECISIONS = ("fp32", "fp16", "int8")
-
 SCHEMES = ("u8", "s8")
-
 LOWEST_OPSET = 7  # the oldest that ONNX Runtime still reads
-
 _KINDS: Mapping[str, type] = {
     "title": str,
     "device": str,
@@ -30,7 +27,6 @@ _KINDS: Mapping[str, type] = {
     "setup": dict,
     "board": str,
 }
-
 _OPTIONAL = {"setup", "board"}
 
 

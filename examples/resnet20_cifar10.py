@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 WIDTHS = (16, 32, 64)
-
 BLOCKS_PER_STAGE = 3
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from edgeprune.devices._base import ShellDevice, device_from_url
 
 SERIAL = "R5CT10ABCDE"
-
 _SCRIPT = r"""#!/bin/sh
 fault='@FOLDER@/fault'
 if [ "$1" = -s ]; then

@@ -21,15 +21,10 @@ from importlib import metadata
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "arm64"
-
 QEMU = shutil.which("qemu-aarch64-static") or "/usr/bin/qemu-aarch64-static"
-
 CPU = "cortex-a76"
-
 ENVIRONMENT = f"QEMU_CPU={CPU} OMP_NUM_THREADS=1"
-
 PYTHON = "3.11"
-
 PACKAGES = (
     *(
         "libc6",
@@ -63,14 +58,12 @@ PACKAGES = (
     ),
     "util-linux",
 )
-
 WHEELS = (
     "manylinux_2_28_aarch64",
     "manylinux_2_27_aarch64",
     "manylinux_2_17_aarch64",
     "manylinux2014_aarch64",
 )
-
 # ONNX Runtime looks here for what the processor can do, and crashes under qemu when it finds that of an x86. No more
 # than what qemu's Cortex-A76 has.
 CPUINFO = """processor\t: 0
@@ -83,7 +76,6 @@ CPU part\t: 0xd0b
 CPU revision\t: 1
 
 """
-
 # The ELF header of arm64 programs, and what of it counts, for the kernel (binfmt_misc). F: qemu is opened now, so that
 # it is found from within the folder.
 BINFMT = (

@@ -16,7 +16,6 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("edgeprune", deadline=None, derandomize=True, database=None)
-
 settings.load_profile("edgeprune")
 
 

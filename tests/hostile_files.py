@@ -21,16 +21,12 @@ from PIL import Image
 from sound_files import PLAIN
 
 EVALUATE = ("evaluate", "--data", "images.npz")
-
 # A gate also says that a limit is missed (1) or that it can't tell (8).
 GATE = REFUSED | {1, 8}
-
 # What names a package that is not installed (3), a network that answers differently (5), or a machine that does not
 # answer as it must (6).
 NAMES_MACHINES = REFUSED | {3, 5, 6}
-
 DEVICE = REFUSED | {6}
-
 # Damaged weights may be too large for float32: then the exported file answers differently (5).
 NETWORK = REFUSED | {5}
 
@@ -295,13 +291,9 @@ def _external(folder: Path, random: Random) -> None:
 
 
 FAKE = ("--set", "measure.device='fake:fake.json'")
-
 BUILT = ("--arch", "net.py:build", "--input", "3x8x8")
-
 STATE = (*EVALUATE, "net.pt", *BUILT)
-
 MACS = ("--budget", "macs=60 %")
-
 OPTIONS = (
     ("--input", "3x8x8"), ("--mean", "0.5,0.5,0.5"), ("--std", "1,1,1"), ("--eps", "1/255"), ("--limit", "5"),
     ("--seed", "1"), ("--arch", "net.py:build"), ("--set", "data.val_share=0.5"), ("--set", "target=local"),

@@ -17,24 +17,16 @@ from pathlib import Path
 from typing import Any
 
 REFUSED = frozenset({0, 2, 4, 7})
-
 LIMIT_S = 60.0
-
 # What the payloads in files do when somebody runs them; both names are what a test looks for.
 CANARY = "canary"
-
 # More than torch and ONNX Runtime take for small networks, and less than what machines that run tests have.
 MEMORY = 4 * 2**30
-
 LONGEST_LINE = 10_000
-
 # Where a command may write: its output, its temporary folder, the folder of its key.
 WRITABLE = ("out", "runs", "tmp", "config")
-
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
 # The audited events that change the disk, and which of their arguments are paths.
 _CHANGES = {
     "os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.symlink": (1,), "os.link": (1,),

@@ -24,7 +24,6 @@ from edgeprune.records import Group
 from edgeprune.structure.groups import find_groups, provable_groups
 
 BLOCK = 4
-
 CALL_S = 1e-6
 
 

@@ -15,9 +15,7 @@ from typing import Any
 from hostile_runs import CANARY
 
 _SHELL = f"touch {CANARY}"
-
 _PYTHON = f"open('{CANARY}', 'w'); __import__('sys').{CANARY} = 1; __import__('os').environ['{CANARY}'] = '1'"
-
 # What runs code in somebody who unpickles without care.
 PAYLOADS = (
     b"cos\nsystem\n(S'%s'\ntR" % _SHELL.encode(),
@@ -31,7 +29,6 @@ PAYLOADS = (
     b"ctorch.nn.modules.linear\nIdentity\n)\x81}S'forward'\ncos\nsystem\nsb",
     b"ctorch.fx.graph_module\nreduce_graph_module\n(}S'_code'\nS\"%s\"\nsS''\ntR" % _PYTHON.encode(),
 )  # fmt: skip
-
 NAMES = (
     "\x1b]0;owned\x07\x1b[31m", "a\nb\r\tc", "../" * 4 + CANARY, f"/tmp/{CANARY}", "nul\0nul", "n" * 300, "n" * 70_000,
     "", ".", "..", "con", "\u202egnp.exe", "\ud800", "\u0661\u0662", "a'); import os; os.system('" + _SHELL + "') #",
@@ -39,12 +36,10 @@ NAMES = (
     "<script>alert(1)</script>",
     "__import__('os').system('" + _SHELL + "')", "forward", "__class__", "a.b.c", "None", "class", "a]b[/c]",
 )  # fmt: skip
-
 NUMBERS: tuple[Any, ...] = (
     0, -1, 1, 2, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30, 10**400, 0.5,
     -0.0, 1e-320, 1e308, 1e999, -1e999, float("nan"),
 )  # fmt: skip
-
 _WORDS = (
     "", " ", "1", "\u0661\u0662 ms", "50 %", "-1 pp", "1e999", "nan", "inf", "-0", "0x10", "1_000", "50 \uff05",
     "9" * 5000, "null", "local", "8/0", "1/3", "3x8x8", "999999999x1x1",

@@ -105,7 +105,6 @@ NETS = {
     n.__name__.lower(): n
     for n in (Plain, Residual, Depthwise, Grouped, Concat, Split, GroupNormed, Transposed)
 }
-
 SHAPE = (3, 8, 8)
 
 

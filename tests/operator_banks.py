@@ -14,12 +14,9 @@ from torch.nn import functional
 from edgeprune.models import architectures
 
 RESNET20 = f"{Path(__file__).resolve().parents[1]}/examples/resnet20_cifar10.py:resnet20"
-
 # An operator alone takes what the bank's convolution gives it: (1, 4, 6, 6), values on both sides of 0.
 Op = Callable[[Tensor], Tensor]
-
 F = functional
-
 WEIGHTS = torch.linspace(-1, 1, 288).view(144, 2)
 
 
@@ -69,7 +66,6 @@ ACTIVATIONS: dict[str, Op] = {
     "power": lambda x: (x.abs() + 0.5) ** -1.5,
     "glu": lambda x: F.glu(x, 1),
 }
-
 POOLS: dict[str, Op] = {
     "max_pool2d": lambda x: F.max_pool2d(x, 3, 2, 1),
     "max_pool2d ceil": lambda x: F.max_pool2d(x, 4, 3, ceil_mode=True),
@@ -97,7 +93,6 @@ POOLS: dict[str, Op] = {
         x, scale_factor=2, mode="bilinear", align_corners=True
     ),
 }
-
 ARITHMETIC: dict[str, Op] = {
     "add": lambda x: x + torch.relu(x),
     "add with alpha": lambda x: torch.add(x, torch.relu(x), alpha=-2),
@@ -132,7 +127,6 @@ ARITHMETIC: dict[str, Op] = {
         x.flatten(2), x.relu().flatten(2), x.flatten(2), is_causal=True
     ),
 }
-
 MOVES: dict[str, Op] = {
     "cat": lambda x: torch.cat([x, torch.relu(x)], 1),
     "cat of positions": lambda x: torch.cat([x, torch.relu(x)], 2),

@@ -17,9 +17,7 @@ from edgeprune.records import METRICS, REPORT_SCHEMA, Budget, Check, Reading, Re
 from edgeprune.report import stage
 
 HERE = "local x86_64"
-
 EVIL = '<script>alert("x")</script>'
-
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -30,7 +28,6 @@ ODD = st.one_of(
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
 )
-
 VOID = {"meta", "wbr"}
 
 

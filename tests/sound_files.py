@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cow")
-
 ARCH = """
 from torch import nn
 
@@ -23,7 +22,6 @@ def build():
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
     )
 """
-
 RECIPE = """
 target = "local"
 seed = 3
@@ -40,13 +38,11 @@ iterations = 10
 [budget]
 macs = "60 %"
 """
-
 # A Python that answers as the agent would, whatever it is asked to run.
 PYTHON = r"""#!/bin/sh
 op=$(grep -a -o '"op": "[a-z]*"' | tail -n 1 | cut -d '"' -f 4)
 cat "answers/${op:-about}.json"
 """
-
 PLAIN = (
     "--set",
     "prune.method=magnitude",

@@ -28,9 +28,7 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.runtimes.engine.cuda import SIGNATURES, Cuda
 
 RUN_MS = 0.25
-
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16}
-
 NOT_SUPPORTED = "NonZero"
 
 
@@ -181,7 +179,6 @@ Names = {
     "DataType": ["FLOAT", "HALF", "INT32"],
     "LayerType": ["CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "SHUFFLE"],
 }
-
 ENUMS: dict[str, Any] = {name: Enum(name, members) for name, members in Names.items()}  # type: ignore[misc]
 
 

@@ -39,25 +39,20 @@ ORIN_NANO = {
     **channel(1, "VDD_IN", 5000, 1200), **channel(2, "VDD_CPU_GPU_CV", 5000, 400), **channel(3, "VDD_SOC", 5000, 300),
     f"{HWMON}/in7_label": "sum of shunt voltages", f"{HWMON}/in7_input": "3",
 }  # fmt: skip
-
 AGX_ORIN = {
     **channel(1, "VDD_GPU_SOC", 20000, 150), **channel(2, "VDD_CPU_CV", 20000, 50),
     **channel(3, "VIN_SYS_5V0", 5000, 600),
     **channel(2, "VDDQ_VDD2_1V8AO", 5000, 100, "sys/bus/i2c/drivers/ina3221/1-0041/hwmon/hwmon2"),
 }  # fmt: skip
-
 IIO = "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
-
 NANO = {
     f"{IIO}/rail_name_0": "POM_5V_IN", f"{IIO}/in_power0_input": "2532",
     f"{IIO}/rail_name_1": "POM_5V_GPU", f"{IIO}/in_power1_input": "120",
 }  # fmt: skip
-
 THOR = {
     "sys/class/hwmon/hwmon3/name": "ina238", "sys/class/hwmon/hwmon3/power1_input": "31500000",
     "sys/class/hwmon/hwmon4/name": "nvme", "sys/class/hwmon/hwmon4/power1_input": "9000000",
 }  # fmt: skip
-
 LINE = (
     "11-21-2026 10:00:00 RAM 2443/7620MB (lfb 4x4MB) SWAP 0/3810MB CPU [1%@1510,0%@1510] GR3D_FREQ 0% "
     "cpu@46.75C gpu@46.9C tj@47.9C VDD_IN 4856mW/4702mW VDD_CPU_GPU_CV 520mW/503mW VDD_SOC 1481mW/1473mW"
@@ -190,7 +185,6 @@ def test_energy_is_absent_when_the_sensor_stops(tmp_path: Path) -> None:
 
 
 CPU = "sys/devices/system/cpu"
-
 BOARD = {
     f"{CPU}/cpu0/cpufreq/scaling_governor": "schedutil",
     f"{CPU}/cpu0/cpufreq/scaling_cur_freq": "729600",

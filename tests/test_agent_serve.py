@@ -20,7 +20,6 @@ from edgeprune.agent import protocol
 from edgeprune.errors import DeviceError
 
 SHAPE = (5, 3, 4, 4)
-
 ORT = {"op": "serve", "runtime": "onnxruntime"}
 
 

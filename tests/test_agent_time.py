@@ -136,7 +136,6 @@ def test_the_state_of_the_machine_is_told_before_and_after(
 
 
 PARTS = sorted(Path(edgeprune.__file__).parent.glob("agent*.py"))
-
 # In the standard library or the language only since Python 3.9 or later.
 TOO_NEW = {
     "removeprefix",

@@ -14,7 +14,6 @@ from edgeprune.structure.allocation import Rules, allocate, levels, losses_of
 
 # Group -> multiply-accumulates and parameters of a channel: early layers are dear in one, late ones in the other.
 PRICES = {"early": (8.0, 1.0), "middle": (4.0, 4.0), "late": (1.0, 8.0)}
-
 CHANNELS = 12
 
 

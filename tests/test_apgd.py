@@ -14,7 +14,6 @@ from edgeprune.train.adversarial import Ball
 
 # Steps of 100 after which the step may be halved: 22, then 19, 16, 13, 10, 7, 6 and 6 more.
 CHECKPOINTS = (22, 41, 57, 70, 80, 87, 93, 99)
-
 EPS = 0.1
 
 

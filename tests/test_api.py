@@ -16,7 +16,6 @@ from edgeprune import api
 from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
 
 FAST = {"iterations": 20, "seconds": 1.0}
-
 ROUGH = {"images": 8, "steps": 4}
 
 

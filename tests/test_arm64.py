@@ -26,7 +26,6 @@ from edgeprune.devices._base import Device, device_from_url
 from edgeprune.devices.local import Local
 
 pytestmark = pytest.mark.skipif(bool(arm64.why_not()), reason=arm64.why_not() or "-")
-
 ASK = {"runtime": "onnxruntime", "threads": 1}
 
 

@@ -35,7 +35,6 @@ from edgeprune.robustness.job import attack_job
 
 # Another word for the same Python: to edgeprune it is another machine's.
 PYTHON = str(Path(sys.executable).with_name("python3"))
-
 QUERIES = 7
 
 
@@ -325,14 +324,12 @@ def test_what_goes_wrong_there_is_said_with_its_kind(
 
 # A way on which one byte arrives as another one.
 UNCLEAN = 'import os\nwhile (b := os.read(0, 99)):\n    os.write(1, b.replace(b"\\xed", b"?"))'
-
 PYTHONS = {
     "crash": "kill -11 $$",
     "silence": "exec cat >/dev/null",
     "text": f"PYTHON \"$@\" | PYTHON -c '{UNCLEAN}'",
     "words": "echo this is no agent",
 }
-
 FAULTS: dict[str, tuple[type[Exception], str]] = {
     "no python": (MissingDependency, "local has no /no/such/python"),
     "no model": (ModelError, "can't open .*on local"),

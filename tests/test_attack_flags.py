@@ -17,7 +17,6 @@ from edgeprune.robustness import gradient_masking, models_under_attack, stage
 from edgeprune.robustness.job import Verdicts, attack_job
 
 EPS = 2 / 255
-
 SIDE, CLASSES = 6, 4
 
 

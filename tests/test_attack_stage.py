@@ -35,7 +35,6 @@ from edgeprune.robustness.readings import told
 from edgeprune.train.adversarial import Ball
 
 CLASSES, PIXELS = 4, 3 * 8 * 8
-
 EPS = 2 / 255
 
 
@@ -561,12 +560,6 @@ def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(
     assert stages == [(stage, metric) for stage in victims for metric in metrics]
     robust = [r.artifact for r in (*found.before, *found.after) if r.metric == "robust_accuracy"]
     assert robust == ["dense", "compressed"]
-    for rows in (found.before, found.after):
-        sure = [r for r in rows if r.metric == "certified_accuracy"]
-        assert len(sure) == 3
-        # A lower bound, and larger the smaller the radius.
-        assert [r.value for r in sure] == sorted(r.value for r in sure if r.value is not None)
-        assert sure[0].value <= rows[0].value
     pair = found.after[0].conditions["paired"]
     assert pair["gained"] == pair["lost"] == 0 and pair["p"] == 1
     assert found.before[0].value == found.after[0].value

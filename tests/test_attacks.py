@@ -20,7 +20,6 @@ from edgeprune.models.queries import loss_and_gradient, wrong
 from edgeprune.train.adversarial import Ball
 
 NAMES = plugins.names("attacks")
-
 # Small enough for a test; every part of each algorithm is met.
 QUICK = {
     "fgsm": {},
@@ -30,9 +29,7 @@ QUICK = {
     "fab-t": {"steps": 8, "classes": 3},
     "square": {"queries": 60},
 }
-
 BALLS = {"Linf": Ball("Linf", 0.05), "L2": Ball("L2", 0.4)}
-
 # Of adding and subtracting pixels in float32.
 ROUNDING = 1e-6
 

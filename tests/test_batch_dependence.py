@@ -18,7 +18,6 @@ from edgeprune.models.batch_dependence import TWO_LINES, check_alone
 from edgeprune.models.bundle import from_module
 
 Function = Callable[[Tensor], Tensor]
-
 X = torch.rand(2, 3, 16, 16)
 
 

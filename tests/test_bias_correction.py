@@ -23,7 +23,6 @@ from edgeprune.quantize.qdq import quantized
 from edgeprune.quantize.verification import closeness, verify
 
 Arrays = dict[str, np.ndarray]
-
 # Powers of two of which int8 keeps no more than one digit beside the largest weight: rounding errors are large.
 COARSE = np.array([1.0, 0.0123, -0.0071, 0.0152, -0.0037, 0.0214])
 

@@ -26,9 +26,7 @@ from edgeprune.models.tracing import Call, Program, trace
 from edgeprune.records import InputSpec
 
 BANKS = ("activations", "pools", "arithmetic", "moves", "layers")
-
 ALL = (*BANKS, "transformer", *nets.NETS)
-
 _TRACED: dict[str, tuple[Program, dict[str, Tensor], tuple[int, ...]]] = {}
 
 
@@ -414,7 +412,6 @@ def functions(traced) -> Functions:
 
 # What is lost where numbers get too small to have all their digits is not part of the bounds.
 ENDS = st.floats(-12, 12, width=32).map(lambda v: v if abs(v) > 1e-20 else 0.0)
-
 SHARES = st.lists(st.floats(0, 1), min_size=8, max_size=8)
 
 

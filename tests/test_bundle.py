@@ -33,7 +33,6 @@ def net(classes=5):
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
     )
 """
-
 SHAPE = "3x12x12"
 
 

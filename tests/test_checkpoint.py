@@ -26,7 +26,6 @@ from edgeprune.train.job import Hooks, TrainingJob
 from edgeprune.train.loop import CHECKPOINT, fit
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
-
 CPU = torch.device("cpu")
 
 

@@ -29,13 +29,9 @@ from edgeprune.records import (
 )
 
 NAMES = st.text(max_size=12)
-
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
-
 INDICES = st.lists(st.integers(0, 4096), max_size=5).map(tuple)
-
 JSON_SCALARS = st.none() | st.booleans() | st.integers() | FINITE | NAMES
-
 SPECS = st.builds(
     InputSpec,
     shape=st.tuples(st.integers(1, 9), st.integers(1, 999), st.integers(1, 999)),
@@ -45,7 +41,6 @@ SPECS = st.builds(
     low=FINITE,
     high=FINITE,
 )
-
 READINGS = st.builds(
     Reading,
     metric=NAMES,
@@ -57,7 +52,6 @@ READINGS = st.builds(
     artifact=NAMES,
     conditions=st.dictionaries(NAMES, JSON_SCALARS, max_size=3),
 )
-
 RECORDS = st.one_of(
     SPECS,
     READINGS,

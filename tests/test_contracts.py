@@ -16,7 +16,6 @@ from edgeprune.attacks._base import STANDARD
 from edgeprune.errors import MissingDependency
 
 MEMBERS = [(family, name) for family in plugins.FAMILIES for name in plugins.names(family)]
-
 PACKAGE = Path(edgeprune.__file__).parent
 
 

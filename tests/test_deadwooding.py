@@ -31,7 +31,6 @@ from edgeprune.train.objectives import of_table
 from edgeprune.train.tune import holding
 
 GRANULARITIES = ("weight", "2:4", "channel")
-
 TABLE = TuneTable(epochs=2, objective="fgsm", lr=0.02, batch=16, augment="off", mixed="fp32", val_share=0.25)
 
 

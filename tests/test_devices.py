@@ -20,7 +20,6 @@ from edgeprune.measure import latency
 from edgeprune.recipe.schema import MeasureTable
 
 TABLE = MeasureTable(iterations=200)
-
 TWO = '{"dense": {"wall_ns": [9000]}, "compressed": {"wall_ns": [9000]}}'
 
 

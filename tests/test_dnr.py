@@ -27,7 +27,6 @@ from edgeprune.train import adversarial, evaluation, loop
 from edgeprune.train.job import History, Hooks, TrainingJob
 
 NORMLESS = "groupnormed"
-
 # No layer of "transposed" has input channels in fours.
 KINDS = [
     (name, kind)

@@ -22,7 +22,6 @@ from edgeprune.records import Target
 ORIN = Target(
     "orin", "Some Jetson", "ssh", "tensorrt", ("fp32", "fp16"), {"fp32": 8}, 8 * 10**9, 1.0, {}, 20, {}
 )
-
 LOCAL = replace(ORIN, name="local", title="this machine", runtime="onnxruntime", precisions=("fp32", "int8"))
 
 

@@ -19,7 +19,6 @@ from edgeprune.structure.groups import find_groups
 from edgeprune.structure.units import channel_sums
 
 NUMBERS = st.floats(-4, 4, width=32)
-
 SIZES = st.floats(0, 3, width=32)
 
 

@@ -16,7 +16,6 @@ from edgeprune import plugins, targets
 from edgeprune.records import Artifact, InputSpec, Target
 
 SH = shutil.which("sh")
-
 pytestmark = pytest.mark.skipif(SH is None, reason="needs a POSIX shell")
 
 # From samples/common/sampleOptions.cpp of NVIDIA/TensorRT at the tags of VERSIONS: flags that all of them have,
@@ -26,7 +25,6 @@ ALWAYS = """
     noDataTransfers useCudaGraph useSpinWait separateProfileRun warmUp duration iterations avgRuns sleepTime
     idleTime streams percentile exportTimes exportProfile exportLayerInfo
 """
-
 BETWEEN = {
     "workspace": (802, 1000),
     "buildOnly": (802, 1000),
@@ -41,7 +39,6 @@ BETWEEN = {
     "noCudaGraph": (1100, 9999),
     "noSpinWait": (1100, 9999),
 }
-
 # What trtexec calls itself, and major * 100 + minor.
 VERSIONS = {
     "v8201": 802,

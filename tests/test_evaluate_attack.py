@@ -36,11 +36,8 @@ from edgeprune.records import Report
 from edgeprune.robustness.models_under_attack import HARMLESS, open_file
 
 runner = CliRunner()
-
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Plain"
-
 FLAGS = ["--arch", ARCH, "--input", "3x8x8"]
-
 QUICK = ["--eps", "1/255", "--limit", "10"]
 
 

@@ -22,7 +22,6 @@ from edgeprune.recipe import parse
 from edgeprune.records import InputSpec
 
 CLASSES = 5
-
 TABLES = {
     "measure": {"iterations": 10, "seconds": 0.5, "warmup": 1},
     "synthesize": {"images": 8, "steps": 4},

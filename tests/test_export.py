@@ -26,9 +26,7 @@ from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading, Source
 
 SPEC = InputSpec(nets.SHAPE, 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
-
 PLAIN = InputSpec(nets.SHAPE, 5)
-
 Result = tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]
 
 

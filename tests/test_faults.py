@@ -45,11 +45,8 @@ from edgeprune.report.markup import escape
 from edgeprune.runtimes.engine.build_script import engine_script
 
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
-
 HOSTILE = "a\x1b]0;owned\x07b\rc\x9bd\u202ee\u2066f\x7fg"
-
 SEEN = "a\\x1b]0;owned\\x07b\\rc\\x9bd\\u202ee\\u2066f\\x7fg"
-
 ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from sound_files import write_stock
 
 FEW, MANY = 8, 300
-
 SEEDS = st.integers(0, 2**32 - 1)
-
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 
 

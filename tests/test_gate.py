@@ -34,7 +34,6 @@ PASS, FAIL, EQUAL, MISSING, UNSURE, NO_REFERENCE = (
     "inconclusive",
     "no reference",
 )
-
 DENSE, BASE = 100.0, 80.0
 
 

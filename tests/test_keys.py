@@ -16,16 +16,11 @@ from edgeprune.recipe import parse, schema
 from edgeprune.records import Bundle, InputSpec, Source
 
 MODEL = Bundle(None, Source("pt2", "net.pt2", "1"), InputSpec((3, 8, 8), 5))  # type: ignore[arg-type]
-
 LEARN = SimpleNamespace(fingerprint="f", train=object())
-
 WATCH = SimpleNamespace(fingerprint="f", train=None)
-
 UNATTACKED = STAGES[:-1]
-
 # A precision is chosen where there are images to choose by.
 CHOOSING = ["dense", "prune", "cut", "tune", "export", "quantize", "measure"]
-
 WITHOUT = [name for name in CHOOSING if name != "quantize"]
 
 

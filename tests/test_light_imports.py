@@ -29,11 +29,8 @@ HEAVY = {
     "sklearn",
     "PIL",
 }
-
 PACKAGE = Path(edgeprune.__file__).parent
-
 COMMANDS = sorted(getattr(typer.main.get_command(app), "commands"))  # noqa: B009  # the type has no such field
-
 RUN = """
 import json, sys
 sys.argv = ["edgeprune", *json.loads(sys.argv[1])]

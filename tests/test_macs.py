@@ -25,9 +25,7 @@ from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Budget, InputSpec, Limit
 
 SPEC = InputSpec((3, 8, 8), 5)
-
 X = torch.rand(2, 3, 8, 8)
-
 # Sixteen words of twelve numbers come out of the convolution, five logits of as many means.
 AROUND = 16 * 12 * 3 * 4 + 12 * 5
 

@@ -22,7 +22,6 @@ from edgeprune.recipe.schema import MeasureTable
 from edgeprune.records import InputSpec, Plan
 
 TABLE = MeasureTable(iterations=200, seconds=5.0)
-
 PLAN = Plan({}, {}, {}, {}, 100, 1000, 200, 2000)
 
 

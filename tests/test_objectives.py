@@ -21,9 +21,7 @@ from edgeprune.train.adversarial import Ball
 from edgeprune.train.objectives import Objective, hybrid_loss, of_table
 
 TABLE = TuneTable(objective="pgd", attack_steps=2, beta=0.5, distill=0.5)
-
 KINDS = ("natural", "fgsm", "pgd", "trades")
-
 Y = torch.tensor([0, 1, 1, 0, 1])
 
 

@@ -40,9 +40,7 @@ MODELS = {
     "raspberry-pi-4": ("Raspberry Pi 4 Model B Rev 1.5",),
     "raspberry-pi-5": ("Raspberry Pi 5 Model B Rev 1.0",),
 }
-
 SPEC = InputSpec((3, 8, 8), 10)
-
 PLAN = Plan({}, {}, {}, {}, 100, 1000, 200, 2000)
 
 

@@ -19,7 +19,6 @@ from edgeprune.quantize.prepare import prepare
 from edgeprune.quantize.verification import closeness, verify
 
 PIXELS = torch.from_numpy(files.images(count=16))
-
 Nodes = list[onnx.NodeProto]
 
 

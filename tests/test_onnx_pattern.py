@@ -23,9 +23,7 @@ from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import Bundle, InputSpec, Source
 
 SPEC = InputSpec(nets.SHAPE, 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
-
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-
 Promised = dict[str, tuple[int, ...]]
 
 

@@ -18,9 +18,7 @@ from edgeprune.quantize.verification import verify
 
 # write_net: 3 -> 16 and 16 -> 16 convolutions of 3 x 3 on 8 x 8, of which padding keeps all, and 16 -> 10.
 FIRST, SECOND, LAST = 16 * 64 * 27, 16 * 64 * 144, 160
-
 MACS, WEIGHTS = FIRST + SECOND + LAST, 16 * 27 + 16 * 144 + 160
-
 Tamper = Callable[[ModelProto], object]
 
 

@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from edgeprune.errors import UnsupportedModel
 from edgeprune.export import stage
 from edgeprune.models.torch_export import quiet
-from edgeprune.models.tracing import trace
 from edgeprune.onnx_graph.session import open_onnx
 from edgeprune.recipe.schema import ExportTable
 from edgeprune.records import InputSpec
-from edgeprune.robustness.onnx_module.module import settled, to_torch
+from edgeprune.robustness.onnx_module.module import to_torch
 from edgeprune.robustness.onnx_module.plan import is_quantized
 
 SHAPE = [2, 4, 6, 6]
-
 FLOAT = TensorProto.FLOAT
 
 
@@ -252,9 +250,6 @@ def test_an_exported_network_answers_any_batch_as_its_file_and_has_the_gradients
         torch.autograd.grad(y.logsumexp(1).sum(), at)[0] for y, at in ((answer, point), (wanted, other))
     ]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-6)
-    once = settled(found, x[:1])
-    torch.testing.assert_close(once(x[:1]), answer[:1].detach(), rtol=1e-5, atol=1e-5)
-    assert trace(once, x[:1]).shape_of(trace(once, x[:1]).output) == tuple(answer[:1].shape)
     assert not list(found.parameters()) and list(found.buffers()) and not found.training
     last = copy.deepcopy(found).to(memory_format=torch.channels_last)
     torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), answer.detach())

@@ -20,16 +20,13 @@ from edgeprune.agent import archive
 from edgeprune.agent.archive import sources
 
 ABOUT = json.dumps({"op": "about", "runtime": "onnxruntime"})
-
 # What is light enough to travel: nothing that needs torch, and nothing of the host's work.
 LIGHT = {
     "__init__", "agent", "confidence", "errors", "host", "plugins", "quantities", "records", "runtimes",
     "serialization", "version",
 }  # fmt: skip
-
 # What came with 3.9 or later, and would only fail when it runs there.
 NEW_MODULES = {"tomllib", "graphlib", "zoneinfo"}
-
 NEW_METHODS = {
     "removeprefix",
     "removesuffix",

@@ -18,7 +18,6 @@ from edgeprune.quantities import eps_of
 from edgeprune.train.adversarial import Ball, crafting, cross_entropy, fgsm, perturb, pgd, trades
 
 NORMS = ("Linf", "L2")
-
 # Of adding and subtracting pixels in float32.
 ROUNDING = 1e-6
 

@@ -37,7 +37,6 @@ class Radio:
     power_w: float = 0.5
     band: str = "uhf" + "f"
 '''
-
 Write = Callable[..., str]
 
 

@@ -14,9 +14,7 @@ from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
 from edgeprune.structure.pq_index import keep_counts, keep_shares, pqi, sap_count, superfluous, theorem_bound
 
 ORDERS = [(0.5, 1.0), (1.0, 2.0)]
-
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40)
-
 PAIRS = st.tuples(st.floats(0.1, 1.0), st.floats(0.1, 2.0)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 
 

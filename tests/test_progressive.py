@@ -24,7 +24,6 @@ from edgeprune.structure.allocation import Rules as Budget
 from edgeprune.structure.groups import find_groups
 
 MODES = progressive.MODES
-
 SHAPE = (1, 4, 4)
 
 

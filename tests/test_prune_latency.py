@@ -30,7 +30,6 @@ from edgeprune.records import Budget
 from edgeprune.structure.allocation import Rules
 
 NAME = "residual"
-
 Read = Callable[[nn.Module], float]
 
 

@@ -21,9 +21,7 @@ from edgeprune.safe_loading import pt2_archive
 from edgeprune.safe_loading.pt2_graph import _check_expression
 
 WEIGHTS = "data/weights/model_weights_config.json"
-
 CONSTANTS = "data/constants/model_constants_config.json"
-
 PROGRAM = "models/model.json"
 
 
@@ -262,7 +260,6 @@ ATTACKS = [
     in_a_container, in_a_file_operator, in_a_dotted_path, in_a_name, in_a_state_name, in_compiled_code,
     in_a_second_program,
 ]  # fmt: skip
-
 RUN_ON_LOAD = [
     in_samples,
     in_a_weight,

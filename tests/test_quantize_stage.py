@@ -31,7 +31,6 @@ from edgeprune.recipe.schema import ExportTable, QuantizeTable
 from edgeprune.records import Limit, Reading
 
 ALL = ("fp32", "fp16", "int8")
-
 ONE = QuantizeTable(calibrator="minmax", equalize="off", bias_correction="off")
 
 

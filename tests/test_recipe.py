@@ -27,7 +27,6 @@ from edgeprune.records import METRICS, Budget, Limit
 
 # Any text but halves of surrogate pairs, which no TOML file can hold.
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
-
 SHARES = st.floats(0.01, 0.99)
 
 

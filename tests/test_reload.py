@@ -26,7 +26,6 @@ from edgeprune.onnx_graph import session
 from edgeprune.records import Bundle, InputSpec, Plan, Reading, Source
 
 SPEC = InputSpec((3, 8, 8), 5, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
-
 ARCHITECTURE = """
 from torch import nn
 

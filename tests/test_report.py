@@ -37,7 +37,6 @@ from edgeprune.report import stage
 from edgeprune.report.assembly import SPARSE_NOTE, layers, sparse_notes
 
 SMALL = sample(layers=2)
-
 SMALL = replace(
     SMALL,
     samples={k: v[:5] for k, v in SMALL.samples.items()},

@@ -185,7 +185,6 @@ def test_no_name_of_a_record_becomes_markup(tmp_path: Path) -> None:
 
 
 NUMBERS = st.one_of(st.none(), st.integers(-(10**320), 10**320), st.floats())
-
 RECORDS = st.dictionaries(
     st.sampled_from(["iterations", "epochs", "layers", "accuracy", "kept", "x"]),
     st.one_of(

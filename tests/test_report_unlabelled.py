@@ -20,7 +20,6 @@ from edgeprune.report.rows import UNLABELLED, comparison
 from edgeprune.report.unlabelled import INTRODUCTION, TITLE, without_labels
 
 MADE = {"images": "synthetic", "synthesis": {"steps": 500}}
-
 WHERE = "computed: interval bounds over the input box"
 
 
@@ -34,18 +33,12 @@ def divergence(**changes: Any) -> Reading:
     return replace(base, **changes)
 
 
-def bound(value: float | None = 3.5, **conditions: Any) -> Reading:
-    return Reading(
-        "certified_logit_change", value, "logits", 256, None, WHERE, "compressed", {**MADE, **conditions}
-    )
-
-
 def with_readings(*readings: Reading) -> Report:
     made = sample(labeled=False)
     return replace(made, after=(*made.after, *readings))
 
 
-FULL = with_readings(agreement(), divergence(), bound(vacuous=True, certified_share=0.0))
+FULL = with_readings(agreement(), divergence())
 
 
 def test_they_stand_in_a_section_of_their_own_and_not_beside_what_ships() -> None:
@@ -54,36 +47,13 @@ def test_they_stand_in_a_section_of_their_own_and_not_beside_what_ships() -> Non
     assert list(rows) == list(UNLABELLED)
     assert rows["synthetic_agreement"].text == "94.00 % (90.00 % to 97.00 %)"
     assert rows["synthetic_kl"].text == "0.0123 nats (0.01 nats to 0.015 nats)"
-    assert rows["certified_logit_change"].text == "3.5 logits"
     assert without_labels(sample()) == []
 
 
 def test_each_is_marked_for_what_it_is_not() -> None:
     rows = {row.metric: row for row in without_labels(FULL)}
     assert rows["synthetic_agreement"].mark == rows["synthetic_kl"].mark == "synthetic images, not accuracy"
-    assert rows["certified_logit_change"].mark == "bound, vacuous"
-    assert rows["certified_logit_change"].how == WHERE
     assert rows["synthetic_agreement"].how == f"measured on {HERE}"
-
-
-@pytest.mark.parametrize(
-    ("reading", "mark", "about"),
-    [
-        (bound(vacuous=True, certified_share=0.0), "bound, vacuous", "certifies the answer to none of 256"),
-        (
-            bound(vacuous=False, certified_share=0.25),
-            "bound",
-            "certifies the answer to 25.00 % of 256 synthetic",
-        ),
-        (replace(bound(), n=0), "bound, untried", "there are no images to say what it certifies"),
-        (bound(None, why="softmax in head can't be bounded"), "no bound", "softmax in head can't be bounded"),
-    ],
-)
-def test_a_bound_says_what_it_is_worth(reading: Reading, mark: str, about: str) -> None:
-    (row,) = without_labels(with_readings(reading))
-    assert row.mark == mark and about in row.about
-    if reading.value is None:
-        assert row.how == "not available: softmax in head can't be bounded"
 
 
 def test_the_summary_says_them_in_plain_words() -> None:
@@ -91,15 +61,6 @@ def test_the_summary_says_them_in_plain_words() -> None:
     assert (
         "On 256 synthetic images (not accuracy) 94.00 % (90.00 % to 97.00 %) of the answers are the dense model's, "
         "KL 0.0123 nats (0.01 nats to 0.015 nats)." in lines
-    )
-    assert (
-        "Whatever the image, no logit changes by more than 3.5 (bound, vacuous): it certifies the answer to none of "
-        "256 synthetic images." in lines
-    )
-    unknown = with_readings(bound(None, why="erf in block.act has no bound"))
-    assert any(
-        "How far a logit can change at most is not known: erf in block.act has no bound." in line
-        for line in stage.summary_lines(unknown)
     )
     assert not any("synthetic" in line for line in stage.summary_lines(sample()))
 
@@ -118,7 +79,7 @@ def test_markdown_and_html_show_the_section_with_its_marks(tmp_path: Path) -> No
     document = (tmp_path / "report.md").read_text(encoding="utf-8")
     for form in (text, document):
         assert TITLE in form and INTRODUCTION in form
-        assert form.count("synthetic images, not accuracy") == 2 and "bound, vacuous" in form
+        assert form.count("synthetic images, not accuracy") == 2
     before = document.index("## Before and after")
     assert before < document.index(f"## {TITLE}") < document.index("<details>")
     assert "synthetic_agreement" not in document[before : document.index(f"## {TITLE}")]

@@ -30,7 +30,6 @@ from edgeprune.structure.units import Units, of_weights
 from edgeprune.train import job, loop
 
 GRANULARITIES = ("channel", "weight", "2:4")
-
 TABLE = TuneTable(epochs=2, lr=0.05, batch=20, distill=0.0, augment="off")
 
 

@@ -36,9 +36,7 @@ from edgeprune.report import per_device, stage
 from edgeprune.report.rows import comparison, leading
 
 PI = "ssh://pi aarch64"
-
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
-
 runner = CliRunner()
 
 

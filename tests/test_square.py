@@ -14,7 +14,6 @@ from edgeprune.models.queries import AttackResult
 from edgeprune.train.adversarial import Ball
 
 NORMS = ("Linf", "L2")
-
 EPS = {"Linf": 0.1, "L2": 0.5}
 
 

@@ -22,7 +22,6 @@ from edgeprune.devices.ssh import Ssh
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 
 ABOUT = {"op": "about", "runtime": "onnxruntime"}
-
 PYTHON = f"?python={sys.executable}"
 
 

@@ -14,7 +14,6 @@ from edgeprune.host import machine
 ALL = targets.names("targets")
 
 JETSONS = [name for name in ALL if name.startswith("jetson-")]
-
 WANTED = {
     "local",
     "jetson",
@@ -127,7 +126,6 @@ def test_local_takes_the_multiples_of_the_cpu_it_runs_on(
 
 
 X86 = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni\nbugs\t\t: spectre_v1\n"
-
 ARM = "processor\t: 0\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm asimddp\nCPU part\t: 0xd0b\n"
 
 

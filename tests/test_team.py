@@ -20,7 +20,6 @@ from edgeprune.pipeline.run_directory import Workdir
 from edgeprune.records import Report
 
 TESTS = Path(__file__).parent
-
 # Each process leaves what it came to in a file of its own number.
 LEAVE = """
 import json, os, sys

@@ -23,7 +23,6 @@ from edgeprune.records import InputSpec, Plan, Target
 from edgeprune.runtimes.engine import cuda, files
 
 TABLE = MeasureTable(iterations=20, warmup=1, seconds=5.0)
-
 SPEC = InputSpec((3, 8, 8), 10)
 
 

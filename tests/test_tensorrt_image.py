@@ -17,7 +17,6 @@ from edgeprune.host.machine import FACTS
 from edgeprune.runtimes.tensorrt import OLDEST
 
 FILE = Path(__file__).resolve().parents[1] / "Dockerfile.jetson"
-
 BOARDS = ("JetPack 5", "JetPack 6", "JetPack 7.1")
 
 # TensorRT's bindings are the system's.

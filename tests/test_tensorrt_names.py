@@ -26,9 +26,7 @@ from edgeprune.runtimes import tensorrt
 from edgeprune.runtimes.engine import cuda as cuda_module
 
 DATA = Path(__file__).parent / "data" / "tensorrt"
-
 VERSIONS = sorted(path.stem for path in DATA.glob("*.json"))
-
 SOURCES = (Path(tensorrt.__file__), Path(tensorrt.__file__))
 
 # What each variable of the sources holds.
@@ -38,7 +36,6 @@ HOLDS = {
     "engine": "ICudaEngine", "context": "IExecutionContext", "inspector": "EngineInspector", "learned": "ITimingCache",
     "layer": "ILayer",
 }  # fmt: skip
-
 # Module-level names that are no classes.
 PLAIN = {"__version__"}
 
@@ -120,7 +117,6 @@ NONE(getPluginRegistry) NONE(getLogger) ZERO(initLibNvInferPlugins) ZERO(getNvOn
 ZERO(getInferLibVersion) ZERO(getInferLibMajorVersion) ZERO(getInferLibMinorVersion)
 ZERO(getInferLibPatchVersion) ZERO(getInferLibBuildVersion)
 """
-
 # Loads the empty libraries and the bindings; writes their names, and makes what our code derives from them.
 DUMP = """
 import ctypes, json, sys

@@ -27,9 +27,7 @@ from edgeprune.records import InputSpec, Reading
 from edgeprune.robustness import models_under_attack
 
 WHY = "onnxruntime_perf_test tells the times of whole files alone"
-
 SPEC = InputSpec((3, 8, 8), 10)
-
 TABLE = MeasureTable(iterations=12, seconds=0.5, warmup=12)
 
 
@@ -99,6 +97,5 @@ def test_a_run_without_data_and_with_a_latency_budget_gets_to_its_end(
     report: dict[str, Any] = json.loads(done.stdout)["report"]
     absent = {r["metric"]: r["conditions"]["why"] for r in report["after"] if r["value"] is None}
     assert absent["synthetic_agreement"] == absent["synthetic_kl"] == WHY
-    assert any(r["metric"] == "certified_logit_change" for r in report["after"])
     notes = " ".join(report["notes"])
     assert "No latency table (" in notes and "says of no layer" in notes and "Searched by building" in notes

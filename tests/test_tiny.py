@@ -21,11 +21,8 @@ from tiny import COMPRESS, GOLDEN, MODEL, edgeprune, masked, prepare, report
 from edgeprune.cli.app import app
 
 COMMANDS = ["", *sorted(getattr(typer.main.get_command(app), "commands"))]  # noqa: B009
-
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
-
 FORMATS = ("text", "json", "markdown", "junit")
-
 RIGHT_AND_WRONG: dict[str, tuple[list[str], int]] = {
     "gate met": (["gate", "run", "--budget", "macs=60 %"], 0),
     "gate broken": (["gate", "run", "--budget", "macs=10 %"], 1),

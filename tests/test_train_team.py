@@ -20,7 +20,6 @@ from edgeprune.train.loop import fit
 
 # Of 15 images one process gets 8 and the other 7.
 PLAIN = TuneTable(epochs=2, lr=0.05, batch=15, distill=0.0)
-
 SCRIPT = """
 import sys
 from dataclasses import replace

@@ -19,7 +19,6 @@ from edgeprune.train import tune
 from edgeprune.train.evaluation import accuracy
 
 SPEC = InputSpec((3, 8, 8), 2, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16)
 
 

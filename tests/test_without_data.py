@@ -19,11 +19,8 @@ from typer.testing import CliRunner
 from edgeprune.cli.app import app
 
 ARCH = f"{Path(__file__).parent / 'nets.py'}:Residual"
-
 QUICK = ["measure.iterations=10", "measure.seconds=0.5", "measure.warmup=1"]
-
 ROUGH = ["synthesize.images=12", "synthesize.steps=6"]
-
 runner = CliRunner()
 
 
@@ -75,8 +72,8 @@ def test_no_accuracy_is_claimed_and_what_is_said_is_marked(run: tuple[Path, dict
     out, report = run
     metrics = {r["metric"] for r in report["before"] + report["after"]}
     assert not metrics & {"clean_accuracy", "robust_accuracy", "agreement"} and report["ledger"] == []
-    said = {r["metric"]: r for r in report["after"] if r["metric"].startswith(("synthetic", "certified"))}
-    assert set(said) == {"synthetic_agreement", "synthetic_kl", "certified_logit_change"}
+    said = {r["metric"]: r for r in report["after"] if r["metric"].startswith("synthetic")}
+    assert set(said) == {"synthetic_agreement", "synthetic_kl"}
     assert said["synthetic_agreement"]["n"] == 12 and said["synthetic_kl"]["value"] >= 0
     assert all(r["conditions"]["images"] == "synthetic" for r in said.values())
     assert any(note.startswith("No accuracy was measured") for note in report["notes"])

@@ -19,14 +19,11 @@ from typer.testing import CliRunner
 from edgeprune.cli.app import app
 
 GOLDEN = Path(__file__).parent / "golden"
-
 MODEL = ["model.pt", "--arch", "net.py:Net", "--input", "3x8x8"]
-
 COMPRESS = [
     "compress", *MODEL, "--target", "raspberry-pi-4", "--device", "fake", "--data", "images.npz", "--epochs", "0",
     "--method", "magnitude", "--precision", "fp32", "-o", "run",
 ]  # fmt: skip
-
 ENV = {
     "COLUMNS": "100",
     "TERMINAL_WIDTH": "100",
@@ -34,11 +31,9 @@ ENV = {
     "TERM": "dumb",
     "_TYPER_FORCE_DISABLE_TERMINAL": "1",
 }
-
 PACKAGES = (
     r"\b(torch|onnx|onnxruntime|numpy|python|edgeprune|onnxslim|onnxscript|torch-pruning)( |=+)\d[\w.+]*"
 )
-
 # What another machine, another day or another version of a package changes, and no result of ours does.
 MASKED = ("versions", "date", "version", "files", "sha256", "python", "samples")
 

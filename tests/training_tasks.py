@@ -22,7 +22,6 @@ from edgeprune.structure.groups import find_groups
 from edgeprune.structure.units import of_weights
 
 TABLE = TuneTable(epochs=3, lr=0.02, batch=16, augment="off", distill=0.0, mixed="fp32")
-
 ROBUST = replace(TABLE, objective="pgd", attack_steps=2)
 
 

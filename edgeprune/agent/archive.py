@@ -15,7 +15,6 @@ _MAIN = "import sys\n\nfrom edgeprune.agent.program import main\n\nsys.exit(main
 
 # Zip files know no earlier time. With it, and in one order, the same sources give the same bytes.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-
 # Started as `python3 -c START`: the .pyz comes as the first line of the input, so that nothing is installed and, where
 # there is /proc, nothing is left over even when the process is killed. Kept to what any Python 3 reads, to
 # say that one is too old. The current folder is taken off the path: somebody's numpy.py may lie there.

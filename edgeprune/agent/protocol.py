@@ -87,19 +87,13 @@ def models(request: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 MAGIC = b"\xedPR1"
-
 # READY: JSON. WHOLE: images. CHANGED: those pixels that are not as in the message before. LOGITS: the answer.
 READY, WHOLE, CHANGED, LOGITS = 1, 2, 3, 4
-
 _HEAD, _OWN = struct.Struct("<4sBII"), struct.Struct("<I")
-
 _SHAPES = {WHOLE: struct.Struct("<4I"), CHANGED: struct.Struct("<5I"), LOGITS: struct.Struct("<2I")}
-
 HEAD_BYTES = _HEAD.size + _OWN.size
-
 # Images of one message, which the other end keeps too; the length of a message has 32 bits.
 MOST_BYTES = 2**26
-
 _FASTEST = 1
 
 

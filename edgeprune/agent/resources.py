@@ -18,7 +18,6 @@ from edgeprune.runtimes import Runtime
 
 # Loops that are integrated by themselves: their spread is the interval.
 LOOPS = 10
-
 # How much longer a loop may take on a machine that is too busy to read its sensor often, and with no reading at all.
 PATIENCE_S, SILENT_S = 20.0, 1.0
 
@@ -83,9 +82,7 @@ def _loop(run: Callable[[], Any], meter: host.Meter, seconds: float) -> _Loop:
 
 
 PROCESS = Path("/proc/self")
-
 _RUNS = 3
-
 # Of smaps_rollup: what belongs to this process (shared pages by their share), and what only it has and has written.
 _PARTS = {"pss": "Pss", "private_dirty": "Private_Dirty"}
 

@@ -19,12 +19,9 @@ from edgeprune.runtimes import Runtime, Session
 # Models take turns in blocks, not run by run: a turn after each run left the caches cold (MobileNetV2 at half width
 # 3.1 ms instead of 2.57 ms). The first run of each block only warms them up again and is not counted.
 BLOCK = 5
-
 LEAST = 10
-
 # A network so slow that a quarter of its time is gone needs no more runs than its median does.
 PATIENCE = 0.25
-
 _PRIORITY = 10
 
 

@@ -29,14 +29,10 @@ from edgeprune.train import Ball
 # Section 3 of the paper: the first checkpoint, how much shorter each period is, and the shortest, as shares of the
 # steps; the share of the last move in a step; and the size of the first steps, in radii.
 FIRST_PERIOD, SHORTER, SHORTEST = 0.22, 0.03, 0.06
-
 MOMENTUM = 0.75
-
 FIRST_STEP = 2.0
-
 # The targeted DLR loss divides by the distance of the largest logit from the third and the fourth.
 DLR_CLASSES = 4
-
 TINY = 1e-12
 
 # Logits (N, K), labels (N,) and targets (N,) to losses (N,).

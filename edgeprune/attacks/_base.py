@@ -17,10 +17,8 @@ from edgeprune.train import Ball, crafting
 
 # AutoAttack's standard evaluation (Croce and Hein 2020), in its order; the members' defaults are its parameters.
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-
 # Of a pixel in [0, 1] that was computed in float32.
 ROUNDING = 1e-6
-
 # Images on which a faster network must answer as the model does.
 EXAMPLES = 2
 

@@ -18,17 +18,12 @@ from edgeprune.models import Logits, by_image, lengths, loss_and_gradient, wrong
 # The paper's parameters: at most so much of a step is towards the image itself, a step goes so much beyond the
 # boundary, and from behind it so much of the way back is kept.
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
-
 # Newton on a concave, piecewise linear function of one variable ends at the last piece; more than 10 are rare.
 NEWTON_STEPS = 64
-
 NEWTON_TOLERANCE = 1e-6
-
 HUGE = 1e30
-
 # So many images at a time are projected: their numbers stay in the processor's cache.
 ROWS = 8
-
 SHORTEST = 1e-8
 
 

@@ -19,7 +19,6 @@ from edgeprune.records import InputSpec
 
 # From so many questions on it is worth the second that another runtime takes to be ready.
 SWIFT_FROM = 20_000
-
 # Torch has two exporters that make this one; the older of them takes less time.
 OPSET = 17
 

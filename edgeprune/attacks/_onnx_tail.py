@@ -21,7 +21,6 @@ from edgeprune.onnx_graph import ONNX_ERRORS, open_onnx
 # Between a value on the tape and in the model, relative to its largest number; other values differ in their shape or
 # in nearly all numbers.
 ALIKE = 1e-4
-
 # Of so many images.
 IMAGES = 2
 

@@ -20,14 +20,10 @@ from edgeprune.train import Ball
 
 # Section 4.1: the share of pixels is halved behind each of these queries, of 10,000.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-
 SCHEDULED = 10_000
-
 # In L2 a patch has two halves of opposite sign; a side of 3 is the smallest that has both.
 LEAST_SIDE = {"Linf": 1, "L2": 3}
-
 TILES = 5
-
 TINY = 1e-12
 
 

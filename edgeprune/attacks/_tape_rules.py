@@ -89,7 +89,6 @@ class Look(ABC):
 
 
 Found = tuple[Tensor, Window]
-
 # (operator, arguments, keywords, look, shape of the output) -> the new part and where it is; None: compute everything.
 Rule = Callable[[Any, Sequence[Any], Mapping[str, Any], Look, torch.Size], Found | None]
 
@@ -274,7 +273,6 @@ UNARY = (
     "gelu", "leaky_relu", "elu", "neg", "abs", "exp", "clone", "detach", "alias", "_to_copy", "native_batch_norm",
     "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
 )  # fmt: skip
-
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(UNARY, _unary),
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div", "maximum", "minimum"), _entrywise),

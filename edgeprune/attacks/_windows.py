@@ -15,11 +15,9 @@ from edgeprune.models import Logits, Replicas, full
 
 # Of a larger window little is saved, and most of the tape would have to be written anew.
 LARGEST = 0.3
-
 # A multiply-accumulate in a window takes so many times as long as one of a whole image where something swift answers;
 # and of the whole image's time more than this is not worth the trouble.
 DEARER, WORTH = 4.0, 0.9
-
 # Between the answers of the tape and of the network, relative to the largest logit.
 TOLERANCE = 1e-4
 

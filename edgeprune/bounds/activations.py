@@ -18,9 +18,7 @@ from edgeprune.bounds.interval import Interval, NoRule, rounded, slack
 from edgeprune.models import Call
 
 _ROUNDINGS = 16
-
 CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "leaky_relu")
-
 # Slopes of functions that level off have long done so here.
 _FAR = 1e30
 
@@ -258,7 +256,6 @@ def _pow(call: Call) -> Curve:
 
 
 _SELU = (1.6732632423543772848, 1.0507009873554804934)
-
 _CURVES: Mapping[str, Callable[[Call], Curve]] = {
     "relu": lambda _: Curve(clamp=(0.0, math.inf)),
     "relu6": lambda _: Curve(clamp=(0.0, 6.0)),

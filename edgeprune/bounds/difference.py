@@ -336,10 +336,8 @@ def _attention(call: Call, args: Sequence[Any]) -> Interval:
 
 
 _LINEAR = ("add", "sub", "rsub", "mean", "sum", *AVERAGES, *ADAPTIVE, *UPSAMPLED)
-
 # Their rules bound a change as well as the ranges of the values can, and do not ask where the values are after it.
 TIGHT = frozenset((*WEIGHTED, "batch_norm", *MAXIMA, *_LINEAR, *CLAMPS, *MOVES))
-
 _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Interval | Moved | None]] = {
     **dict.fromkeys(WEIGHTED, _weighted),
     **dict.fromkeys(PRODUCTS, _matrices),

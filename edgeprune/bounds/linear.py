@@ -21,9 +21,7 @@ from edgeprune.bounds.interval import Interval, NoRule, Value, around, constant,
 from edgeprune.models import Call
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, "linear")
 
 
@@ -194,28 +192,19 @@ def _valued(operand: Value | Tensor) -> Value:
 
 
 MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
-
 # These give the positions of the maxima too.
 PLACED = ("max_pool2d_with_indices", "max_pool3d_with_indices")
-
 PLACED_ADAPTIVE = ("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-
 AVERAGES = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
-
 ADAPTIVE = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
-
 UPSAMPLED = (
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
     *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"),
 )
-
 MAXIMA = (*MAX_POOLS, *PLACED, *PLACED_ADAPTIVE)
-
 POOLS = (*MAXIMA, *AVERAGES, *ADAPTIVE, *UPSAMPLED)
-
 REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min")
-
 _DIMENSION = {"1": 1, "2": 2, "3": 3}
 
 

@@ -19,7 +19,6 @@ from edgeprune.bounds.interval import Interval, NoRule, Value, around, rounded, 
 from edgeprune.models import Call
 
 NORMS = ("group_norm", "layer_norm", "instance_norm", "rms_norm")
-
 SOFTMAXES = ("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
 
 

@@ -27,7 +27,6 @@ from edgeprune.bounds.shape_ops import Moved, moved, shrunk
 from edgeprune.models import Call
 
 PRODUCTS = ("matmul", "mm", "bmm")
-
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
 

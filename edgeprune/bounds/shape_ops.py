@@ -18,7 +18,6 @@ from edgeprune.bounds.interval import Interval, NoRule, Value, constant, rounded
 from edgeprune.models import Call
 
 Moved = Value | tuple[Value, ...]
-
 _Operand = Value | Tensor
 
 
@@ -272,11 +271,8 @@ def _spread(call: Call, args: Sequence[Any]) -> Value:
 
 # What gives the tensor that it takes.
 _SAME = ("alias", "clone", "contiguous", "detach", "lift_fresh_copy")
-
 _CASTS = ("to", "_to_copy", "type_as")
-
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
-
 _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Moved]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy"), _view),
     **dict.fromkeys(("permute", "transpose", "t"), _permute),
@@ -294,5 +290,4 @@ _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Moved]] = {
     "getitem": _getitem,
     "index": _indexed,
 }
-
 MOVES = (*_SAME, *_CASTS, *_DROPOUTS, *_RULES)

@@ -61,7 +61,6 @@ from edgeprune.version import __version__
 
 # Typer carries its own click and does not name this class: the parent of BadParameter, which it does name.
 USAGE_ERROR: Any = typer.BadParameter.__base__
-
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Make a trained vision network small, fast and still right on the device it ships to.",

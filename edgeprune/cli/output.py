@@ -18,11 +18,8 @@ if TYPE_CHECKING:
     from edgeprune.pipeline import Result
 
 USAGE = 2
-
 BUG = 70
-
 INTERRUPTED = 130
-
 TERMINATED = 143
 
 

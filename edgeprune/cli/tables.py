@@ -68,10 +68,7 @@ def readings_table(readings: Sequence[Reading]) -> Table:
     for r in readings:
         low_high = f"{show(r.spread[0], r.unit)} - {show(r.spread[1], r.unit)}" if r.spread else ""
         value = show(r.value, r.unit) if r.value is not None else f"- ({r.conditions.get('why', 'not read')})"
-        radius = (
-            f", {r.conditions['norm']} eps {r.conditions['eps']}" if r.metric == "certified_accuracy" else ""
-        )
-        table.add_row(r.metric, value, low_high, Text(f"{r.where}{radius}"))
+        table.add_row(r.metric, value, low_high, Text(r.where))
     return table
 
 

@@ -24,9 +24,7 @@ from edgeprune.recipe import DataTable
 from edgeprune.records import InputSpec
 
 MEMORY_BYTES = 2 * 2**30
-
 SELECTIONS = ("balanced", "random", "first")
-
 _SAMPLED = 64
 
 

@@ -24,20 +24,14 @@ SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-
 # By content, whatever the ending says. No format of which Pillow's reader runs another program (EPS) is among them.
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
-
 # Raised when the same files give other pixels: results of before are not taken over.
 VERSION = 2
-
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
 ALPHA = 4
-
 # What a viewer does to the stored pixels for the orientation that EXIF names.
 ORIENTATION = 0x0112
-
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,16 +41,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
 MAX_PIXELS = 50_000_000
-
 # A progressive JPEG has about ten; a few kB of them keep a decoder busy for hours. libtiff draws the same line.
 MAX_SCANS = 100
-
 JPEG_SCAN = b"\xff\xda"
-
 MAX_FILE_BYTES = 256 * 2**20
-
 # What Pillow's decoders raise on broken files, besides OSError (its documentation names no full list).
 BROKEN = (
     *(

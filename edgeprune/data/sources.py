@@ -27,18 +27,12 @@ from edgeprune.errors import ModelError, UsageError
 from edgeprune.progress import bar
 
 TAR_MAX_BYTES = 8 * 2**30
-
 # Images are compressed already: what unpacks to more than so many times its size, and to more than a little, is a bomb.
 MOST_TIMES = 500
-
 LITTLE_BYTES = 2**20
-
 BROKEN_TAR = (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError, ValueError)
-
 UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x5d\x00\x00": lzma.open}
-
 DEEPEST = 32
-
 # What operating systems put beside the files of people.
 SYSTEM = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")
 
@@ -290,19 +284,13 @@ def _visible(folders: set[Parts]) -> frozenset[Parts]:
 
 
 SETS = {"": "", "_train": "train", "_val": "val", "_test": "test"}
-
 ACCEPTED = (
     "accepted: x uint8 (N, H, W, C) or (N, H, W) and y integer (N,), or x_train, y_train, x_test, y_test"
 )
-
 ENDING = ".npy"
-
 HEADER_BYTES = 16384
-
 PIECE_BYTES = 2**20
-
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-
 # What zipfile and numpy raise on files of another kind; an encrypted member is a RuntimeError.
 BROKEN_NPZ = (
     *(OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, RuntimeError),

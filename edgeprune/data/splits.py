@@ -115,10 +115,8 @@ def _ignored(paths: Iterable[LabelPath]) -> tuple[str, ...]:
 
 
 TARS = (".tar", ".tar.xz", ".tar.gz", ".tar.bz2", ".txz", ".tgz", ".tbz2")
-
 # Of a model that does not say its own.
 MOST_CLASSES = 2**16
-
 ACCEPTED = f"accepted: a folder of class folders, a tar of one ({', '.join(TARS)}), or .npz"
 
 

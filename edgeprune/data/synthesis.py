@@ -28,22 +28,15 @@ from edgeprune.records import Bundle, InputSpec
 
 # Multiply-accumulates that the synthesis may take in all: a few minutes on two cores.
 WORK = 4e12
-
 # A step runs the network forward and, for the gradient of the pixels, backward: about three times its cost.
 PASSES = 3
-
 MOST_IMAGES, LEAST_IMAGES = 256, 16
-
 MOST_STEPS, LEAST_STEPS = 100, 20
-
 # Batch-norm statistics are matched over a batch; more images at a time say nothing more of a channel.
 BATCH = 256
-
 SAVES = 5
-
 # Noise to start from, in logits of a pixel: white, and smooth over so many pixels. Its smoothness stays.
 FINE, COARSE = 0.1, ((4, 0.7), (8, 1.0))
-
 # Adam moves a pixel by about its learning rate a step: so far in all, and no faster than this, in logits of a pixel.
 PATH, FASTEST = 5.0, 0.15
 

@@ -33,7 +33,6 @@ from edgeprune.host import FACTS
 from edgeprune.quantities import suggest
 
 _FACTS_TIMEOUT_S = 60.0
-
 # How the devices of this package are written; others stand behind them by their names.
 _WRITTEN = {
     "local": "local[://?python=PATH]",
@@ -41,18 +40,14 @@ _WRITTEN = {
     "adb": "adb://[serial]",
     "fake": "fake[:readings.json]",
 }
-
 # What a shell says of a program that is not there, or that it may not start.
 _NO_PROGRAM = (126, 127)
-
 _PYTHON = "install it there (sudo apt install python3), or name another: --device 'ssh://HOST?python=/path/to/python3'"
-
 # adb's shell may not enter the folders of apps, where Termux has its Python; and PyPI has no ONNX Runtime for Android.
 _PHONE = (
     "name an onnxruntime_perf_test that was built for it as benchmark in the target's [setup]; or go by ssh to Termux "
     "on it: pkg install openssh python-onnxruntime, start sshd, --device ssh://PHONE:8022"
 )
-
 _ERRORS: Dict[str, Type[EdgepruneError]] = {
     e.__name__: e for e in (MissingDependency, ModelError, ParityError, UnsupportedModel, UsageError)
 }

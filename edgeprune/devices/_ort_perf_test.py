@@ -16,20 +16,14 @@ from edgeprune.devices.transport.stream import Answer
 from edgeprune.errors import DeviceError, EdgepruneError, UsageError
 
 PROGRAM = "onnxruntime_perf_test"
-
 # The command that stands for it in the agent's place, and what it leaves open.
 AGENT = "edgeprune-native-benchmark"
-
 TIMES_ALONE = f"{PROGRAM} tells the times of whole files alone"
-
 # Models take turns in so many rounds, each of them a block of runs: `measure` compares medians of blocks, and wants so
 # many. The first runs of each model find out how long one takes.
 ROUNDS = 12
-
 _FIRST = 5
-
 _START_S = 60.0
-
 # Of one run; what takes longer was not read right.
 _LONGEST_S = 1e5
 

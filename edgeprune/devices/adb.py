@@ -18,7 +18,6 @@ from edgeprune.errors import DeviceError, UsageError
 
 # As adb devices lists them: serial numbers, HOST:PORT, adb-XXX._adb-tls-connect._tcp, emulator-5554.
 _SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]%-]*")
-
 # What adb says -> what is wrong, and what to do. The first that fits.
 _FAULTS = (
     (

@@ -39,7 +39,6 @@ _SHAPE = (
     0.99,
     1.3,
 )
-
 _CANNED: Dict[str, Any] = {
     "facts": {
         "machine": "aarch64", "system": "Linux", "board": "Canned board", "cpu": "Canned core", "cores": 4,
@@ -55,9 +54,7 @@ _CANNED: Dict[str, Any] = {
     },
     "classes": 10,
 }  # fmt: skip
-
 _FOLDER = "edgeprune-fake-"
-
 _MOST_CLASSES = 10**5
 
 

@@ -26,12 +26,9 @@ _OPTIONS = (
     "ServerAliveCountMax=3",
     "LogLevel=ERROR",
 )
-
 _KEEP_CONNECTION_S = 20
-
 # The socket of a shared connection may have a path of so many characters on every system, with what ssh adds to it.
 _MOST_PATH = 90
-
 _ADDRESS = re.compile(
     r"""
     (?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.+-]*)@)?
@@ -42,9 +39,7 @@ _ADDRESS = re.compile(
     """,
     re.VERBOSE,
 )
-
 _FORM = "ssh://[user@]host[:port][?python=PATH]"
-
 # What ssh says -> what is wrong, and what to do; {host} is put in. The first that fits.
 _FAULTS = (
     (

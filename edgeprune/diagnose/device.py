@@ -14,25 +14,18 @@ from edgeprune.records import Target
 
 # Above this many waiting programs for each core, timings are noisy.
 BUSY = 0.5
-
 # Less free space than this, and models or their answers on held-out images may not fit.
 LITTLE_DISK = 10**9
-
 # Below this share of its highest clock a core is saving power.
 SLOW_CLOCK = 0.9
-
 _DEVICE_S = 120.0
-
 # What sets the clock of the cores for as long as one measures. Android has no sudo, and lets only root do it.
 _STEADY = "sudo cpupower frequency-set -g performance  # for steady timings"
-
 _STEADY_JETSON = "sudo jetson_clocks  # for steady timings"
-
 _STEADY_ANDROID = (
     "Android sets the clock and only root may hold it, so mind how far the times spread; on a rooted phone: "
     "adb shell su -c 'for f in /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor; do echo performance >$f; done'"
 )
-
 _TRTEXEC = """
 for path in "$(command -v trtexec)" /usr/src/tensorrt/bin/trtexec; do
     [ -x "$path" ] && echo "$path" && exit 0

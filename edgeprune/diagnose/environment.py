@@ -22,7 +22,6 @@ from edgeprune.errors import DeviceError
 from edgeprune.records import Target
 
 PYTHON = (3, 11)
-
 # Package, the module that it is imported by, and what for; an empty module is not tried.
 REQUIRED = (
     ("torch", "torch", "load, prune, tune and export"),
@@ -36,23 +35,17 @@ REQUIRED = (
     ("Pillow", "PIL", "read images"),
     ("scikit-learn", "sklearn", "the demo's images"),
 )
-
 OPTIONAL = (
     ("torchvision", "torchvision", "models of --arch torchvision:NAME"),
     ("timm", "timm", "models of --arch timm:NAME"),
     ("tensorrt", "", "engines for NVIDIA GPUs; on a Jetson it comes with JetPack"),
 )
-
 TRTEXEC = Path("/usr/src/tensorrt/bin/trtexec")
-
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
-
 _IMPORT_S = 180.0
-
 # Their Python part refuses to load when torchvision was built for another torch;
 # models/architectures.py helps it over that.
 _ON_TORCHVISION = ("torchvision", "timm")
-
 _HELP = "from edgeprune.safe_loading.user_code import prepare_torchvision; prepare_torchvision()"
 
 # Each module is named before it is tried, so that one that kills the process can be told.

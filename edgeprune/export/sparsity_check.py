@@ -22,11 +22,9 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from edgeprune.errors import ModelError, ParityError
 
 KEPT, BLOCK = 2, 4
-
 HINT = "please report this: the masks of the pattern and the file disagree"
 
 Array = npt.NDArray[Any]
-
 # What a constant value is made from: the name of the initializer, and the entries.
 _Origin = tuple[str, Array]
 
@@ -202,7 +200,6 @@ def _passed(node: NodeProto, array: Array, rest: Sequence[Array]) -> Array:
 
 
 _PASSING = ("Transpose", "Reshape", "Identity", "Cast")
-
 # Which operands may be weights, and the axis along which they are summed: a number, or how to find it.
 _ROLES: Mapping[str, Sequence[int]] = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
 

@@ -34,14 +34,10 @@ from edgeprune.recipe import ExportTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading
 
 RESULT_VERSION = 1
-
 SEED = 20
-
 # The reading of what holds the 2:4 pattern: a share of the file's weights.
 PATTERN = "pattern_2:4"
-
 RELOAD_TOLERANCE = 1e-5
-
 RELOAD_TIMEOUT_S = 1800
 
 
@@ -176,7 +172,6 @@ class _Job:
 
 
 _Proven = tuple[ModelProto, tuple[Reading, ...], tuple[str, ...]]
-
 _FILES = {"plan": f"{PLAN} and {WEIGHTS}", "program": PROGRAM}
 
 

@@ -16,20 +16,15 @@ from edgeprune.errors import UnsupportedModel, UsageError
 
 # The newest opset of each version's parser, from the first version that has it.
 OPSETS = ((802, 13), (805, 17), (1000, 20), (1009, 22), (1013, 24), (1100, 25))
-
 LEAST_OPSET = 9
-
 _DOMAINS = ("", "ai.onnx")
-
 # ONNX Runtime's way to write quantized layers; TensorRT takes Q/DQ pairs round float ones.
 _QUANTIZED = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
-
 _TYPES: dict[int, str] = {
     TensorProto.DOUBLE: "float64", TensorProto.COMPLEX64: "complex64", TensorProto.COMPLEX128: "complex128",
     TensorProto.STRING: "string", TensorProto.UINT16: "uint16", TensorProto.UINT32: "uint32",
     TensorProto.UINT64: "uint64", TensorProto.INT16: "int16",
 }  # fmt: skip
-
 _EIGHT_BITS = {TensorProto.INT8, TensorProto.FLOAT8E4M3FN}
 
 

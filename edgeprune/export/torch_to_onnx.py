@@ -21,15 +21,11 @@ from edgeprune.records import InputSpec
 from edgeprune.serialization import scratch_folder
 
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
-
 # Protobuf stops at 2 GiB, and one file is what a device gets.
 MAX_BYTES = 1_900_000_000
-
 OLDEST_OPSET = 9
-
 # The dynamo exporter makes this when an older one is asked for, and says so in its log only.
 OLDEST_DYNAMO_OPSET = 18
-
 DEFAULT_DYNAMO_OPSET = 20
 
 

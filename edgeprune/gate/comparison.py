@@ -12,7 +12,6 @@ from edgeprune.records import METRICS, Check, Limit, Reading, Report
 
 # Two-sided 95 % of the normal distribution.
 Z = 1.959964
-
 # What makes an attack the attack that it is; seeds and batches are noise.
 ATTACK = ("attack", "norm", "eps_value")
 

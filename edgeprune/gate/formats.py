@@ -13,11 +13,8 @@ from edgeprune.quantities import show, suggest
 from edgeprune.records import METRICS, Check, Verdict
 
 FORMATS = ("text", "json", "markdown", "junit")
-
 WORDS = {0: "PASS", 1: "FAIL", 8: "INCONCLUSIVE"}
-
 MARKS = {"pass": "✅", "fail": "❌", "missing": "⚠️", "inconclusive": "⚠️"}
-
 ADVICE = {
     "macs": "compress further",
     "params": "compress further",
@@ -30,9 +27,7 @@ ADVICE = {
     "robust_accuracy": "keep more, or tune with an adversarial objective",
     "agreement": "keep more, or tune for more epochs",
 }
-
 FASTER = "compress further, with this limit as a budget of edgeprune compress"
-
 # What XML 1.0 can't hold, halves of surrogate pairs included.
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 

@@ -17,12 +17,9 @@ from edgeprune.records import METRICS, Budget, Check, Limit, Reading, Report, Ve
 from edgeprune.report import unread, views, where_of
 
 TIMED = ("latency_p50", "latency_p90", "latency_p99", "energy")
-
 OF_THE_MACHINE = (*TIMED, "peak_memory")
-
 # What every device gives, or says why not.
 ALWAYS = ("latency_p50", "latency_p90", "latency_p99", "peak_memory")
-
 # A share of a count is rounded in the last bits; that must not decide whether a limit is met exactly.
 ROUNDING = 1e-12
 

@@ -108,9 +108,7 @@ grep -q '^model name.*TCG' /proc/cpuinfo 2>/dev/null && say emulator TCG
 [ "$(systemd-detect-virt --vm 2>/dev/null)" = qemu ] && say emulator qemu
 true
 """
-
 _TEXTS = ("machine", "system", "release", "board", "cpu", "governor", "power_mode", "l4t")
-
 _NUMBERS: tuple[tuple[str, str, float], ...] = (
     ("cores", "cores", 1),
     ("memory_bytes", "memory_kb", 1024),
@@ -121,10 +119,8 @@ _NUMBERS: tuple[tuple[str, str, float], ...] = (
     ("clock_max_hz", "clock_max_khz", 1e3),
     ("load", "load", 1),
 )
-
 # More than any machine has of anything; what says so is not heard.
 _MOST = 1e18
-
 _WHOLE = ("cores", "memory_bytes", "memory_free_bytes", "disk_free_bytes")
 
 

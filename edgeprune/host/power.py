@@ -16,26 +16,19 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
 ROOT = Path("/")
-
 # The sensors average over some milliseconds each; reading them faster shows nothing new.
 EVERY_S = 0.02
-
 LEAST_SAMPLES = 10
-
 _PLACES = (
     "sys/bus/i2c/drivers/ina3221*/*/hwmon/hwmon*",
     "sys/bus/i2c/drivers/ina3221*/*/iio:device*",
     "sys/class/hwmon/hwmon*",
 )
-
 _SENSORS = re.compile(r"^ina(2|3)\w+$")
-
 # The rail through which all others are fed, where the board measures it: VDD_IN (Orin Nano and NX, Xavier NX),
 # POM_5V_IN (Nano), VIN (Thor). AGX boards have none; there the rails add up, but for those that hang on another one.
 _INPUT = re.compile(r"^(VDD_IN|VIN|\w+_IN)$")
-
 _WITHIN = re.compile(r"^VDDQ")
-
 _TEGRASTATS = re.compile(r"\b((?:VDD|VIN|POM|GPU|CPU|SOC|CV|SYS|DDR|VDDRQ)\w*) (\d+)(?:mW)?/\d+(?:mW)?")
 
 

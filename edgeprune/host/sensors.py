@@ -11,14 +11,10 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 ROOT = Path("/")
-
 _CPU = "sys/devices/system/cpu"
-
 _ASK_S = 10.0
-
 # What the devfreq folders of the GPUs of Jetsons end in: 17000000.gpu, 17000000.ga10b, 17000000.gv11b, 57000000.gpu.
 _GPU = re.compile(r"\.(gpu|g[apvb][0-9]+[a-z]?)$")
-
 _SMI = ("clocks.sm", "temperature.gpu", "power.draw", "pstate")
 
 

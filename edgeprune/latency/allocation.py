@@ -19,10 +19,8 @@ from edgeprune.structure import Allocation, Rules, by_shares, fitting_levels, le
 
 # Exchanges of two groups' steps; each takes the best of all there are.
 EXCHANGES = 60
-
 # Networks of no more groups than this try every step of a group against every one of another, not just the next one.
 FEW = 16
-
 # Halvings of the price of time, sweeps over the groups at one price, and starts that are improved.
 PRICES, SWEEPS, STARTS = 14, 6, 2
 
@@ -230,7 +228,6 @@ def _finer(channels: int, steps: tuple[int, ...], multiple_of: int, floor: float
 
 # Steps that a group goes up at once, and exchanges that are measured in vain before it is enough.
 UP = 2
-
 IN_VAIN = 12
 
 

@@ -20,7 +20,6 @@ from edgeprune.structure import find_groups, provable_groups, timed_levels
 
 # Of each layer these shares of its channels are timed alone; in its place it is at the widths of all cuts.
 ALONE = (1.0, 0.75, 0.5, 0.25)
-
 # Shares of all groups' channels for which the whole network's time is predicted.
 WHOLES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 

@@ -23,15 +23,10 @@ from edgeprune.models import CostModel, reason
 from edgeprune.onnx_graph import ONNX_ERRORS
 
 Shape = tuple[int, ...]
-
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
 PER_CHANNEL = ("BatchNormalization", "InstanceNormalization", "GroupNormalization")
-
 CHANNEL = 1
-
 IMAGE_DIMS = 4
-
 # Where onnx has no rule or the shapes do not fit, and what numpy says of a reshape that can't be.
 _SHAPE_ERRORS = (*ONNX_ERRORS, ValueError, IndexError, KeyError)
 

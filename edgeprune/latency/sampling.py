@@ -28,25 +28,17 @@ from edgeprune.serialization import scratch_folder
 from edgeprune.structure import levels, timed_levels
 
 BATCH = 8
-
 LEAST = 16
-
 MOST = 32
-
 # The survey ends when, of a batch, the median error and the largest but one are below these.
 GOOD, STRAY = 0.03, 0.07
-
 # Of what the counts of one cut after the other are multiples. Most are aligned, as the cuts are that gain time; some
 # have the finer steps between, and some are multiples of nothing: such cuts exist, and cost more.
 ALIGNED, FINE, ANY = "aligned", "fine", "any"
-
 KINDS = (ALIGNED, ALIGNED, FINE, ANY, ALIGNED, ALIGNED, FINE, ANY)
-
 # Two sessions of one file differ by up to 2 %, and all cuts of a batch are compared with the dense one.
 DENSE = ("dense", "dense again")
-
 _SEED = 3
-
 _GOLDEN = 0.618034
 
 

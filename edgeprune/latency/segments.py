@@ -26,7 +26,6 @@ ENTRYWISE = frozenset(
         "Abs", "Cast", "Identity", "BatchNormalization",
     )
 )  # fmt: skip
-
 # Attributes that say how much work an operator is, in the order in which they are written.
 SHAPING = (
     "kernel_shape",
@@ -41,7 +40,6 @@ SHAPING = (
     "ceil_mode",
     "mode",
 )
-
 _SEED = 7
 
 

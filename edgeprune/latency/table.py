@@ -25,31 +25,20 @@ from edgeprune.latency.segments import Segment
 from edgeprune.models import CostModel
 
 Array = npt.NDArray[np.float64]
-
 READ_BLOCKS = (1, 4, 8, 16)
-
 MADE_BLOCKS = (1, 4, 8, 16, 32)
-
 # Widths that are no multiple of these may take a slower path.
 VECTORS = (4, 8, 16)
-
 # A factor must earn its place: it costs so much of the mean square of the relative error.
 THRIFT = 1e-4
-
 # Widths this many octaves apart have little to say about each other, and a timing counts as much as this.
 REACH = 0.2
-
 DOUBT = 0.3
-
 _ROUNDS = 4
-
 _STEPS = 3
-
 _RIDGE = 1e-6
-
 # Errors count relative to the time, but below this share of the longest time of its kind they count alike.
 _SMALL = 0.01
-
 _LEAST_S = 1e-8
 
 
@@ -144,7 +133,6 @@ def _inside(gram: Array, target: Array, x: Array, active: npt.NDArray[np.bool_])
 
 
 SCHEMA = "edgeprune.latency-table/1"
-
 TIME = "latency"
 
 

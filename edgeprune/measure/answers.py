@@ -21,14 +21,10 @@ from edgeprune.records import Artifact, Reading
 from edgeprune.serialization import replace_file, scratch_folder
 
 RUNTIME = "onnxruntime"
-
 # What one child process is given: files of this size at most, and the bar moves after each of them.
 CHUNK_BYTES = 128 * 2**20
-
 CHUNK_IMAGES = 2500
-
 BATCH = 250
-
 _TIMEOUT_S = 3600.0
 
 Logits = npt.NDArray[np.float32]

@@ -16,9 +16,7 @@ from edgeprune.onnx_graph import data_files
 from edgeprune.records import METRICS, Reading
 
 COUNTED = "counted"
-
 LEVEL = 9
-
 _CHUNK = 2**20
 
 

@@ -64,17 +64,14 @@ def _kept(device: Device) -> Path | None:
 
 
 TENSORRT = "tensorrt"
-
 # Tactics of a large network on a small board are tried for a quarter of an hour.
 _BUILD_S = 3600.0
 
 # Largest difference of a logit, as a share of the largest logit, from ONNX Runtime's for the same file: TF32 keeps
 # 10 bits of a factor, half precision 11 bits of everything, and int8 rounds at other places.
 TOLERANCE = {"fp32": 5e-3, "fp16": 2e-2, "int8": 1e-1}
-
 # Or so many answers name the same class: a rounding to the other side of an int8 step changes logits, not classes.
 AGREEMENT = 0.99
-
 IMAGES = 128
 
 

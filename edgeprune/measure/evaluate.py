@@ -66,9 +66,7 @@ def check_scales(path: Path, model: ModelProto) -> None:
 
 
 REPORT = "report.json"
-
 FILE_EATS = "an ONNX file gets pixels in [0, 1] and normalizes inside"
-
 # Of what guessing leaves.
 HARDLY = 0.1
 

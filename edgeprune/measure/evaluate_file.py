@@ -43,24 +43,16 @@ SCORES, LABELS, RANKS, VALUES, OTHER = (
     "top-k values",
     "other",
 )
-
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
-
 _WHOLE = (TensorProto.INT64, TensorProto.INT32)
-
 _INPUTS = (*_FLOATS, TensorProto.DOUBLE, TensorProto.UINT8)
-
 _CHANNELS = (1, 3, 4)
-
 # An image of more numbers is none: a size in the file was damaged.
 _LARGEST = 2**28
-
 # So many images tell outputs apart.
 _TRIED = 128
-
 # Where several outputs name the classes of images, names tell.
 _NAMED, _ASIDE = re.compile("logit", re.I), re.compile("aux|pre.?logit", re.I)
-
 # What may stand between a Softmax or a TopK and the output.
 _PASSING = ("Cast", "Flatten", "Identity", "Reshape", "Softmax", "Squeeze", "Unsqueeze")
 

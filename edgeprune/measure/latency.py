@@ -25,32 +25,22 @@ from edgeprune.records import METRICS, Reading
 from edgeprune.speedup import WIDE, Ratio
 
 RESULT_VERSION = 2
-
 RUNTIME = "onnxruntime"
-
 QUANTILES = (("latency_p50", 0.5), ("latency_p90", 0.9), ("latency_p99", 0.99))
-
 # Above these, other work on the machine got in the way: wall over CPU time of the median run, and the share of the
 # time of all runs in which the thread was not running (which the higher percentiles show).
 CONTENDED = 1.05
-
 WAITED = 0.1
-
 # Fewer blocks than this give no useful interval of their median, so single runs are paired instead.
 LEAST_BLOCKS = 12
-
 # Timing ends when both ends of the 95 % interval of each median are within this share of the median, or at a cap.
 PRECISION = 0.02
-
 # But not before there are enough runs for an interval of the 99th percentile, unless they are slow.
 ENOUGH = 368
-
 # Above this coefficient of variation the runs of one file differ more than they should (trtexec warns from 1 % on).
 UNSTEADY = 0.025
-
 # More images in one run, or a longer run, than there is on any machine.
 MOST_IMAGES, LONGEST_NS = 10**6, 1e14
-
 _START_S = 120.0
 
 

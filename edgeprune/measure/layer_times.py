@@ -19,18 +19,14 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.runtimes import NodeTime
 
 RUNTIME = "onnxruntime"
-
 # Runs of a profile: more would not make a clock that ticks in microseconds any finer.
 MOST_RUNS = 100
-
 # What ONNX Runtime adds to the names of nodes that it rewrote, behind and, of half precision on a CPU, before.
 _REWRITTEN = re.compile(
     r"^InsertedPrecisionFreeCast_(?=.*_nchwc$)|(_nchwc|_bn|_token_\d+|_quant|_QLinear|_fused)+$",
     re.IGNORECASE,
 )
-
 _KINDS = ("Conv", "Gemm", "MatMul")
-
 _START_S = 120.0
 
 

@@ -51,7 +51,6 @@ EMULATED = (
     "its processor is emulated: times follow the number of instructions, not any machine's time, and are never to be "
     "compared"
 )
-
 # More than any machine has of anything.
 MOST = 1e18
 

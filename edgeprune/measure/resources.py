@@ -12,17 +12,12 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
 
 RUNTIME = "onnxruntime"
-
 MEMORY_RUNS = 3
-
 # glibc's own threshold moves while it runs, which alone makes peaks differ by 10 %; a fixed one repeats within 1 %.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-
 # The sensors of a board average over tenths of a second, and its regulators settle.
 ENERGY_S, IDLE_S = 5.0, 2.0
-
 _START_S = 120.0
-
 # What the agent says beside the peak, and what it is called in a reading.
 _PARTS = {
     "at_load": "at_load_bytes", "baseline": "bare_runtime_bytes", "pss_added": "pss_bytes",

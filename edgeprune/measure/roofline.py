@@ -33,14 +33,10 @@ from edgeprune.serialization import scratch_folder
 # Start-up of a layer: of a node in ONNX Runtime, measured on a Zen 4 core; of a kernel in a CUDA graph of TensorRT, the
 # order of magnitude that NVIDIA gives for Orin, not measured.
 OVERHEAD_S = {"onnxruntime": 0.5e-6, "tensorrt": 3e-6}
-
 _ELSE_S = 1e-6
-
 # Layers shorter than this are all overhead, and timed to a microsecond: they tell nothing of the formula.
 LEAST_S = 5e-6
-
 LEAST_LAYERS = 5
-
 _IR, _OPSET = 9, 18
 
 

@@ -19,10 +19,8 @@ from edgeprune.serialization import scratch_folder
 
 # Somebody else's measuring is over in minutes; a run that has trained for hours is not given up for that.
 WAIT_S = 600.0
-
 # No more than this for the plots and for whoever reads report.json.
 MOST_SAMPLES = 2000
-
 # What the note begins with that says that the target itself is still to be measured.
 NOT_THERE = "Nothing has been measured on"
 

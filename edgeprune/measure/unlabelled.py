@@ -1,4 +1,4 @@
-"""What is said of two files without labels: how alike they answer synthetic images (no accuracy), and a bound."""
+"""What is said of two files without labels: how alike their outputs for synthetic images are (no accuracy)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from torch import Tensor
 from edgeprune.devices import Device, device_from_url
 from edgeprune.errors import DeviceError, MissingDependency, UsageError
 from edgeprune.measure.answers import BATCH, RUNTIME, Logits, absent, agreement, predict
-from edgeprune.measure.bound import bound
-from edgeprune.records import Artifact, Bundle, InputSpec, Reading
+from edgeprune.records import Artifact, InputSpec, Reading
 
 RESAMPLES = 2000
-
 AT_ONCE = 2**22
-
 # Of the resamples for the interval only: the images are those of the run's own seed.
 SEED = 0
 
@@ -43,7 +40,7 @@ class Pictures:
 
 
 def measure_unlabelled(
-    networks: tuple[Bundle, Bundle],
+    spec: InputSpec,
     files: Mapping[str, Path],
     pictures: Pictures | None,
     device: Device,
@@ -52,15 +49,15 @@ def measure_unlabelled(
     """Everything that is said without labels.
 
     Args:
-        networks: the dense and the compressed one. files: "dense" and "compressed" -> their ONNX file.
-        pictures: the synthetic images, if there are any; without them there is only the bound.
+        spec: what both take. files: "dense" and "compressed" -> their ONNX file.
+        pictures: the synthetic images, None for none.
         device: where the files answer; of one that gives no answers the readings are absent, with the reason, and for
             one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
 
     Raises:
         UsageError, DeviceError, ModelError: as for `measure_answers.predict`.
     """
-    readings, logits = (), None
+    readings: tuple[Reading, ...] = ()
     if pictures is not None and device.times_alone:
         about = {"images": "synthetic", "fitted": pictures.fitted}
         units = {"synthetic_agreement": "fraction", "synthetic_kl": "nats"}
@@ -69,21 +66,20 @@ def measure_unlabelled(
     elif pictures is not None:
         say(f"measure: dense and compressed on {len(pictures.images)} synthetic images")
         try:
-            readings, logits = answers(files, networks[0].input, pictures, device)
+            readings = answers(files, spec, pictures, device)
         except MissingDependency:
             say(f"measure: {device.where()} has no ONNX Runtime: asked on this machine")
-            readings, logits = answers(files, networks[0].input, pictures, device_from_url("local"))
-    say("measure: bound the change of the logits over all inputs")
-    return (*readings, bound(*networks, logits))
+            readings = answers(files, spec, pictures, device_from_url("local"))
+    return readings
 
 
 def answers(
     files: Mapping[str, Path], spec: InputSpec, pictures: Pictures, device: Device
-) -> tuple[tuple[Reading, ...], Logits]:
+) -> tuple[Reading, ...]:
     """How alike the files "dense" and "compressed" answer synthetic images, both run on the device.
 
     Returns:
-        The readings synthetic_agreement and synthetic_kl, and the logits (N, K) of the dense file.
+        The readings synthetic_agreement and synthetic_kl.
 
     Raises:
         DeviceError: the answers are of another number of classes than the network has.
@@ -107,9 +103,7 @@ def answers(
         replace(same, metric="synthetic_agreement"),
         divergence(logits["dense"], logits["compressed"]),
     )
-    return tuple(
-        replace(r, where=device.where(), conditions={**r.conditions, **about}) for r in readings
-    ), logits["dense"]
+    return tuple(replace(r, where=device.where(), conditions={**r.conditions, **about}) for r in readings)
 
 
 def divergence(dense: Logits, compressed: Logits) -> Reading:

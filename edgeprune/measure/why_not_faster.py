@@ -16,25 +16,17 @@ from edgeprune.speedup import FASTER, UNDECIDED, Ratio, verdict
 # What ONNX Runtime takes for itself on a Zen 4 core: for each call, and for each node that does next to nothing
 # (0.2 to 0.7 us). On a slower machine it is more, so that the share below is a lower bound.
 CALL_S = 5e-6
-
 NODE_S = 0.5e-6
-
 OVERHEAD = 1 / 3
-
 # Where a machine's facts are unknown. Multiply-accumulates that a core does while it fetches one byte: 57 GMAC/s in
 # fp32 convolutions against 29 GB/s in a copy on that core. And a bandwidth that any machine of today has.
 BALANCE = 2.0
-
 BANDWIDTH = 10e9
-
 MOSTLY = 0.5
-
 # Changing the memory layout between kernels that want different ones is worth a word from this share of the time on.
 REORDERED = 0.05
-
 # And going to and fro between precisions from this share on: the runtime has no kernel for the layers between.
 CONVERTED = 0.15
-
 CONVERTERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 

@@ -2,4 +2,3 @@
 
 # fmt: off
 from edgeprune.methods._base import Method, PruneTask, Survey, SurveyMethod, Training, TrainingMethod, counts, verify
-from edgeprune.methods._data_free.impact import bundle_change

@@ -31,7 +31,6 @@ from edgeprune.structure import (
 
 # Of each parameter at least so much stays, or a layer dies and all behind it.
 LEAST_DENSITY = 0.005
-
 CLASSIFIER_DIMS = 2
 
 

@@ -41,7 +41,6 @@ from edgeprune.repair import (
 from edgeprune.structure import losses_of
 
 MODES = ("auto", "reconstruction", *progressive.MODES)
-
 BATCH = 64
 
 

@@ -30,9 +30,7 @@ from edgeprune.records import Masks
 from edgeprune.train import holding, of_table
 
 SCORES = ("auto", "raw", "layer")
-
 LOSSES = ("objective", "ce")
-
 RANGES = {
     "stage_a": (0.0, 0.99),
     "temperature": (0.01, 1000.0),

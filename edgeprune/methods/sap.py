@@ -30,17 +30,12 @@ from edgeprune.structure import pqi
 from edgeprune.train import holding, of_table
 
 VARIANTS = ("tune", "paper", "oneshot")
-
 STARTS = ("given", "scratch")
-
 # Of trainings that begin anew, and where no budget says how many cuts it needs.
 EPOCHS_EACH = 5
-
 # Epochs after the last cut of a network that goes on from its weights; from 2 to 12 epochs, half of them were worse.
 LAST_SHARE = 2 / 3
-
 VALIDATED = 1000
-
 CURVES = ("iterations", "accuracy", "mean", "counts")
 
 

@@ -30,13 +30,10 @@ from edgeprune.train import normalizers
 
 # Images on which it is measured what a layer can miss; of fewer than the second number the scores know more.
 MOST, LEAST = 512, 16
-
 # Counts of all layers that are measured together, at most.
 TRIES = 60
-
 # Pixels of one channel that are looked at in one batch, which has to fit in memory.
 PIXELS = 2**22
-
 # Multiply-accumulates of a forward and a backward pass, over those of a forward pass.
 PASSES = 3
 

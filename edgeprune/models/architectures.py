@@ -26,7 +26,6 @@ _FORMS = (
     "accepted: timm:NAME, torchvision:NAME, package.module:callable or file.py:callable, "
     "each with ?key=value&key=value"
 )
-
 _NETWORK_KEYS = (
     "pretrained",
     "weights",

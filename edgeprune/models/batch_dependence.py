@@ -14,12 +14,10 @@ from edgeprune.models.torch_export import title
 
 # Kernels for other batch sizes add up in another order; what mixes images differs by far more of the largest value.
 TOLERANCE = 1e-3
-
 HINT = (
     "let every image be computed by itself: no sums over dimension 0, and batch-norm with running statistics "
     "(track_running_stats=True, and trained with it)"
 )
-
 TWO_LINES = (
     "let it give two, 0 and its own, which name the same classes:\n"
     "class Two(torch.nn.Sequential): "

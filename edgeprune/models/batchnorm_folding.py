@@ -24,9 +24,7 @@ from edgeprune.models.inference import CALL_ERRORS, logits, modes
 
 # Their exact classes: a subclass may compute its weight, and so does a parametrization, which makes a subclass.
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 # Between answers, relative to the largest logit. Rounding in another order gives 1e-6.
 TOLERANCE = 1e-4
 

@@ -27,11 +27,8 @@ from edgeprune.records import Bundle, InputSpec, Plan, Source
 from edgeprune.safe_loading import check_names
 
 _LOG = logging.getLogger("edgeprune")
-
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
-
 _HOW = "give it as --input CxHxW, for example --input 3x224x224"
-
 _PROGRAM, _RECIPE, _PLAN = "model.pt2", "recipe.toml", "plan.json"
 
 

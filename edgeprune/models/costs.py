@@ -18,7 +18,6 @@ from edgeprune.models.surgery import checked_logits
 from edgeprune.records import Group, InputSpec
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 
 
@@ -27,7 +26,6 @@ def _twice(*sizes: int) -> int:
 
 
 _ATEN = torch.ops.aten
-
 # Products that torch's counter does not know: a matrix or a vector with a vector, and nn.Bilinear.
 _PRODUCTS: dict[Any, Callable[..., int]] = {
     _ATEN.mv: lambda a, b, *_, **__: _twice(*a),

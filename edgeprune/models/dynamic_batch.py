@@ -22,13 +22,9 @@ from edgeprune.errors import not_short
 from edgeprune.safe_loading import FOREIGN_ERRORS
 
 _RESHAPES = ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::_reshape_copy")
-
 _SPREADING = ("aten::expand", "aten::repeat")
-
 _FACTORIES = ("aten::zeros", "aten::ones", "aten::full", "aten::empty")
-
 _NEW = ("aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty")
-
 _TIMES = 3
 
 

@@ -25,7 +25,6 @@ from edgeprune.models.parametrizations import RANDOM, fold
 from edgeprune.safe_loading import check_names
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
 _CHECKS_ONLY = (
     "_assert_scalar",
     "_assert_async",

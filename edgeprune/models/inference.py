@@ -80,7 +80,6 @@ def full(answer: Tensor) -> Tensor:
 
 
 _LOG = logging.getLogger("edgeprune")
-
 _IMAGES = 2
 
 

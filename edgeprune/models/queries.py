@@ -17,9 +17,7 @@ from edgeprune.models.replicas import Replicas
 ROWS = 32
 
 Logits = Callable[[Tensor], Tensor]
-
 Advance = Callable[[int], None]
-
 # Attempts get the rows of the images that still stand.
 Attempt = Callable[[Tensor], "AttackResult"]
 

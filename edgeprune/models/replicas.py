@@ -23,10 +23,8 @@ from edgeprune.models.inference import CALL_ERRORS, logits
 
 # Of malloc.h: from which size on memory comes from the system by itself, and how much may lie idle at the end.
 _TRIM, _MAP = -1, -3
-
 # The largest that the library takes.
 _LARGEST_BLOCK = 32 * 2**20
-
 _MOST_IDLE = 2**31 - 1
 
 
@@ -40,7 +38,6 @@ def keep_freed_memory() -> bool:
 
 # More threads in Python would wait for each other between operators; beyond that, operators get several threads each.
 MOST_LANES = 8
-
 # Fewer images are not worth a thread.
 LEAST_IMAGES = 2
 

@@ -15,11 +15,8 @@ from edgeprune.errors import ModelError
 from edgeprune.safe_loading import FOREIGN_ERRORS
 
 _LOG = logging.getLogger("edgeprune")
-
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "ema")
-
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-
 _SHOWN = 5
 
 

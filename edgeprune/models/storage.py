@@ -82,7 +82,6 @@ def masks_to_tensors(channels: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # What torch.load and load_state_dict raise on a file of another kind.
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
-
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 

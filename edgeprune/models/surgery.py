@@ -16,14 +16,11 @@ from edgeprune.errors import ModelError
 from edgeprune.records import Group, Plan
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-
 # What a network's forward is known to raise when its tensors do not fit together.
 NETWORK_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError)
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 

@@ -30,9 +30,7 @@ FORWARD_ERRORS = (
     TypeError,
     ValueError,
 )
-
 LONGEST_REASON = 300
-
 # What the paths of the network begin with in the module that `models.bundle.deployed` wraps around it.
 PREFIX = "network."
 

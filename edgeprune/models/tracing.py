@@ -18,10 +18,8 @@ from edgeprune.models.torch_export import FORWARD_ERRORS, capture, quiet, reason
 from edgeprune.records import InputSpec
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
 # torch takes batch-norm apart while it removes in-place operators; here it is one call again, with one output.
 _BATCH_NORMS = ("_native_batch_norm_legit_no_training", "_native_batch_norm_legit")
-
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 
 

@@ -18,16 +18,12 @@ from edgeprune.models import quiet, reason
 from edgeprune.onnx_graph.index import ONNX_ERRORS, all_nodes, defined_names, fresh_name, subgraphs
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
 # What may stand between a parameter and the node that applies it.
 PASSING = ("Transpose", "Reshape", "Identity", "Cast")
-
 # The file version that brought functions.
 FUNCTIONS_IR = 8
-
 # What torch's exporter notes at a node: the modules that ran it, and the operation with its arguments.
 SCOPES, OPERATION = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
-
 # onnxslim raises whatever its Python meets, assertions included.
 SLIM_ERRORS = (*ONNX_ERRORS, AttributeError, AssertionError, ArithmeticError, ImportError, OSError)
 

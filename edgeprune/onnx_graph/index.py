@@ -117,7 +117,6 @@ def batch_of(model: ModelProto) -> int | None:
 
 
 HINT = "give an .onnx file or a finished run directory; `edgeprune compress` and `why` take PyTorch models"
-
 _BESIDE = (
     "copy the ONNX file and its data files into one folder, or save all in one file with the onnx package"
 )
@@ -240,9 +239,7 @@ def _check_data(tensor: TensorProto, path: Path) -> None:
 
 
 Array = npt.NDArray[Any]
-
 Shape = tuple[int | None, ...]
-
 # How a Constant node may hold its value, and of what type it is then; "value" says that itself.
 _CONSTANTS: Mapping[str, Any] = {
     "value": None, "value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64,

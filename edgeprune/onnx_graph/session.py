@@ -17,7 +17,6 @@ from edgeprune.models import reason
 from edgeprune.records import InputSpec, Reading
 
 METRIC = "output_difference"
-
 ORT_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -29,7 +28,6 @@ ORT_ERRORS = (
     RuntimeError,
     ValueError,
 )
-
 Network = Callable[[Tensor], Tensor]
 
 

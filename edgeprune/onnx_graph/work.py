@@ -17,15 +17,10 @@ from edgeprune.onnx_graph.index import View, title
 from edgeprune.onnx_graph.qdq_constants import maker_of
 
 Shape = tuple[int, ...]
-
 CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
-
 PRODUCTS = ("Gemm", "MatMul", "MatMulInteger", "QLinearMatMul")
-
 RECURRENT = ("LSTM", "GRU", "RNN")
-
 ATTENTION = ("Attention", "MultiHeadAttention")
-
 MULTIPLYING = (*CONVOLUTIONS, *PRODUCTS, "Einsum", *RECURRENT, *ATTENTION)
 
 
@@ -87,7 +82,6 @@ def _einsum(equation: str, shapes: list[Shape]) -> int:
 INT8_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # those that take int8
 
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
-
 # What may stand between a stored weight and the node that applies it.
 _PASSING = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast")
 
@@ -189,7 +183,6 @@ def _batch(view: View) -> int:
 
 # Bytes of one number.
 WIDTH = {"fp32": 4, "fp16": 2, "int8": 1}
-
 # What every runtime makes a part of the layer before it: pointwise functions, and what only changes type or shape.
 _FUSED = frozenset({
     "Add", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "Elu", "Flatten", "HardSigmoid", "HardSwish",

@@ -72,7 +72,6 @@ from edgeprune.recipe import ALLOW_ESTIMATES, Recipe, TuneTable, to_toml
 from edgeprune.records import Bundle, Reading
 
 FORCEABLE = ("load", *STAGES)
-
 SIZE_OF_FLOATS = (
     "With --precision auto the network is cut until its fp32 file has the size of the budget, for fp32 may ship; "
     "--precision int8 counts the int8 file, and keeps about four times as many parameters."

@@ -38,13 +38,9 @@ def demo(output: Path, *, say: Log) -> Result:
 
 
 SIZE = 16
-
 WIDTHS = (32, 64, 128)
-
 CLASSES = 10
-
 HELD_OUT_SHARE = 0.25
-
 TRAINING = TuneTable(epochs=4, lr=0.05, batch=64, weight_decay=5e-4, distill=0.0, augment="off")
 
 

@@ -169,7 +169,6 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     place.say("attack: look for signs that the gradients mislead")
     found = robustness.flags(victim, images, job, verdicts)
     rows = robustness.readings_of(victim, job, verdicts, part=images.name, flags=found)
-    rows = (*rows, *robustness.bounded(victim, images, job, rows[0].artifact))
     shutil.rmtree(scratch, ignore_errors=True)
     for folder in (place.scratch, place.scratch.parent):
         if folder.is_dir() and not any(folder.iterdir()):

@@ -36,13 +36,10 @@ from edgeprune.quantize import CalibrationSet as material
 from edgeprune.records import Bundle, Reading
 
 PARITY_IMAGES = 8
-
 # How long a run waits for somebody else who measures on the device.
 WAIT_S = 3600.0
-
 # Seconds for each file while the precision is chosen; what ships is timed again.
 CHOICE_S = 5.0
-
 # The stages that leave weights of the smaller network; the last one that took place has the newest.
 WEIGHTS = ("tune", "repair", "cut")
 

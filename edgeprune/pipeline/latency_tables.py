@@ -18,7 +18,6 @@ from edgeprune.serialization import scratch_folder
 
 # Seconds for each of many small files; the whole network is timed longer in the end.
 EACH_S = 2.0
-
 TIMED = ("latency_p50", "latency_p90", "latency_p99")
 
 

@@ -153,12 +153,11 @@ def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tup
         pictures = Pictures(made.images, facts, fitted="repair" in step.folders)
     elif run.data is not None:
         return ()
-    return measure_unlabelled((run.bundle, small), files, pictures, run.device, run.say)
+    return measure_unlabelled(run.bundle.input, files, pictures, run.device, run.say)
 
 
 # Of their own kind, these are counted once and not read on a device.
 NOT_READ = ("counted", "computed", "estimated")
-
 # How notes begin that are of one device, and don't say which.
 OF_THE_TIMES = ("The median time", "Times are", "Other work")
 

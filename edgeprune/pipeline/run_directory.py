@@ -29,15 +29,11 @@ from edgeprune.pipeline import seal
 from edgeprune.serialization import scratch_folder, to_json
 
 STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "quantize", "measure", "attack")
-
 # What --trust-run keeps of somebody else's run; it does the rest again, where the proofs are.
 LONG = ("synthesize", "prune", "repair", "tune", "attack")
-
 LOCKFILE = "edgeprune.lock"
-
 # What a finished run has at its top; report.json holds the hash of each (environment.files).
 PUBLISHED = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh", "dense.onnx")
-
 # A shared file system may show a new folder to other machines this much later.
 SIGHT_S = 60.0
 

@@ -22,12 +22,9 @@ from edgeprune.prune import latency_search
 from edgeprune.records import METRICS, Budget, Group, Limit, Masks
 
 COUNTED = ("macs", "params")
-
 # What zeros leave as it is.
 AS_DENSE = ("macs", "size", "latency_p50", "latency_p90", "latency_p99", "peak_memory", "energy")
-
 PROBES = 8
-
 # A timing that just fits would miss half of the time when it is repeated.
 TIMING_MARGIN = 0.97
 

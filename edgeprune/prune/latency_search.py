@@ -19,19 +19,14 @@ from edgeprune.records import METRICS
 from edgeprune.structure import Rules, levels
 
 LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
-
 ROUNDS = 8
-
 # Of the budget: what is aimed at, and between what a measured cut is taken. Two sessions of one file differ by up to
 # 2 %, and a cut that takes more than 5 % less than it may has lost accuracy for nothing.
 AIM, LOW, HIGH = 0.975, 0.96, 0.99
-
 # How often counts are refined by what they cost together.
 REFINED = 3
-
 # How much tighter to ask when the same cut comes again.
 NUDGE = 1.01
-
 NUDGES = 12
 
 

@@ -42,7 +42,6 @@ from edgeprune.structure import (
 )
 
 RESULT_VERSION = 7
-
 # A budget with one of these says itself how small or fast it is to become.
 SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
 

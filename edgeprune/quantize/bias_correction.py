@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from edgeprune.quantize.observers import Activations
 
 _CORRECTED = ("Conv", "ConvTranspose", "Gemm")
-
 _INT32 = np.iinfo(np.int32)
-
 _Floats = npt.NDArray[np.float64]
 
 

@@ -24,22 +24,15 @@ from edgeprune.quantities import suggest
 from edgeprune.quantize.observers import BINS, Activations, Seen
 
 Array = npt.NDArray[Any]
-
 Range = tuple[float, float]
-
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
-
 # What a percentile range leaves out, as a share of all values.
 LEFT_OUT = 1e-4
-
 # How many clippings are tried on each end.
 CANDIDATES = 32
-
 ENTROPY_CANDIDATES = 128
-
 # A tensor that never leaves zero has no range of its own; one this small would give a scale that float32 can't hold.
 _NOTHING = 1e-30
-
 _SMALL = 1e-4
 
 

@@ -23,12 +23,9 @@ if TYPE_CHECKING:
     from edgeprune.quantize.observers import Activations, Seen
 
 SWEEPS = 100
-
 CONVERGED = 1e-3
-
 # A ceiling that at most this share of the values reached is none.
 REACHED = 1e-3
-
 # Beyond this, a channel of nearly zero weights would be blown up until its bias alone fills the range of all.
 MOST = 1e4
 
@@ -37,11 +34,8 @@ _COMMUTING = frozenset(
     ("Relu", "LeakyRelu", "PRelu", "Abs", "Identity", "Dropout", "MaxPool", "AveragePool", "GlobalAveragePool",
      "GlobalMaxPool", "LpPool", "GlobalLpPool")
 )  # fmt: skip
-
 _REDUCING = frozenset(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceL1", "ReduceL2"))
-
 _FLAT = frozenset(("Flatten", "Reshape", "Squeeze"))
-
 _LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
 _Weights = npt.NDArray[np.float64]

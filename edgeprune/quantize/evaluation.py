@@ -31,16 +31,12 @@ from edgeprune.serialization import replace_file
 
 # The most images that a candidate is judged on, and the share of them that no range is taken from.
 MOST, SHARE = 512, 4
-
 # With fewer than this every image serves for both.
 FEW = 1024
-
 # Of a batch, so that its activations fit into memory.
 BATCH, BATCH_VALUES = 64, 2**22
-
 # How far the model with a free batch may be from the one without, relative to the largest logit.
 SAME = 1e-4
-
 # Below this the paired test says that one candidate is better than another; else the output error decides.
 LEVEL = 0.05
 
@@ -204,7 +200,6 @@ def _classes(logits: Logits) -> npt.NDArray[np.int64]:
 
 # Ranges are taken from at most so many values of input: the activations of more take long and change nothing.
 MOST_VALUES = 2**26
-
 METADATA = "edgeprune."
 
 

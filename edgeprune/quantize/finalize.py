@@ -27,10 +27,8 @@ from edgeprune.records import Reading
 
 # Less of what is int8 in the graph than this done in int8 by ONNX Runtime is worth a word.
 FUSED = 0.9
-
 # Fewer calibration images than this are worth a word too.
 FEW = 32
-
 ARTIFACT = "compressed"
 
 

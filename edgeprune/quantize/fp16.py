@@ -22,15 +22,11 @@ if TYPE_CHECKING:
     from edgeprune.quantize.observers import Activations
 
 FLOAT, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
-
 # Images that were not seen may go further than those that were.
 HEADROOM = 2.0
-
 LARGEST, SMALLEST_NORMAL = 65504.0, 2.0**-14
-
 # Rounding to float16 changes each entry by at most 2**-11 of it, unless it is so small that digits are lost.
 LOST = 1e-3
-
 # What raises to powers, multiplies many numbers or takes the inverse of small ones inside: the largest may not fit
 # even where the result does, and the relative error grows.
 SENSITIVE = frozenset(
@@ -38,17 +34,12 @@ SENSITIVE = frozenset(
      "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization", "LRN", "ReduceL2",
      "ReduceSumSquare", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "GlobalLpPool", "LpPool", "CumSum")
 )  # fmt: skip
-
 _SUMMING = frozenset(("ReduceMean", "ReduceSum", "ReduceL1", "GlobalAveragePool", "AveragePool"))
-
 # These read a value of any type, and what they give does not depend on it.
 _INDIFFERENT = frozenset(("Shape", "Size"))
-
 _STANDARD = ("", "ai.onnx")
-
 # What these make has the type that an attribute says.
 _TOLD = frozenset(("Cast", "ConstantOfShape"))
-
 _FLOAT_TYPE, _HALF_TYPE = "tensor(float)", "tensor(float16)"
 
 

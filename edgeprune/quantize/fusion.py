@@ -87,9 +87,7 @@ def _becomes_gemm(other: str, rank: int, known: Mapping[str, np.ndarray]) -> boo
 
 
 Array = npt.NDArray[Any]
-
 _WIDEST, _TRIED = 1.05, 501
-
 _IMAGE_DIMENSIONS = 4
 
 
@@ -195,7 +193,6 @@ def _constant(view: Graph, node: Any, value: str, channels: int) -> Array | None
 # What ONNX Runtime's WeightBiasQuantization (1.21 and later, core/optimizer/qdq_transformer) looks at, and MatMul,
 # which becomes a Gemm with the bias behind it.
 TAKEN = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
 # What only moves values, or chooses among them: ONNX Runtime may move a DequantizeLinear through (QDQPropagation).
 MOVING = frozenset((*PASSING, "Identity", "Dropout", "Expand", "Gather", "Tile"))
 

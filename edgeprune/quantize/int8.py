@@ -20,7 +20,6 @@ from edgeprune.quantize.qdq import quantized
 from edgeprune.recipe import QuantizeTable
 
 Skip = tuple[str, ...]
-
 # Of the judged images, for the output error of each layer alone.
 FEW = 64
 

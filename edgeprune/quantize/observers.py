@@ -28,22 +28,15 @@ from edgeprune.progress import bar
 from edgeprune.serialization import replace_file
 
 Array = npt.NDArray[Any]
-
 BINS = 4096
-
 # Finer bins than a 2**20-th of the largest value tell nothing that an 8-bit grid could use.
 _FINEST = 20
-
 _SMALLEST_EXPONENT = -100
-
 # What all activations of one batch may take, and how many images are asked at once at most.
 _BATCH_BYTES, _MOST_IMAGES = 64_000_000, 64
-
 # So many values fit into the cache of a core while they are counted.
 _CHUNK = 1 << 15
-
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
-
 _PARTS = ("low", "high", "counts", "edge_low", "edge_high", "mean", "count")
 
 

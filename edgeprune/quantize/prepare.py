@@ -24,7 +24,6 @@ from edgeprune.onnx_graph import (
 
 # A batch-norm after one of these is a scaling of its output channels.
 _FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
-
 _IMAGE_RANK = 3
 
 

@@ -20,17 +20,12 @@ from edgeprune.quantize.fusion import block_sum_fusion, entry, shifted_bias
 from edgeprune.quantize.qdq_placement import Graph, Plan, data_inputs
 
 Array = npt.NDArray[Any]
-
 # Biases are int32, and a sum of products goes on top of them.
 _MOST_BIAS = 2.0**30
-
 _SMALLEST_SCALE = 2.0**-100
-
 # The attributes that say what the standard says when they are absent.
 _WINDOW = {"auto_pad": b"NOTSET", "dilations": 1, "strides": 1, "pads": 0}
-
 _POOL = {**_WINDOW, "ceil_mode": 0, "storage_order": 0, "count_include_pad": 0}
-
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "Conv": {**_WINDOW, "group": 1},
     "MaxPool": _POOL,
@@ -286,7 +281,6 @@ def _short_names(taken: set[str]) -> Iterator[str]:
 
 
 SCHEMES = ("u8", "s8")
-
 # The first with scales for each channel.
 _OLDEST_OPSET = 13
 

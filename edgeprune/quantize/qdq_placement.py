@@ -14,23 +14,17 @@ from edgeprune.onnx_graph import attributes, consumers, initializers
 from edgeprune.quantize.calibrators import Range, grid
 
 Array = npt.NDArray[Any]
-
 # What has a weight that can be int8, and the axis of the weight that counts its outputs.
 WEIGHTED = ("Conv", "Gemm", "MatMul")
-
 # What ONNX Runtime has 8-bit kernels for, each with a grid of its own for what it gives.
 COMPUTING = ("Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "Sigmoid", "LeakyRelu")
-
 # What only moves values, or chooses among them: the grid stays.
 PASSING = (
     "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "DepthToSpace",
     "SpaceToDepth", "Pad",
 )  # fmt: skip
-
 ACTIVATIONS = ("Relu", "Clip")
-
 _EVERY_INPUT = ("Add", "Mul", "Concat")
-
 _MATRIX = 2
 
 

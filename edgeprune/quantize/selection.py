@@ -18,10 +18,8 @@ from edgeprune.records import METRICS, Limit, Reading
 
 # Two timings of one file differ by up to this much; less is no gain.
 NOISE = 0.02
-
 # Above this other work ran on the machine, and CPU times are to be believed.
 CONTENDED = 1.05
-
 ACCURACIES = ("clean_accuracy", "robust_accuracy")
 
 
@@ -119,7 +117,6 @@ def _why_not(
 
 
 FLOAT = "fp32"
-
 DENSE = "dense"
 
 

@@ -17,9 +17,7 @@ from edgeprune.quantize.job import Built, Job, Quantized
 from edgeprune.quantize.selection import FLOAT, Candidate, Selection, entries, of_dense, pick, rows, timed
 
 RESULT_VERSION = 1
-
 FILE, RECORD = "model.onnx", "quantized.json"
-
 BUILDERS = {"int8": int8.build, "fp16": fp16.build}
 
 IMAGES_HINT = "give --data with a training part (without --data-use evaluate), or ask for --precision fp32"

@@ -40,7 +40,6 @@ INTEGER = frozenset(
     ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
      "QGemm")
 )  # fmt: skip
-
 # What ONNX Runtime adds to the name of a node that it moves into its own layout.
 _MOVED = re.compile(r"(_token_\d+|_nhwc)+$")
 
@@ -83,9 +82,7 @@ def optimized(model: ModelProto) -> ModelProto:
 
 # An int32 bias is added to sums of steps as it is: a kernel never looks at the scale that the file gives it.
 BIAS_TOLERANCE = 1e-3
-
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
-
 _DAMAGED = "the file is damaged, or was not made by edgeprune: quantize it again"
 
 
@@ -223,12 +220,9 @@ def _brief(step: QuantizationParameters) -> str:
 
 
 PRECISIONS = ("fp32", "fp16", "int8")
-
 BATCH = 32
-
 # What a ratio of 0 (answers that are the same to the last bit) or of infinity is written as.
 MOST_DB = 200.0
-
 _SHOWN = 3
 
 

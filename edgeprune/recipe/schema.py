@@ -10,39 +10,23 @@ from edgeprune.errors import UsageError
 from edgeprune.quantities import eps_of, limit, suggest
 
 GRANULARITIES = ("channel", "weight", "2:4")
-
 ALLOCATIONS = ("global", "uniform", "pqi")
-
 OBJECTIVES = ("natural", "fgsm", "pgd", "trades")
-
 OPTIMIZERS = ("sgd", "adamw")
-
 NORMS = ("Linf", "L2")
-
 KEEPS = ("last", "best")
-
 MIXED = ("auto", "fp32", "bf16")
-
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
-
 CALIBRATORS = ("auto", "minmax", "percentile", "entropy", "mse")
-
 SCHEMES = ("auto", "u8", "s8")
-
 SWITCHES = ("auto", "on", "off")
-
 AUGMENTS = ("auto", "on", "off", "shift", "mirror")
-
 ATTACKS = ("auto", "none", "fgsm", "pgd", "standard")
-
 # The radius of a norm that people mean when they name none.
 USUAL_EPS_TEXT = {"Linf": "8/255", "L2": "128/255"}
-
 REPAIRS = ("auto", "none", "synthetic", "data")
-
 # In a budget: an estimate may stand for a measurement.
 ALLOW_ESTIMATES = "allow-estimates"
-
 # What the method "auto" stands for, with and without training images.
 AUTO = ("taylor", "data-free")
 

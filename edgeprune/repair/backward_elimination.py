@@ -16,11 +16,9 @@ from torch import Tensor
 
 # Added to the moments' diagonal, as a share of its mean: they are estimates, and often of less than full rank.
 RIDGE = 1e-3
-
 # Units that go between two looks at all of a group, as a share of it. They are the best of the POOL times as many that
 # looked cheapest, and go one by one even so: of two that stand in for each other only one is cheap.
 AT_ONCE = 1 / 64
-
 POOL = 4
 
 

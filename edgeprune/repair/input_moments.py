@@ -18,16 +18,12 @@ from edgeprune.progress import bar
 
 # Beyond so many inputs of a layer the moments are not kept: their number is the square, and the solution its cube.
 WIDEST = 6144
-
 # Positions of images that one layer's moments are made of, at most; taken evenly.
 ROWS = 65536
-
 # Entries of patches that are held at a time.
 ENTRIES = 2**26
-
 # Multiply-accumulates of one look at all images, and the images that are looked at whatever it costs.
 LOOK = 2.5e11
-
 FEWEST_IMAGES = 16
 
 

@@ -16,9 +16,7 @@ from torch import Tensor
 # Penalty on moving away from the weights as they were, as a share of the moments' mean diagonal: small where there are
 # many more rows than unknowns.
 RIDGE, RIDGE_SHORT = 1e-3, 1e-2
-
 SHORT = 4
-
 TURNS = 8
 
 

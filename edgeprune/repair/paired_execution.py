@@ -21,7 +21,6 @@ from edgeprune.repair.least_squares import CutOff
 
 # A batch-norm that hardly scales an output can't pass a correction on.
 FAINT = 1e-3
-
 # Constant below 0. What they do to large values is left out of account.
 _RECTIFIERS = frozenset(("relu", "relu6"))
 
@@ -117,7 +116,6 @@ def _only_user(program: Program, call: Call) -> Call | None:
 
 
 _VIEWS = ("view", "_unsafe_view", "reshape")
-
 _FILLED = ("expand", "new_zeros", "new_ones", "new_full")
 
 

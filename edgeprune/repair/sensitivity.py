@@ -28,13 +28,9 @@ from edgeprune.train import normalizers
 
 # Multiply-accumulates that the measurement may take in all, and what it is shared out over.
 WORK = 1.5e12
-
 MOST_IMAGES, LEAST_IMAGES = 128, 8
-
 MOST_WIDTHS, LEAST_WIDTHS = 7, 2
-
 RIDGE = 1e-3
-
 # Answers that are as far from the dense ones as this, in nats, or no numbers at all, are all the same: useless.
 WORST = 1e3
 

@@ -40,7 +40,6 @@ from edgeprune.repair.sensitivity import divergence
 
 # Numbers that the rows of one layer may take.
 CELLS = 2**26
-
 CHUNK = 64
 
 

@@ -13,7 +13,6 @@ from edgeprune.version import __version__
 
 # What the note on zeros begins with; the summary moves it up.
 SPARSE_NOTE = "Zeros:"
-
 PACKAGES = (
     "torch",
     "torch-pruning",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # The lines of a plot that have names. Four of them are dashed, so that no two differ by their color alone much.
 SERIES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-
 LIGHT = {
     "ground": "#ffffff",
     "raised": "#f5f6f8",
@@ -25,7 +24,6 @@ LIGHT = {
     "seventh": "#7a5a1e",
     "eighth": "#b0271c",
 }
-
 DARK = {
     "ground": "#14171b",
     "raised": "#1d2127",

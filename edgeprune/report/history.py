@@ -17,10 +17,8 @@ from edgeprune.records import METRICS, Report
 from edgeprune.report.rows import facts, quantity
 
 TITLE = "How the choice came about"
-
 # What counts the points of a record, when it says so.
 AXES = ("iterations", "epochs")
-
 CHAPTERS = {
     "pqi": ("PQ index (SAP)", "iteration"),
     "dnr": ("Dynamic rewiring (DNR)", "epoch"),
@@ -28,7 +26,6 @@ CHAPTERS = {
     "training": ("Training", "epoch"),
     "latency": ("Latency budget", "trial"),
 }
-
 # Of what is recorded by the methods here: a title, and what it says.
 CURVES = {
     ("pqi", "layers"): (
@@ -66,9 +63,7 @@ CURVES = {
     ("training", "losses"): ("Training loss", ""),
     ("training", "validation"): ("Validation accuracy", ""),
 }
-
 SHARES = ("accuracy", "validation", "density", "deadwood", "kept")
-
 # Shares are written in percent, and no other number is: an index of 0.3 is not 30 %.
 _LARGEST = 1e300
 

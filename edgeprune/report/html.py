@@ -82,12 +82,9 @@ def on_which(report: Report) -> str:
 
 
 HEADLINES = ("macs", "size", "latency_p50", "clean_accuracy")
-
 # Of a network whose single weights were set to zero: what changed.
 SPARSE_HEADLINES = ("params", "compressed_size", "latency_p50", "clean_accuracy")
-
 MANY_LAYERS = LONG_TABLE
-
 DENSE_AND_COMPRESSED = plots.legend(("dense", "dense"), ("compressed", "compressed"))
 
 

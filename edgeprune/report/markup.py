@@ -10,9 +10,7 @@ from edgeprune.errors import visible
 
 # Tables with more rows than this scroll.
 LONG_TABLE = 24
-
 _VOID = ("meta", "wbr")
-
 # Characters that no XML or HTML document may hold, besides those that `visible` writes as escapes.
 _FORBIDDEN = re.compile("[\ufdd0-\ufdef\ufffe\uffff]")
 

@@ -39,11 +39,8 @@ def fixed(value: float) -> str:
 
 
 PLOT_HEIGHT = 220
-
 CURVE_POINTS = 400
-
 LEAST_BAR = 0.5
-
 WIDEST_NUMBER = 28
 
 
@@ -269,15 +266,11 @@ def _or(value: float | None, other: float) -> float:
 
 
 HEIGHT = 200
-
 SMALL_HEIGHT = 130
-
 # Pixels from one number of the upright axis to the next, at least.
 TICK_HEIGHT = 25
-
 # Up to so many points each has a dot of its own, with its number.
 MOST_DOTS = 40
-
 # So many columns of numbers a table has at most.
 MOST_COLUMNS = 12
 

@@ -13,18 +13,14 @@ from edgeprune.records import METRICS, Reading, Report, is_place
 from edgeprune.report import per_device
 
 SPEED = ("latency_p50", "latency_p90", "latency_p99")
-
 # What is read without labels is no accuracy and stands in a section of its own.
-UNLABELLED = ("synthetic_agreement", "synthetic_kl", "certified_logit_change")
+UNLABELLED = ("synthetic_agreement", "synthetic_kl")
 
 # Measured without an interval: a change smaller than this share is neither better nor worse.
 WOBBLY = ("peak_memory", "energy")
-
 SAME_SHARE = 0.01
-
 # Up to here every whole number is a float of its own.
 EXACT = 2.0**53
-
 LAYER_COLUMNS = (
     ("channels", "channels_before", "channels_after", ""),
     ("params", "params_before", "params_after", ""),
@@ -32,7 +28,6 @@ LAYER_COLUMNS = (
     ("size", "size_before", "size_after", "B"),
     ("time", "time_before_s", "time_after_s", "s"),
 )
-
 # Only where single weights were pruned: elsewhere the parameters say it.
 NONZERO = ("non-zero weights", "nonzero_before", "nonzero_after", "")
 
@@ -316,12 +311,10 @@ def _fact(value: Any) -> str:
 
 
 TITLE = "Precision"
-
 INTRODUCTION = (
     "Every file that was built, judged on calibration images (never on held-out ones). Layers that lost too much "
     "went back to float."
 )
-
 # Key of a candidate -> head of its column and unit.
 COLUMNS = (
     ("clean_accuracy", "accuracy", "fraction"),

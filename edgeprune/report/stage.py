@@ -20,10 +20,8 @@ from edgeprune.report.unlabelled import sentences
 from edgeprune.speedup import UNDECIDED, verdict_on
 
 RESULT_VERSION = 1
-
 # What a note of the run says with its reason is not said a second time.
 SPEED_NOTE = "Speed:"
-
 ACCURACY_NOTE = "No accuracy was measured"
 
 

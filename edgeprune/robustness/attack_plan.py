@@ -24,7 +24,6 @@ from edgeprune.train import CPU, ExecutionConfig, crafting, fastest_config, rest
 STEPS, RHO = 100, 0.75
 
 Advance = Callable[[int], None]
-
 # (x, y, generator, advance) -> images to try (N, C, H, W), forward passes for one image summed over them.
 Craft = Callable[[Tensor, Tensor, torch.Generator, Advance], tuple[Tensor, int]]
 
@@ -76,12 +75,9 @@ def pgd(network: nn.Module, job: Job) -> Craft:
 # Attacks stop at the first image that the network in torch gets wrong, which a file that rounds otherwise, or another
 # network, may still get right. What is to be replayed there comes from attacks that go on to the end.
 TO_THE_END = "-to-the-end"
-
 GO_ON = {"standard": ("apgd-ce", apgd_ce), "pgd": ("pgd", pgd)}
-
 # What attacks are called that have their gradients from the straight-through twin of a quantized file.
 STRAIGHT = "-straight-through"
-
 NO_GRADIENT = (
     "No gradient reaches the network's input (detach, argmax or rounding in its forward): attacks without gradients "
     "alone were used, and they overstate robustness."
@@ -240,12 +236,9 @@ def _asking(
 
 
 MOST = 256
-
 # What one batch may take of the memory: so much, and a quarter of what is free.
 BUDGET_BYTES = 2 * 2**30
-
 SHARE = 0.25
-
 # Beside the layers' outputs, their gradients and what an attack keeps of each image.
 TIMES = 3
 

@@ -23,24 +23,17 @@ from edgeprune.train import Ball, ExecutionConfig, chance, crafting, cross_entro
 
 # So many images are looked at; attacks of many steps are made on the first few of them.
 LOOKED_AT = 64
-
 TRIED = 16
-
 # A few images decide otherwise by chance; these shares do not.
 FEW = 0.1
-
 SLIGHT = 0.01
-
 STEPS, MANY_STEPS = 10, 100
-
 PROBE_QUERIES = 200
-
 # What is said instead of NO_GRADIENT where nothing that only asks was among the attacks.
 AT_RANDOM = (
     "No gradient reaches the network's input (detach, argmax or rounding in its forward): the attacks went in random "
     "directions, which overstates robustness. Take --attack standard, which asks without gradients too."
 )
-
 # The same batch answered twice, relative to the largest logit.
 NOISE = 1e-5
 

@@ -22,7 +22,6 @@ from edgeprune.train import Ball
 from edgeprune.version import __version__
 
 RESULT_VERSION = 3
-
 # What an image is called that is wrong without any attack.
 CLEAN = "clean"
 

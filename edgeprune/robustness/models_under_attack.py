@@ -34,13 +34,10 @@ from edgeprune.runtimes import OnnxRuntime, Session
 
 # How far the copy may be from the file, relative to the largest logit; rounding in another order gives 1e-6.
 TOLERANCE = 1e-4
-
 _TRIED = 3
-
 # Of many images each thread answers so many at a time by itself: threads that share one question wait for each other
 # behind every operator, and what more images leave behind does not stay in the processor's caches.
 ROWS = 24
-
 # Fewer are not worth a thread.
 LEAST = 2
 
@@ -142,13 +139,10 @@ def _same(session: Session, answers: Logits) -> bool:
 
 
 FILE = "model.onnx"
-
 # As long as measuring waits for somebody else.
 WAIT_S = 600.0
-
 # Architectures that import nothing but their package, whoever names them.
 HARMLESS = re.compile(r"|(timm|torchvision):[\w.]+(\?(num_classes|in_chans)=\d{1,5}(&in_chans=\d{1,5})?)?")
-
 HINT = "Give the run directory or the torch model for attacks with gradients."
 
 

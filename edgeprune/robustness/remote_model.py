@@ -19,7 +19,6 @@ from edgeprune.measure import held
 
 # Opening a session may build an engine, which takes a small board a quarter of an hour.
 OPEN_S = 3600.0
-
 # Of one image; an emulated processor takes seconds for what a slow one does in a tenth.
 IMAGE_S = 30.0
 

@@ -16,7 +16,6 @@ from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.progress import bar
 from edgeprune.records import Reading
 from edgeprune.robustness.attack_plan import Reach, Step, batch_size, how_words, placed, reaches, steps_of
-from edgeprune.robustness.certified import certified
 from edgeprune.robustness.gradient_masking import flags
 from edgeprune.robustness.job import CLEAN, Job, ModelUnderAttack, Verdicts, ask, wrong
 from edgeprune.robustness.readings import compare, ledger, readings_of, told
@@ -129,15 +128,7 @@ def run_stages(
         notes.append(f"{rows[stage].artifact} under {job.table.name}: {told(found[stage])}.")
         more = (*rows[stage].conditions["flags"], *rows[stage].conditions["notes"])
         notes += [f"{rows[stage].artifact}: {line}" for line in more]
-    sure = {stage: bounded(victims[stage], split, job, rows[stage].artifact) for stage in rows}
-    return Attacked((rows[first], *sure[first]), (after, *sure[last]), tuple(lines), tuple(notes))
-
-
-def bounded(victim: ModelUnderAttack, split: Split, job: Job, artifact: str) -> tuple[Reading, ...]:
-    """certified_accuracy of the network behind a victim, a lower bound; nothing where a file rounds otherwise."""
-    if victim.twin is None or victim.straight is not None:
-        return ()
-    return certified(victim.twin, split, job.ball, artifact=artifact)
+    return Attacked((rows[first],), (after,), tuple(lines), tuple(notes))
 
 
 def _attacked(state: _State, step: Step, what: tuple[ModelUnderAttack, Split, Job], scratch: Path) -> _State:

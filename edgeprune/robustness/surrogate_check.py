@@ -16,10 +16,8 @@ from edgeprune.robustness.job import ModelUnderAttack, ask
 
 # So many images are compared.
 IMAGES = 256
-
 # On how many both must name the same class; of how far apart logits may be as a share of the largest one.
 SAME = 0.99
-
 FLOAT, QUANTIZED = 1e-3, 0.05
 
 Log = Callable[[str], None]

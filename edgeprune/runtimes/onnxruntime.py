@@ -40,24 +40,17 @@ _RAISED = (
     "EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelRequiresCompilation", "NoModel",
     "NoSuchFile", "NotFound", "NotImplemented", "RuntimeException",
 )  # fmt: skip
-
 _IMAGES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8",
 }  # fmt: skip
-
 _PROVIDER = "CPUExecutionProvider"
-
 _SUFFIX = "_kernel_time"
-
 # The profiler was seen to add 1.6 to 1.9 us to each node; more than this is noise of the machine.
 _MOST_PROFILER_S = 5e-6
-
 # What `channels` writes into a folder that it keeps and removes, whatever becomes of us.
 _KEPT = ".keeper"
-
 # A disk with less room than this is full: bytes.
 _FULL = 2**20
-
 _ROOM = "free some space on the disk of its temporary folder (TMPDIR there says which), then start again"
 
 

@@ -103,15 +103,11 @@ def started(make: Callable[[], Any], log: List[str]) -> Any:
 
 
 _WORKSPACE_SHARE = 4
-
 _LEAST_WORKSPACE = 64 * 2**20
-
 # What trtexec builds with when it is not told.
 _LEVEL = 3
-
 # The first whose strongly typed networks have all that is used here: that of JetPack 6.
 OLDEST = (10, 3)
-
 # Of all engines in a folder: what was timed for one helps the next.
 CACHE = "timing.cache"
 

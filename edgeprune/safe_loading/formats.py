@@ -16,17 +16,11 @@ from edgeprune.errors import ModelError, UnsupportedModel
 from edgeprune.safe_loading.pickle_interpreter import globals_of
 
 _LOG = logging.getLogger("edgeprune")
-
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
 _ZIP = b"PK\x03\x04"
-
 _LONGEST_HEADER = 100_000_000
-
 _KNOWN = "accepted: .pt2 of torch.export, .pt/.pth of torch.save, .safetensors with --arch, a run directory"
-
 _OTHER_SCRIPT = "a TorchScript file of a kind that only its own program reads"
-
 _OTHERS = (
     (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes"),
     (4, b"TFL3", "a TensorFlow Lite model"),
@@ -40,11 +34,8 @@ _OTHERS = (
     (0, b"PYTORCH1", _OTHER_SCRIPT),
     (4, b"PTMF", _OTHER_SCRIPT),
 )
-
 _MOST_UNPACKED = 100
-
 _CHUNK = 2**20
-
 _BROKEN_ZIP = (
     zipfile.BadZipFile,
     zlib.error,

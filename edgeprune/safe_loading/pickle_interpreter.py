@@ -290,7 +290,6 @@ _CONSTANTS: dict[str, Callable[[Any], Any]] = {
         lambda value: value,
     ),
 }
-
 _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": _global,
     "REDUCE": _reduce,

@@ -26,14 +26,10 @@ from edgeprune.safe_loading.pickle_policy import DATA, class_permit, data_object
 from edgeprune.safe_loading.user_code import FOREIGN_ERRORS, importable_here, prepare_torchvision
 
 _LOG = logging.getLogger("edgeprune")
-
 _MODULE_HOMES = ("torch.nn.modules.", "torchvision.", "timm.")
-
 _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
-
 # magic, protocol version, system information, the object itself, the keys of its storages
 _LEGACY_PICKLES = 5
-
 _LOAD_ERRORS = (*FOREIGN_ERRORS, EOFError, pickle.UnpicklingError)
 
 

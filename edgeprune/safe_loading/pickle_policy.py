@@ -22,17 +22,11 @@ _TENSOR_CALLS = (
     "_rebuild_parameter",
     "_rebuild_parameter_with_state",
 )
-
 _TENSOR_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
-
 _NUMPY_SCALAR = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-
 _NUMPY_CODES = ("?", "b", "B", "h", "H", "i", "I", "l", "L", "e", "f", "d")
-
 _TABLES = {"_parameters": nn.Parameter, "_buffers": torch.Tensor, "_modules": nn.Module}
-
 _BARE = vars(nn.Module())
-
 _HOOKS = frozenset(key for key, value in _BARE.items() if isinstance(value, dict)) - _TABLES.keys()
 
 
@@ -210,7 +204,6 @@ _BEYOND_TORCH: Mapping[str, str] = {
     "timm.layers.format.Format": "timm.layers.format.Format",
     **{name: "numpy._core.multiarray.scalar" for name in _NUMPY_SCALAR},
 }
-
 DATA: Mapping[str, Permit] = {
     **{name: Permit() for name in _storages()},
     **{str(value): Permit() for value in vars(torch).values() if isinstance(value, torch.dtype)},

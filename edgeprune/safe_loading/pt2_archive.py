@@ -33,16 +33,12 @@ from edgeprune.safe_loading.user_code import FOREIGN_ERRORS
 
 # What torch.export may raise on a file that is damaged.
 _LOAD_ERRORS = (*FOREIGN_ERRORS, SerializeError, SpecViolationError, pickle.UnpicklingError, EOFError)
-
 _MAIN = "models/model.json"
-
 _SAMPLES = "data/sample_inputs/model.pt"
-
 _CONFIGS = {
     "data/weights/model_weights_config.json": "weight",
     "data/constants/model_constants_config.json": "tensor",
 }
-
 _FILES = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
     r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"

@@ -23,20 +23,15 @@ from edgeprune.errors import ModelError, UnsafeModel, UnsupportedModel
 from edgeprune.safe_loading.names import check_name, short
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
 _SYMBOL = re.compile(r"z?[a-z]{1,2}\d+")
-
 _ATEN = re.compile(r"torch\.ops\.(aten|prims)\.([A-Za-z_]\w*)\.\w+")
-
 _SCALAR_OPERATOR = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|getitem|lshift|rshift)"
     r"|torch\.sym_(int|float|max|min|not|ite|sum)|torch\._sym_sqrt|math\.(ceil|floor|trunc|sqrt)"
 )
-
 _TOUCHES_THE_MACHINE = (
     "from_file", "save", "_print", "warn", "manual_seed", "seed", "set_grad_enabled", "to_here", "wait",
 )  # fmt: skip
-
 _SYMPY = frozenset([
     "Max", "Min", "Mod", "FloorDiv", "CeilDiv", "CleanDiv", "PythonMod", "ModularIndexing", "Where", "Eq",
     "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Abs", "Pow", "PowByNatural", "Add", "Mul", "Rational",
@@ -45,39 +40,25 @@ _SYMPY = frozenset([
     "FloorToInt", "ToFloat", "Identity", "LShift", "RShift", "Integer", "Symbol",
     "IsNonOverlappingAndDenseIndicator",
 ])  # fmt: skip
-
 _WORDS = frozenset(["oo", "int_oo", "true", "false"])
-
 _ASSUMPTIONS = frozenset(
     ["positive", "integer", "negative", "nonnegative", "nonzero", "real", "extended_real"]
 )
-
 _VARIABLE_BITS = 64
-
 _MOST_BITS = 512
-
 # More, because these sizes are followed through the whole graph, where each layer may multiply and divide again.
 _MOST_SCALAR_BITS = 4096
-
 _MOST_TERMS = 4096
-
 _MOST_TERMS_IN_ALL = 1_000_000
-
 _POWERS = ("Pow", "PowByNatural", "FloatPow")
-
 _SUMS = ("Add", "Sub", "Max", "Min", "And", "Or", "USub")
-
 _EXPRESSION_NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.Name, ast.Constant, ast.keyword,
     ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
-
 _GUARD_NODES = (*_EXPRESSION_NODES, ast.Subscript, ast.Attribute)
-
 _GUARD_ATTRIBUTES = ("size", "stride", "storage_offset", "shape", "ndim")
-
 _GUARD_WORDS = ("L", "Mod", "FloorDiv", "PythonMod", "Eq", "Ne", "Max", "Min")
-
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 

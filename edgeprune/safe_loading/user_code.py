@@ -29,7 +29,6 @@ FOREIGN_ERRORS = (
     ValueError,
     Warning,
 )
-
 _TORCHVISION_OPS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

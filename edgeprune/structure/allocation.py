@@ -19,10 +19,8 @@ from edgeprune.quantities import show
 # Levels below this share of a layer's channels are only used when the budget can't be met without them: one layer cut
 # to a few channels chokes all that passes through it. Not where the time of each count is known.
 BOTTLENECK = 0.3
-
 # Steps that a group has where the time of each is known, and channels of a step at least.
 STEPS, FINEST = 16, 4
-
 # So many proportions of two limits are tried, less one.
 WEIGHINGS = 8
 

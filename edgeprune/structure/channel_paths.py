@@ -15,9 +15,7 @@ from edgeprune.models import Call, Program, Ref
 from edgeprune.records import Group
 
 CONVOLUTIONS = frozenset(f"conv{d}d" for d in (1, 2, 3))
-
 TRANSPOSED = frozenset(f"conv_transpose{d}d" for d in (1, 2, 3))
-
 LAYERS = CONVOLUTIONS | TRANSPOSED | {"linear"}
 
 # f(c x) = c f(x) for c > 0, entry by entry.
@@ -25,17 +23,14 @@ _SCALING = frozenset((
     "relu", "leaky_relu", "rrelu", "prelu", "abs", "neg", "dropout", "alpha_dropout", "feature_dropout", "clone",
     "contiguous", "detach", "alias",
 ))  # fmt: skip
-
 _BENDING = frozenset((
     "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "sigmoid", "tanh", "gelu", "silu", "hardswish",
     "hardsigmoid", "elu", "celu", "selu", "softplus", "mish", "log_sigmoid", "hardshrink", "softshrink", "threshold",
     "exp", "square", "pow", "rsub",
 ))  # fmt: skip
-
 _POOLS = re.compile(
     r"(adaptive_)?(max|avg)_pool([123])d(_with_indices)?|upsample_\w*?([123])d|_upsample_\w*?([123])d\w*"
 )
-
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 

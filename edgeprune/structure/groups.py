@@ -26,11 +26,8 @@ from edgeprune.errors import UnsupportedModel
 from edgeprune.records import Group, Member
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, nn.GroupNorm)
-
 # What torch-pruning and user code are known to raise on graphs that they don't understand.
 GRAPH_ERRORS = (
     RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ArithmeticError,

@@ -18,7 +18,6 @@ from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
 
 # k equal weights make the bound k + 1e-12 or k - 1e-12; both mean k.
 ROUNDING = 1e-6
-
 HALVINGS = 100
 
 K = TypeVar("K", bound=Hashable)

@@ -18,11 +18,8 @@ from edgeprune.errors import UnsupportedModel
 from edgeprune.records import Group, Masks
 
 ROLES = ("producer", "norm", "consumer")
-
 BLOCK = 4
-
 KEPT_OF_BLOCK = 2
-
 _PRUNED_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 

@@ -19,9 +19,7 @@ from edgeprune.recipe import NORMS
 # An FGSM step of 1.25 eps from a random point (Wong et al. 2020); steps of PGD that add up to 2.5 eps, so that any
 # point of the ball can be reached from any other (Madry et al. 2018).
 FGSM_REACH = 1.25
-
 PGD_REACH = 2.5
-
 # Standard deviation of the noise at which TRADES starts; at the image itself its gradient is 0.
 TRADES_NOISE = 0.001
 

@@ -22,7 +22,6 @@ from edgeprune.recipe import OPTIMIZERS, TuneTable
 from edgeprune.train import evaluation
 
 MOMENTUM = 0.9
-
 WARM_UP_SHARE = 0.05
 
 
@@ -89,21 +88,14 @@ def chance(*parts: object) -> torch.Generator:
 
 
 EVERY = slice(None)
-
 SHIFT, MIRROR = "shift", "mirror"
-
 # The words of TuneTable.augment but "auto", which `decide` turns into one of them.
 KINDS = {"on": (SHIFT, MIRROR), SHIFT: (SHIFT,), MIRROR: (MIRROR,), "off": ()}
-
 DONE = {SHIFT: f"{SHIFT}ed by up to an eighth of their height", MIRROR: f"{MIRROR}ed"}
-
 # A network minds a change when the accuracy of a class falls by more than that, and chance is no excuse.
 MOST_FALL = 0.10
-
 MISTAKEN = 0.05
-
 LOOKED_AT = 2048
-
 LOOKED_AT_PER_CLASS = 20
 
 

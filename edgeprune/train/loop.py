@@ -43,12 +43,9 @@ from edgeprune.train.placement import (
 )
 
 MAX_GRAD_NORM = 5.0
-
 CHECKPOINT = "training.pt"
-
 # Within an epoch: what a kill may cost. At the end of an epoch there is a checkpoint anyway.
 CHECKPOINT_SECONDS = 120.0
-
 # Validation images under attack; 1,000 tell accuracies apart that differ by 3 points.
 VALIDATED = 1000
 

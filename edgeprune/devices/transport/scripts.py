@@ -44,7 +44,6 @@ status=$?
 kill "$watch" 2>/dev/null
 leave "$status"
 """
-
 # A command that stays open and reads our own input: it ends by itself when that does.
 TALK = r"""
 token=$1
@@ -54,7 +53,6 @@ printf '\n%s\n' "$token"
 printf '\n%s %s\n' "$token" "$?" >&2
 exit 0
 """
-
 # $2: bytes; $3: path. Under another name until it is whole.
 PUT = r"""
 token=$1 size=$2 path=$3
@@ -65,7 +63,6 @@ status=$?
 printf '\n%s %s\n' "$token" "$status" >&2
 exit 0
 """
-
 # $3: path.
 GET = r"""
 token=$1 path=$3
@@ -74,7 +71,6 @@ cat <"$path"
 printf '\n%s %s\n' "$token" "$?" >&2
 exit 0
 """
-
 # $2: who wants to be alone on the machine, "" for nobody. Says "TOKEN folder PATH", "TOKEN held WHO" or
 # "TOKEN failed WHY", reads a line now and then as a sign of life, and tidies up when there are no more.
 # The lock is a symbolic link to the keeper's note, since one is made in one step, whole or not at all. A note is

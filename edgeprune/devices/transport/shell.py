@@ -41,12 +41,9 @@ from edgeprune.errors import DeviceError
 
 # The slowest way that files are copied over without being given up: bytes in a second.
 SLOWEST = 50_000
-
 # What RUN says instead of a status.
 NO_ROOM = 999
-
 POLL_S = 1.0
-
 _LAST = 500
 
 

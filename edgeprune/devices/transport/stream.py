@@ -21,9 +21,7 @@ from edgeprune.errors import DeviceError
 
 # A keeper that has not heard of us for 90 s (in its script) is taken for dead by the next one.
 BEAT_S = 15.0
-
 _HEAD = 2**16
-
 _CHUNK = 2**20
 
 
@@ -147,12 +145,9 @@ def drop(file: IO[bytes], count: int) -> None:
 
 # How long a far machine may take to start a command, to copy a file's last byte to its disk, and to tidy up.
 START_S = 60.0
-
 TIDY_S = 15.0
-
 # What a login shell says before a command, or a command that ends with words, in bytes.
 _LONGEST_WORDS = 2**16
-
 _LAST = 500
 
 Explain = Callable[[str], tuple[str, str]]

@@ -22,9 +22,7 @@ from edgeprune.errors import ModelError
 # Distances from the Gram matrix lose digits where two rows nearly agree; below this share of ||W_i||^2 + ||W_j||^2
 # they are computed again from the differences, so that equal rows are at a distance of exactly 0.
 _NEAR = 1e-5
-
 _BLOCK_BYTES = 8 * 2**20
-
 _WALK = 65536
 
 

@@ -42,11 +42,8 @@ from edgeprune.structure import channel_sums
 
 # How the units of a group can go: merged with equal weight, merged in proportion, alone.
 PLAIN, SCALED, ALONE = "plain", "scaled", "alone"
-
 MODES = ("baseline", "greedy", "stochastic")
-
 SCORES = ("paper", "margin")
-
 # A step looks at no fewer candidates than this, where there are so many: at a whole matching of up to 128 units.
 FEWEST = 64
 

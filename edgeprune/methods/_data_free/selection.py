@@ -24,17 +24,12 @@ from torch import Tensor
 from edgeprune.errors import EdgepruneError
 
 Score = Callable[[Tensor, Tensor], Tensor]
-
 """Lower and upper bounds (B, K) of changes of the logits -> float64 (B,); smaller is better."""
 
 _WARM_UP = 32
-
 _ROUNDING = 1e-9
-
 _BLOCK_BYTES = 32 * 2**20
-
 _MOST_AT_ONCE = 64
-
 _MOST_LOGITS = 128
 
 

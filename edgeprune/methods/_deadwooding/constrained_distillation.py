@@ -23,9 +23,7 @@ from edgeprune.models import full, logits, modes
 from edgeprune.train import Objective, chance, fastest_config, restored_device
 
 DISTANCES = ("teacher_clean", "ce", "tv", "w1")
-
 OWN_IMAGES = 1024
-
 OWN_BATCH = 256
 
 

@@ -28,7 +28,6 @@ from edgeprune.structure import Units, drop_smallest
 from edgeprune.train import Hooks, momentum
 
 REGULARIZERS = ("proximal", "admm", "none")
-
 # While it trains, a removed channel is only unread: its own filter goes on answering, and the momentum of its readers
 # tells whether it should come back.
 READERS = ("consumer",)

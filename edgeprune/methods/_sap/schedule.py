@@ -29,22 +29,16 @@ from edgeprune.structure import (
 )
 
 SCOPES = ("unit", "layer", "global")
-
 TINY = 1e-9
-
 # A change of the index counts from this share of it on: below it, it is chance.
 TURN = 0.02
-
 # No budget needs more cuts; and so many share it when counts alone would never get there.
 MOST_CUTS, CUTS_WITHOUT_HELP = 100, 10
-
 # Counts of one cut, and how many units one of them must take, or it is the last.
 MOST_COUNTS, LEAST_COUNT = 1000, 0.01
-
 HALVINGS = 20
 
 Scores = Mapping[str, Tensor]
-
 UnitMasks = dict[str, Tensor]
 
 

@@ -126,7 +126,6 @@ ACTIVATIONS: Mapping[str, Operator] = {
     "LogSoftmax": _softmax,
     "Hardmax": _softmax,
 }
-
 ARITHMETIC: Mapping[str, Operator] = {
     "Add": _binary(torch.add),
     "Sub": _binary(torch.sub),

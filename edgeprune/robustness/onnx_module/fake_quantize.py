@@ -91,7 +91,6 @@ LIMITS: Mapping[int, tuple[int, int]] = {
     TensorProto.UINT4: (0, 15),
     TensorProto.INT4: (-8, 7),
 }
-
 # What is noted at a QuantizeLinear node: the limits of its type, whether what follows is a DequantizeLinear
 # with the same numbers, so that both are one, and whether values are cut off but not rounded.
 LOW, HIGH, BACK, SMOOTH = "twin.low", "twin.high", "twin.back", "twin.smooth"

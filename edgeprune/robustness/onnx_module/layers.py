@@ -24,9 +24,7 @@ from edgeprune.robustness.onnx_module.fake_quantize import (
 )
 
 Pool = Callable[..., Tensor]
-
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
-
 TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
 
 

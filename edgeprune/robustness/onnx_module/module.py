@@ -15,14 +15,12 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.robustness.onnx_module import plan as plan_module
-from edgeprune.robustness.onnx_module.fake_quantize import KNOWN, Node, need
+from edgeprune.robustness.onnx_module.fake_quantize import KNOWN, Node
 from edgeprune.robustness.onnx_module.plan import SHAPED, Plan, Step, compute, plan
 
 # How far answers in a batch may be from those one by one: a share of how far the images are from each other, and,
 # where all are answered alike, of the largest logit.
 APART, ROUNDING = 1e-3, 1e-5
-
 TRIED = 3
 
 
@@ -45,21 +43,6 @@ def to_torch(model: ModelProto, *, rounding: bool = True) -> nn.Module:
     smooth = found if not rounding else _OnnxModule(plan(model, rounding=False))
     found.alone = found.batch > 0 and not _takes_batches(smooth)
     return found.eval()
-
-
-def settled(network: nn.Module, x: Tensor) -> nn.Module:
-    """A twin for batches such as x alone, where all sizes are fixed, so that torch.export can trace it.
-
-    A network that is no twin is given back as it is.
-
-    Raises:
-        UnsupportedModel: a node fails on x.
-    """
-    if not isinstance(network, _OnnxModule):
-        return network
-    found = _OnnxModule(network.settled(x))
-    found.alone = network.alone
-    return found.to(x.device).train(network.training)
 
 
 class _Layer(nn.Module):
@@ -97,28 +80,6 @@ class _OnnxModule(nn.Module):
         missing = -len(x) % self.batch
         filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
         return torch.cat([self._at_once(part) for part in filled.split(self.batch)])[: len(x)]
-
-    @torch.no_grad()
-    def settled(self, x: Tensor) -> Plan:
-        """The plan for batches of the size of x."""
-        filled = x.new_zeros(self.batch, *x.shape[1:]) if self.alone else x
-        values = self._values(filled)
-        known = {name: tensor for name, tensor in values.items() if name != self.plan.input}
-        steps: list[Step] = []
-        for step, layer in zip(self.plan.steps, self.layers, strict=True):
-            given = self._given(step, values, len(filled))
-            made = layer(*given)
-            outputs = dict(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False))
-            values.update(outputs)
-            if step.node.op in ("Shape", "Size") or all(name in known for name in step.inputs if name):
-                known.update(outputs)
-            elif self._is_scaled(step):
-                name = f"{step.outputs[0]}.shape"
-                known[name] = need(given, 1)
-                steps.append(replace(step, inputs=(step.inputs[0], name)))
-            else:
-                steps.append(step)
-        return plan_module.settled(replace(self.plan, steps=tuple(steps)), known)
 
     def _values(self, x: Tensor) -> dict[str, Tensor]:
         """What is there before the first step."""

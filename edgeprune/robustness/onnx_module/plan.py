@@ -31,18 +31,13 @@ from edgeprune.robustness.onnx_module.layers import LAYERS
 from edgeprune.robustness.onnx_module.shape_ops import VIEWS
 
 TABLE: Mapping[str, Operator] = {**OPERATORS, **VIEWS, **LAYERS, **QUANTIZERS}
-
 # Domains of ONNX itself, and ONNX Runtime's for the operators that it had first.
 STANDARD = ("", "ai.onnx")
-
 BORROWED: Mapping[str, Sequence[str]] = {"com.microsoft": ("QuantizeLinear", "DequantizeLinear", "Gelu")}
-
 # Nodes whose second input is a shape, with the file's batch in it where that is fixed.
 SHAPED = ("Reshape", "Expand")
-
 # Sizes, limits, scales: as many numbers as an operator may want to read. Weights are more.
 READABLE = 64
-
 WHOLE = frozenset((*LIMITS, TensorProto.INT64, TensorProto.UINT32, TensorProto.UINT64))
 
 
@@ -110,23 +105,6 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
     fixed = sum(shape[:1]) > 0
     steps = [_noted(step, kept, but=(1,) if fixed and step.node.op in SHAPED else ()) for step in steps]
     return Plan(_freeing(steps, kept, output), kept, images[0].name, output, shape)
-
-
-def settled(plan: Plan, known: Mapping[str, Tensor]) -> Plan:
-    """The plan for images of one shape and number, where sizes and what follows from them are numbers, too.
-
-    A value times its own sigmoid is one step then, as in the network: bounds of the two apart are far wider.
-
-    Args:
-        known: the plan's numbers and the values that no pixel changes, by name.
-    """
-    left = [step for step in plan.steps if step.outputs[0] not in known]
-    gates = {step.outputs[0]: step.inputs[0] for step in left if step.node.op == "Sigmoid"}
-    steps = [_noted(_gated(step, gates), known) for step in left]
-    steps = _needed(steps, plan.output)
-    used = {plan.output, *(name for step in steps for name in step.inputs)}
-    kept = {name: tensor for name, tensor in known.items() if name in used}
-    return replace(plan, steps=_freeing(steps, kept, plan.output), numbers=kept)
 
 
 def compute(node: Node, x: Inputs) -> tuple[Tensor, ...]:
@@ -292,17 +270,6 @@ def _noted(step: Step, numbers: Mapping[str, Tensor], but: Collection[int] = ())
         if name in numbers and place not in but and numbers[name].numel() <= READABLE
     }
     return replace(step, node=replace(step.node, options={**step.node.options, KNOWN: known}))
-
-
-def _gated(step: Step, gates: Mapping[str, str]) -> Step:
-    """x sigmoid(x) as one step. gates: what each sigmoid makes -> what it reads."""
-    if step.node.op != "Mul":
-        return step
-    for x, gate in (step.inputs, step.inputs[::-1]):
-        if gates.get(gate) == x:
-            node = Node("Swish", step.node.name, {}, step.node.opset)
-            return replace(step, node=node, inputs=(x,))
-    return step
 
 
 def _needed(steps: Sequence[Step], output: str) -> list[Step]:

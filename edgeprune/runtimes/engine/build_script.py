@@ -14,7 +14,6 @@ from edgeprune.records import Artifact, Target
 
 # The memory of a Jetson is the CPU's too; a quarter leaves room for the system and for the engine itself.
 WORKSPACE_SHARE = 4
-
 LEAST_WORKSPACE_MIB = 64
 
 

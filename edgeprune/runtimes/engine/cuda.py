@@ -13,19 +13,13 @@ from typing import Any, Callable, Mapping
 from edgeprune.errors import DeviceError, MissingDependency
 
 NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
-
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
-
 _MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS = 75, 76, 18, 16  # cudaDeviceAttr
-
 # Only calls of this thread may disturb a capture: TensorRT's own threads may do as they like.
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
-
 # The structure grows from version to version; in all of them it starts with the name, 256 bytes.
 _PROPERTIES, _NAME = 16384, 256
-
 _POINTER = ctypes.POINTER
-
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaMalloc": (_POINTER(c_void_p), c_size_t),
     "cudaFree": (c_void_p,),

@@ -19,30 +19,23 @@ from edgeprune import serialization
 from edgeprune.errors import ModelError, ParityError
 
 SCHEMA = "edgeprune.engine/1"
-
 # What `counted` counts beside precisions: parts that are not opened, and layers without a type.
 UNTOLD = ("closed", "unknown")
-
 _CHUNK = 2**20
-
 # What must be here as it was where the engine was built. Orins of all sizes share a name and a compute capability.
 _FITS = {
     "tensorrt": "TensorRT {}", "gpu": "the GPU {}", "compute_capability": "compute capability {}",
     "multiprocessors": "{} multiprocessors", "board": "the board {}",
 }  # fmt: skip
-
 # What the inspector calls data types: "Half", "FP16", "Row major linear FP16 format", "Int8", "BFloat16", "Float".
 _TYPES = (
     ("int8", re.compile(r"int8", re.IGNORECASE)), ("fp8", re.compile(r"fp8|float8", re.IGNORECASE)),
     ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)), ("fp16", re.compile(r"fp16|half|float16", re.IGNORECASE)),
     ("fp32", re.compile(r"fp32|float32|float\b|tf32", re.IGNORECASE)),
 )  # fmt: skip
-
 _NARROWEST = ("int8", "fp8", "fp16", "bf16", "fp32")
-
 # Layers that multiply: a convolution or a matrix product, as the inspector spells them.
 _MULTIPLIES = re.compile(r"conv|gemm|matrix ?multiply|matmul|fullyconnected|fully connected", re.IGNORECASE)
-
 # One node for a whole part of the network, which TensorRT's other compiler made: what is inside is not told.
 _CLOSED = re.compile(r"foreign|myelin|kgen", re.IGNORECASE)
 
