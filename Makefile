@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 help:
 	@echo "make demo    train, compress and measure a small network on this machine"
-	@echo "make test    run all tests"
+	@echo "make test    run all tests that take seconds; the rest: $(BIN)/python -m pytest -m slow"
 	@echo "make lint    style, types and import contracts"
 	@echo "make format  put the code into the one format"
 	@echo "make clean   remove what the above made"

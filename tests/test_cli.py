@@ -265,6 +265,7 @@ def test_an_error_under_json_is_one_object_on_stdout() -> None:
     assert json.loads(done.stdout)["exit_code"] == 2 == done.exit_code
 
 
+@pytest.mark.slow
 def test_size_budgets_hold_for_the_file_itself(weights: Path, tmp_path: Path) -> None:
     done = runner.invoke(app, command(weights, tmp_path / "run", "--budget", "size=60 %", "--json"))
     assert done.exit_code == 0, done.output
@@ -273,6 +274,7 @@ def test_size_budgets_hold_for_the_file_itself(weights: Path, tmp_path: Path) ->
     ).stat().st_size
 
 
+@pytest.mark.slow
 def test_a_jetson_run_says_that_nothing_was_measured_there_and_brings_its_build_script(
     weights: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +286,7 @@ def test_a_jetson_run_says_that_nothing_was_measured_there_and_brings_its_build_
     assert os.access(tmp_path / "run" / "build_engine.sh", os.X_OK)
 
 
+@pytest.mark.slow
 def test_evaluation_data_is_never_learned_from(weights: Path, images: Path, tmp_path: Path) -> None:
     """The training part is poisoned: opening it would be an error."""
     with np.load(images) as arrays:
@@ -298,6 +301,7 @@ def test_evaluation_data_is_never_learned_from(weights: Path, images: Path, tmp_
     assert readings(report, "after")["clean_accuracy"] is not None
 
 
+@pytest.mark.slow
 def test_any_method_may_be_repaired_on_calibration_images_before_it_is_tuned(
     weights: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +355,7 @@ def start(arguments: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
     run: tuple[Path, dict[str, object]], weights: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -400,6 +405,7 @@ def test_truncated_model_files_are_clear_errors(weights: Path, tmp_path: Path, s
 
 
 @pytest.mark.parametrize("spec", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
+@pytest.mark.slow
 def test_a_model_of_the_zoos_pickled_whole_needs_no_flag_of_its_own(spec: str, tmp_path: Path) -> None:
     torch.save(architectures.architecture(spec), tmp_path / "whole.pt")
     out = ["-o", str(tmp_path / "run"), *FAST, "--method", "magnitude", "--json"]
@@ -417,6 +423,7 @@ def test_an_unknown_option_is_a_usage_error_and_under_json_one_object() -> None:
     assert err.decode().startswith("error: No such option: --nope")
 
 
+@pytest.mark.slow
 def test_a_budget_on_robust_accuracy_is_minded_when_a_precision_is_made(
     weights: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -444,6 +451,7 @@ def test_a_layer_to_skip_that_is_none_is_refused_before_anything_takes_long(
     assert not list((tmp_path / "run").glob("2-prune/*/chosen.json"))
 
 
+@pytest.mark.slow
 def test_a_size_for_a_precision_that_is_not_known_yet_is_that_of_the_floats_and_said(
     weights: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def check(result: Result, said: Sequence[str]) -> None:
     assert "The method is data-free, because there is no training data." in report.notes
 
 
+@pytest.mark.slow
 def test_the_training_part_is_neither_opened_nor_learned_from(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_run_that_meets_a_full_disk_ends_with_7_and_goes_on_to_the_same_files(
     weights: Path, tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def stamps(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.glob("[0-9]-*/*/record.json")}
 
 
+@pytest.mark.slow
 def test_compress_in_two_processes_leaves_one_run_that_any_later_start_finds_done(
     model: list[str], tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_an_attack_is_judged_here_and_says_so(phone: ShellDevice, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_a_run_without_data_and_with_a_latency_budget_gets_to_its_end(
     phone: ShellDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_same_command_gives_the_same_readings_and_repeats_nothing(
     assert report_of(weights, out) == report and records(out) == before
 
 
+@pytest.mark.slow
 def test_any_method_may_be_repaired_on_synthetic_images(weights: Path, tmp_path: Path) -> None:
     chosen = ("--method", "uniform_random", "--set", "prune.repair=synthetic")
     report = report_of(weights, tmp_path / "run", *chosen)
@@ -102,6 +103,7 @@ def test_a_repair_with_data_needs_data(weights: Path, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "there are none" in done.stderr and "--data" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(
     run: tuple[Path, dict[str, Any]], weights: Path, tmp_path: Path
 ) -> None:
