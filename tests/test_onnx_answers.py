@@ -5,15 +5,10 @@ from __future__ import annotations
 import nets
 import pytest
 import torch
-from onnx import ModelProto
 from torch import Tensor, nn
 
 from edgeprune.attacks import _onnx_session, fab_t, square
-from edgeprune.attacks._onnx_session import OnnxInference, onnx_inference
-from edgeprune.attacks._tape import record
-from edgeprune.attacks._tape_rules import Window
-from edgeprune.attacks._windows import Asker
-from edgeprune.models.queries import as_logits
+from edgeprune.attacks._onnx_session import onnx_inference
 from edgeprune.models.replicas import on_replicas
 from edgeprune.train.adversarial import Ball
 
@@ -71,7 +66,7 @@ def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPa
     network, x, y = undecided(12)
 
     def found(least: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr(_onnx_session, "SWIFT_FROM", least)
+        monkeypatch.setattr(_onnx_session, "WORTH_FROM", least)
         attack = square.Square(queries=200)
         generator = torch.Generator().manual_seed(3)
         return attack.perturb(network, x, y, Ball("Linf", 0.01), generator, lambda _: None)
@@ -83,44 +78,12 @@ def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPa
         assert 0 < int((network(images).argmax(1) != y).sum()) < 12, "or nothing was compared"
 
 
-def test_a_tape_says_how_much_of_the_work_a_look_does_again() -> None:
-    # 4 channels of 8 x 8 from 3 by 3 x 3: 4 * 64 * 27; of which 5 x 5 positions see a change of 3 x 3. Then 5 outputs.
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 5)).eval()
-    x = torch.rand(2, 3, 8, 8)
-    with torch.no_grad():
-        tape = record(network, x)
-        changed = x.clone()
-        changed[:, :, 2:5, 2:5] = 0
-        tape.look(changed, Window(2, 5, 2, 5))
-    whole, again = 4 * 64 * 27 + 256 * 5, 4 * 25 * 27 + 256 * 5
-    assert tape.share() == pytest.approx(again / whole)
-
-
-def test_windows_that_reach_most_of_the_work_are_left_to_what_is_swift() -> None:
-    network, x = nets.build("residual").eval(), nets.example(6)
-    swiftly: list[int] = []
-
-    def answers(images: Tensor) -> Tensor:
-        swiftly.append(len(images))
-        with torch.no_grad():
-            return network(images)
-
-    asker = Asker(as_logits(network), network, OnnxInference(answers, ModelProto()))
-    for _ in range(3):
-        tried = x.clone()
-        tried[:, :, 2:4, 2:4] = 0
-        answer = asker.look(x, tried, Window(2, 4, 2, 4))
-        with torch.no_grad():
-            assert torch.allclose(answer, network(tried), atol=1e-5)
-    assert swiftly == [6, 6], "the first look showed that nearly everything is done again"
-
-
 def test_the_boundary_is_searched_to_the_same_end_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x, y = undecided(8)
     ready: list[bool] = []
 
     def found(least: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr(_onnx_session, "SWIFT_FROM", least)
+        monkeypatch.setattr(_onnx_session, "WORTH_FROM", least)
         attack, generator = fab_t.FabT(classes=3, steps=20), torch.Generator().manual_seed(0)
         ready.append(_onnx_session.alone(network, x, 8 * 3 * 20) is not None)
         return attack.perturb(network, x, y, Ball("Linf", 0.02), generator, lambda _: None)
@@ -144,6 +107,6 @@ def test_a_network_that_takes_a_branch_by_what_it_sees_is_asked_itself() -> None
 
 def test_few_questions_and_what_is_no_network_are_left_alone() -> None:
     network, x = nets.build("plain").eval(), nets.example(2)
-    assert onnx_inference(network, x, _onnx_session.SWIFT_FROM - 1) is None
+    assert onnx_inference(network, x, _onnx_session.WORTH_FROM - 1) is None
     assert onnx_inference(network.forward, x, MANY) is None
-    assert onnx_inference(network, x, _onnx_session.SWIFT_FROM) is not None
+    assert onnx_inference(network, x, _onnx_session.WORTH_FROM) is not None

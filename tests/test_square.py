@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from edgeprune.attacks._square import margins, search, share_of_pixels
-from edgeprune.attacks._windows import Asker
 from edgeprune.models.queries import AttackResult
 from edgeprune.train.adversarial import Ball
 
@@ -50,8 +49,7 @@ def sums(threshold: float):
 def run(answers: object, x: Tensor, norm: str, queries: int, **more: object) -> AttackResult:
     y = torch.zeros(len(x), dtype=torch.int64)
     options = {"first": 0.8, "rescale": False, "generator": seeded(), "advance": lambda _: None, **more}
-    asker = Asker(answers)  # type: ignore[arg-type]
-    return search(asker, x, y, Ball(norm, EPS[norm]), queries=queries, **options)  # type: ignore[arg-type]
+    return search(answers, x, y, Ball(norm, EPS[norm]), queries=queries, **options)  # type: ignore[arg-type]
 
 
 def grey(count: int, height: int = 10, width: int = 10) -> Tensor:
@@ -181,7 +179,7 @@ def test_an_even_tie_that_the_first_class_wins_stands_and_the_search_goes_on() -
 
     assert run(tied, grey(2), "Linf", 7).queries.tolist() == [7, 7]
     other = search(
-        Asker(tied),
+        tied,
         grey(2),
         torch.ones(2, dtype=torch.int64),
         Ball("Linf", 0.1),

@@ -13,9 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from edgeprune.attacks._tape_rules import Window
-from edgeprune.attacks._windows import Asker
-from edgeprune.models import Advance, AttackResult, wrong
+from edgeprune.models import Advance, AttackResult, Logits, full, wrong
 from edgeprune.train import Ball
 
 # Section 4.1: the share of pixels is halved behind each of these queries, of 10,000.
@@ -68,7 +66,7 @@ def share_of_pixels(query: int, queries: int, first: float, rescale: bool) -> fl
 
 
 def search(  # noqa: PLR0913
-    asker: Asker,
+    answers: Logits,
     x: Tensor,
     y: Tensor,
     ball: Ball,
@@ -78,13 +76,14 @@ def search(  # noqa: PLR0913
     rescale: bool,
     generator: torch.Generator,
     advance: Advance,
+    faster: Logits | None = None,
 ) -> AttackResult:
     """Ask about an image until it is wrong, at most `queries` times.
 
     All images of a call get their patches at the same places.
 
     Args:
-        asker: pixels to logits.
+        answers: pixels to logits.
         x: float (N, C, H, W) in [0, 1].
         y: int64 (N,).
         ball: how far the images may go.
@@ -93,6 +92,7 @@ def search(  # noqa: PLR0913
         rescale: see `share_of_pixels`.
         generator: on the CPU.
         advance: is told of how many images more nothing is left to do.
+        faster: nearly the same logits in less time; what seems wrong by them is asked of `answers`.
     """
     found = x.clone()
     broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -101,27 +101,37 @@ def search(  # noqa: PLR0913
     held = _Held(torch.arange(len(x), device=x.device), x, start, y, torch.full((len(x),), torch.inf).to(x))
     moves = _squares if ball.norm == "Linf" else _pyramids
     for query in range(queries):
-        tried, window = held.best, None
+        tried = held.best
         if query:
             side = _side(x, share_of_pixels(query - 1, queries, first, rescale), ball.norm)
-            tried, window = moves(held, ball, side, generator)
-        answer = asker.look(held.best, tried, window)
-        answer = asker.sure(tried, wrong(answer, held.y), answer)
+            tried = moves(held, ball, side, generator)
+        answer = _logits(answers, faster, tried, held.y)
         out, margin = wrong(answer, held.y), margins(answer, held.y)
         asked[held.row] += 1
         better = out | (margin < held.margin)
-        asker.keep(better)
         held.best[better], held.margin[better] = tried[better], margin[better]
         if out.any():
             found[held.row[out]], broken[held.row[out]] = held.best[out], True
             advance(int(out.sum()))
             held = held.only(~out)
-            asker.forget()
             if not len(held.row):
                 break
     found[held.row] = held.best
     advance(len(held.row))
     return AttackResult(found, broken, asked)
+
+
+def _logits(answers: Logits, faster: Logits | None, tried: Tensor, y: Tensor) -> Tensor:
+    """The logits (N, K); of images that are wrong by the faster ones, those of the network itself."""
+    with torch.no_grad():
+        if faster is None:
+            return answers(tried)
+        found = full(faster(tried))
+        rows = wrong(found, y)
+        if rows.any():
+            found = found.clone()
+            found[rows] = answers(tried[rows])
+    return found
 
 
 def _side(x: Tensor, share: float, norm: str) -> int:
@@ -139,14 +149,14 @@ def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
     return (x + ball.eps * _signs((count, channels, 1, width), generator).to(x)).clamp(0, 1)
 
 
-def _squares(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> tuple[Tensor, Window | None]:
-    """Algorithm 2: one square moves by +-2 eps in each channel, which takes it to the ball's surface; and where."""
+def _squares(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
+    """Algorithm 2: one square moves by +-2 eps in each channel, which takes it to the ball's surface."""
     rows, columns = _box(held.x, side, generator)
     moves = 2 * ball.eps * _signs((len(held.x), held.x.shape[1], 1, 1), generator).to(held.x)
     tried = held.best.clone()
     window, x = held.best[:, :, rows, columns], held.x[:, :, rows, columns]
     tried[:, :, rows, columns] = torch.clamp(window + moves, x - ball.eps, x + ball.eps).clamp(0, 1)
-    return tried, Window(rows.start, rows.stop, columns.start, columns.stop)
+    return tried
 
 
 def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
@@ -167,7 +177,7 @@ def _begins(extent: int, side: int) -> Iterator[int]:
     return iter(range(max((extent - TILES * side) // 2, 0), extent - side + 1, side))
 
 
-def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> tuple[Tensor, Window | None]:
+def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
     """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first.
 
     What there is elsewhere is scaled a little, so it changes everywhere.
@@ -184,7 +194,7 @@ def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) ->
     mixed = mixed / (TINY + mixed.square().sum((2, 3), keepdim=True).sqrt())
     change[:, :, second[0], second[1]] = 0
     change[:, :, first[0], first[1]] = mixed * (left + inside.clamp_min(0)).sqrt()
-    return (held.x + ball.eps * _unit(change)).clamp(0, 1), None
+    return (held.x + ball.eps * _unit(change)).clamp(0, 1)
 
 
 def _pyramid(side: int, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from edgeprune.attacks._base import Attack
 from edgeprune.attacks._onnx_session import onnx_inference
 from edgeprune.attacks._square import search
-from edgeprune.attacks._windows import Asker
 from edgeprune.errors import UsageError
 from edgeprune.models import Advance, Logits, as_logits
 from edgeprune.train import Ball
@@ -54,9 +53,8 @@ class Square(Attack):
         advance: Advance,
     ) -> tuple[Tensor, Tensor]:
         """Search until an image is broken or the queries are spent."""
-        network = model if isinstance(model, nn.Module) and x.device.type == "cpu" else None
         tried = search(
-            Asker(as_logits(model), network, onnx_inference(model, x, len(x) * self.queries)),
+            as_logits(model),
             x,
             y,
             ball,
@@ -65,5 +63,6 @@ class Square(Attack):
             rescale=self.rescale,
             generator=generator,
             advance=advance,
+            faster=onnx_inference(model, x, len(x) * self.queries),
         )
         return tried.images, tried.queries
