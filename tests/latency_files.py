@@ -5,18 +5,19 @@ from __future__ import annotations
 import atexit
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import nets
 import onnx
 from torch import nn
 
 from edgeprune.export import stage
-from edgeprune.latency.sampling import ProfiledNetwork, TimingBackend, subject
+from edgeprune.latency.sampling import ProfiledNetwork, TimingBackend, subject, survey
 from edgeprune.models import costs
 from edgeprune.models.bundle import deployed, from_module
 from edgeprune.recipe.schema import ExportTable
@@ -115,3 +116,8 @@ def seconds_of(name: str, network: nn.Module) -> float:
         assert isinstance(layer, nn.Conv2d)
         kept[group.name] = layer.out_channels
     return sum(s for _, s in node_seconds(subject_of(name).resizer.file(kept)))
+
+
+def latency_model(file: Path, bench: TimingBackend, multiple_of: int = 1) -> Callable[[costs.CostModel], Any]:
+    """From the costs of the network in a file, what predicts the time of its cuts; a call runs the survey."""
+    return lambda counted: survey(subject(file, counted), bench, multiple_of=multiple_of, floor=0.1)

@@ -13,7 +13,7 @@ import pytest
 from latency_files import MadeUp
 
 from edgeprune.errors import DeviceError, NoLayerTimes, WorkdirError
-from edgeprune.latency.sampling import BATCH, LEAST, MOST, clock_on, survey
+from edgeprune.latency.sampling import BATCH, LEAST, MOST, survey
 from edgeprune.latency.table import Predictor, load, table_path
 from edgeprune.progress import track
 from edgeprune.structure.allocation import levels
@@ -137,7 +137,9 @@ def test_a_device_that_tells_no_times_of_layers_is_known_before_anything_is_time
 
 def test_the_clock_of_a_file_runs_the_survey_when_it_is_asked(tmp_path: Path) -> None:
     device = MadeUp()
-    clock = clock_on(latency_files.exported("residual"), device.bench(tmp_path), multiple_of=4)
+    clock = latency_files.latency_model(
+        latency_files.exported("residual"), device.bench(tmp_path), multiple_of=4
+    )
     assert device.calls == 0
     found = clock(latency_files.subject_of("residual").resizer.costs)
     true = sum(s for _, s in latency_files.node_seconds(onnx.load(latency_files.exported("residual"))))

@@ -18,7 +18,6 @@ from torch import nn
 
 from edgeprune.errors import InfeasibleBudget, UnsupportedModel
 from edgeprune.latency import layer_table
-from edgeprune.latency.sampling import clock_on
 from edgeprune.methods._base import PruneTask
 from edgeprune.methods.taylor import Taylor
 from edgeprune.models import costs
@@ -44,7 +43,7 @@ def dense_seconds() -> float:
 def material(folder: Path, read: Read | None = None, **probes: budget_search.Probe) -> stage.PruningInputs:
     """A device that is as its table says, unless `read` tells otherwise."""
     reader = read or (lambda net: latency_files.seconds_of(NAME, net))
-    clock = clock_on(latency_files.exported(NAME), MadeUp().bench(folder), multiple_of=1)
+    clock = latency_files.latency_model(latency_files.exported(NAME), MadeUp().bench(folder), multiple_of=1)
     probes = {"latency_p50": budget_search.Probe(dense_seconds(), reader), **probes}
     return stage.PruningInputs(None, None, probes, 1, 0, clock=clock)
 
@@ -231,7 +230,9 @@ def test_without_a_table_for_the_network_shares_are_tried_and_it_is_said(tmp_pat
 
 def test_on_a_device_without_times_of_layers_shares_are_tried_and_it_is_said(tmp_path: Path) -> None:
     bench = replace(MadeUp().bench(tmp_path), nodes=lambda _: [])
-    given = replace(material(tmp_path), clock=clock_on(latency_files.exported(NAME), bench))
+    given = replace(
+        material(tmp_path), clock=latency_files.latency_model(latency_files.exported(NAME), bench)
+    )
     found = chosen(given, latency_p50="60 %")
     assert found.notes[0].startswith("No latency table (made-up says of no layer")
     assert "Searched by building" in " ".join(found.notes)

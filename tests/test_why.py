@@ -46,4 +46,4 @@ def test_the_table_shows_the_index_beside_the_costs() -> None:
     headers = [str(column.header) for column in table.columns]
     assert headers[-2:] == ["PQI", "can go"]
     assert list(table.columns[-2].cells) == [f"{row.pqi:.2f}" for row in rows]
-    assert all("pqi" in row for row in layers.as_dicts(rows))
+    assert all("pqi" in vars(row) for row in rows)

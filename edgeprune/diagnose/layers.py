@@ -66,11 +66,6 @@ def explain_layers(
     )  # fmt: skip
 
 
-def as_dicts(rows: tuple[LayerReason, ...]) -> list[dict[str, Any]]:
-    """The rows as plain dicts."""
-    return [vars(r).copy() for r in rows]
-
-
 def _index(layer: Any) -> float:
     return pqi(layer.weight)
 

@@ -120,13 +120,6 @@ def survey(
     return replace(predictor(table, network.parts, network.key, network.channels), path=str(path))
 
 
-def clock_on(
-    file: Path, bench: TimingBackend, *, multiple_of: int = 1, floor: float = 0.1
-) -> Callable[[CostModel], Predictor]:
-    """From the costs of the network in `file`, what predicts the time of its cuts; a call runs the survey."""
-    return lambda costs: survey(subject(file, costs), bench, multiple_of=multiple_of, floor=floor)
-
-
 def _has(table: Table, key: str, kept: Mapping[str, int]) -> bool:
     return key in table.networks and any(dict(w.kept) == dict(kept) for w in table.networks[key].wholes)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from edgeprune.errors import InfeasibleBudget, ModelError, UsageError
+from edgeprune.errors import ModelError, UsageError
 
 # k equal weights make the bound k + 1e-12 or k - 1e-12; both mean k.
 ROUNDING = 1e-6
@@ -46,18 +46,6 @@ def pqi(w: Tensor, p: float = 0.5, q: float = 1.0) -> float:
         UsageError: not 0 < p < q. ModelError: an entry is not a finite number.
     """
     return abs(math.expm1(_log_ratio(w, p, q)))
-
-
-def theorem_bound(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> float:
-    """Theorem 2: the least number of entries r, so that all others hold at most eta times their sum of |w| ** p.
-
-    Returns:
-        d * (1 + eta) ** (-q / (q - p)) * (1 - I) ** (q p / (q - p)), a real number in [0, d].
-
-    Raises:
-        UsageError: not 0 < p < q, or eta below 0. ModelError: an entry is not a finite number.
-    """
-    return sap_count(w, p, q, eta=eta).bound
 
 
 def sap_count(
@@ -122,40 +110,6 @@ def keep_shares(scores: Mapping[str, Tensor], p: float = 0.5, q: float = 1.0) ->
     return {
         name: 1 - sap_count(values, p, q).pruned / max(1, values.numel()) for name, values in scores.items()
     }
-
-
-def keep_counts(
-    scores: Mapping[str, Tensor],
-    k: int,
-    floors: Mapping[str, int],
-    p: float = 0.5,
-    q: float = 1.0,
-) -> dict[str, int]:
-    """Share exactly k kept entries out over layers, in proportion to what each one's PQ index says it needs.
-
-    All of `keep_shares` are multiplied by one factor, found by bisection, that makes them add up to k within the
-    layers' floors and sizes; largest remainders round them.
-
-    Args:
-        scores: layer -> a score per entry. floors: layer -> the least that stays; 0 for one that isn't named.
-
-    Returns:
-        layer -> how many of its entries stay; they add up to k.
-
-    Raises:
-        UsageError: not 0 < p < q. ModelError: a score is not a finite number.
-        InfeasibleBudget: k is below the sum of the floors, or above the number of entries.
-    """
-    sizes = {name: values.numel() for name, values in scores.items()}
-    least = {name: min(floors.get(name, 0), size) for name, size in sizes.items()}
-    low, high = sum(least.values()), sum(sizes.values())
-    if not low <= k <= high:
-        raise InfeasibleBudget(
-            f"{k} entries can't be kept: the layers have {high}, and {low} at least must stay",
-            "give a budget between them, or lower --set prune.floor",
-        )
-    wanted = {name: share * sizes[name] for name, share in keep_shares(scores, p, q).items()}
-    return share_out(wanted, k, least, sizes)
 
 
 def share_out(
