@@ -116,16 +116,7 @@ ARITHMETIC: dict[str, Op] = {
     "matmul of a constant": lambda x: WEIGHTS[:6].T @ x,
     "addmm": lambda x: torch.addmm(torch.ones(2), x.flatten(1), WEIGHTS, beta=2, alpha=0.5),
     "einsum": lambda x: torch.einsum("bchw,bdhw->bcd", x, torch.relu(x)),
-    "softmax over channels": lambda x: F.softmax(x, 1),
-    "softmax over positions": lambda x: F.softmax(3 * x.flatten(2), -1),
-    "log_softmax": lambda x: F.log_softmax(3 * x, 1),
     "normalize": lambda x: F.normalize(x + 3, dim=1),
-    "attention": lambda x: F.scaled_dot_product_attention(
-        x.flatten(2), x.relu().flatten(2), x.tanh().flatten(2)
-    ),
-    "causal attention": lambda x: F.scaled_dot_product_attention(
-        x.flatten(2), x.relu().flatten(2), x.flatten(2), is_causal=True
-    ),
 }
 MOVES: dict[str, Op] = {
     "cat": lambda x: torch.cat([x, torch.relu(x)], 1),
@@ -201,45 +192,21 @@ class Layers(nn.Module):
                 nn.ConvTranspose2d(4, 6, 1, 3),
                 nn.BatchNorm2d(4),
                 nn.BatchNorm2d(4, affine=False),
-                nn.GroupNorm(2, 4),
-                nn.GroupNorm(1, 4, affine=False),
-                nn.InstanceNorm2d(4, affine=True),
-                nn.LayerNorm([6]),
-                nn.LayerNorm([4, 6, 6]),
-                nn.RMSNorm(6, eps=1e-5),
                 nn.PReLU(4),
                 nn.PReLU(),
                 nn.Linear(6, 5),
             ]
         )
         with torch.no_grad():
-            self.plain[20].weight.copy_(torch.tensor([0.25, -0.5, 1.5, 0.0]))
+            self.plain[14].weight.copy_(torch.tensor([0.25, -0.5, 1.5, 0.0]))
         self.along, self.solid = nn.Conv1d(4, 5, 3, padding=1), nn.Conv3d(1, 2, 3, padding=1)
-        self.attention, self.flat = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4 * 36, 3)
+        self.flat = nn.Linear(4 * 36, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = 2 * self.conv(x)
-        tokens = x.flatten(2).transpose(1, 2)
         found = [layer(x) for layer in self.plain]
         found += [self.along(x.flatten(2)), self.solid(x.unsqueeze(1)), self.flat(x.flatten(1))]
-        found.append(self.attention(tokens, tokens, tokens, need_weights=False)[0])
         return torch.cat([y.flatten(1) for y in found], 1)
-
-
-class Transformer(nn.Module):
-    """A small vision transformer: patches, a class token, positions, two encoder layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 2, 2)
-        self.token, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 17, 8) / 8)
-        self.one = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, activation="gelu")
-        self.two, self.fc = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
-        return self.fc(self.two(self.one(x))[:, 0])
 
 
 def built(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -251,6 +218,4 @@ def built(name: str) -> tuple[nn.Module, tuple[int, ...]]:
         torch.manual_seed(0)
         if name == "resnet20":
             return lively(architectures.architecture(RESNET20)), (3, 32, 32)
-        if name == "transformer":
-            return Transformer().eval(), (3, 8, 8)
         return lively(Layers() if name == "layers" else Bank(banks[name])), (3, 6, 6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import nets
@@ -26,7 +25,9 @@ from edgeprune.models.tracing import Call, Program, trace
 from edgeprune.records import InputSpec
 
 BANKS = ("activations", "pools", "arithmetic", "moves", "layers")
-ALL = (*BANKS, "transformer", *nets.NETS)
+# Group norm has no rule.
+NETWORKS = tuple(name for name in nets.NETS if name != "groupnormed")
+ALL = (*BANKS, *NETWORKS)
 _TRACED: dict[str, tuple[Program, dict[str, Tensor], tuple[int, ...]]] = {}
 
 
@@ -85,7 +86,7 @@ def test_every_change_lies_in_its_bound_and_no_change_makes_none(traced, name: s
     x = inputs(box_of(shape), 2)
     before = run(program, state, x)
     shaped = [c.name for c in program.calls if c.name in bounds.intervals and c.op not in ("gt", "le", "lt")]
-    some_starts = shaped[1:2] if name in BANKS else shaped[:-1:6] if name == "transformer" else shaped[:-1]
+    some_starts = shaped[1:2] if name in BANKS else shaped[:-1]
     for i, start in enumerate(some_starts):
         amounts = starts_at(program, bounds, start, i)
         change = delta_from(program, state, bounds, {start: amounts})
@@ -352,14 +353,6 @@ def test_channels_that_become_positions_join_one_hull() -> None:
         assert found.lo.amin((2, 3)).tolist() == [[0, 4]] and found.hi.unique().tolist() == [8]
 
 
-def test_the_tokens_of_a_transformer_stay_one_hull_when_collapsed(traced) -> None:
-    program, state, shape = traced("transformer")
-    bounds = activation_bounds(program, state, box_of(shape), collapsed=True)
-    linears = [c for c in program.calls if c.op == "linear" and 17 in c.shape]
-    assert len(linears) >= 8
-    assert all(bounds.intervals[c.name].lo.numel() == c.shape[-1] for c in linears)
-
-
 # Functions of one number
 
 
@@ -491,27 +484,7 @@ def test_bounds_of_changes_of_clamps_are_reached(
             assert float(bound.lo) == pytest.approx(float(seen.min()), abs=0.02), call.name
 
 
-# Normalizations, and changes where the values themselves are unknown
-
-
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4, eps=1e-5), nn.GroupNorm(1, 4)])
-def test_normalized_numbers_and_their_changes_keep_to_their_bounds(norm: nn.Module) -> None:
-    program, state = trace(norm, torch.zeros(1, 4)), norm.state_dict()
-    center, norm = torch.tensor([[0.5, -1.0, 2.0, 0.6]], dtype=torch.float64), deepcopy(norm).double()
-    step = Interval(torch.full((1, 4), -0.1).double(), torch.tensor([[0.3, 0.2, 0.0, 0.1]]).double())
-    for radius in (0.01, 0.3, 1.0, 3.0):
-        box = Interval(center - radius, center + radius)
-        bounds = activation_bounds(program, state, box, collapsed=False)
-        x = inputs(box, 500)
-        change = delta_from(program, state, bounds, {program.input: step})
-        with torch.no_grad():
-            before = norm(x)
-            moved = norm(x + inputs(step, 500).flip(0)) - before
-        assert outside(bounds, {program.input: x, program.output: before}) == []
-        assert within(moved, change, before)
-        if radius < 0.1:
-            assert float(bounds.intervals[program.output].width.max()) < 0.2
-            assert float(change.width.max()) < 2 * float((moved.amax(0) - moved.amin(0)).max())
+# Changes where the values themselves are unknown
 
 
 UNKNOWN: dict[str, Op] = {
@@ -526,8 +499,6 @@ UNKNOWN: dict[str, Op] = {
     "mish": functional.mish,
     "hardswish": functional.hardswish,
     "softplus": functional.softplus,
-    "softmax": lambda x: functional.softmax(x, 1),
-    "log_softmax": lambda x: functional.log_softmax(x, 1),
     "max_pool": lambda x: functional.max_pool1d(x.unsqueeze(1), 2).flatten(1),
     "linear": nn.Linear(4, 3),
     "sum": lambda x: x - x.mean(1, keepdim=True),
@@ -552,7 +523,7 @@ def test_a_change_of_what_has_no_bound_itself_can_have_one() -> None:
     assert bool((change.width < 3 * (moved.amax(0) - moved.amin(0))).all())
 
 
-@pytest.mark.parametrize("op", [nn.LayerNorm(4), lambda x: x * x, torch.exp])
+@pytest.mark.parametrize("op", [lambda x: x * x, torch.exp])
 def test_a_change_that_depends_on_unknown_values_has_no_bound(op: Op) -> None:
     network = nn.Sequential(Applied(lambda x: torch.cumsum(x, 1)), Applied(op))
     program, state = trace(network, torch.zeros(1, 4)), network.state_dict()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.bounds.activations import CLAMPS, changes, clamped, curve
-from edgeprune.bounds.interval import Interval, NoRule, Value, constant, point, rounded, slack, zero
+from edgeprune.bounds.interval import Interval, NoRule, Value, constant, rounded, slack, zero
 from edgeprune.bounds.linear import (
     ADAPTIVE,
     AVERAGES,
@@ -27,7 +27,6 @@ from edgeprune.bounds.linear import (
     pooled_change,
     weighted,
 )
-from edgeprune.bounds.norms import NORMS, SOFTMAXES, normalized_change, softmax_change
 from edgeprune.bounds.operators import PRODUCTS, batch_scale, channels, computed, paired, scaled
 from edgeprune.bounds.shape_ops import MOVES, Moved, moved
 from edgeprune.models import Call
@@ -311,30 +310,6 @@ def _prelu(call: Call, args: Sequence[Any]) -> Moved | None:
     return Value(x.by.bounds.scaled(slope) + passed.scaled(1 - slope), call.shape)
 
 
-def _norm(call: Call, args: Sequence[Any]) -> Interval | None:
-    weight, bias = (args[call.names.index(n)] if n in call.names else None for n in ("weight", "bias"))
-    if not all(w is None or (isinstance(w, Fixed) and w.same) for w in (weight, bias)):
-        return None
-    return normalized_change(call, args[0].old(), args[0].by, weight.after if weight else None)
-
-
-def _softmax(call: Call, args: Sequence[Any]) -> Interval:
-    return softmax_change(call, args[0].before, args[0].by)
-
-
-def _attention(call: Call, args: Sequence[Any]) -> Interval:
-    """P'V' - PV = P'(V' - V) + (P' - P)V: a mean of changes, and where P changes no more than the spread of V."""
-    value, mask = args[2:4]
-    by = change_of(value)
-    old = value.old().bounds if isinstance(value, Change) else point(value.before.unsqueeze(0))
-    mean = Interval(by.bounds.lo.amin(-2, True), by.bounds.hi.amax(-2, True))
-    mean = mean if mask is None else mean.hull(0.0)
-    spread = old.hi.amax(-2, True) - old.lo.amin(-2, True)
-    out = mean + held(rounded(-spread, spread), still_of((args[0], args[1], mask)))
-    wide = slack(out.lo.dtype, by.shape[-2]) * mean.magnitude
-    return Interval(out.lo - wide, out.hi + wide)
-
-
 _LINEAR = ("add", "sub", "rsub", "mean", "sum", *AVERAGES, *ADAPTIVE, *UPSAMPLED)
 # Their rules bound a change as well as the ranges of the values can, and do not ask where the values are after it.
 TIGHT = frozenset((*WEIGHTED, "batch_norm", *MAXIMA, *_LINEAR, *CLAMPS, *MOVES))
@@ -344,8 +319,6 @@ _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Interval | Moved | None]] =
     **dict.fromkeys(MAXIMA, _pooled),
     **dict.fromkeys(("amax", "amin", "max", "min"), _reduced),
     **dict.fromkeys(("maximum", "minimum"), _extreme),
-    **dict.fromkeys(SOFTMAXES, _softmax),
-    **dict.fromkeys(NORMS, _norm),
     "mul": _mul,
     "div": _div,
     "where": _where,
@@ -353,5 +326,4 @@ _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Interval | Moved | None]] =
     "einsum": _einsum,
     "batch_norm": _batch_norm,
     "prelu": _prelu,
-    "scaled_dot_product_attention": _attention,
 }

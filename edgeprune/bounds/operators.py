@@ -22,7 +22,6 @@ from edgeprune.bounds.linear import (
     reduced,
     weighted,
 )
-from edgeprune.bounds.norms import NORMS, SOFTMAXES, attended, normalized, softmax
 from edgeprune.bounds.shape_ops import Moved, moved, shrunk
 from edgeprune.models import Call
 
@@ -242,20 +241,11 @@ def _vector_norm(call: Call, args: Sequence[Any]) -> Interval:
     return rounded(ends[0], ends[1], 4 * max(1, inside.lo[0].numel()))
 
 
-def _normalized(call: Call, args: Sequence[Any]) -> Interval:
-    weight, bias = (args[call.names.index(n)] if n in call.names else None for n in ("weight", "bias"))
-    if isinstance(weight, Value) or isinstance(bias, Value):
-        raise NoRule("its scale depends on the input")
-    return normalized(call, valued(args[0]), weight, bias)
-
-
 _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Interval]] = {
     **dict.fromkeys(WEIGHTED, _weighted),
     **dict.fromkeys(PRODUCTS, _product),
     **dict.fromkeys(POOLS, lambda call, args: pooled(call, valued(args[0]))),
     **dict.fromkeys(REDUCTIONS, lambda call, args: reduced(call, valued(args[0]))),
-    **dict.fromkeys(SOFTMAXES, lambda call, args: softmax(call, valued(args[0]))),
-    **dict.fromkeys(NORMS, _normalized),
     **dict.fromkeys(COMPARISONS, _compared),
     **dict.fromkeys(("add", "sub"), _sum),
     **dict.fromkeys(("maximum", "minimum"), _extreme),
@@ -269,5 +259,4 @@ _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Interval]] = {
     "prelu": _prelu,
     "glu": _glu,
     "linalg_vector_norm": _vector_norm,
-    "scaled_dot_product_attention": lambda call, args: attended(call, valued(args[2])),
 }
