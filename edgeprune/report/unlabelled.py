@@ -18,7 +18,10 @@ from edgeprune.report.rows import (
 )
 
 TITLE = "Without labels"
-INTRODUCTION = "Synthetic images are made from the dense network itself. How alike the outputs of both files are is no accuracy."
+INTRODUCTION = (
+    "Synthetic images are made from the dense network itself. "
+    "How alike the outputs of both files are is no accuracy."
+)
 
 HEAD = ("metric", "value", "what it is", "what it says", "images", "how and where")
 NO_ACCURACY = "synthetic images, not accuracy"
