@@ -192,6 +192,17 @@ def calibration_images(
     return torch.cat(chunks)
 
 
+def calibration_set(data: Data, name_or_path: str) -> tuple[Tensor, Tensor]:
+    """The calibration images, float32 (n, C, H, W) in [0, 1], and their class numbers, int64 (n,).
+
+    Raises:
+        UsageError: as `calibration_images`.
+    """
+    images = calibration_images(data, name_or_path)
+    assert data.train is not None
+    return images, data.train.labels[calibration_indices(data.train.labels, name_or_path)]
+
+
 def _decode(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
     if isinstance(part.content, np.ndarray):
         pixels: images.Pixels = images.from_array(part.content, spec.shape)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from edgeprune.plugins import importer
 
 if TYPE_CHECKING:
-    from edgeprune.diagnose.environment import check_environment
+    from edgeprune.diagnose.environment import Finding, check_environment
     from edgeprune.diagnose.layers import ABOUT_PQI, explain_layers
 
-__getattr__ = importer(__name__, environment="check_environment", layers="ABOUT_PQI explain_layers")
+__getattr__ = importer(__name__, environment="Finding check_environment", layers="ABOUT_PQI explain_layers")

@@ -48,7 +48,7 @@ def build_report(
     rows = (models.layer_costs(run.bundle.module, example), models.layer_costs(small.module, example))
     chosen = prune.read(folders["prune"])
     environment = report.environment(run.device.facts(), run.target.title)
-    parts = {
+    parts: dict[str, Any] = {
         "recipe": recipe.to_dict(run.recipe),
         "environment": {**environment, **further.environment, "threads": run.work.threads},
         "before": (*measured.before, *attacked.before, *further.measured.before),
@@ -83,7 +83,7 @@ def lock_facts(run: Context) -> dict[str, Any]:
     """The rest of edgeprune.lock: what one needs to make the same files again."""
     calibration = targets.resolve("calibration", run.recipe.data.calibration)
     chosen = None
-    if run.trainable:
+    if run.data is not None and run.data.train is not None:
         chosen = data.calibration_digest(run.data.train.labels, run.recipe.data.calibration)
     return {
         "recipe": recipe.to_dict(run.recipe), "versions": report.versions(),

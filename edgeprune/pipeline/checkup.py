@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from edgeprune import diagnose, targets
+from edgeprune.diagnose import Finding
 from edgeprune.errors import DeviceError, MissingDependency
 
 
-def doctor(target: str | None, devices: Sequence[str]) -> Any:
+def doctor(target: str | None, devices: Sequence[str]) -> tuple[Finding, ...]:
     """What works here and on each device, and the line that installs what is missing."""
     return diagnose.check_environment(targets.target(target) if target else None, *dict.fromkeys(devices))
 
 
-def doctor_status(rows: Sequence[Any]) -> int:
+def doctor_status(rows: Sequence[Finding]) -> int:
     """The exit status of doctor: 6 where a device does not answer as it must, 3 where something else is missing."""
     missing = [row for row in rows if row.status == "missing"]
     if any(row.name.startswith("device ") for row in missing):

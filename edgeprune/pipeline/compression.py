@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from edgeprune import (
     concurrency,
@@ -140,7 +142,7 @@ def compress(
     data = open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
     if data is not None:
         check_bundle(dense, data.held_out)
-    with Workdir(folder, import_module("torch").get_num_threads(), trusted=trust_run) as work:
+    with Workdir(folder, torch.get_num_threads(), trusted=trust_run) as work:
         run = Context(recipe, target, budget, work, dense, data, device, say)
         keys = work.agree(stage_keys(run))
         if "." not in run.method:
@@ -207,17 +209,15 @@ def _prune(step: Step) -> None:
     if run.quantizes:
         quantize.check_skipped(step.folders["dense"] / "dense.onnx", run.recipe.quantize.skip)
     images = labels = None
-    if run.trainable:
-        images = data.calibration_images(run.data, run.recipe.data.calibration)
-        labels = run.data.train.labels[
-            data.calibration_indices(run.data.train.labels, run.recipe.data.calibration)
-        ]
+    train = run.data.train if run.data is not None else None
+    if run.data is not None and train is not None:
+        images, labels = data.calibration_set(run.data, run.recipe.data.calibration)
     trials = shared_probes if run.trains else measured_limits
     lesson, notes = _lesson(run, run.recipe.tune) if run.trains else (run.recipe.tune, ())
     material = prune.PruningInputs(
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
         unlabelled=images if run.looks_at_data else _synthetic(step),
-        train=run.data.train if run.trainable else None, table=lesson, scratch=step.scratch,
+        train=train, table=lesson, scratch=step.scratch,
         clock=latency_model(run, step.folders["dense"] / "dense.onnx"), file_share=run.file_share,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
@@ -227,7 +227,7 @@ def _prune(step: Step) -> None:
     prune.write(chosen, step.out)
 
 
-def _synthetic(step: Step) -> Any:
+def _synthetic(step: Step) -> Tensor | None:
     """The images that were synthesized, float32 (N, C, H, W), or None."""
     return data.read(step.folders["synthesize"]).images if "synthesize" in step.folders else None
 
@@ -249,6 +249,7 @@ def _repair(step: Step) -> None:
     run, small = step.run, current_bundle(step.run, step.folders)
     images = _synthetic(step)
     if images is None:
+        assert run.data is not None, "stage_keys has refused such a run"
         images = data.calibration_images(run.data, run.recipe.data.calibration)
     kind = {"synthetic": "synthesized", "data": "calibration"}[run.repair]
     run.say(f"repair: solve the layers after each cut anew on {len(images)} {kind} images")
@@ -277,6 +278,7 @@ def _tune(step: Step) -> None:
 
 def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]:
     """How a network is trained, with what is done to its images decided, and what a reader must know of that."""
+    assert run.data is not None, "a method that trains is refused without data"
     dense = models.deployed(run.bundle).eval()
     found, notes = train.decide(dense, run.data, table, run.recipe.seed)
     for note in notes:
@@ -324,6 +326,7 @@ def _quantize(step: Step) -> None:
 
 def _attack(step: Step) -> None:
     run, table = step.run, recipe.attack(step.run.recipe)
+    assert run.data is not None, "an attack is refused without data"
     images = run.data.held_out
     if table.limit:
         images = balanced(images, table.limit, run.recipe.seed)

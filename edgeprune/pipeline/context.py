@@ -20,7 +20,10 @@ from edgeprune import (
     targets,
     train,
 )
+from edgeprune.data import Data
+from edgeprune.devices import Device
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
+from edgeprune.measure import Measured
 from edgeprune.pipeline.run_directory import STAGES, Workdir, check_plain, check_shipped, digest
 from edgeprune.recipe import ExportTable, ModelTable, Recipe, TuneTable, with_defaults
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
@@ -75,24 +78,24 @@ class DeviceResult:
 class OtherDevices:
     """What the further devices of a run came to.
 
-    found: each that gave readings, and its `measure.stage.Measured`. failed: URL -> error of each that did not.
+    found: each that gave readings, and what they are. failed: URL -> error of each that did not.
     """
 
-    found: tuple[tuple[DeviceResult, Any], ...] = ()
+    found: tuple[tuple[DeviceResult, Measured], ...] = ()
     failed: Mapping[str, EdgepruneError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage of one run is given. data: `data.dataset.Data` or None. device: `devices.Device`."""
+    """What every stage of one run is given. data: None where there is none."""
 
     recipe: Recipe
     target: Target
     budget: Budget
     work: Workdir
     bundle: Bundle
-    data: Any
-    device: Any
+    data: Data | None
+    device: Device
     say: Log
 
     @property
@@ -111,7 +114,7 @@ class Context:
         return digest(path) if path.suffix == ".py" and path.is_file() else ""
 
     @property
-    def data_key(self) -> Any:
+    def data_key(self) -> list[Any] | None:
         """What the results owe to the data."""
         if not self.data:
             return None

@@ -6,16 +6,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgeprune import devices, measure, robustness, targets
-from edgeprune.data import open_data
+from edgeprune.data import Data, Split, open_data
+from edgeprune.devices import Device
 from edgeprune.errors import UsageError
-from edgeprune.measure import look
+from edgeprune.measure import Judged, OnnxFile, look
 from edgeprune.pipeline.context import Log, load
 from edgeprune.pipeline.run_directory import check_plain, check_shipped, own_scratch
 from edgeprune.recipe import Recipe, attack
 from edgeprune.records import Bundle, InputSpec, Reading
+from edgeprune.robustness import ModelUnderAttack
 from edgeprune.serialization import scratch_folder
 
 
@@ -55,27 +56,29 @@ def evaluate(
         return _evaluated(recipe, subject, (wanted, output, trust_run), say)
 
 
-def _evaluated(recipe: Recipe, subject: Any, asked: tuple[int, str, bool], say: Log) -> tuple[Reading, ...]:
-    """As `evaluate`. subject: a Bundle or an `evaluate_file.OnnxFile`. asked: limit, output, trust_run."""
+def _evaluated(
+    recipe: Recipe, subject: Bundle | OnnxFile, asked: tuple[int, str, bool], say: Log
+) -> tuple[Reading, ...]:
+    """As `evaluate`. asked: limit, output, trust_run."""
     path, (limit, output, trust_run) = Path(recipe.model.path), asked
-    bundle = subject if isinstance(subject, Bundle) else None
-    given: Any = subject
-    spec = bundle.input if bundle else given.spec(output)
+    spec = subject.input if isinstance(subject, Bundle) else subject.spec(output)
     found, split = images(recipe, spec, limit)
     for note in found.notes:
         say(f"data: {note}")
-    attacks, file = recipe.attack.name not in ("none", "auto"), None
-    if bundle is not None:
-        measure.check_bundle(bundle, split)
+    attacks = recipe.attack.name not in ("none", "auto")
+    file: Judged | None = None
+    if isinstance(subject, Bundle):
+        measure.check_bundle(subject, split)
+        judged = subject
     else:
-        file = given.judged(split, len(found.labels), wanted=output, attacked=attacks)
+        judged = file = subject.judged(split, len(found.labels), wanted=output, attacked=attacks)
         spec = file.spec
     if attacks:
         scratch = (path if file and path.is_dir() else Path("runs")) / "scratch"
         place = _Place(limit, found.fingerprint, scratch, say, trust_run)
-        clean, *rest = _attacked(recipe, _victim(path, bundle or file, recipe, place), split, place)
+        clean, *rest = _attacked(recipe, _victim(path, judged, recipe, place), split, place)
     else:
-        clean, rest = _clean(path, bundle or file, split, _device(recipe)), []
+        clean, rest = _clean(path, judged, split, _device(recipe)), []
     if file is not None:
         measure.check(clean, file, split)
         clean = measure.noted(clean, file.notes)
@@ -102,22 +105,22 @@ def with_notes(reading: Reading, notes: Sequence[str]) -> Reading:
     return replace(reading, conditions={**reading.conditions, **said})
 
 
-def _device(recipe: Recipe) -> Any:
+def _device(recipe: Recipe) -> Device:
     """Where a file answers."""
     setup = targets.target(recipe.target).setup
     return devices.device_from_url(recipe.measure.device, setup)
 
 
-def _clean(path: Path, subject: Any, images: Any, device: Any) -> Reading:
-    """The accuracy of a Bundle in torch, or of an `evaluate_file.Judged` through its runtime on a device."""
+def _clean(path: Path, subject: Bundle | Judged, images: Split, device: Device) -> Reading:
+    """The accuracy of a network in torch, or of a file through its runtime on a device."""
     if isinstance(subject, Bundle):
         return measure.of_network(subject, images, path.name)
     artifact = measure.artifact(subject.path, subject.spec)
     return measure.accuracy(artifact, images, device, name=subject.path.name)[0]
 
 
-def _victim(path: Path, subject: Any, recipe: Recipe, place: _Place) -> Any:
-    """A Bundle, the file of a run, or a bare file (`evaluate_file.Judged`); a file answers on the recipe's device."""
+def _victim(path: Path, subject: Bundle | Judged, recipe: Recipe, place: _Place) -> ModelUnderAttack:
+    """A network, the file of a run, or a bare file; a file is run on the recipe's device."""
     device = _device(recipe)
     if isinstance(subject, Bundle):
         return robustness.of_bundle(subject, path.name)
@@ -157,7 +160,7 @@ class _Place:
     trust_run: bool
 
 
-def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[Reading, ...]:
+def _attacked(recipe: Recipe, victim: ModelUnderAttack, images: Split, place: _Place) -> tuple[Reading, ...]:
     """Readings of an attack; what lets it go on after a kill is deleted when it is done."""
     table = replace(attack(recipe), limit=place.limit)
     job = robustness.attack_job(table, seed=recipe.seed, data=f"{place.data} {images.name} {len(images)}")
@@ -176,7 +179,7 @@ def _attacked(recipe: Recipe, victim: Any, images: Any, place: _Place) -> tuple[
     return rows
 
 
-def images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Any, Any]:
+def images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Data, Split]:
     """The data set, and so many of its held-out images; 0 is all."""
     data = open_data(recipe.data, spec, recipe.seed)
     held_out = data.held_out

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
 
 from edgeprune import (
     data,
@@ -25,15 +28,16 @@ from edgeprune import (
     train,
 )
 from edgeprune.errors import UsageError
-from edgeprune.export import check_for_tensorrt as check
-from edgeprune.measure import precision_of
+from edgeprune.export import check_for_tensorrt
+from edgeprune.measure import Trials, precision_of
 from edgeprune.models import deployed
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.run_directory import digest
-from edgeprune.prune import Probe as probe
+from edgeprune.prune import Probe
 from edgeprune.quantities import show
-from edgeprune.quantize import CalibrationSet as material
-from edgeprune.records import Bundle, Reading
+from edgeprune.quantize import CalibrationSet
+from edgeprune.records import Artifact, Bundle, Reading
+from edgeprune.robustness import ModelUnderAttack
 
 PARITY_IMAGES = 8
 # How long a run waits for somebody else who measures on the device.
@@ -57,7 +61,7 @@ def shipped(folders: Mapping[str, Path]) -> Path:
     return quantize.shipped(exported, folders["quantize"]) if "quantize" in folders else exported
 
 
-def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> Any:
+def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> quantize.Job:
     """What the quantize stage is given: images, a way to time files where the target is at hand, and limits."""
     return quantize.Job(
         table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
@@ -67,10 +71,10 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> An
     )  # fmt: skip
 
 
-def timing_trials(run: Context) -> Any:
-    """How files are timed while the run decides (`measure.trials.Trials`)."""
+def timing_trials(run: Context) -> Trials:
+    """How files are timed while the run decides."""
     sparse = run.recipe.prune.granularity == "2:4"
-    return measure.Trials(run.device, run.target, run.say, WAIT_S, sparse)
+    return Trials(run.device, run.target, run.say, WAIT_S, sparse)
 
 
 def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] | None:
@@ -91,20 +95,18 @@ def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] |
     return times
 
 
-def _material(run: Context, folders: Mapping[str, Path]) -> Any:
+def _material(run: Context, folders: Mapping[str, Path]) -> CalibrationSet | None:
     """The images that ranges are taken from; where accuracy under attack matters, attacked ones too."""
-    if not run.trainable:
+    if run.data is None or run.data.train is None:
         if "synthesize" not in folders:
             return None
-        return material(data.read(folders["synthesize"]).images, None, "synthesized")
-    images = data.calibration_images(run.data, run.recipe.data.calibration)
-    labels = run.data.train.labels
-    labels = labels[data.calibration_indices(labels, run.recipe.data.calibration)]
+        return CalibrationSet(data.read(folders["synthesize"]).images, None, "synthesized")
+    images, labels = data.calibration_set(run.data, run.recipe.data.calibration)
     adversarial = _crafted(run, folders, images, labels) if run.minds_attacks else None
-    return material(images, labels, "calibration", adversarial)
+    return CalibrationSet(images, labels, "calibration", adversarial)
 
 
-def _crafted(run: Context, folders: Mapping[str, Path], images: Any, labels: Any) -> Any:
+def _crafted(run: Context, folders: Mapping[str, Path], images: Tensor, labels: Tensor) -> Tensor:
     """Images attacked by PGD on the float network, as many as candidates are judged on."""
     table = replace(recipe.attack(run.recipe), name="pgd")
     count = quantize.judged(len(images))
@@ -118,7 +120,7 @@ def _crafted(run: Context, folders: Mapping[str, Path], images: Any, labels: Any
             pgd(network, x, y, job.ball, chance, advance).images
             for x, y in zip(images[:count].split(128), labels[:count].split(128), strict=True)
         ]
-    return import_module("torch").cat(parts)
+    return torch.cat(parts)
 
 
 def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Reading], tuple[str, ...]]:
@@ -147,7 +149,7 @@ def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Readin
     return found, (f"Estimated, not measured, on {run.target.title}: {times} (roofline of its facts{off}).",)
 
 
-def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[str, Any]:
+def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[str, ModelUnderAttack]:
     """What is attacked, in the order of the stages: the dense network, what each stage left, and the file.
 
     Adversarial images of the dense network are tried on all of them.
@@ -174,7 +176,9 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
     return found
 
 
-def _file_victim(run: Context, path: Path, scratch: Path, twin: Any, others: Mapping[str, Any]) -> Any:
+def _file_victim(
+    run: Context, path: Path, scratch: Path, twin: nn.Module, others: Mapping[str, nn.Module]
+) -> ModelUnderAttack:
     """A file that answers on this machine or, where there is one, on the device."""
     local = devices.device_from_url("local")
     victim = robustness.of_file(path.name, path, scratch, local.where(), twin=twin, others=others)
@@ -191,7 +195,7 @@ def export_onnx(
     *,
     parent: str,
     pattern: Mapping[str, tuple[int, ...]] | None = None,
-) -> tuple[Any, tuple[Reading, ...]]:
+) -> tuple[Artifact, tuple[Reading, ...]]:
     """Write a network as ONNX for the run's target, and prove it; gives the artifact and the parity readings.
 
     Args:
@@ -212,7 +216,7 @@ def export_onnx(
     return artifact, parity
 
 
-def engine_script(run: Context, artifact: Any, out: Path) -> None:
+def engine_script(run: Context, artifact: Artifact, out: Path) -> None:
     """Write build_engine.sh for a target that runs TensorRT, which must take the file.
 
     Raises:
@@ -220,7 +224,7 @@ def engine_script(run: Context, artifact: Any, out: Path) -> None:
     """
     if "tensorrt" not in run.target.setup:
         return
-    check(import_module("onnx").load(artifact.path), str(run.target.setup["tensorrt"]))
+    check_for_tensorrt(onnx.load(artifact.path), str(run.target.setup["tensorrt"]))
     script = plugins.build("runtimes", "tensorrt", {}).engine_script(
         run.target, artifact, dynamic_batch=run.recipe.export.dynamic_batch,
         sparse=run.recipe.prune.granularity == "2:4",
@@ -230,15 +234,15 @@ def engine_script(run: Context, artifact: Any, out: Path) -> None:
     (out / "build_engine.sh").chmod(0o755)
 
 
-def measured_limits(run: Context, dense: Path) -> dict[str, Any]:
+def measured_limits(run: Context, dense: Path) -> dict[str, Probe]:
     """Readings that are only had by building the file: its size, and its time on the device.
 
     Raises:
         UsageError: a time is limited on a device whose processor is emulated.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Probe] = {}
     if "size" in run.budget.limits or run.file_share:
-        found["size"] = probe(
+        found["size"] = Probe(
             float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
         )
     timed = [
@@ -253,27 +257,31 @@ def measured_limits(run: Context, dense: Path) -> dict[str, Any]:
         )
     for metric in timed:
         first = there.latency({"dense": dense / "dense.onnx"}, run.recipe.measure)
-        reference = next(r.value for r in first.readings["dense"] if r.metric == metric)
+        reference = seconds_of(first.readings["dense"], metric)
 
-        def read(net: Any, metric: str = metric, reference: float = reference) -> float:
-            return _built_time(run, there, (net, dense), metric) * reference
-
-        found[metric] = probe(reference, read)
+        found[metric] = Probe(reference, partial(_built_time, run, there, dense, metric, reference))
     return found
 
 
-def shared_probes(run: Context, dense: Path) -> dict[str, Any]:
+def seconds_of(readings: Sequence[Reading], metric: str) -> float:
+    """The time of a file that was timed for real."""
+    value = next(r.value for r in readings if r.metric == metric)
+    assert value is not None, "what was timed alternately has a time"
+    return value
+
+
+def shared_probes(run: Context, dense: Path) -> dict[str, Probe]:
     """The same for all processes of a team: what the first one reads, the others are told."""
     own = measured_limits(run, dense) if run.work.leads else {}
 
-    def reader(metric: str) -> Callable[[Any], float]:
+    def reader(metric: str) -> Callable[[nn.Module], float]:
         return lambda net: distributed.broadcast_object(own[metric].read(net) if metric in own else 0.0)
 
     references = distributed.broadcast_object({metric: found.dense for metric, found in own.items()})
-    return {metric: probe(value, reader(metric)) for metric, value in references.items()}
+    return {metric: Probe(value, reader(metric)) for metric, value in references.items()}
 
 
-def _built_size(run: Context, network: Any) -> int:
+def _built_size(run: Context, network: nn.Module) -> int:
     with serialization.scratch_folder() as folder:
         path = folder / "probe.onnx"
         artifact, _ = export_onnx(run, replace(run.bundle, module=network), path, parent="")
@@ -282,13 +290,14 @@ def _built_size(run: Context, network: Any) -> int:
         return artifact.size_bytes
 
 
-def _built_time(run: Context, there: Any, pair: tuple[Any, Path], metric: str) -> float:
-    """The time of a cut network as a share of the dense one's, timed alternately.
+def _built_time(
+    run: Context, there: Trials, dense: Path, metric: str, reference: float, network: nn.Module
+) -> float:
+    """The time of a cut network, timed alternately with the dense one, which takes `reference` seconds.
 
     Args:
-        there: `trials`. pair: the cut network, and the folder of the dense one's file.
+        dense: the folder of its file.
     """
-    network, dense = pair
     with serialization.scratch_folder() as folder:
         path = folder / "probe.onnx"
         export_onnx(run, replace(run.bundle, module=network), path, parent="")
@@ -301,9 +310,7 @@ def _built_time(run: Context, there: Any, pair: tuple[Any, Path], metric: str) -
     if metric == "latency_p50" and found is not None:
         share = 1.0 / found[1].value
     else:
-        value = {
-            name: next(r.value for r in rows if r.metric == metric) for name, rows in timed.readings.items()
-        }
+        value = {name: seconds_of(rows, metric) for name, rows in timed.readings.items()}
         share = value["compressed"] / value["dense"]
     run.say(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
-    return share
+    return share * reference

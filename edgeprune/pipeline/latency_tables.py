@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgeprune import latency, quantize
 from edgeprune.errors import UsageError
+from edgeprune.latency import Predictor, TimingBackend
+from edgeprune.measure import Latency, Trials
+from edgeprune.models import CostModel
 from edgeprune.pipeline.context import Context, Log, multiple_of
-from edgeprune.pipeline.intermediates import timing_trials
+from edgeprune.pipeline.intermediates import seconds_of, timing_trials
 from edgeprune.recipe import MeasureTable
 from edgeprune.serialization import scratch_folder
 
@@ -45,11 +47,11 @@ class Written:
 AS_EXPORTED = Written()
 
 
-def bench(trials: Any, table: MeasureTable, say: Log, written: Written = AS_EXPORTED) -> Any:
-    """A device as `latency.sampling.TimingBackend`. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables.
+def bench(trials: Trials, table: MeasureTable, say: Log, written: Written = AS_EXPORTED) -> TimingBackend:
+    """A device as what times files. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables.
 
     Args:
-        trials: `measure.trials.Trials`, how files are timed there. written: in which precision.
+        trials: how files are timed there. written: in which precision.
 
     Raises:
         UsageError: the folder of the tables can't be written. DeviceError: the device does not answer.
@@ -69,20 +71,20 @@ def bench(trials: Any, table: MeasureTable, say: Log, written: Written = AS_EXPO
         with written.files({"model": file}) as there:
             return [(node.name, node.seconds) for node in trials.nodes(there["model"], quick)]
 
-    return latency.TimingBackend(seconds, nodes, place, folder, say)
+    return TimingBackend(seconds, nodes, place, folder, say)
 
 
-def medians(timed: Any) -> dict[str, float]:
-    """Seconds of each file of a `measure.latency.Latency`.
+def medians(timed: Latency) -> dict[str, float]:
+    """Seconds of each file.
 
     One clock for all: the thread's own where there is one, which other work does not disturb.
     """
     rows = {n: next(r for r in rows if r.metric == TIMED[0]) for n, rows in timed.readings.items()}
     own = all(r.conditions.get("cpu_p50") for r in rows.values())
-    return {n: float(r.conditions["cpu_p50"] if own else r.value) for n, r in rows.items()}
+    return {n: float(r.conditions["cpu_p50"]) if own else seconds_of((r,), TIMED[0]) for n, r in rows.items()}
 
 
-def latency_model(run: Context, file: Path) -> Callable[[Any], Any] | None:
+def latency_model(run: Context, file: Path) -> Callable[[CostModel], Predictor] | None:
     """From the costs of a run's network to what predicts the time of its cuts, by a table that is filled where it must.
 
     The table is of the precision that the file will have where it is named, else of fp32. None where no latency is in
@@ -95,7 +97,7 @@ def latency_model(run: Context, file: Path) -> Callable[[Any], Any] | None:
     if not timed or run.trains or run.device.name == "fake":
         return None
 
-    def predictor(costs: Any) -> Any:
+    def predictor(costs: CostModel) -> Predictor:
         there = timing_trials(run)
         written = _written(run)
         bench_ = bench(there, run.recipe.measure, run.say, written)

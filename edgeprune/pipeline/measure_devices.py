@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeprune import concurrency, data, devices, distributed, models, report, serialization
 from edgeprune import measure as measure_stage
+from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, EdgepruneError, WorkdirError
 from edgeprune.measure import NOT_THERE, Measured, MeasureRequest, Pictures, densities, measure_unlabelled
 from edgeprune.pipeline.context import Context, DeviceResult, Ledger, OtherDevices, Step, beside_key
@@ -96,8 +97,8 @@ def side_by_side(
     return folder, distributed.broadcast_object(OtherDevices(tuple(done.values()), failed))
 
 
-def _further(run: Context) -> dict[str, Any]:
-    """URL, without a password -> `devices.Device` of each device but the first."""
+def _further(run: Context) -> dict[str, Device]:
+    """URL, without a password -> each device but the first."""
     return {
         devices.redacted(url): devices.device_from_url(url, run.target.setup)
         for url in run.recipe.measure.beside
@@ -105,8 +106,8 @@ def _further(run: Context) -> dict[str, Any]:
 
 
 def _on(
-    run: Context, key: str, folders: Mapping[str, Path], there: tuple[str, Any]
-) -> tuple[DeviceResult, Any]:
+    run: Context, key: str, folders: Mapping[str, Path], there: tuple[str, Device]
+) -> tuple[DeviceResult, Measured]:
     """The readings of one further device, taken now if need be. there: its URL, and the device."""
 
     def work(out: Path) -> None:
@@ -131,8 +132,8 @@ def _files(folders: Mapping[str, Path]) -> dict[str, Path]:
     return {"dense": folders["dense"] / "dense.onnx", "compressed": shipped(folders)}
 
 
-def _wanted(run: Context, device: Any, out: Path) -> Any:
-    """What is to be read on a device (`measure.stage.MeasureRequest`). out: where its engines are kept."""
+def _wanted(run: Context, device: Device, out: Path) -> MeasureRequest:
+    """What is to be read on a device. out: where its engines are kept."""
     return MeasureRequest(
         run.bundle.input, device, run.recipe.measure, run.target, run.data.held_out if run.data else None, run.say,
         engines=out, sparse=run.recipe.prune.granularity == "2:4",
@@ -166,15 +167,15 @@ OF_THE_TIMES = ("The median time", "Times are", "Other work")
 class Joined:
     """The further part of a report.
 
-    measured: `measure.stage.Measured` with the readings and the samples of the further devices, and the notes of
+    measured: the readings and the samples of the further devices, and the notes of
     all. environment: what the report's environment has besides; empty where there is one device.
     """
 
-    measured: Any
+    measured: Measured
     environment: Mapping[str, Any]
 
 
-def joined(run: Context, measured: Any, beside: OtherDevices) -> Joined:
+def joined(run: Context, measured: Measured, beside: OtherDevices) -> Joined:
     """Put what the further devices measured beside what the first one did.
 
     Args:
@@ -206,7 +207,7 @@ def joined(run: Context, measured: Any, beside: OtherDevices) -> Joined:
     return Joined(found, {"devices": rows} if rows else {})
 
 
-def _named(site: DeviceResult, measured: Any, name: str) -> tuple[DeviceResult, Any]:
+def _named(site: DeviceResult, measured: Measured, name: str) -> tuple[DeviceResult, Measured]:
     """A device under a name that no other one of the run has, and what was read there alone."""
 
     def moved(readings: tuple[Reading, ...]) -> tuple[Reading, ...]:

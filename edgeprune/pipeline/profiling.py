@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from edgeprune import concurrency, devices, export, latency, measure, models, targets
+from edgeprune.data import Split
+from edgeprune.devices import Device
 from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.latency import LatencyTable
+from edgeprune.measure import Judged, OnnxFile
 from edgeprune.pipeline import evaluation
 from edgeprune.pipeline.context import Log, load
 from edgeprune.pipeline.latency_tables import bench
@@ -59,8 +62,8 @@ def profile(
     return replace(found, readings=(*found.readings, *(r for r in rows if r.metric != "clean_accuracy")))
 
 
-def _job(recipe: Recipe, file: Any, asked: tuple[int | None, str], say: Log) -> _Job:
-    """What is measured of an `evaluate_file.OnnxFile`. asked: the limit and the output."""
+def _job(recipe: Recipe, file: OnnxFile, asked: tuple[int | None, str], say: Log) -> _Job:
+    """What is measured of a file. asked: the limit and the output."""
     (limit, output), spec = asked, file.spec(asked[1])
     say(f"profile: outputs of {file.path.name}: {file.said}")
     if not recipe.data.path:
@@ -94,8 +97,8 @@ def _measured(recipe: Recipe, job: _Job) -> Profiled:
     return Profiled(readings, concurrency.told(failed, len(there)) if failed else None)
 
 
-def table(recipe: Recipe, *, say: Log) -> Any:
-    """Time the layers of a model over their channel counts on the recipe's device (`latency.layer_table.LatencyTable`).
+def table(recipe: Recipe, *, say: Log) -> LatencyTable:
+    """Time the layers of a model over their channel counts on the recipe's device.
 
     Raises:
         UsageError: several devices, images or an attack are named. ModelError: the model can't be loaded or cut.
@@ -136,8 +139,8 @@ def table(recipe: Recipe, *, say: Log) -> Any:
 class _Job:
     """What is measured on every device alike: the file `path`.
 
-    whole: what answers images and makes engines, None for the same. images, judged: `data.dataset.Split` and the
-    `evaluate_file.Judged` that answers them; or None. notes: what a reader must know of the images.
+    whole: what answers images and makes engines, None for the same. images, judged: held-out images and
+    what is asked about them. notes: what a reader must know of the images.
     """
 
     recipe: Recipe
@@ -145,11 +148,11 @@ class _Job:
     spec: InputSpec
     say: Log
     whole: Path | None
-    images: Any = None
-    judged: Any = None
+    images: Split | None = None
+    judged: Judged | None = None
     notes: tuple[str, ...] = ()
 
-    def on(self, device: Any) -> tuple[str, tuple[Reading, ...]]:
+    def on(self, device: Device) -> tuple[str, tuple[Reading, ...]]:
         """Where a device is, as its readings name the place, and what it read.
 
         Raises:
@@ -164,7 +167,7 @@ class _Job:
         )  # fmt: skip
         measured = measure.run(wanted, {self.path.stem: self.path}, None)
         for reading in measured.after:
-            if self.judged is not None and reading.metric == "clean_accuracy":
+            if self.judged is not None and self.images is not None and reading.metric == "clean_accuracy":
                 measure.check(reading, self.judged, self.images)
         for note in measured.notes:
             self.say(note)

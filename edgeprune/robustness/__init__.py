@@ -2,7 +2,7 @@
 
 # fmt: off
 from edgeprune.robustness.gradient_masking import flags
-from edgeprune.robustness.job import RESULT_VERSION, attack_job
+from edgeprune.robustness.job import ModelUnderAttack, RESULT_VERSION, attack_job
 from edgeprune.robustness.models_under_attack import OnDevice, elsewhere, of_bundle, of_file, of_network, of_run
 from edgeprune.robustness.models_under_attack import on_device
 from edgeprune.robustness.readings import merged, readings_of
