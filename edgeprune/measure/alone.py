@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
 from edgeprune.data import Split
 from edgeprune.errors import UnsupportedModel
 from edgeprune.models import HINT, check_alone, deployed, differs
-from edgeprune.onnx_graph import ORT_ERRORS, batch_of, opened
+from edgeprune.onnx_graph import ORT_ERRORS, batch_of, open_session, opened
 from edgeprune.records import Bundle
 from edgeprune.runtimes import OnnxRuntime
 
@@ -59,16 +58,13 @@ def _first(model: onnx.ModelProto, x: Tensor) -> str:
     nodes = {name: node for node in told.graph.node for name in node.output if name}
     known = {value.name for value in told.graph.output}
     told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in known)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(told.SerializeToString(), options, ["CPUExecutionProvider"])
+        session = open_session(told, optimized=False)
         given = session.get_inputs()[0]
         x = x.half() if "float16" in given.type else x
         together = session.run(list(nodes), {given.name: x.numpy()})
         parts = [session.run(list(nodes), {given.name: image.numpy()}) for image in x.split(1)]
-    except ORT_ERRORS:
+    except (UnsupportedModel, *ORT_ERRORS):
         return "it"
     for number, (name, node) in enumerate(nodes.items()):
         rows, alone = torch.as_tensor(together[number]), [torch.as_tensor(part[number]) for part in parts]

@@ -8,5 +8,6 @@ from edgeprune.onnx_graph.index import inputs_of, moved, one_hot, opened, operan
 from edgeprune.onnx_graph.index import value_names
 from edgeprune.onnx_graph.qdq_constants import QuantizationParameters, dequantized, maker_of, parameters_of
 from edgeprune.onnx_graph.qdq_constants import quantized_constant
-from edgeprune.onnx_graph.session import METRIC, Network, ORT_ERRORS, check, compare, open_onnx, probes, reference
+from edgeprune.onnx_graph.session import METRIC, Network, ORT_ERRORS, check, compare, open_onnx
+from edgeprune.onnx_graph.session import open_session, probes, reference
 from edgeprune.onnx_graph.work import INT8_OPERATORS, Layer, WIDTH, Work, layers, work_of

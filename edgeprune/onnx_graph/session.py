@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnxruntime
 import torch
@@ -66,23 +67,41 @@ def probes(spec: InputSpec, seed: int, batch: int = 1) -> Iterable[tuple[str, Te
     )
 
 
+def open_session(
+    model: ModelProto | Path, *, threads: int = 0, optimized: bool = True, written: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime on this machine's CPU, which prints nothing: the one place that makes one.
+
+    Args:
+        threads: 0 for as many as torch has. optimized: whether nodes may be fused. written: where the graph that is
+            run is written to, None for nowhere.
+
+    Raises:
+        UnsupportedModel: ONNX Runtime can't load it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 4
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if written is not None:
+        options.optimized_model_filepath = str(written)
+    try:
+        content = str(model) if isinstance(model, Path) else model.SerializeToString()
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except ORT_ERRORS as error:
+        raise UnsupportedModel(
+            f"ONNX Runtime {onnxruntime.__version__} can't load the model: {reason(error)}"
+        ) from error
+
+
 def open_onnx(model: ModelProto) -> Network:
     """An ONNX model as a callable from float32 (N, C, H, W) to (N, K), run by ONNX Runtime on this CPU.
 
     Raises:
         UnsupportedModel: ONNX Runtime can't load it; when called, can't run it.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except ORT_ERRORS as error:
-        raise UnsupportedModel(
-            f"ONNX Runtime {onnxruntime.__version__} can't load the model: {reason(error)}"
-        ) from error
+    session = open_session(model)
     name = session.get_inputs()[0].name
 
     def network(pixels: Tensor) -> Tensor:

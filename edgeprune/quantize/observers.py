@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from edgeprune.data import BROKEN_NPZ
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.models import reason
-from edgeprune.onnx_graph import ORT_ERRORS
+from edgeprune.onnx_graph import ORT_ERRORS, open_session
 from edgeprune.progress import bar
 from edgeprune.serialization import replace_file
 
@@ -278,7 +277,7 @@ def _open(watched: ModelProto, names: list[str], images: Tensor) -> tuple[Any, i
         dims[0].Clear()
         dims[0].dim_param = "batch"
     try:
-        session = _session(watched)
+        session = open_session(watched)
         alone = _run(session, names, {entry: image})
         size = max(1, min(_MOST_IMAGES, _BATCH_BYTES * len(image) // max(1, sum(v.nbytes for v in alone))))
         if not fixed or _is_free(session, names, entry, image):
@@ -288,7 +287,7 @@ def _open(watched: ModelProto, names: list[str], images: Tensor) -> tuple[Any, i
             raise
     dims[0].Clear()
     dims[0].dim_value = fixed
-    return _session(watched), fixed
+    return open_session(watched), fixed
 
 
 def _is_free(session: Any, names: list[str], entry: str, image: Array) -> bool:
@@ -304,18 +303,6 @@ def _is_free(session: Any, names: list[str], entry: str, image: Array) -> bool:
         for v, a, b in zip(together, *parts, strict=True)
         if v.ndim
     ) and all(v.ndim for v in together)
-
-
-def _session(model: ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except ORT_ERRORS as error:
-        raise UnsupportedModel(f"ONNX Runtime can't load the model: {reason(error)}") from error
 
 
 def _run(session: Any, names: list[str], feed: dict[str, Array]) -> list[Array]:

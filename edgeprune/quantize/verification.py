@@ -20,7 +20,6 @@ from edgeprune.models import reason
 from edgeprune.onnx_graph import (
     INT8_OPERATORS,
     ONNX_ERRORS,
-    ORT_ERRORS,
     Layer,
     Network,
     QuantizationParameters,
@@ -28,6 +27,7 @@ from edgeprune.onnx_graph import (
     layers,
     maker_of,
     open_onnx,
+    open_session,
     operand,
     parameters_of,
     quantized_constant,
@@ -63,18 +63,12 @@ def optimized(model: ModelProto) -> ModelProto:
     Raises:
         UnsupportedModel: it can't load the model.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
     with scratch_folder() as folder:
         written = folder / "optimized.onnx"
-        options.optimized_model_filepath = str(written)
+        open_session(model, threads=1, written=written)
         try:
-            onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
             return onnx.load(written)
-        except (*ORT_ERRORS, DecodeError) as error:
+        except (OSError, DecodeError) as error:
             raise UnsupportedModel(
                 f"ONNX Runtime {onnxruntime.__version__} can't load the model: {reason(error)}"
             ) from error

@@ -23,7 +23,7 @@ from edgeprune.errors import EdgepruneError, UnsafeModel, UnsupportedModel, Usag
 from edgeprune.measure import RUNTIME, built_engines, choose, predict
 from edgeprune.measure import Place as BuildPlace
 from edgeprune.models import Logits, deployed, load_bundle, sha256_file
-from edgeprune.onnx_graph import freed
+from edgeprune.onnx_graph import ORT_ERRORS, freed, open_session
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Target
 from edgeprune.robustness.job import ModelUnderAttack
@@ -78,19 +78,11 @@ def _answers(session: Session) -> Logits:
 
 
 def _opened(path: Path, session: Session, threads: int) -> Logits | None:
-    """The answers on several threads, or None where it fails or answers otherwise. ONNX Runtime prints nothing."""
-    import onnxruntime
-
-    from edgeprune.onnx_graph import ORT_ERRORS
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
+    """The answers on several threads, or None where it fails or answers otherwise."""
     try:
-        many = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        answers = _shared_out(many, threads)
+        answers = _shared_out(open_session(path, threads=1), threads)
         return answers if _same(session, answers) else None
-    except ORT_ERRORS:
+    except (UnsupportedModel, *ORT_ERRORS):
         return None
 
 
