@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.data.dataset import Split, in_memory, open_data
+from edgeprune.data.collection import Split, in_memory, open_data
 from edgeprune.measure.evaluate import balanced
 from edgeprune.models.bundle import deployed, load_bundle
 from edgeprune.quantities import eps_of

@@ -24,7 +24,7 @@ import torch
 from linf import pgd, right
 
 from edgeprune import api
-from edgeprune.data.dataset import open_data
+from edgeprune.data.collection import open_data
 from edgeprune.models.bundle import deployed
 from edgeprune.recipe.schema import DataTable
 from edgeprune.records import Bundle

@@ -19,7 +19,7 @@ import torch
 from latency_cases import THOROUGH, Case, case, material, ours, seconds, write
 from torch import Tensor
 
-from edgeprune.data import dataset
+from edgeprune.data import collection
 from edgeprune.measure import evaluate
 from edgeprune.models import costs
 from edgeprune.models.bundle import deployed, from_module
@@ -44,25 +44,25 @@ def share_right(network: Bundle, images: Tensor, labels: Tensor) -> float:
     return float((answers.argmax(1) == labels).double().mean())
 
 
-def trained(given: argparse.Namespace, folder: Path) -> tuple[Case, dataset.Data]:
+def trained(given: argparse.Namespace, folder: Path) -> tuple[Case, collection.Data]:
     """The trained network with its latency table, and its images."""
     network = latency_networks.resnet20()
     network.load_state_dict(torch.load(given.weights, weights_only=True))
     bundle = from_module(network.eval(), torch.rand(1, 3, 32, 32))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     bundle = replace(bundle, input=replace(bundle.input, mean=mean, std=std))
-    images = dataset.open_data(DataTable(path=given.data), bundle.input, 0)
+    images = collection.open_data(DataTable(path=given.data), bundle.input, 0)
     return case("ResNet-20, trained", bundle, costs.normalized_example(bundle.input, 0), folder), images
 
 
 def row(
-    given: argparse.Namespace, trained: tuple[Case, dataset.Data], how: tuple[str, float, int], file: Path
+    given: argparse.Namespace, trained: tuple[Case, collection.Data], how: tuple[str, float, int], file: Path
 ) -> None:
     """Cut to a share of the time, tune, read; the network goes to the file and what was read into one beside it."""
     (it, images), (way, share, seed) = trained, how
     assert images.train is not None
-    seen = dataset.calibration_images(images, "default")
-    labels = images.train.labels[dataset.calibration_indices(images.train.labels, "default")]
+    seen = collection.calibration_images(images, "default")
+    labels = images.train.labels[collection.calibration_indices(images.train.labels, "default")]
     more: dict[str, Any] = {"images": seen, "labels": labels}
     if way == MACS:
         more["clock"] = None

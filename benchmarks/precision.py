@@ -29,7 +29,7 @@ from resnet20_cifar10 import resnet20
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.data.dataset import Data, calibration_indices, open_data
+from edgeprune.data.collection import Data, calibration_indices, open_data
 from edgeprune.data.synthesis import synthesize
 from edgeprune.devices.local import Local
 from edgeprune.export import stage

@@ -30,7 +30,7 @@ from cifar_networks import NETWORKS
 from linf import fgsm, pgd, right
 from robust_rows import Row, rows
 
-from edgeprune.data.dataset import Data, divide, in_memory, open_data
+from edgeprune.data.collection import Data, divide, in_memory, open_data
 from edgeprune.models.bundle import deployed, from_module
 from edgeprune.models.costs import normalized_example, total_params
 from edgeprune.models.storage import load_tensors, save_network

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from edgeprune.data import dataset
-from edgeprune.data.dataset import Data, Split, in_memory, open_data
+from edgeprune.data import collection
+from edgeprune.data.collection import Data, Split, in_memory, open_data
 from edgeprune.errors import UsageError
 from edgeprune.recipe.schema import DataTable
 from edgeprune.records import InputSpec
@@ -41,11 +41,11 @@ def opened(path: Path, use: str = "all", spec: InputSpec = SPEC, seed: int = 0) 
     return open_data(DataTable(path=str(path), use=use), spec, seed)
 
 
-def everything(split: dataset.Split) -> torch.Tensor:
+def everything(split: collection.Split) -> torch.Tensor:
     return split.take(torch.arange(len(split)))
 
 
-def content(split: dataset.Split | None) -> set[bytes]:
+def content(split: collection.Split | None) -> set[bytes]:
     return set() if split is None else {image.numpy().tobytes() for image in everything(split)}
 
 

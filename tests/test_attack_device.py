@@ -23,7 +23,7 @@ from onnx_files import save
 from sshd import Sshd, sshd
 
 from edgeprune import targets
-from edgeprune.data.dataset import Split, in_memory
+from edgeprune.data.collection import Split, in_memory
 from edgeprune.devices._base import Device, ShellDevice, device_from_url
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, UsageError
 from edgeprune.measure.engines import Engine

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.data.dataset import Split, in_memory
+from edgeprune.data.collection import Split, in_memory
 from edgeprune.plugins import build
 from edgeprune.recipe.schema import AttackTable
 from edgeprune.robustness import gradient_masking, models_under_attack, stage

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from edgeprune.attacks._base import Attack
-from edgeprune.data.dataset import Split, in_memory
+from edgeprune.data.collection import Split, in_memory
 from edgeprune.errors import UsageError
 from edgeprune.models.queries import Logits
 from edgeprune.plugins import build

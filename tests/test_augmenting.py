@@ -14,7 +14,7 @@ from image_sets import Answers, stripes
 from torch import Tensor, nn
 
 from edgeprune import api
-from edgeprune.data.dataset import Data, in_memory
+from edgeprune.data.collection import Data, in_memory
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.train.job import augment, decide
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.measure import alone
-from edgeprune.models.batch_dependence import TWO_LINES, check_alone
 from edgeprune.models.bundle import from_module
+from edgeprune.models.inference import TWO_LINES, check_alone
 
 Function = Callable[[Tensor], Tensor]
 X = torch.rand(2, 3, 16, 16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from image_sets import content, folder, opened
 
-from edgeprune.data.dataset import calibration_digest, calibration_images, calibration_indices
+from edgeprune.data.collection import calibration_digest, calibration_images, calibration_indices
 from edgeprune.errors import UsageError
 
 

@@ -17,7 +17,7 @@ import torch
 from image_sets import Small, same, stripes, weights
 from torch import Tensor, nn
 
-from edgeprune.data.dataset import Split
+from edgeprune.data.collection import Split
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.models.storage import Checkpoint, Progress, key
 from edgeprune.recipe.schema import TuneTable

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 from edgeprune.cli.app import app
-from edgeprune.data import dataset, images
-from edgeprune.data.dataset import calibration_images, in_memory
+from edgeprune.data import collection, images
+from edgeprune.data.collection import calibration_images, in_memory
 from edgeprune.data.splits import stratified
 from edgeprune.errors import UsageError
 from edgeprune.records import InputSpec
@@ -389,7 +389,7 @@ def test_a_set_too_large_for_memory_gives_the_same_images_from_its_files(
     parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = opened(parts)
-    monkeypatch.setattr(dataset, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(collection, "MEMORY_BYTES", 1000)
     on_demand = opened(parts)
     assert isinstance(on_demand.held_out.pixels, images.OnDemand)
     assert torch.equal(everything(on_demand.held_out), everything(decoded.held_out))

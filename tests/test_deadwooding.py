@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import plugins
-from edgeprune.data.dataset import Split, in_memory
+from edgeprune.data.collection import Split, in_memory
 from edgeprune.errors import UsageError
 from edgeprune.methods._base import PruneTask, Training
 from edgeprune.methods._deadwooding import constrained_distillation, shrinkage

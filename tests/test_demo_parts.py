@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from edgeprune.data.dataset import Data, open_data
+from edgeprune.data.collection import Data, open_data
 from edgeprune.errors import MissingDependency
 from edgeprune.pipeline import demonstration
 from edgeprune.recipe.schema import DataTable

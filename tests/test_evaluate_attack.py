@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from edgeprune import confidence, serialization
 from edgeprune.cli.app import app
-from edgeprune.data.dataset import in_memory
+from edgeprune.data.collection import in_memory
 from edgeprune.errors import UsageError
 from edgeprune.export import stage
 from edgeprune.measure import evaluate

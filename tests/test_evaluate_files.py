@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeprune.data.dataset import Split, in_memory
+from edgeprune.data.collection import Split, in_memory
 from edgeprune.devices.fake import Fake
 from edgeprune.errors import ModelError, ParityError, UnsafeModel, UsageError
 from edgeprune.measure import counts

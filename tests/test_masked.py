@@ -8,7 +8,7 @@ import nets
 import torch
 from torch import nn
 
-from edgeprune.data.dataset import in_memory
+from edgeprune.data.collection import in_memory
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.structure.units import of_weights
 from edgeprune.train.job import TrainingJob

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgeprune.data.dataset import in_memory
+from edgeprune.data.collection import in_memory
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.models.bundle import deployed, from_module
 from edgeprune.prune import cut

@@ -12,7 +12,7 @@ from image_sets import Answers, Small, same, stripes, weights
 from torch import nn
 
 from edgeprune import progress
-from edgeprune.data.dataset import Split
+from edgeprune.data.collection import Split
 from edgeprune.data.images import Decoded
 from edgeprune.errors import UsageError
 from edgeprune.models.inference import modes

@@ -143,7 +143,7 @@ import hashlib
 import nets
 from edgeprune import plugins
 from edgeprune.models import bundle
-from edgeprune.data.dataset import in_memory
+from edgeprune.data.collection import in_memory
 from edgeprune.recipe.schema import PruneTable; from edgeprune.recipe.schema import TuneTable
 from edgeprune.records import Budget; from edgeprune.records import Limit
 from edgeprune.prune import stage as prune

@@ -14,7 +14,7 @@ import torch
 from image_sets import Answers, Small, same, stripes, weights
 from torch import Tensor, nn
 
-from edgeprune.data.dataset import in_memory
+from edgeprune.data.collection import in_memory
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.train import loop

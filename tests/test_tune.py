@@ -12,7 +12,7 @@ import torch
 from image_sets import same, stripes
 from torch import Tensor, nn
 
-from edgeprune.data.dataset import Data, calibration_indices
+from edgeprune.data.collection import Data, calibration_indices
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.records import Bundle, InputSpec, Reading, Source
 from edgeprune.train import tune

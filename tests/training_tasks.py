@@ -12,7 +12,7 @@ import torch
 from nets import SHAPE, example
 from torch import Tensor, nn
 
-from edgeprune.data.dataset import Split, in_memory
+from edgeprune.data.collection import Split, in_memory
 from edgeprune.methods._base import PruneTask, Training
 from edgeprune.models.costs import cost_model, total_params
 from edgeprune.recipe.schema import TuneTable

@@ -31,7 +31,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class Images(Protocol):
-    """Held-out images; `edgeprune.data.dataset.Split` is one."""
+    """Held-out images; `edgeprune.data.collection.Split` is one."""
 
     @property
     def name(self) -> str:

@@ -42,7 +42,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    """What to read: where, how long, for which target, and on which images (`data.dataset.Split` or None).
+    """What to read: where, how long, for which target, and on which images (`data.collection.Split` or None).
 
     engines: where engines that are built on the device are kept, None for nowhere. sparse: the file holds the 2:4
     pattern. wait_s: how long to wait for somebody else who measures on the device. judged: the file that answers
