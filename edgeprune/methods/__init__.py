@@ -1,4 +1,5 @@
 """Pruning methods: one file each."""
 
 # fmt: off
-from edgeprune.methods._base import Method, PruneTask, Survey, SurveyMethod, Training, TrainingMethod, counts, verify
+from edgeprune.methods._base import Method, PruneTask, ScoreMethod, Survey, SurveyMethod
+from edgeprune.methods._base import Training, TrainingMethod, counts, need_images, need_training, verify
