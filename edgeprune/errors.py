@@ -28,6 +28,7 @@ from typing import ClassVar, Iterator, Optional
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
+_ENDS = re.compile(r"[ \t]*\n\s*")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 # torch, ONNX Runtime, C++ and the system have no common class for it.
@@ -57,7 +58,7 @@ class EdgepruneError(Exception):
         Raises:
             NoRoom: it is about what an exhausted disk or memory has raised, which is then no fault of a file.
         """
-        self.message, self.hint = shortened(visible(message)), shortened(visible(hint))
+        self.message, self.hint = line(message), shortened(visible(hint))
         Exception.__init__(self, self.message)
         short = None if isinstance(self, WorkdirError) else shortage(sys.exc_info()[1], self.message)
         if short:
@@ -177,13 +178,18 @@ def told_shortage() -> Iterator[None]:
 
 def shortened(text: str) -> str:
     """Text of any length as a message: at most about 2,000 characters, with how many were left out."""
-    half = _MOST // 2
-    return text if len(text) <= _MOST else f"{text[:half]} [{len(text) - _MOST} characters] {text[-half:]}"
+    half = _MOST // 2 - 20  # what is shortened is never so again
+    return text if len(text) <= _MOST else f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
 
 
 def visible(text: str) -> str:
     """Text from anywhere, fit for a terminal, a log and a page: control characters and the like as escapes."""
     return _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def line(text: str) -> str:
+    """Text from anywhere as one line of a message, `visible` and `shortened`; no name in it begins a line."""
+    return shortened(_ENDS.sub(" ", visible(text)))
 
 
 def _free(path: str) -> str:

@@ -12,6 +12,8 @@ from edgeprune.records import Target
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SCHEMES = ("u8", "s8")
+# Of a whole number of TOML, besides its sign.
+WHOLE_BITS = 63
 LOWEST_OPSET = 7  # the oldest that ONNX Runtime still reads
 _KINDS: Mapping[str, type] = {
     "title": str,
@@ -71,16 +73,34 @@ def read_toml(path: Path) -> Dict[str, Any]:
     Raises:
         UsageError: not readable or not TOML; says the line.
     """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def parse_toml(text: str) -> Dict[str, Any]:
+    """What a TOML text says.
+
+    Raises:
+        ValueError: not TOML, nested too deep, or a whole number of more than 64 bits, which TOML does not have.
+    """
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not only TOMLDecodeError: a number of 5,000 digits
-        raise UsageError(f"{path}: {error}") from error
+        table = tomllib.loads(text)
+        pending: List[Any] = [table]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, int) and value.bit_length() > WHOLE_BITS:
+                raise ValueError(
+                    f"a whole number of {value.bit_length() + 1} bits, TOML has {WHOLE_BITS + 1}"
+                )
+            if isinstance(value, (dict, list)):
+                pending.extend(value.values() if isinstance(value, dict) else value)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return table
 
 
 def target(name: str) -> Target:

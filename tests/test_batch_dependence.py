@@ -127,10 +127,10 @@ def write(path: Path, axis: int) -> Path:
 
 def test_a_file_that_mixes_the_images_of_a_batch_is_refused_with_the_node(tmp_path: Path) -> None:
     x = torch.rand(5, 3, 16, 16)
-    alone.check(write(tmp_path / "fine.onnx", 1), x)
+    alone.check(write(tmp_path / "fine.onnx", 1), x, 3)
     path = write(tmp_path / "mixed.onnx", 0)
     with pytest.raises(UnsupportedModel, match=r"in a batch of 5 than alone: shares \(Softmax\) mixes"):
-        alone.check(path, x)
+        alone.check(path, x, 3)
 
 
 def test_a_file_for_single_images_can_not_mix_them(tmp_path: Path) -> None:
@@ -138,4 +138,10 @@ def test_a_file_for_single_images_can_not_mix_them(tmp_path: Path) -> None:
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, path)
-    alone.check(path, torch.rand(5, 3, 16, 16))
+    alone.check(path, torch.rand(5, 3, 16, 16), 3)
+
+
+def test_an_output_of_another_width_than_the_file_says_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "three.onnx", 1)
+    with pytest.raises(UnsupportedModel, match=r"output of shape \(5, 3\), but says it is \(N, 10\)"):
+        alone.check(path, torch.rand(5, 3, 16, 16), 10)

@@ -424,6 +424,16 @@ HOSTILE = [
 ]
 
 
+def test_a_stride_that_would_end_the_process_is_refused_with_the_layer() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2**20), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    with pytest.raises(
+        UnsupportedModel, match=r"0 has the stride \(1048576, 1048576\), accepted are at most 4096"
+    ):
+        from_module(net, torch.rand(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_name_that_could_be_source_is_refused_whatever_the_network_comes_from(
     name: str, tmp_path: Path

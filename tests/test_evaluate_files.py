@@ -311,3 +311,13 @@ def test_a_name_that_is_not_utf8_is_told_and_not_met_later(tmp_path: Path) -> No
     path.write_bytes(path.read_bytes().replace(b"Flatten", b"Fl\xd1tten"))
     with pytest.raises(UsageError, match=r"'Fl\\xd1tten', which is not UTF-8"):
         look(path, tmp_path)
+
+
+def test_an_output_of_billions_of_classes_is_none(tmp_path: Path) -> None:
+    model = quantized(0.1)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2**31
+    onnx.save(model, tmp_path / "m.onnx")
+    found = look(tmp_path / "m.onnx", tmp_path)
+    assert found.spec().classes == 0
+    with pytest.raises(UsageError, match=r"\(1, 2147483648\): neither logits"):
+        found.named("y")

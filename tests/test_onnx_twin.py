@@ -505,6 +505,10 @@ def test_functions_of_the_file_are_looked_into() -> None:
             [helper.make_node("MatMul", ["x", "w"], ["y"], "fc")],
             r"MatMul 'fc'.*fails in torch on \(2, 4, 6, 6\)",
         ),
+        (
+            [helper.make_node("MaxPool", ["x"], ["y"], "far", kernel_shape=[2, 2], strides=[2, 2**20])],
+            "MaxPool 'far'.*at most 4096",
+        ),
         ([helper.make_node("ReduceSum", [""], ["y"], "none")], "ReduceSum 'none'.*input 0 is missing"),
     ],
 )

@@ -141,8 +141,9 @@ def test_a_method_has_one_name_however_it_is_written(name: str) -> None:
 
 def test_auto_takes_the_options_of_every_method_that_it_may_become() -> None:
     for name in schema.AUTO:
-        for option in plugins.options("methods", name):
-            assert parse.build({"prune": {option: 3}}, {}).prune.options == {option: 3}
+        for option, default in plugins.options("methods", name).items():
+            given = {option: "some" if default.startswith("'") else 3}
+            assert parse.build({"prune": given}, {}).prune.options == given
 
 
 def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
@@ -173,6 +174,8 @@ def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
             "neither taylor nor data-free has an option 'imagse'",
             "did you mean 'images'?",
         ),
+        ({"prune": {"method": "data-free", "mode": -1}}, "prune.mode = -1 must be of type str", ""),
+        ({"prune": {"method": "data-free", "pool": "x"}}, "prune.pool = 'x' must be a number", ""),
         ({"synthesize": {"image": 3}}, "[synthesize] has no key 'image'", "did you mean 'images'?"),
         ({"synthesize": {"images": -1}}, "synthesize.images = -1 must be between 0 and 65536", ""),
         ({"synthesize": {"steps": 1.5}}, "synthesize.steps = 1.5 must be of type int", ""),
@@ -194,9 +197,11 @@ def test_a_set_line_without_a_table_sets_target_or_seed() -> None:
         ({"model": {"mean": "nan"}}, "model.mean = 'nan' must be finite", ""),
         ({"model": {"std": "0.2,0,0.2"}}, "model.std = '0.2,0,0.2' must be finite, and more than 0", ""),
         ({"seed": "x"}, "seed = 'x' must be of type int", ""),
-        ({"seed": -1}, "seed = -1 must be between 0 and 4.29497e+09", ""),
+        ({"seed": -1}, "seed = -1 must be between 0 and 4294967295", ""),
+        ({"tune": {"lr": 10**400}}, "tune.lr is a whole number of 1330 bits, accepted are 64", ""),
+        ({"seed": 2**20000}, "seed is a whole number of 20002 bits, accepted are 64", ""),
         ({"target": 3}, "target = 3 must be of type str", ""),
-        ({"measure": {"iterations": 3}}, "measure.iterations = 3 must be between 10 and 1e+06", ""),
+        ({"measure": {"iterations": 3}}, "measure.iterations = 3 must be between 10 and 1000000", ""),
     ],
 )
 def test_a_wrong_recipe_says_what_was_found_and_what_is_accepted(
@@ -222,6 +227,8 @@ def test_a_set_line_of_another_form_is_refused(line: str) -> None:
         ({}, {}, ["model=1", "model.path=x.pt"]),
         ({}, {}, ["model.path=x.pt", "model=1"]),
         ({}, {}, ["tune.lr=" + "[" * 5000]),
+        ({}, {}, ["seed=0x" + "f" * 9000]),
+        ({}, {}, [f"model.mean=[{10**400}]"]),
     ],
 )
 def test_layers_that_disagree_about_tables_never_crash(file: Any, flags: Any, lines: list[str]) -> None:

@@ -74,6 +74,14 @@ def test_the_path_of_a_file_is_made_absolute(file: Path, monkeypatch: pytest.Mon
     assert architectures.canonical("timm:resnet18?num_classes=3") == "timm:resnet18?num_classes=3"
 
 
+def test_a_link_in_a_circle_is_no_file(tmp_path: Path) -> None:
+    loop = tmp_path / "net.py"
+    loop.symlink_to(loop)
+    assert architectures.canonical(f"{loop}:net") == f"{loop}:net"
+    with pytest.raises(UsageError, match="no file"):
+        architectures.architecture(f"{loop}:net")
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "words"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -43,6 +42,7 @@ from edgeprune.cli.options import (
 from edgeprune.cli.output import (
     USAGE,
     echo,
+    echo_json,
     guard,
     print_error,
     print_interrupted,
@@ -247,7 +247,7 @@ def why(
     def work() -> int:
         rows, lines = pipeline.why(recipe.build({}, flags, sets or []), say=say)
         if as_json:
-            echo(json.dumps({"layers": to_json(rows), "notes": lines}))
+            echo_json({"layers": to_json(rows), "notes": lines})
             return 0
         print_table(tables().why_table(rows))
         print_lines([*tables().reasons(rows), *lines])
@@ -265,7 +265,7 @@ def doctor(
     def work() -> int:
         rows = pipeline.doctor(target, device or ["local"])
         if as_json:
-            echo(json.dumps({"checks": to_json(rows)}))
+            echo_json({"checks": to_json(rows)})
         else:
             print_table(tables().doctor_table(rows))
         return pipeline.doctor_status(rows)
@@ -284,7 +284,7 @@ def list_(
     def work() -> int:
         members = pipeline.members(family)
         if as_json:
-            echo(json.dumps({family: members}))
+            echo_json({family: members})
             return 0
         width = max((len(m["name"]) for m in members), default=0)
         for member in members:

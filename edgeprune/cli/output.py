@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from edgeprune.errors import EdgepruneError, shortened, told_shortage, visible
+from edgeprune.errors import EdgepruneError, line, told_shortage, visible
 from edgeprune.serialization import to_json
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ def echo(text: str, err: bool = False) -> None:
     typer.echo(visible(text), err=err)
 
 
+def echo_json(value: Any) -> None:
+    """One JSON object on stdout. DEL may stand in JSON as it is, and is escaped as JSON does."""
+    echo(json.dumps(value).replace("\x7f", "\\u007f"))
+
+
 def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
     """The only `except`: an error becomes two lines on stderr and its own exit code."""
     try:
@@ -60,7 +65,7 @@ def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
     except Exception as error:  # a bug: everything that was foreseen is an EdgepruneError
         if debug:
             traceback.print_exc()
-        text = shortened(f"a bug in edgeprune: {type(error).__name__}: {error}")
+        text = line(f"a bug in edgeprune: {type(error).__name__}: {error}")
         print_error(text, "run again with --debug and report the traceback", BUG, as_json)
         code = BUG
     raise typer.Exit(code)
@@ -77,21 +82,21 @@ def print_interrupted(error: BaseException | None, as_json: bool) -> int:
 def print_error(message: str, hint: str, code: int, as_json: bool) -> None:
     """Two lines on stderr; with --json also one object on stdout."""
     if as_json:
-        echo(json.dumps({"error": message, "hint": hint, "exit_code": code}))
-    echo(f"error: {message}", err=True)
+        echo_json({"error": message, "hint": hint, "exit_code": code})
+    echo(f"error: {line(message)}", err=True)
     if hint:
         echo(f"hint: {hint}", err=True)
 
 
 def shown(record: logging.LogRecord) -> bool:
     """Make what is logged fit for a terminal."""
-    record.msg, record.args = shortened(visible(record.getMessage())), ()
+    record.msg, record.args = line(record.getMessage()), ()
     return True
 
 
 def say(text: str) -> None:
     """A line about progress, on stderr."""
-    echo(shortened(text), err=True)
+    echo(line(text), err=True)
 
 
 def print_table(table: Any) -> None:
@@ -106,8 +111,8 @@ def print_table(table: Any) -> None:
 
 def print_lines(lines: list[str]) -> None:
     """Plain lines on stdout."""
-    for line in lines:
-        echo(line)
+    for text in lines:
+        echo(line(text))
 
 
 def show_run(result: Result, as_json: bool) -> None:
@@ -115,7 +120,7 @@ def show_run(result: Result, as_json: bool) -> None:
     trouble = result.trouble
     if as_json:
         said = {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
-        echo(json.dumps({**said, **_told(trouble)}))
+        echo_json({**said, **_told(trouble)})
     else:
         print_table(tables().report_table(result.report))
         print_lines(tables().summary(result))
@@ -129,7 +134,7 @@ def show_run(result: Result, as_json: bool) -> None:
 def show_readings(readings: Any, as_json: bool, trouble: EdgepruneError | None = None) -> None:
     """Readings of one file, and last, on stderr, which devices gave none."""
     if as_json:
-        echo(json.dumps({"readings": to_json(readings), **_told(trouble)}))
+        echo_json({"readings": to_json(readings), **_told(trouble)})
     else:
         print_table(tables().readings_table(readings))
     if trouble is not None:
@@ -146,7 +151,7 @@ def _told(trouble: EdgepruneError | None) -> dict[str, Any]:
 def show_table(found: Any, as_json: bool) -> None:
     """A latency table."""
     if as_json:
-        echo(json.dumps(to_json(found)))
+        echo_json(to_json(found))
         return
     print_table(tables().latency_table(found))
     print_lines(tables().latency_lines(found))

@@ -29,20 +29,27 @@ def check_bundle(bundle: Bundle, split: Split) -> None:
     check_alone(deployed(bundle), x, bundle.source.path or "the network")
 
 
-def check(path: Path, x: Tensor) -> None:
-    """Refuse a file whose outputs depend on the other images of a batch; one that takes single images can't do that.
+def check(path: Path, x: Tensor, classes: int) -> None:
+    """Refuse a file whose output has another width than it says, or depends on the other images of a batch.
 
     Args:
-        path: takes float32 (N, C, H, W), its first output has N rows. x: at least two such images.
+        path: takes float32 (N, C, H, W), its first output has N rows. x: such images. classes: the width.
 
     Raises:
-        UnsupportedModel: names the first node whose output depends on the other images.
+        UnsupportedModel: says the shape, or names the first node whose output depends on the other images.
     """
     model, x = opened(path), x[:IMAGES]
+    session = OnnxRuntime().open(path, 1)
+    together = torch.from_numpy(session(x.numpy()))
+    if together.shape[1] != classes:
+        raise UnsupportedModel(
+            f"{path.name} gives {len(x)} images an output of shape {tuple(together.shape)}, but says it is "
+            f"(N, {classes})",
+            "export it again",
+        )
     if batch_of(model) is not None or len(x) < 2:
         return
-    session = OnnxRuntime().open(path, 1)
-    together, *alone = (torch.from_numpy(session(part.numpy())) for part in (x, *x.split(1)))
+    alone = [torch.from_numpy(session(part.numpy())) for part in x.split(1)]
     if together.shape != torch.cat(alone).shape or differs(together, torch.cat(alone)):
         raise UnsupportedModel(
             f"{path.name} gives an image another output in a batch of {len(x)} than alone: {_first(model, x)} mixes "

@@ -49,6 +49,7 @@ _INPUTS = (*_FLOATS, TensorProto.DOUBLE, TensorProto.UINT8)
 _CHANNELS = (1, 3, 4)
 # An image of more numbers is none: a size in the file was damaged.
 _LARGEST = 2**28
+_MOST_CLASSES = 10**6
 # So many images tell outputs apart.
 _TRIED = 128
 # Where several outputs name the classes of images, names tell.
@@ -231,8 +232,9 @@ class OnnxFile:
                 f"{TWO_LINES}  # and export it again",
             )
         path = self.with_output(output, classes, logits=attacked)
-        alone.check(path, split.take(torch.arange(min(len(split), alone.IMAGES))))
         spec = InputSpec(self.shape[1:], output.size if output.kind == SCORES else classes)
+        x = split.take(torch.arange(min(len(split), alone.IMAGES)))
+        alone.check(path, x, spec.classes)
         return Judged(path, spec, output, tuple(self._notes(output, why, attacked)), bool(why))
 
     def _notes(self, output: Output, why: str, attacked: bool) -> Sequence[str]:
@@ -372,7 +374,7 @@ def _output(file: OnnxFile, value: ValueInfoProto) -> Output:
         rows = file.shape[0] or 2
     large = [size for size in dims[1:] if size != 1]
     size = prod(large)
-    if len(large) > 1 or (rows and dims[:1] not in ([rows], [0])) or not dims:
+    if len(large) > 1 or size > _MOST_CLASSES or (rows and dims[:1] not in ([rows], [0])) or not dims:
         return Output(value.name, OTHER, size, text)
     if kind in _WHOLE:
         return Output(value.name, RANKS if large else LABELS, size, text)

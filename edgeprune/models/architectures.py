@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def canonical(spec: str) -> str:
     """The spec with the path of a `file.py` made absolute, so that it can be built from another directory."""
     head, mark, query = spec.partition("?")
     origin, _, name = head.rpartition(":")
-    return f"{Path(origin).resolve()}:{name}{mark}{query}" if origin.endswith(".py") else spec
+    return f"{os.path.realpath(origin)}:{name}{mark}{query}" if origin.endswith(".py") else spec
 
 
 def default_input(

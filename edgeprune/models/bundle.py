@@ -24,7 +24,7 @@ from edgeprune.models.surgery import replay
 from edgeprune.quantities import show
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Bundle, InputSpec, Plan, Source
-from edgeprune.safe_loading import check_names
+from edgeprune.safe_loading import check_names, check_strides
 
 _LOG = logging.getLogger("edgeprune")
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -339,6 +339,7 @@ def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channe
 def _prepare(module: nn.Module, where: str) -> tuple[str, ...]:
     """Check the names of a network and make it what the stages take; returns what its user should know about that."""
     check_names(module, where)
+    check_strides(module, where)
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         _LOG.warning(

@@ -117,6 +117,8 @@ def batch_of(model: ModelProto) -> int | None:
 
 
 HINT = "give an .onnx file or a finished run directory; `edgeprune compress` and `why` take PyTorch models"
+# Of a graph with its functions put in, and how deep they may call each other: as deep as onnx accepts.
+_MOST_NODES, _DEEPEST = 10**6, 100
 _BESIDE = (
     "copy the ONNX file and its data files into one folder, or save all in one file with the onnx package"
 )
@@ -130,7 +132,8 @@ def opened(path: Path, *, weights: bool = True) -> ModelProto:
 
     Raises:
         UsageError: it is not a readable ONNX file, a name in it is not UTF-8, or a file beside it is missing.
-        UnsafeModel: its data lie outside its folder. ModelError: a file beside it is too short for what it should hold.
+        UnsafeModel: its data lie outside its folder. UnsupportedModel: its functions call each other too often.
+        ModelError: a file beside it is too short for what it should hold.
     """
     model = _parsed(path)
     tensors = [t for t in _tensors(model) if t.data_location == TensorProto.EXTERNAL]
@@ -188,7 +191,30 @@ def _parsed(path: Path) -> ModelProto:
         raise UsageError(f"{path} is not a readable ONNX file: {error}", HINT) from error
     if not model.graph.node:
         raise UsageError(f"{path} is not a readable ONNX file: there is no graph in it", HINT)
+    if (
+        model.functions
+        and _size(model.graph, {(f.domain, f.name): f for f in model.functions}, {}) > _MOST_NODES
+    ):
+        raise UnsupportedModel(
+            f"{path} has functions that call each other: more than {_MOST_NODES} nodes, or {_DEEPEST} deep, when they "
+            "are put in",
+            "export it again without functions",
+        )
     return model
+
+
+def _size(part: Any, functions: Mapping[Any, Any], known: dict[Any, int], depth: int = 0) -> int:
+    """How many nodes a graph or a function has with its functions put in; more than accepted where it calls itself."""
+    total = len(part.node)
+    for node in part.node if depth <= _DEEPEST else ():
+        key = (node.domain, node.op_type)
+        if key in functions and key not in known:
+            known[key] = _size(functions[key], functions, known, depth + 1)
+        total += known.get(key, 0)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                total += _size(body, functions, known, depth + 1)
+    return min(total, _MOST_NODES + 1) if depth <= _DEEPEST else _MOST_NODES + 1
 
 
 def _tensors(message: Message) -> Iterator[TensorProto]:

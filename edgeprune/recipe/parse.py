@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, fields, replace
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
-from edgeprune import plugins
+from edgeprune import plugins, targets
 from edgeprune.errors import UsageError, visible
 from edgeprune.quantities import limit, suggest
 from edgeprune.recipe import schema
@@ -201,6 +201,8 @@ def _typed(where: str, value: Any, default: Any) -> Any:
     if where == "tune.augment" and isinstance(value, bool):
         return "on" if value else "off"
     kind = type(default)
+    if isinstance(value, int) and value.bit_length() > targets.WHOLE_BITS:
+        raise UsageError(f"{where} is a whole number of {value.bit_length() + 1} bits, accepted are 64")
     if isinstance(value, bool) != (kind is bool) or not isinstance(
         value, (kind, int) if kind is float else kind
     ):
@@ -211,7 +213,7 @@ def _typed(where: str, value: Any, default: Any) -> Any:
 def _numbers(where: str, given: Any, values: Sequence[Any]) -> Tuple[float, ...]:
     try:
         numbers = tuple(float(v) for v in values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{where} = {given!r} must be numbers with commas between") from error
     if not all(math.isfinite(v) and (v > 0 or where == "model.mean") for v in numbers):
         raise UsageError(
@@ -221,8 +223,6 @@ def _numbers(where: str, given: Any, values: Sequence[Any]) -> Tuple[float, ...]
 
 
 def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
-    import tomllib
-
     out: Dict[str, Any] = {}
     for text in sets:
         path, equals, raw = text.partition("=")
@@ -232,8 +232,8 @@ def _parse_sets(sets: Sequence[str]) -> Dict[str, Any]:
                 f"--set {text!r} must be table.key=value", 'for example --set prune.allocation="uniform"'
             )
         try:
-            value = tomllib.loads(f"v = {raw.strip()}")["v"]
-        except (ValueError, RecursionError):
+            value = targets.parse_toml(f"v = {raw.strip()}")["v"]
+        except ValueError:
             value = raw.strip()
         if dot and not isinstance(out.get(table), dict):
             out[table] = {}

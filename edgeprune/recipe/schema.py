@@ -105,17 +105,25 @@ def _check_ranges(recipe: Recipe) -> None:
     )
     for where, value, low, high in ranges:
         if not low <= value <= high:
-            raise UsageError(f"{where} = {value} must be between {low:g} and {high:g}")
+            raise UsageError(f"{where} = {value} must be between {low:.10g} and {high:.10g}")
 
 
 def _check_options(table: PruneTable) -> None:
-    if table.method == "auto" and table.options:
-        known = {key for name in AUTO for key in plugins.options("methods", name)}
+    known: dict[str, str] = {}
+    if table.method == "auto":
+        known = {key: text for name in AUTO for key, text in plugins.options("methods", name).items()}
         for key in table.options:
             if key not in known:
                 raise UsageError(f"neither {' nor '.join(AUTO)} has an option {key!r}", suggest(key, known))
-    elif table.method != "auto" and "." not in table.method:
+    elif "." not in table.method:
         plugins.check_options("methods", table.method, table.options)
+        known = plugins.options("methods", table.method)
+    for key, value in table.options.items():
+        default = known.get(key, "")
+        if default[:1] in ("'", '"') and not isinstance(value, str):
+            raise UsageError(f"prune.{key} = {value!r:.80} must be of type str")
+        if default[:1].isdigit() and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UsageError(f"prune.{key} = {value!r:.80} must be a number")
 
 
 @dataclass(frozen=True)

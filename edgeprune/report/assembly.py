@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from edgeprune.errors import line
 from edgeprune.records import REPORT_SCHEMA, Plan, Reading, Report
 from edgeprune.version import __version__
 
@@ -120,5 +121,5 @@ def build_sections(
     return Report(
         schema=REPORT_SCHEMA, recipe=parts["recipe"], environment=parts["environment"], before=tuple(parts["before"]),
         after=tuple(parts["after"]), ledger=tuple(ledger), layers=tuple(parts["layers"]), samples=parts["samples"],
-        notes=tuple(dict.fromkeys(notes)), left_out=dict(plan.left_out), history=parts.get("history", {}),
+        notes=tuple(dict.fromkeys(map(line, notes))), left_out=dict(plan.left_out), history=parts.get("history", {}),
     )  # fmt: skip

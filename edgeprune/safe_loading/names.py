@@ -1,4 +1,4 @@
-"""Names of modules and tensors: torch writes them into Python source, so what could be more than a name is refused.
+"""What torch takes of a network without a look: names that it writes into Python source, and strides that crash it.
 
 torch.fx and torch.export put the paths of modules, parameters and buffers into generated code without escaping them.
 """
@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from edgeprune.errors import UnsafeModel
+from edgeprune.errors import UnsafeModel, UnsupportedModel
+
+# From 32768 on, the gradient of a convolution ends the process (torch 2.13, oneDNN).
+LARGEST_STRIDE = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
@@ -39,6 +42,21 @@ def check_names(module: nn.Module, where: str) -> None:
         for table in (part._modules, part._parameters, part._buffers):
             for name in table:
                 check_name(name, where)
+
+
+def check_strides(module: nn.Module, where: str) -> None:
+    """Refuse a network with a stride that torch can't compute with.
+
+    Raises:
+        UnsupportedModel: names the layer.
+    """
+    for path, part in module.named_modules():
+        stride = getattr(part, "stride", 1)
+        steps = stride if isinstance(stride, (tuple, list)) else (stride,)
+        if any(isinstance(step, int) and step > LARGEST_STRIDE for step in steps):
+            raise UnsupportedModel(
+                f"{where}: {path} has the stride {short(stride)}, accepted are at most {LARGEST_STRIDE}"
+            )
 
 
 def short(value: Any) -> str:

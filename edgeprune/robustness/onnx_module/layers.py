@@ -22,6 +22,7 @@ from edgeprune.robustness.onnx_module.fake_quantize import (
     read,
     refuse,
 )
+from edgeprune.safe_loading import LARGEST_STRIDE
 
 Pool = Callable[..., Tensor]
 CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -31,7 +32,10 @@ TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, function
 def _window(node: Node, kernel: list[int]) -> tuple[list[int], list[int]]:
     """Strides and dilations of a kernel."""
     ones = [1] * len(kernel)
-    return list(node.get("strides", ones)), list(node.get("dilations", ones))
+    strides = list(node.get("strides", ones))
+    if max(strides, default=1) > LARGEST_STRIDE:
+        raise refuse(node, f"strides {strides}, accepted are at most {LARGEST_STRIDE}")
+    return strides, list(node.get("dilations", ones))
 
 
 def _pads(node: Node, x: Tensor, kernel: list[int]) -> tuple[list[int], list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.models import CALL_ERRORS, reason
+from edgeprune.onnx_graph import ONNX_ERRORS
 from edgeprune.robustness.onnx_module.elementwise import OPERATORS
 from edgeprune.robustness.onnx_module.fake_quantize import (
     BACK,
@@ -79,7 +80,7 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
     Raises:
         UnsupportedModel: an operator that is not known, numbers that can't be read, or not one input.
     """
-    graph = inliner.inline_local_functions(model).graph if model.functions else model.graph
+    graph = _inlined(model)
     opset = max((o.version for o in model.opset_import if o.domain in STANDARD), default=1)
     numbers, kinds = _numbers(graph)
     images = [value for value in graph.input if value.name not in numbers]
@@ -105,6 +106,16 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
     fixed = sum(shape[:1]) > 0
     steps = [_noted(step, kept, but=(1,) if fixed and step.node.op in SHAPED else ()) for step in steps]
     return Plan(_freeing(steps, kept, output), kept, images[0].name, output, shape)
+
+
+def _inlined(model: ModelProto) -> GraphProto:
+    """The graph with the file's own functions put in."""
+    if not model.functions:
+        return model.graph
+    try:
+        return inliner.inline_local_functions(model).graph
+    except ONNX_ERRORS as error:
+        raise UnsupportedModel(f"the functions of the file can't be put in: {reason(error)}") from error
 
 
 def compute(node: Node, x: Inputs) -> tuple[Tensor, ...]:
