@@ -62,7 +62,7 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
         seconds, samples, source, rails; joule null, with why, if it can't be had.
     predict: model, x (.npy of images), out (.npy of logits, to be written), workers -> images, classes.
     profile: model, threads, iterations, shape -> nodes [{name, op, seconds, macs, bytes}].
-    serve (of `main` alone): model, workers -> messages of `agent_frames` until stdin ends: READY {runtime, input,
+    serve (of `main` alone): model, workers -> messages of `agent.protocol` until stdin ends: READY {runtime, input,
         workers}, and for each message of images one of LOGITS.
 
     Raises:

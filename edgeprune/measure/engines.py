@@ -90,7 +90,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that was built on a device. path: here. facts: what is known of it (`agent_engines`)."""
+    """An engine that was built on a device. path: here. facts: what is known of it (`runtimes.engine.files`)."""
 
     path: Path
     onnx: Path

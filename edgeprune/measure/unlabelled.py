@@ -55,7 +55,7 @@ def measure_unlabelled(
             one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
 
     Raises:
-        UsageError, DeviceError, ModelError: as for `measure_answers.predict`.
+        UsageError, DeviceError, ModelError: as for `answers.predict`.
     """
     readings: tuple[Reading, ...] = ()
     if pictures is not None and device.times_alone:
@@ -83,7 +83,7 @@ def answers(
 
     Raises:
         DeviceError: the answers are of another number of classes than the network has.
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure_answers.predict`.
+        UsageError, DeviceError, MissingDependency, ModelError: as for `answers.predict`.
     """
     logits = {
         name: predict(

@@ -3,7 +3,7 @@
 load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> quantize -> measure -> attack -> report ->
 the budget
 
-Every stage between load and report leaves a folder in the run directory (`workdir`), and the next one reads it from
+Every stage between load and report leaves a folder in the run directory (`run_directory`), and the next one reads it from
 there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
 repaired is decided by the recipe's `prune.repair`; where nothing is, those two stages are left out.
 

@@ -39,7 +39,7 @@ def profile(
     Args:
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
-        limit, output, trust_run: as for `queries.evaluate`.
+        limit, output, trust_run: as for `evaluate`.
 
     Raises:
         UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
