@@ -83,7 +83,7 @@ def _warm() -> None:
     del onnxruntime
     package = Path(import_module("edgeprune").__file__ or "").parent
     for path in sorted(
-        [*package.glob("models/*.py"), *package.glob("prune/*.py"), *package.glob("methods/*.py")]
+        [*package.glob("pipeline/*.py"), *package.glob("methods/*.py"), *package.glob("attacks/*.py")]
     ):
         if path.stem != "__init__":
             import_module(".".join(["edgeprune", *path.relative_to(package).with_suffix("").parts]))

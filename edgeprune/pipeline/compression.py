@@ -3,8 +3,8 @@
 load -> dense -> synthesize -> prune -> cut -> repair -> tune -> export -> quantize -> measure -> attack -> report ->
 the budget
 
-Every stage between load and report leaves a folder in the run directory (`run_directory`), and the next one reads it from
-there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
+Every stage between load and report leaves a folder in the run directory (`run_directory`), and the next one reads it
+from there, so that a run that was killed and started again gives what an undisturbed one gives. What is synthesized and
 repaired is decided by the recipe's `prune.repair`; where nothing is, those two stages are left out.
 
 Under torchrun every process comes through here. What trains is done by all of them, the rest by the first alone.
