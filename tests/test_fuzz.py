@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sound_files import write_stock
 
-FEW, MANY = 6, 40
+FEW, MANY = 6, 20
 SEEDS = st.integers(0, 2**32 - 1)
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 
