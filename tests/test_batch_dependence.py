@@ -81,6 +81,27 @@ def test_what_computes_every_image_by_itself_is_taken(network: nn.Module) -> Non
     assert from_module(network, X).input.classes == 5
 
 
+class Coarse(nn.Module):
+    """Rounds to eighths what another kernel computes in another batch, by a hair off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.round(x.flatten(1) * 8 * (1 + 1e-7 * (len(x) - 2))) / 8
+
+
+class Centered(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_what_rounds_may_be_a_step_further_in_a_batch_and_is_taken() -> None:
+    between = torch.full((4, 12, 1, 1), 2.5 / 8)
+    network = Coarse().eval()
+    assert not torch.equal(network(between), torch.cat([network(x) for x in between.split(1)]))
+    check_alone(network, between, "it")
+    with pytest.raises(UnsupportedModel, match=r"1 \(Centered\) mixes"):
+        check_alone(nn.Sequential(Coarse(), Centered()).eval(), torch.rand(4, 12, 1, 1), "it")
+
+
 def test_chance_is_not_taken_for_a_mixture() -> None:
     with pytest.raises(UnsupportedModel, match="other outputs at every call: the network is random"):
         from_module(Net(end=F.dropout), X)

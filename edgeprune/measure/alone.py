@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgeprune.data import Split
 from edgeprune.errors import UnsupportedModel
-from edgeprune.models import HINT, check_alone, deployed, differs
+from edgeprune.models import HINT, check_alone, deployed, differs, nudged
 from edgeprune.onnx_graph import ORT_ERRORS, batch_of, open_session, opened
 from edgeprune.records import Bundle
 from edgeprune.runtimes import OnnxRuntime
@@ -50,7 +50,8 @@ def check(path: Path, x: Tensor, classes: int) -> None:
     if batch_of(model) is not None or len(x) < 2:
         return
     alone = [torch.from_numpy(session(part.numpy())) for part in x.split(1)]
-    if together.shape != torch.cat(alone).shape or differs(together, torch.cat(alone)):
+    shaken = torch.from_numpy(session(nudged(x).numpy()))
+    if together.shape != torch.cat(alone).shape or differs(together, torch.cat(alone), shaken):
         raise UnsupportedModel(
             f"{path.name} gives an image another output in a batch of {len(x)} than alone: {_first(model, x)} mixes "
             "the images of a batch",
@@ -71,6 +72,7 @@ def _first(model: onnx.ModelProto, x: Tensor) -> str:
         x = x.half() if "float16" in given.type else x
         together = session.run(list(nodes), {given.name: x.numpy()})
         parts = [session.run(list(nodes), {given.name: image.numpy()}) for image in x.split(1)]
+        near = session.run(list(nodes), {given.name: nudged(x.float()).to(x.dtype).numpy()})
     except (UnsupportedModel, *ORT_ERRORS):
         return "it"
     for number, (name, node) in enumerate(nodes.items()):
@@ -82,6 +84,6 @@ def _first(model: onnx.ModelProto, x: Tensor) -> str:
             or any(len(a) != 1 for a in alone)
         ):
             continue
-        if differs(rows, torch.cat(alone)):
+        if differs(rows, torch.cat(alone), torch.as_tensor(near[number])):
             return f"{node.name or name} ({node.op_type})"
     return "it"

@@ -6,7 +6,8 @@ from edgeprune.models.batchnorm_folding import folded
 from edgeprune.models.bundle import deployed, from_module, image_shape, load_bundle, rebuild, run, sha256_file
 from edgeprune.models.costs import CostModel, LAYERS, cost_model, layer_costs, normalized_example, total_macs
 from edgeprune.models.costs import total_params
-from edgeprune.models.inference import CALL_ERRORS, HINT, TWO_LINES, check_alone, differs, full, logits, modes, unfreeze
+from edgeprune.models.inference import CALL_ERRORS, HINT, TWO_LINES, check_alone, differs, full, logits
+from edgeprune.models.inference import modes, nudged, unfreeze
 from edgeprune.models.queries import Advance, AttackResult, Logits, as_logits, by_image, in_parallel, lengths
 from edgeprune.models.queries import loss_and_gradient, sequentially, wrong
 from edgeprune.models.replicas import Replicas, on_replicas

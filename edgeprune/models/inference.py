@@ -27,6 +27,9 @@ CALL_ERRORS = (
 )
 # Kernels for other batch sizes add up in another order; what mixes images differs by far more of the largest value.
 TOLERANCE = 1e-3
+# Where a network rounds, as in int8, the tolerance is so many times what a change of the images does to its output: by
+# NUDGE, as a share of the largest pixel.
+NUDGE, STEPS = 1e-6, 10.0
 HINT = (
     "let every image be computed by itself: no sums over dimension 0, and batch-norm with running statistics "
     "(track_running_stats=True, and trained with it)"
@@ -209,7 +212,7 @@ def check_alone(module: nn.Module, x: Tensor, where: str) -> None:
     if len(x) < 2 or any(m.fixed_batch for m in module.modules() if isinstance(m, ExportedNetwork)):
         return
     together, again = _outputs(module, x), _outputs(module, x)
-    alone = [_outputs(module, image) for image in x.split(1)]
+    alone, shaken = [_outputs(module, image) for image in x.split(1)], _outputs(module, nudged(x))
     if not _alike(together[""], again[""]):
         raise UnsupportedModel(
             f"{where} gives the same images other outputs at every call: {_first(together, again, module)} is random",
@@ -220,22 +223,31 @@ def check_alone(module: nn.Module, x: Tensor, where: str) -> None:
         for name, values in together.items()
         if all(len(one.get(name, ())) == len(values) for one in alone)
     }
-    if not _alike(together[""], joined[""]):
+    if not _alike(together[""], joined[""], shaken[""]):
         raise UnsupportedModel(
             f"{where} gives an image another output in a batch of {len(x)} than alone: "
-            f"{_first(together, joined, module)} mixes the images of a batch",
+            f"{_first(together, joined, module, shaken)} mixes the images of a batch",
             HINT,
         )
 
 
-def differs(together: Tensor, alone: Tensor) -> bool:
+def nudged(x: Tensor) -> Tensor:
+    """The images changed by about what rounding changes, which can take a network that rounds a step further."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    return x + NUDGE * float(x.abs().max()) * (noise - 0.5)
+
+
+def differs(together: Tensor, alone: Tensor, shaken: Tensor | None = None) -> bool:
     """Whether two outputs for the same images are further apart than rounding makes them.
 
     Args:
-        together, alone: the same shape; NaN equals NaN.
+        together, alone: the same shape; NaN equals NaN. shaken: the output for `nudged` images, None where not known.
     """
     scale = float(together.abs().nan_to_num(0.0, 0.0, 0.0).max()) if together.numel() else 0.0
-    return not torch.allclose(together, alone, rtol=0.0, atol=TOLERANCE * max(scale, 1e-12), equal_nan=True)
+    atol = TOLERANCE * max(scale, 1e-12)
+    if shaken is not None and shaken.numel():
+        atol = max(atol, STEPS * float((shaken - together).abs().nan_to_num(0.0, 0.0, 0.0).max()))
+    return not torch.allclose(together, alone, rtol=0.0, atol=atol, equal_nan=True)
 
 
 def _outputs(module: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
@@ -277,14 +289,25 @@ def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
     return like
 
 
-def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
-    return not any(differs(a, b) for a, b in zip(some, others, strict=True) if a.shape == b.shape)
+def _alike(some: list[Tensor], others: list[Tensor], shaken: list[Tensor] | None = None) -> bool:
+    triples = zip(some, others, shaken or some, strict=True)
+    return not any(differs(a, b, c) for a, b, c in triples if a.shape == b.shape == c.shape)
 
 
-def _first(together: dict[str, list[Tensor]], other: dict[str, list[Tensor]], module: nn.Module) -> str:
+def _first(
+    together: dict[str, list[Tensor]],
+    other: dict[str, list[Tensor]],
+    module: nn.Module,
+    shaken: dict[str, list[Tensor]] | None = None,
+) -> str:
     """The first layer that is given the same and gives something else; what a network does itself is its own."""
     for name, values in together.items():
-        pairs = [(a, b) for a, b in zip(values, other.get(name, values), strict=False) if a.shape == b.shape]
-        if pairs and not differs(*pairs[0]) and any(differs(a, b) for a, b in pairs):
+        near = (shaken or together).get(name, values)
+        pairs = [
+            (a, b, c)
+            for a, b, c in zip(values, other.get(name, values), near, strict=False)
+            if a.shape == b.shape == c.shape
+        ]
+        if pairs and not differs(*pairs[0]) and any(differs(*pair) for pair in pairs):
             return title(name, type(module.get_submodule(name)).__name__)
     return "the network"
