@@ -27,7 +27,7 @@ from edgeprune.data.collection import Split, in_memory
 from edgeprune.devices._base import Device, ShellDevice, device_from_url
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, UsageError
 from edgeprune.measure.engines import Engine
-from edgeprune.measure.evaluate_file import input_of
+from edgeprune.measure.onnx_outputs import input_of
 from edgeprune.plugins import build
 from edgeprune.recipe.schema import AttackTable
 from edgeprune.robustness import job, models_under_attack, readings, remote_model, stage

@@ -15,7 +15,7 @@ from edgeprune.data.collection import Split, in_memory
 from edgeprune.devices.fake import Fake
 from edgeprune.errors import ModelError, ParityError, UnsafeModel, UsageError
 from edgeprune.measure import counts
-from edgeprune.measure.evaluate_file import Judged, check, input_of, look
+from edgeprune.measure.onnx_outputs import Judged, check, input_of, look
 from edgeprune.measure.place import held
 from edgeprune.onnx_graph.index import opened
 from edgeprune.records import Reading

@@ -21,7 +21,7 @@ from edgeprune.cli.app import app
 from edgeprune.devices._base import ShellDevice
 from edgeprune.errors import UsageError
 from edgeprune.measure import answers, stage
-from edgeprune.measure.evaluate_file import input_of
+from edgeprune.measure.onnx_outputs import input_of
 from edgeprune.recipe.schema import MeasureTable
 from edgeprune.records import InputSpec, Reading
 from edgeprune.robustness import models_under_attack

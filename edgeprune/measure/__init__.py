@@ -6,7 +6,7 @@ from edgeprune.measure.answers import RUNTIME, accuracy, predict
 from edgeprune.measure.counts import densities, nonzero_weights
 from edgeprune.measure.engines import Place, built_engines, choose, precision_of
 from edgeprune.measure.evaluate import balanced, classes, guessing, normalized, noted, of_network, reported
-from edgeprune.measure.evaluate_file import Judged, OnnxFile, check, look
+from edgeprune.measure.onnx_outputs import Judged, OnnxFile, check, look
 from edgeprune.measure.latency import Latency, RESULT_VERSION, latency_ratio
 from edgeprune.measure.layer_times import per_layer
 from edgeprune.measure.place import held, on_target

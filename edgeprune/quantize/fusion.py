@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from edgeprune.errors import ParityError
 from edgeprune.onnx_graph import View, initializers, layers, value_names
 from edgeprune.quantize.calibrators import Range
-from edgeprune.quantize.qdq_placement import PASSING, Graph, Plan, data_inputs
+from edgeprune.quantize.placement import PASSING, Graph, Plan, data_inputs
 from edgeprune.quantize.verification import in_integers
 
 _MATRIX = 2

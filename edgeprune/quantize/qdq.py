@@ -14,10 +14,10 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from edgeprune.errors import UnsupportedModel, UsageError
 from edgeprune.onnx_graph import attributes, value_names
 from edgeprune.quantities import suggest
-from edgeprune.quantize import qdq_placement
+from edgeprune.quantize import placement
 from edgeprune.quantize.calibrators import Range, grid
 from edgeprune.quantize.fusion import block_sum_fusion, entry, shifted_bias
-from edgeprune.quantize.qdq_placement import Graph, Plan, data_inputs
+from edgeprune.quantize.placement import Graph, Plan, data_inputs
 
 Array = npt.NDArray[Any]
 # Biases are int32, and a sum of products goes on top of them.
@@ -287,7 +287,7 @@ _OLDEST_OPSET = 13
 
 def quantizable(model: ModelProto) -> tuple[str, ...]:
     """The names of the nodes whose weights can be int8, in order: Conv, Gemm and MatMul with constant weights."""
-    return qdq_placement.quantizable(model)
+    return placement.quantizable(model)
 
 
 def quantized(
@@ -311,10 +311,10 @@ def quantized(
     """
     _check(model, scheme, skip)
     if scheme == "u8":
-        made = write(model, qdq_placement.unsigned(model, ranges, skip), ranges, symmetric=False)
+        made = write(model, placement.unsigned(model, ranges, skip), ranges, symmetric=False)
         block_sum_fusion(made, model)
         return made
-    return write(model, qdq_placement.signed(model, skip), ranges, symmetric=True)
+    return write(model, placement.signed(model, skip), ranges, symmetric=True)
 
 
 def _check(model: ModelProto, scheme: str, skip: Collection[str]) -> None:
@@ -332,7 +332,7 @@ def _check(model: ModelProto, scheme: str, skip: Collection[str]) -> None:
             f"int8 with scales for each channel needs opset {_OLDEST_OPSET}, the model has {opset}",
             f"--set export.opset={_OLDEST_OPSET}, or more",
         )
-    if not set(qdq_placement.quantizable(model)) - set(skip):
+    if not set(placement.quantizable(model)) - set(skip):
         raise UnsupportedModel(
             "no node can be int8: that takes a Conv, Gemm or MatMul with constant weights that is not skipped"
         )
