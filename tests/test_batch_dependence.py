@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.measure import alone
-from edgeprune.models.bundle import from_module
-from edgeprune.models.inference import TWO_LINES, check_alone
+from edgeprune.models.bundle import from_module, load_bundle
+from edgeprune.models.from_export import remodulify
+from edgeprune.models.inference import TWO_LINES, check_alone, count_classes
+from edgeprune.recipe import ModelTable
 
 Function = Callable[[Tensor], Tensor]
 X = torch.rand(2, 3, 16, 16)
@@ -129,7 +131,31 @@ def test_one_logit_is_refused_with_the_lines_that_make_it_two(end: Function | No
     assert torch.equal(logits, torch.stack([torch.zeros_like(one), one], 1))
 
 
-def write(path: Path, axis: int) -> Path:
+def test_a_program_exported_for_one_image_is_refused_where_it_would_mix_more(tmp_path: Path) -> None:
+    network = Net(nn.BatchNorm2d(8, track_running_stats=False)).eval()
+    torch.export.save(torch.export.export(network, (X[:1],)), tmp_path / "one.pt2")
+    with pytest.raises(UnsupportedModel, match=r"in a batch of 2 than alone: middle \(BatchNorm2d\) mixes"):
+        load_bundle(ModelTable(path=str(tmp_path / "one.pt2")))
+
+
+def test_what_is_exported_for_one_image_and_fails_on_more_is_taken() -> None:
+    network = remodulify(torch.export.export(Net().eval(), (X[:1],)))
+    network.register_forward_pre_hook(only_one)
+    network.fixed_batch = 1  # type: ignore[assignment]
+    assert count_classes(network, (3, 16, 16), ((), ()), "it") == 5
+
+
+def only_one(_: nn.Module, inputs: tuple[Tensor]) -> None:
+    if len(inputs[0]) != 1:
+        raise RuntimeError("one image")
+
+
+def test_logits_that_are_all_nan_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="with NaN only"):
+        from_module(Net(end=lambda x: (x - x.abs() - 1).log()), X)
+
+
+def write(path: Path, axis: int, batch: int | str = "n") -> Path:
     """Means of the channels, a softmax over an axis, a ReLU."""
     graph = helper.make_graph(
         [
@@ -139,8 +165,8 @@ def write(path: Path, axis: int) -> Path:
             helper.make_node("Relu", ["shares"], ["logits"], "relu"),
         ],
         "g",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 16, 16])],
-        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, 3, 16, 16])],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [batch, 3])],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
     return path
@@ -154,11 +180,20 @@ def test_a_file_that_mixes_the_images_of_a_batch_is_refused_with_the_node(tmp_pa
         alone.check(path, x, 3)
 
 
+@pytest.mark.parametrize("batch", [4, 20])
+def test_a_file_with_a_fixed_batch_of_several_images_is_asked_with_one_image_in_all_rows(
+    tmp_path: Path, batch: int
+) -> None:
+    x = torch.rand(5, 3, 16, 16)
+    alone.check(write(tmp_path / "fine.onnx", 1, batch), x, 3)
+    with pytest.raises(
+        UnsupportedModel, match=rf"in a batch of {batch} than alone: shares \(Softmax\) mixes"
+    ):
+        alone.check(write(tmp_path / "mixed.onnx", 0, batch), x, 3)
+
+
 def test_a_file_for_single_images_can_not_mix_them(tmp_path: Path) -> None:
-    path = write(tmp_path / "one.onnx", 0)
-    model = onnx.load(path)
-    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    onnx.save(model, path)
+    path = write(tmp_path / "one.onnx", 0, 1)
     alone.check(path, torch.rand(5, 3, 16, 16), 3)
 
 

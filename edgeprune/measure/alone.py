@@ -47,19 +47,28 @@ def check(path: Path, x: Tensor, classes: int) -> None:
             f"(N, {classes})",
             "export it again",
         )
-    if batch_of(model) is not None or len(x) < 2:
+    batch = batch_of(model)
+    if batch == 1 or len(x) < 2:
         return
-    alone = [torch.from_numpy(session(part.numpy())) for part in x.split(1)]
-    shaken = torch.from_numpy(session(nudged(x).numpy()))
-    if together.shape != torch.cat(alone).shape or differs(together, torch.cat(alone), shaken):
+    # A fixed batch is filled up with the same images again; of an image that is alone, with itself.
+    x = x if batch is None else x[torch.arange(batch) % len(x)]
+    parts = _parts(x, batch)
+    alone = torch.cat([torch.from_numpy(session(part.numpy()))[:1] for part in parts])
+    together, shaken = (torch.from_numpy(session(whole.numpy()))[: len(parts)] for whole in (x, nudged(x)))
+    if together.shape != alone.shape or differs(together, alone, shaken):
         raise UnsupportedModel(
-            f"{path.name} gives an image another output in a batch of {len(x)} than alone: {_first(model, x)} mixes "
-            "the images of a batch",
+            f"{path.name} gives an image another output in a batch of {len(x)} than alone: {_first(model, x, parts)} "
+            "mixes the images of a batch",
             HINT,
         )
 
 
-def _first(model: onnx.ModelProto, x: Tensor) -> str:
+def _parts(x: Tensor, batch: int | None) -> list[Tensor]:
+    """Each of the first images alone, as often as the file takes at once."""
+    return [image.repeat(batch or 1, 1, 1, 1) for image in x[:IMAGES].split(1)]
+
+
+def _first(model: onnx.ModelProto, x: Tensor, alone: list[Tensor]) -> str:
     """The first node that gives rows of images, of which one is another one in a batch."""
     told = onnx.ModelProto()
     told.CopyFrom(model)
@@ -69,21 +78,19 @@ def _first(model: onnx.ModelProto, x: Tensor) -> str:
     try:
         session = open_session(told, optimized=False)
         given = session.get_inputs()[0]
-        x = x.half() if "float16" in given.type else x
-        together = session.run(list(nodes), {given.name: x.numpy()})
-        parts = [session.run(list(nodes), {given.name: image.numpy()}) for image in x.split(1)]
-        near = session.run(list(nodes), {given.name: nudged(x.float()).to(x.dtype).numpy()})
+        kind = torch.float16 if "float16" in given.type else x.dtype
+        together, near, *parts = (
+            session.run(list(nodes), {given.name: images.to(kind).numpy()})
+            for images in (x, nudged(x), *alone)
+        )
     except (UnsupportedModel, *ORT_ERRORS):
         return "it"
     for number, (name, node) in enumerate(nodes.items()):
-        rows, alone = torch.as_tensor(together[number]), [torch.as_tensor(part[number]) for part in parts]
-        if (
-            not rows.is_floating_point()
-            or not rows.ndim
-            or len(rows) != len(x)
-            or any(len(a) != 1 for a in alone)
-        ):
+        rows, close, *ones = (torch.as_tensor(values[number]) for values in (together, near, *parts))
+        if not rows.is_floating_point() or not rows.ndim or len(rows) != len(x):
             continue
-        if differs(rows, torch.cat(alone), torch.as_tensor(near[number])):
+        if any(len(one) != len(images) for one, images in zip(ones, alone, strict=True)):
+            continue
+        if differs(rows[: len(ones)], torch.cat([one[:1] for one in ones]), close[: len(ones)]):
             return f"{node.name or name} ({node.op_type})"
     return "it"

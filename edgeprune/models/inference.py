@@ -114,7 +114,8 @@ def count_classes(
 
     Raises:
         UnsupportedModel: it fails on such images (names the layer), answers with something else than (N, K) floats
-            (says with what), gives one logit, only takes batches of one certain size, or mixes the images of a batch.
+            (says with what), gives one logit or NaN only, only takes batches of one certain size above 1, or mixes the
+            images of a batch.
     """
     fixed = module.fixed_batch if isinstance(module, ExportedNetwork) else None
     if fixed is not None and fixed > 1:
@@ -124,10 +125,11 @@ def count_classes(
         )
     if fixed is not None:
         _LOG.warning("%s takes one image at a time only, as it was exported: it can't be fine-tuned", where)
-    x = torch.rand((fixed or _IMAGES, *shape), generator=torch.Generator().manual_seed(0))
+    x = torch.rand((_IMAGES, *shape), generator=torch.Generator().manual_seed(0))
     if all(normalization):
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
         x = (x - mean) / std
+    images, x = x, x[: fixed or _IMAGES]
     answer = _answer(module, x, where)
     if (
         isinstance(answer, Tensor)
@@ -135,16 +137,27 @@ def count_classes(
         and answer.shape[0] == len(x)
         and answer.shape[1] > 1
         and answer.is_floating_point()
+        and not bool(answer.isnan().all())
     ):
-        check_alone(module, x, where)
+        check_alone(module, images, where)
         return int(answer.shape[1])
-    if isinstance(answer, Tensor) and answer.is_floating_point() and answer.numel() == len(x):
-        raise UnsupportedModel(
+    raise _refusal(answer, len(x), where)
+
+
+def _refusal(answer: Any, count: int, where: str) -> UnsupportedModel:
+    """Why what a network answers to so many images is not taken as logits."""
+    if isinstance(answer, Tensor) and answer.is_floating_point() and answer.numel() == count:
+        return UnsupportedModel(
             f"{where} gives one number for each image, {tuple(answer.shape)}; accepted: logits of two classes or more",
             TWO_LINES,
         )
-    raise UnsupportedModel(
-        f"{where} answers {len(x)} images with {_what(answer)}, expected float logits ({len(x)}, K)",
+    if isinstance(answer, Tensor) and answer.ndim == 2 and answer.numel() and bool(answer.isnan().all()):
+        return UnsupportedModel(
+            f"{where} answers {count} images of noise with NaN only; accepted: finite logits",
+            "look for a division by 0, a root or a logarithm of what is below 0",
+        )
+    return UnsupportedModel(
+        f"{where} answers {count} images with {_what(answer)}, expected float logits ({count}, K)",
         "give the part of the network that classifies images",
     )
 
@@ -201,17 +214,22 @@ def check_alone(module: nn.Module, x: Tensor, where: str) -> None:
     """Refuse a network that gives an image another output in a batch than alone.
 
     Args:
-        module: in eval mode, (N, ...) to one tensor or several, each with N rows; left alone if it takes batches of one
-            size only.
+        module: in eval mode, (N, ...) to one tensor or several, each with N rows; left alone if it was exported for one
+            image and fails on more.
         x: images that differ; of a single one nothing can be told.
         where: what to call the network in messages.
 
     Raises:
         UnsupportedModel: names the first layer whose output depends on the other images, or is another at every call.
     """
-    if len(x) < 2 or any(m.fixed_batch for m in module.modules() if isinstance(m, ExportedNetwork)):
+    if len(x) < 2:
         return
-    together, again = _outputs(module, x), _outputs(module, x)
+    try:
+        together, again = _outputs(module, x), _outputs(module, x)
+    except FOREIGN_ERRORS:
+        if any(m.fixed_batch for m in module.modules() if isinstance(m, ExportedNetwork)):
+            return
+        raise
     alone, shaken = [_outputs(module, image) for image in x.split(1)], _outputs(module, nudged(x))
     if not _alike(together[""], again[""]):
         raise UnsupportedModel(
