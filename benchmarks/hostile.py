@@ -2,10 +2,10 @@
 
     python benchmarks/hostile.py [--examples 200] [--seed 0] [--kind .onnx] [--verbose]
 
-Each example is a sound file (tests/sound_files.py) with changes that follow from its number (tests/hostile_files.py,
-tests/mutations.py), read by a command in a process and a folder of its own (tests/hostile_runs.py). Printed: how the
-commands ended. 70 is a bug; "ended otherwise" is an exit code that docs/security.md does not allow for the kind, or a
-signal; "canary" is that code out of a file ran; "wrote" that something outside of the output folder changed; "output"
+Each example is a valid file with changes that follow from its number, read by a command in its own process and folder
+(sound_files.py, hostile_files.py, mutations.py and hostile_runs.py in tests/support). Printed: how the commands ended.
+70 is a bug; "ended otherwise" is an exit code that docs/security.md does not allow for the kind, or a signal; "canary"
+is that code out of a file ran; "wrote" that something outside of the output folder changed; "output"
 that control characters, a traceback or a line of more than 10,000 characters were printed. One is repeated by
 --kind KIND --seed N --examples 1.
 """
@@ -25,7 +25,7 @@ from hostile_runs import LIMIT_S, Ended, run
 from sound_files import write_stock
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 COLUMNS = ("kind of file", "tried", "exit 0", "refused (2, 4, 7)", "other verdicts (1, 3, 5, 6, 8)", "exit 70",
            "ended otherwise", f"over {LIMIT_S:g} s", "canary", "wrote", "output")  # fmt: skip

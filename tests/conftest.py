@@ -19,6 +19,10 @@ settings.register_profile("edgeprune", deadline=None, derandomize=True, database
 settings.load_profile("edgeprune")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Who measures holds a lock in the temporary folder: each process of the tests has its own, and its own seals."""

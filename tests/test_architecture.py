@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paths
 import pytest
 import torch
 from onnx_files import write_net
@@ -21,7 +22,7 @@ from edgeprune.devices import Device
 from edgeprune.runtimes import Runtime
 from edgeprune.train import Ball
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
+PAGE = paths.ROOT / "docs" / "architecture.md"
 LONGEST = 40
 
 

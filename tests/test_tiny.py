@@ -1,17 +1,15 @@
 """The whole pipeline in a few seconds, through the command line; and its text, word for word, as it was agreed on.
 
-`python tests/test_tiny.py` writes the files of tests/golden anew: look at what changed before you commit it.
+`pytest tests/test_tiny.py --write-golden` writes the files of tests/golden anew: look at what changed before you
+commit it.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnxruntime
 import pytest
@@ -90,8 +88,12 @@ MADE: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_every_word_and_number_is_the_one_that_was_agreed_on(folder: Path, name: str) -> None:
+def test_every_word_and_number_is_the_one_that_was_agreed_on(
+    folder: Path, name: str, request: pytest.FixtureRequest
+) -> None:
     made = masked(MADE[name](folder), folder)
+    if request.config.getoption("--write-golden"):
+        (GOLDEN / name).write_text(made, encoding="utf-8")
     agreed = (GOLDEN / name).read_text(encoding="utf-8")
     assert made == agreed, "".join(difflib.unified_diff(agreed.splitlines(True), made.splitlines(True), n=1))
 
@@ -114,14 +116,3 @@ def test_a_second_start_does_nothing_again(folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (folder / "run").glob("[0-9]*/*/record.json")}
     assert before and edgeprune(folder, *COMPRESS).exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-if __name__ == "__main__":
-    os.environ["COLUMNS"] = "100"
-    with TemporaryDirectory() as name:
-        place = Path(name)
-        prepare(place)
-        (place / "compress.txt").write_text(edgeprune(place, *COMPRESS).output, encoding="utf-8")
-        for file_name, make in MADE.items():
-            (GOLDEN / file_name).write_text(masked(make(place), place), encoding="utf-8")
-            sys.stdout.write(f"{GOLDEN / file_name}\n")
