@@ -60,9 +60,6 @@ def start() -> Store | None:
 
     Tensors on the CPU travel by gloo. Where every process has a GPU of its own, which becomes its current one, those
     on the GPU travel by NCCL.
-
-    Raises:
-        Parted: not all processes have come in time.
     """
     place = launch()
     if place.size == 1:
@@ -146,9 +143,6 @@ def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
     Args:
         tensors: floating point, of the same shapes, types and order in every process. All of one type and device
             travel in one piece.
-
-    Raises:
-        Parted: another process has ended.
     """
     count = size()
     if count == 1 or not tensors:
@@ -170,11 +164,7 @@ def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
 
 
 def broadcast_(tensor: Tensor) -> Tensor:
-    """Put process 0's values into a tensor of the same shape and type, in place; gives the tensor.
-
-    Raises:
-        Parted: another process has ended.
-    """
+    """Put process 0's values into a tensor of the same shape and type, in place; gives the tensor."""
     if size() == 1:
         return tensor
     import torch
@@ -189,11 +179,7 @@ def broadcast_(tensor: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Process 0's value in every process; what the others hand in does not count.
-
-    Raises:
-        Parted: another process has ended.
-    """
+    """Process 0's value in every process; what the others hand in does not count."""
     if size() == 1:
         return value
     import torch
@@ -206,11 +192,7 @@ def broadcast_object(value: T) -> T:
 
 
 def barrier() -> None:
-    """Go on when every process has come here; idle, so that what process 0 times is not disturbed.
-
-    Raises:
-        Parted: another process has ended.
-    """
+    """Go on when every process has come here; idle, so that what process 0 times is not disturbed."""
     if size() == 1:
         return
     import torch

@@ -53,11 +53,7 @@ class EdgepruneError(Exception):
     exit_code: ClassVar[int] = 70
 
     def __init__(self, message: str, hint: str = "") -> None:
-        """Keep the message (what was found, what is accepted) and the hint (what to do).
-
-        Raises:
-            NoRoom: it is about what an exhausted disk or memory has raised, which is then no fault of a file.
-        """
+        """Keep the message (what was found, what is accepted) and the hint (what to do)."""
         self.message, self.hint = line(message), shortened(visible(hint))
         Exception.__init__(self, self.message)
         short = None if isinstance(self, WorkdirError) else shortage(sys.exc_info()[1], self.message)
@@ -147,11 +143,7 @@ def is_memory(text: str) -> bool:
 
 
 def not_short() -> None:
-    """Inside an `except` that would go on another way: not for want of room, or the result would depend on it.
-
-    Raises:
-        NoRoom: an exhausted disk or memory is what was caught.
-    """
+    """Inside an `except` that would go on another way: not for want of room, or the result would depend on it."""
     short = shortage(sys.exc_info()[1])
     if short:
         raise short

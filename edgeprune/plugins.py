@@ -77,7 +77,6 @@ def build(family: str, name: str, given: Mapping[str, Any]) -> Any:
 
     Raises:
         UsageError: unknown member or option, or a value that the member refuses.
-        MissingDependency: a package that the member imports is not installed.
     """
     if "." in name:
         cls = _outside(family, name)

@@ -45,11 +45,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(cls: Type[T], data: Any, where: str = "") -> T:
-    """Build a record of type `cls` from what `to_json` gave.
-
-    Raises:
-        UsageError: a field is missing, unknown or of the wrong type; says which.
-    """
+    """Build a record of type `cls` from what `to_json` gave."""
     return _decode(cls, data, where or cls.__name__)
 
 
@@ -93,7 +89,6 @@ def load(path: Path) -> Any:
 
     Raises:
         ValueError: as `parse`, or it is not UTF-8, too large, or no file.
-        OSError: it can't be read.
     """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
@@ -143,9 +138,6 @@ def replace_file(path: Path) -> Iterator[io.BytesIO]:
     """A buffer that becomes the file when the block ends without an error, whole or not at all.
 
     In memory first, so that nobody else's writer meets a full disk, and the size is known that is needed.
-
-    Raises:
-        WorkdirError: it can't be written; NoRoom where the disk is full.
     """
     buffer = io.BytesIO()
     yield buffer

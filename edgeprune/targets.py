@@ -108,9 +108,6 @@ def target(name: str) -> Target:
 
     A file with a table `[cpu.KIND]` for each of `machine.CPU_KINDS` is about the machine it runs on: the kind's
     channel multiples are taken, and the memory and the cores are read from the system.
-
-    Raises:
-        UsageError: no such target, an unknown or a missing key, a wrong value.
     """
     path = resolve("targets", name)
     table = read_toml(path)

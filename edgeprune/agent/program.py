@@ -67,9 +67,6 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
 
     Raises:
         UsageError: no such operation or runtime, or a field is missing or wrong.
-        MissingDependency: the runtime is not installed here.
-        ModelError: the runtime refuses the model.
-        ParityError: what was built does not run in the precision that was asked for.
     """
     operations: Dict[str, Callable[[Mapping[str, Any], Runtime], Dict[str, Any]]] = {
         "about": _about, "build": _build, "time": timing.answer, "memory": resources.memory_reply,

@@ -52,11 +52,7 @@ def positive(request: Mapping[str, Any], key: str) -> float:
 
 
 def optional(request: Mapping[str, Any], key: str) -> float | None:
-    """A number above 0, or None where the request does not name one.
-
-    Raises:
-        UsageError: it is not above 0, or no number.
-    """
+    """A number above 0, or None where the request does not name one."""
     return None if request.get(key) is None else positive(request, key)
 
 

@@ -34,11 +34,6 @@ def serve(request: Mapping[str, Any], runtime: Runtime, source: int, sink: int) 
 
     Args:
         source, sink: descriptors that messages come from and go to.
-
-    Raises:
-        UsageError: a field of the request is wrong, or images have another shape than the model eats.
-        MissingDependency, ModelError: as for Runtime.open.
-        DeviceError: a message is damaged.
     """
     waiting: Queue[Message] = Queue()
     # Before all else: building an engine takes minutes, and nobody may be listening any more.

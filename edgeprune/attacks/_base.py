@@ -66,12 +66,6 @@ class Attack(ABC):
             ball: how far an image may go.
             generator: on the CPU; the same one at the same images finds the same.
             advance: is told of how many images more nothing is left to do; in the end of all of them.
-
-        Raises:
-            UsageError: images outside [0, 1], labels that are no classes of the model, or a model without gradients
-                for an attack that needs them.
-            ModelError: the model fails on the images, or does not answer with logits.
-            EdgepruneError: the attack broke its contract (a bug in it).
         """
         if self.gradients and not isinstance(model, nn.Module):
             raise UsageError(

@@ -46,11 +46,7 @@ class Curve:
 
 
 def curve(call: Call) -> Curve | None:
-    """What is known of the function that an operator applies to each number; None when it applies none.
-
-    Raises:
-        NoRule: with these settings the function is not known.
-    """
+    """What is known of the function that an operator applies to each number; None when it applies none."""
     make = _CURVES.get(call.op)
     return make(call) if make else None
 

@@ -51,11 +51,7 @@ class Change:
         return self.before
 
     def new(self) -> Value:
-        """Bounds after the change: what they were plus the change, and what is known of them otherwise.
-
-        Raises:
-            NoRule: they are unknown.
-        """
+        """Bounds after the change: what they were plus the change, and what is known of them otherwise."""
         if self.before is None and self.after is not None:
             return self.after
         moved_to = Value(self.old().bounds + self.by.bounds, self.by.shape)
@@ -134,9 +130,6 @@ def changed(call: Call, args: Sequence[Any]) -> Moved | None:
 
     Returns:
         None when there is no rule, and only the ranges of the values before and after bound the change.
-
-    Raises:
-        NoRule: the rule does not cover these arguments; says why.
     """
     rule = _RULES.get(call.op)
     if rule:

@@ -112,9 +112,6 @@ def changes_of(
         weights: before and after; the same object when no weight changes.
         bounds: of the activations before and, where known, after.
         starts: name of a call, or of the input -> by how much its output changes beyond what arrives there.
-
-    Raises:
-        Unbounded: the change passes through an operator that has no bound.
     """
     walk = _Walk(program, weights, bounds)
     walk.ranges = bounds[1] is not None or any(c.op not in TIGHT for c in program.after(frozenset(starts)))
@@ -231,11 +228,7 @@ class _Walk:
         self.after.pop(name, None)
 
     def _ranged(self, call: Call, args: tuple[Any, ...], out: Moved | None) -> Moved:
-        """What a rule says of a change, no wider than the ranges of the values before and after allow.
-
-        Raises:
-            NoRule: there is no rule, and the ranges are unknown.
-        """
+        """What a rule says of a change, no wider than the ranges of the values before and after allow."""
         old = self.bounds[0].value(call.name, self.weights[0].dtype)
         try:
             after = self._after(call, args)
@@ -325,9 +318,6 @@ def activation_bounds(
 
     Returns:
         An operator that can't be bounded makes itself and all that depends on it unbounded, nothing else.
-
-    Raises:
-        ValueError: the box does not fit the program's input.
     """
     start = inward(box, program.input_shape, "the box")
     if collapsed and start.rank > 2:
@@ -351,10 +341,6 @@ def delta_from(
 
     Returns:
         (B, K): output after minus output before, for every input in the box.
-
-    Raises:
-        Unbounded: the change passes through an operator that has no bound; says which.
-        ValueError: a start does not fit its call's output.
     """
     begin = {n: inward(i, program.shape_of(n), f"the start at {n}") for n, i in starts.items()}
     weights = Weights(program, state, next(iter(starts.values())).lo.dtype)

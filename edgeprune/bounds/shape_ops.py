@@ -26,9 +26,6 @@ def moved(call: Call, args: Sequence[Any]) -> Moved | None:
 
     Args:
         call: the operator. args: its arguments, with a `Value` or a constant tensor for each tensor.
-
-    Raises:
-        NoRule: the operator is not covered with these arguments.
     """
     if call.op in (*_SAME, *_CASTS, *_DROPOUTS):
         return _same(call, args)

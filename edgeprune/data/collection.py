@@ -41,11 +41,7 @@ class Split:
         return int(self.labels.shape[0])
 
     def take(self, indices: Tensor) -> Tensor:
-        """The images at `indices` (n,), float32 (n, C, H, W) in [0, 1].
-
-        Raises:
-            UsageError: a file that is read on demand is not a readable image.
-        """
+        """The images at `indices` (n,), float32 (n, C, H, W) in [0, 1]."""
         return self.pixels.take(indices).to(torch.float32).div_(255.0)
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,9 +107,6 @@ def open_data(table: DataTable, spec: InputSpec, seed: int) -> Data:
 
     A set with parts is trained on train/ and measured on test/ (val/ when there is no test/); one without is
     split by the seed, each class alike. With `use = "evaluate"`, or without training images, `train` is None.
-
-    Raises:
-        UsageError: the path, its layout, an image, an array or the number of classes is not what is needed.
     """
     path = Path(table.path).expanduser()
     found = splits.find(path, spec, table.use == "evaluate")
@@ -132,11 +125,7 @@ def open_data(table: DataTable, spec: InputSpec, seed: int) -> Data:
 
 
 def calibration_indices(labels: Tensor, name_or_path: str) -> Tensor:
-    """Which images of a training part a recipe of `calibration/` looks at: int64 (n,), for `labels` (N,).
-
-    Raises:
-        UsageError: no such recipe, or an unknown key or wrong value in it.
-    """
+    """Which images of a training part a recipe of `calibration/` looks at: int64 (n,), for `labels` (N,)."""
     count, seed, selection = _calibration_recipe(targets.resolve("calibration", name_or_path))
     count = min(count, len(labels))
     if selection == "first":
@@ -157,11 +146,7 @@ def spread(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def calibration_digest(labels: Tensor, name_or_path: str) -> str:
-    """The SHA-256 of the chosen images' numbers (int64, little-endian, in their order), in hex.
-
-    Raises:
-        UsageError: as `calibration_indices`.
-    """
+    """The SHA-256 of the chosen images' numbers (int64, little-endian, in their order), in hex."""
     indices = calibration_indices(labels, name_or_path).numpy().astype("<i8")
     return hashlib.sha256(indices.tobytes()).hexdigest()
 
@@ -193,11 +178,7 @@ def calibration_images(
 
 
 def calibration_set(data: Data, name_or_path: str) -> tuple[Tensor, Tensor]:
-    """The calibration images, float32 (n, C, H, W) in [0, 1], and their class numbers, int64 (n,).
-
-    Raises:
-        UsageError: as `calibration_images`.
-    """
+    """The calibration images, float32 (n, C, H, W) in [0, 1], and their class numbers, int64 (n,)."""
     images = calibration_images(data, name_or_path)
     assert data.train is not None
     return images, data.train.labels[calibration_indices(data.train.labels, name_or_path)]

@@ -139,11 +139,7 @@ class OnDemand:
     shape: tuple[int, int, int]
 
     def take(self, indices: Tensor) -> Tensor:
-        """The images at `indices` (n,) as uint8 (n, C, H, W).
-
-        Raises:
-            UsageError: a file is not a readable image; says which.
-        """
+        """The images at `indices` (n,) as uint8 (n, C, H, W)."""
         wanted = [self.files[i] for i in indices.tolist()]
         return torch.from_numpy(_decode_all(wanted, self.shape, _nothing))
 
@@ -153,11 +149,7 @@ class OnDemand:
 
 
 def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], in_memory: bool, label: str) -> Pixels:
-    """Decode the files to `shape` (C, H, W) now, under a bar with that label, or whenever they are needed.
-
-    Raises:
-        UsageError: a file is not a readable image; says which.
-    """
+    """Decode the files to `shape` (C, H, W) now, under a bar with that label, or whenever they are needed."""
     if not in_memory:
         return OnDemand(tuple(files), shape)
     with bar(len(files), label) as advance:
@@ -195,11 +187,7 @@ class Header:
 
 
 def describe(file: ImageFile) -> Header:
-    """The header of an image file.
-
-    Raises:
-        UsageError: not a readable image.
-    """
+    """The header of an image file."""
     try:
         with _open(file) as image:
             # Pillow gives the size of a TIFF as it is when it is turned.

@@ -313,7 +313,6 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, Arrays], tup
 
     Raises:
         UsageError: not such a file; says which array is wrong and how to make it right.
-        ModelError: a member is damaged: its CRC is not the one that the file has of it.
     """
     try:
         with zipfile.ZipFile(path) as file:

@@ -70,9 +70,6 @@ def synthesize(
         network: pixels (N, C, H, W) to logits (N, K); not changed.
         images, steps: how many; 0 for as many as the network's cost allows.
         scratch: a folder for the state in between; an interrupted run goes on from there.
-
-    Raises:
-        ModelError: the network gives no finite number, or no gradient, for its input.
     """
     frozen = deepcopy(network).eval()
     for parameter in frozen.parameters():
@@ -213,9 +210,6 @@ def run(bundle: Bundle, table: SynthesizeTable, seed: int, scratch: Path) -> Syn
 
     Returns:
         Images float32 (N, C, H, W) with values in the range of the network's input, notes, and facts of how.
-
-    Raises:
-        ModelError: the network fails, or what came out are no images of its input.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     made = synthesize(
@@ -232,11 +226,7 @@ def write(made: Synthesis, folder: Path) -> None:
 
 
 def read(folder: Path) -> Synthesis:
-    """The images that `write` left.
-
-    Raises:
-        WorkdirError: the files are not readable.
-    """
+    """The images that `write` left."""
     record = serialization.read(_Record, folder / RECORD, WorkdirError)
     return Synthesis(load_tensors(folder / IMAGES)["images"], record.notes, dict(record.facts))
 
@@ -248,11 +238,7 @@ class _Record:
 
 
 def _check(images: Tensor, spec: InputSpec) -> None:
-    """What everything after this relies on: the type, the shape, the range.
-
-    Raises:
-        ModelError: says which is wrong.
-    """
+    """What everything after this relies on: the type, the shape, the range."""
     if images.dtype != torch.float32 or images.shape[1:] != spec.shape or not len(images):
         raise ModelError(
             f"the synthesized images are {images.dtype} {tuple(images.shape)}; the network eats float32 (N, "

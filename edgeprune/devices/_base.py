@@ -102,9 +102,6 @@ class Device(ABC):
         minute. flags: the CPU's features, sorted. memory_free_bytes, disk_free_bytes: of the working folder's disk.
         l4t: NVIDIA's release of a Jetson. emulated: True where a program plays the processor, so that times are
         not those of such a machine.
-
-        Raises:
-            DeviceError: the machine does not answer.
         """
         answer = self.run(["sh", "-c", FACTS], "", _FACTS_TIMEOUT_S)
         if answer.status != 0:
@@ -120,11 +117,7 @@ class Device(ABC):
         return f"{self.name} {said.get('machine', '')} {'(emulated)' if said.get('emulated') else ''}".strip()
 
     def check(self, argv: Sequence[str], timeout_s: float = 60.0) -> str:
-        """Run a command that must succeed, and give what it printed.
-
-        Raises:
-            DeviceError: it failed; says argv, status and the last lines of stderr.
-        """
+        """Run a command that must succeed, and give what it printed."""
         answer = self.run(argv, "", timeout_s)
         if answer.status != 0:
             raise _failed(self.name, argv, answer)
@@ -135,9 +128,6 @@ class Device(ABC):
         """A new empty folder on the device, gone with all that is in it afterwards.
 
         On a machine with a shell it goes even if this process is killed or the connection is lost.
-
-        Raises:
-            DeviceError: it can't be made.
         """
         if isinstance(self, ShellDevice):
             with self.line.keep() as kept:
@@ -157,9 +147,6 @@ class Device(ABC):
 
         Args:
             wait_s: how long to wait for somebody else who does. say: told once that it waits.
-
-        Raises:
-            DeviceError: somebody else does, and still did after `wait_s`; says who, since when.
         """
         if isinstance(self, ShellDevice):
             with self.line.alone(wait_s, say):
@@ -173,7 +160,6 @@ class Device(ABC):
 
         Raises:
             UsageError: a file is not there.
-            DeviceError: it could not be copied.
         """
         with self.folder() as folder:
             there = {}
@@ -190,10 +176,6 @@ class Device(ABC):
         """Send one request to the agent on the device, in a fresh process, and give its answer.
 
         Where this package is not installed, the agent travels with the request (`packing.START`).
-
-        Raises:
-            DeviceError: it crashed, took too long or answered with something else than a JSON object.
-            MissingDependency, ModelError, UsageError: what the agent itself said.
         """
         prefix = ["env", *(f"{k}={v}" for k, v in env.items())] if env else []
         argv = [*prefix, *self.agent()]
@@ -202,11 +184,7 @@ class Device(ABC):
         return self.told(argv, answer)
 
     def told(self, argv: Sequence[str], answer: Answer) -> Dict[str, Any]:
-        """The object that the agent answered, started by that command.
-
-        Raises:
-            As `ask`.
-        """
+        """The object that the agent answered, started by that command."""
         travels, phone = argv[-1] == agent.START, self.name.startswith("adb:")
         if travels and answer.status in _NO_PROGRAM and not answer.stdout.strip():
             message = f"{self.name} has no {argv[-3]}: {_last(answer.stderr)}"
@@ -248,11 +226,7 @@ class ShellDevice(Device):
 
     @contextmanager
     def talking(self, request: Mapping[str, Any]) -> Iterator[InteractiveCommand]:
-        """The agent with a request that keeps it open; it ends with the context, or with this process.
-
-        Raises:
-            DeviceError: it can't be started.
-        """
+        """The agent with a request that keeps it open; it ends with the context, or with this process."""
         argv = self.agent()
         with_agent = agent.line() if argv[-1] == agent.START else ""
         data = f"{with_agent}{json.dumps(dict(request))}\n".encode()

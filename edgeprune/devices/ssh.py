@@ -78,11 +78,7 @@ _FAULTS = (
 
 @dataclass(frozen=True)
 class Ssh(ShellDevice):
-    """A far machine; `address` is what stands behind ssh:// in its URL.
-
-    Raises:
-        UsageError: it is not one, or has a password in it.
-    """
+    """A far machine; `address` is what stands behind ssh:// in its URL."""
 
     address: str = "localhost"
 

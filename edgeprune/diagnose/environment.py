@@ -65,11 +65,7 @@ for name in sys.argv[1:]:
 
 
 def check_environment(target: Target | None, *device_urls: str) -> tuple[Finding, ...]:
-    """Look at this installation, at the devices (all at the same time) and at what a target that is named needs.
-
-    Raises:
-        UsageError: the URL of a device is wrong.
-    """
+    """Look at this installation, at the devices (all at the same time) and at what a target that is named needs."""
     setup = target.setup if target else None
     devices = {url: device_from_url(url, setup) for url in device_urls}
     # First, because trying the packages is work that the load would show.

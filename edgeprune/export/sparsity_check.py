@@ -76,11 +76,7 @@ class PatternShare:
 
 
 def pattern_share(model: ModelProto | Path) -> PatternShare:
-    """Look at the weight of every Conv, ConvTranspose, Gemm and MatMul of a model, those in branches included.
-
-    Raises:
-        ModelError: a path whose file is not a readable ONNX model.
-    """
+    """Look at the weight of every Conv, ConvTranspose, Gemm and MatMul of a model, those in branches included."""
     found = _load(model) if isinstance(model, Path) else model
     weights: dict[Weight, None] = {}
     for node, constants in _applied(found.graph, {}):

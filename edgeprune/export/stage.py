@@ -68,11 +68,6 @@ def run(  # noqa: PLR0913
     Returns:
         The file; how far its answers are from the module's, on random and on real images, and with a pattern the
         share of the weights that hold it; notes for people.
-
-    Raises:
-        UnsupportedModel: the network can't be exported, or not at that opset; says what stands in the way.
-        ParityError: the file's answers differ from the module's; says by how much and on which input. Or it breaks
-            the pattern; says which weight and in how many blocks.
     """
     torch_to_onnx.check_size(module)
     check_logits(module, spec)
@@ -97,9 +92,6 @@ def save_modules(bundle: Bundle, folder: Path) -> None:
     - plan.json: the record export.reload.PlanFile: `edgeprune` (version), `source` (records.Source), `input`
       (records.InputSpec), `labels`, and `plans`: a list of records.Plan to replay on the original network, in
       this order, before the weights are loaded.
-
-    Raises:
-        UnsupportedModel: the network can't be traced.
     """
     wrapped = deployed(bundle).eval()
     try:
@@ -127,7 +119,6 @@ def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[R
 
     Raises:
         ModelError: a fresh process can't rebuild it; says why.
-        ParityError: what it rebuilt answers differently.
     """
     source = serialization.read(PlanFile, folder / PLAN, ModelError).source
     ways = ("program",) if source.kind == "memory" else ("plan", "program")

@@ -47,7 +47,6 @@ def check_for_tensorrt(model: ModelProto, version: str) -> None:
 
     Raises:
         UnsupportedModel: the opset, an operator, a type, a scale or a zero point is not one that it takes.
-        UsageError: the version is not known.
     """
     newest = newest_opset(version)
     opset = next((o.version for o in model.opset_import if o.domain in _DOMAINS), 0)

@@ -30,9 +30,6 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
 
     Args:
         losses: as for `allocate`.
-
-    Raises:
-        InfeasibleBudget: even the floor of every group is predicted to take longer; says how far it got.
     """
     multiple, steps = fitting_levels(losses, costs, rules, timed=rules.cuts is None)
     if rules.cuts is not None:

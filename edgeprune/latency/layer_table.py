@@ -89,11 +89,6 @@ def run(bundle: Bundle, file: Path, bench: TimingBackend, wish: SurveyOptions) -
 
     Args:
         file: the same network, as exported.
-
-    Raises:
-        UnsupportedModel: nothing of it can be cut, or its shapes at other counts can't be told.
-        DeviceError, MissingDependency, ModelError: the device can't time it.
-        WorkdirError: the kept table is not readable.
     """
     example = normalized_example(bundle.input, wish.seed)
     graph = provable_groups(bundle.module, find_groups(bundle.module, example, wish.skip), example, wish.seed)

@@ -44,19 +44,11 @@ class Resizer:
     costs: CostModel
 
     def shaped(self, kept: Mapping[str, int]) -> dict[str, Shape]:
-        """Value -> shape when each group keeps so many channels; groups that are missing keep all.
-
-        Raises:
-            UnsupportedModel: an operator whose shape can't be told; names it.
-        """
+        """Value -> shape when each group keeps so many channels; groups that are missing keep all."""
         return Resized(self, kept).shapes
 
     def file(self, kept: Mapping[str, int]) -> ModelProto:
-        """The graph at those counts with constant weights; nodes and values are called as in the model.
-
-        Raises:
-            UnsupportedModel: as for `shaped`, or onnx refuses the outcome.
-        """
+        """The graph at those counts with constant weights; nodes and values are called as in the model."""
         resized = Resized(self, kept)
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -71,9 +63,6 @@ class Resizer:
 
         Args:
             name: of a node with a weight and one image or vector of features as its data.
-
-        Raises:
-            UnsupportedModel: as for `file`.
         """
         resized = Resized(self, kept)
         node = next(n for n in resized.nodes if n.name == name)
@@ -139,11 +128,7 @@ class Resized:
     """One walk over the graph: new nodes, constants and shapes."""
 
     def __init__(self, source: Resizer, kept: Mapping[str, int]) -> None:
-        """Walk it.
-
-        Raises:
-            UnsupportedModel: an operator whose shape can't be told; names it.
-        """
+        """Walk it."""
         self.source, self.kept = source, kept
         self.opset = opset_of(source.model)
         self.shapes: dict[str, Shape] = {}

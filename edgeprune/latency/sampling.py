@@ -100,11 +100,6 @@ def survey(
 
     Args:
         multiple_of, floor: of the counts that will be asked for.
-
-    Raises:
-        UnsupportedModel: a cut has no file. NoLayerTimes: the device tells the time of no layer.
-        DeviceError, ModelError: a file can't be timed.
-        WorkdirError: the table is not readable.
     """
     path = table_path(bench.folder, bench.place)
     table = load(path, bench.place)

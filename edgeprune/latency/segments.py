@@ -76,11 +76,7 @@ class Segment:
 
 
 def parts(source: Resizer) -> tuple[Segment, ...]:
-    """The parts of a file in the order of its nodes.
-
-    Raises:
-        UnsupportedModel: a shape can't be told, or widths do not follow the counts in proportion.
-    """
+    """The parts of a file in the order of its nodes."""
     clusters = _clusters(source)
     channels = dict(source.costs.channels)
     dense = _widths(source, clusters, {})

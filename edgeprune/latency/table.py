@@ -327,11 +327,7 @@ def load(path: Path, place: str) -> Table:
 
 
 def save(table: Table, path: Path) -> None:
-    """Write a table, whole or not at all.
-
-    Raises:
-        WorkdirError: it can't be written.
-    """
+    """Write a table, whole or not at all."""
     serialization.sweep(path.parent, serialization.LEFT_FILES)
     with serialization.replace_file(path) as file:
         file.write((json.dumps(serialization.to_json(table)) + "\n").encode())

@@ -20,11 +20,7 @@ IMAGES = 8
 
 
 def check_bundle(bundle: Bundle, split: Split) -> None:
-    """Refuse a network whose outputs depend on the other images of a batch, looking at real images.
-
-    Raises:
-        UnsupportedModel: names the first layer whose output depends on the other images.
-    """
+    """Refuse a network whose outputs depend on the other images of a batch, looking at real images."""
     x = split.take(torch.arange(min(len(split), IMAGES)))
     check_alone(deployed(bundle), x, bundle.source.path or "the network")
 

@@ -56,7 +56,6 @@ def accuracy(
 
     Raises:
         UsageError: the file or the images are not there, a label is not a class of the model, or shapes differ.
-        DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     if len(split) == 0:
         raise UsageError(

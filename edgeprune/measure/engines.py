@@ -32,9 +32,6 @@ def timings(device: Device, folder: str) -> Iterator[None]:
 
     It lies in ~/.cache/edgeprune/timings, a file for each device, board and version of TensorRT, which itself refuses
     what another GPU timed. Where that folder can't be written nothing is kept.
-
-    Raises:
-        DeviceError: a file could not be copied. MissingDependency: the device has no TensorRT.
     """
     kept, there = _kept(device), f"{folder}/{CACHE}"
     if kept is None:
@@ -120,9 +117,6 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
 
     It is the target's where the device has it. A Jetson without TensorRT's Python package is measured with ONNX
     Runtime on its CPU, and that is said.
-
-    Raises:
-        DeviceError: the device does not answer.
     """
     if target.runtime != TENSORRT:
         return RUNTIME, ()
@@ -167,12 +161,6 @@ def built_engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
     Returns:
         Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. What TensorRT timed is
         kept for the next run (`measure_timings`).
-
-    Raises:
-        UsageError, DeviceError, MissingDependency: as for `measure.latency`.
-        UnsupportedModel: TensorRT can't read a file; names the node and its operator.
-        ModelError: TensorRT can't build it.
-        ParityError: no layer runs in the precision of the file.
     """
     device = place.device
     options = {"workspace_mib": workspace_mib(place.target.memory_bytes), "sparse": place.sparse}

@@ -98,12 +98,6 @@ def latency(
     Args:
         models: name -> ONNX file, or engine with what is known of it beside it; "dense" and "compressed" are
             compared with each other.
-
-    Raises:
-        UsageError: a file is not there.
-        DeviceError: the process on the device crashed, took too long or answered nonsense.
-        MissingDependency: the device has not the runtime.
-        ModelError: the runtime refuses a file.
     """
     there = place(device)
     with held(device, models) as paths:

@@ -31,11 +31,7 @@ _START_S = 120.0
 
 
 def per_layer(path: Path, device: Device, table: MeasureTable, *, runtime: str = RUNTIME) -> dict[str, float]:
-    """Seconds for one image of each node of the file, the fused ones under the name of the layer that does the work.
-
-    Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
-    """
+    """Seconds for one image of each node of the file, the fused ones under the name of the layer that does the work."""
     seconds: dict[str, float] = {}
     for node in node_times(path, device, table, runtime=runtime):
         seconds[node.name] = seconds.get(node.name, 0.0) + node.seconds

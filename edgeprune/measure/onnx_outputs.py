@@ -122,11 +122,7 @@ class OnnxFile:
         return "; ".join(output.text for output in self.outputs)
 
     def spec(self, wanted: str = "") -> InputSpec:
-        """What it takes and how many classes it gives; 0 classes where only images tell which output has them.
-
-        Raises:
-            UsageError: no output has the name `wanted`.
-        """
+        """What it takes and how many classes it gives; 0 classes where only images tell which output has them."""
         output = self.named(wanted) if wanted else self.outputs[0] if len(self.outputs) == 1 else None
         return InputSpec(
             self.shape[1:], output.size if output and output.kind == SCORES and output.size > 1 else 0
@@ -292,9 +288,7 @@ def look(path: Path, folder: Path, given: str = "") -> OnnxFile:
         folder: where copies may be written. given: "CxHxW", where the file leaves them open.
 
     Raises:
-        As `onnx_graph.index.opened`.
         UsageError: not one image in, or nothing out, or a size that is open and can't be had.
-        ParityError: a scale of its quantization is not finite or not above 0; names the node.
     """
     model = opened(path)
     check_scales(path, model)
@@ -318,11 +312,7 @@ def look(path: Path, folder: Path, given: str = "") -> OnnxFile:
 
 
 def input_of(path: Path) -> InputSpec:
-    """What a file with one output takes and gives.
-
-    Raises:
-        As `look`.
-    """
+    """What a file with one output takes and gives."""
     with scratch_folder() as folder:
         return look(path, folder).spec()
 

@@ -22,7 +22,6 @@ def held(device: Device, files: Mapping[str, Path]) -> Iterator[dict[str, str]]:
 
     Raises:
         UsageError, ModelError: a file is not there, or what it has beside it is not whole (`onnx_graph.index.opened`).
-        DeviceError: it could not be copied.
     """
     data = {name: data_files(path) for name, path in files.items()}
     if not any(beside(path).is_file() or data[name] for name, path in files.items()):
@@ -88,9 +87,6 @@ def on_target(target: Target, device: Device) -> bool:
 
     It is where the user named another machine for it, and on this one where its own device tree says that it is that
     board.
-
-    Raises:
-        DeviceError: this machine does not answer.
     """
     if target.device == "local" or device.name != "local":
         return True
@@ -99,11 +95,7 @@ def on_target(target: Target, device: Device) -> bool:
 
 
 def place(device: Device) -> Place:
-    """Ask a device what it is.
-
-    Raises:
-        DeviceError: it does not answer.
-    """
+    """Ask a device what it is."""
     facts = device.facts()
     emulated = facts.get("emulated") is True
     where = f"{device.name} {facts.get('machine', '')}".strip()

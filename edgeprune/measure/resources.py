@@ -32,9 +32,6 @@ def peak_memory(path: Path, device: Device, *, name: str = "", runtime: str = RU
     The median of three fresh processes, each with one thread; `conditions` has their lowest and highest, what of it
     was proportional (PSS) and private, and on a GPU the GPU's share: added to the host's where the GPU has memory of
     its own, and the larger of the two where they share it, as on a Jetson.
-
-    Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     there = place(device)
     with held(device, {"model": path}) as paths:
@@ -68,9 +65,6 @@ def energy(
     """Joules that the board takes for one image while the model runs in a loop, everything on the board included.
 
     `conditions` has the power meanwhile and at rest. None, with the reason, where the device has no power sensor.
-
-    Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     there = place(device)
     seconds = min(ENERGY_S, table.seconds)

@@ -90,7 +90,6 @@ def estimate(
 
     Raises:
         UsageError: another precision, or no layers.
-        ModelError: the file is not readable.
     """
     if precision not in WIDTH:
         raise UsageError(f"precision {precision!r} is not one of {', '.join(WIDTH)}")
@@ -118,11 +117,7 @@ def estimate(
 def validated(
     files: Mapping[str, Path], device: Device, table: MeasureTable
 ) -> tuple[Validation | None, str]:
-    """`validate`, and why there is no validation or ""; a device without ONNX Runtime is a reason, and no error.
-
-    Raises:
-        UsageError, DeviceError, ModelError: as for `measure.latency`.
-    """
+    """`validate`, and why there is no validation or ""; a device without ONNX Runtime is a reason, and no error."""
     try:
         fit = validate(files, device, table)
     except MissingDependency as error:
@@ -135,9 +130,6 @@ def validate(files: Mapping[str, Path], device: Device, table: MeasureTable) -> 
 
     Returns:
         None where fewer than LEAST_LAYERS layers take long enough to tell, or the processor is emulated.
-
-    Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     there = place(device)
     if there.emulated:
@@ -163,11 +155,7 @@ def fitted(nodes: Sequence[NodeTime], roof: Roof, where: str) -> Validation | No
 
 
 def roof_of(device: Device, table: MeasureTable) -> Roof:
-    """The roof of a device, measured: a large convolution, a pass over much memory, and many small nodes.
-
-    Raises:
-        DeviceError, MissingDependency: as for `measure.latency`.
-    """
+    """The roof of a device, measured: a large convolution, a pass over much memory, and many small nodes."""
     with scratch_folder() as folder:
         files = {
             "dense": _convolution(folder / "convolution.onnx"),

@@ -83,10 +83,6 @@ def run(
     Args:
         files: name -> ONNX file. plan: the cut between them, for the counts and for the reason when it does not pay.
         counted: more that was counted of the networks behind the files, by the same names (`measure_densities`).
-
-    Raises:
-        DeviceError, MissingDependency, ModelError: the device or its runtime failed, or somebody else measures there.
-        ParityError: an engine does not run in the precision of its file, or answers differently.
     """
     with (
         wanted.device.exclusively(wait_s=wanted.wait_s, say=wanted.say),

@@ -38,11 +38,7 @@ class Trials:
 
     @cached_property
     def runtime(self) -> str:
-        """What runs the files there.
-
-        Raises:
-            DeviceError: the device does not answer.
-        """
+        """What runs the files there."""
         runtime, notes = engines.choose(self.target, self.device)
         for note in notes:
             self.say(note)
@@ -50,20 +46,12 @@ class Trials:
 
     @cached_property
     def version(self) -> str:
-        """The runtime with its version, as in "onnxruntime 1.30.0".
-
-        Raises:
-            DeviceError: the device does not answer. MissingDependency: it has not the runtime.
-        """
+        """The runtime with its version, as in "onnxruntime 1.30.0"."""
         return str(self.device.ask({"op": "about", "runtime": self.runtime}, timeout_s=_ASK_S)["runtime"])
 
     @cached_property
     def emulated(self) -> bool:
-        """Whether times there follow the number of instructions, so that nothing is to be decided by them.
-
-        Raises:
-            DeviceError: the device does not answer.
-        """
+        """Whether times there follow the number of instructions, so that nothing is to be decided by them."""
         return place(self.device).emulated
 
     def latency(self, files: Mapping[str, Path], table: MeasureTable) -> Latency:
@@ -71,21 +59,13 @@ class Trials:
 
         Args:
             files: name -> ONNX file.
-
-        Raises:
-            UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
-            ParityError: an engine does not run in the precision of its file.
         """
         with self._alone():
             ready = self._ready(files)
             return latency.latency(ready, self.device, table, runtime=self.runtime)
 
     def nodes(self, file: Path, table: MeasureTable) -> tuple[NodeTime, ...]:
-        """Every node of an ONNX file that the runtime ran, in order, by the names of the file.
-
-        Raises:
-            UsageError, DeviceError, MissingDependency, ModelError, ParityError: as for `latency`.
-        """
+        """Every node of an ONNX file that the runtime ran, in order, by the names of the file."""
         with self._alone():
             ready = self._ready({"model": file}, keep=True)["model"]
             return layer_times.node_times(ready, self.device, table, runtime=self.runtime, onnx_file=file)

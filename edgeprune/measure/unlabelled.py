@@ -53,9 +53,6 @@ def measure_unlabelled(
         pictures: the synthetic images, None for none.
         device: where the files answer; of one that gives no answers the readings are absent, with the reason, and for
             one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
-
-    Raises:
-        UsageError, DeviceError, ModelError: as for `answers.predict`.
     """
     readings: tuple[Reading, ...] = ()
     if pictures is not None and device.times_alone:

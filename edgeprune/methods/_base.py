@@ -139,9 +139,6 @@ class PruneTask:
 
         Returns:
             name -> bool (n,), True stays.
-
-        Raises:
-            InfeasibleBudget: no choice meets the budget.
         """
         units = self.units
         if self.free:
@@ -184,10 +181,6 @@ class Method(ABC):
 
         Args:
             network: the bare network; a method may train it in place but not change its structure.
-
-        Raises:
-            InfeasibleBudget: no choice meets the budget.
-            EdgepruneError: the method broke its contract (a bug in it).
         """
         shapes = {k: v.shape for k, v in network.state_dict().items()}
         masks = self.prune(network, task)
@@ -237,11 +230,7 @@ class ScoreMethod(SurveyMethod):
 
     @final
     def survey(self, network: nn.Module, task: PruneTask) -> Survey:
-        """Losses of the smallest scores of each group.
-
-        Raises:
-            EdgepruneError: a score is not finite (the method's bug, or a network that computes NaN).
-        """
+        """Losses of the smallest scores of each group."""
         scores = _finite(self.scores(network, task))
         return self.weigh(network, task, scores)
 
@@ -266,11 +255,7 @@ def _finite(scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def counts(survey: Survey, task: PruneTask) -> dict[str, int]:
-    """How many channels each group keeps, so that the budget holds.
-
-    Raises:
-        InfeasibleBudget: no choice meets the budget.
-    """
+    """How many channels each group keeps, so that the budget holds."""
     return allocate(survey.losses, task.costs, task.rules).kept
 
 

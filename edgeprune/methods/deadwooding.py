@@ -74,11 +74,7 @@ class Deadwooding(TrainingMethod):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse a value that is out of its range.
-
-        Raises:
-            UsageError: says which.
-        """
+        """Refuse a value that is out of its range."""
         words = (
             ("score", SCORES),
             ("distance", constrained_distillation.DISTANCES),
@@ -98,13 +94,7 @@ class Deadwooding(TrainingMethod):
                 raise UsageError(f"deadwooding: {name} = {value!r} must be a number from {low:g} to {high:g}")
 
     def prune(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Train, cut and train; the masks of the cut.
-
-        Raises:
-            UsageError: no training images, or no validation images.
-            InfeasibleBudget: no choice meets the budget.
-            ModelError: the network fails on the images, or training diverges.
-        """
+        """Train, cut and train; the masks of the cut."""
         training = need_training("deadwooding", task)
         teacher = training.teacher
         if teacher is None:

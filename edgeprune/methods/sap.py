@@ -68,13 +68,7 @@ class Sap(TrainingMethod):
     tolerance: float = 0.02
 
     def prune(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Cut and train in turns, in place; the masks after the last cut.
-
-        Raises:
-            UsageError: an option is out of its range, nothing to train on, or too few epochs.
-            InfeasibleBudget: no choice meets the budget.
-            ModelError: the network fails on the images, or training diverges.
-        """
+        """Cut and train in turns, in place; the masks after the last cut."""
         rule = self._rule()
         # What can't be met is refused before the first epoch.
         task.keep(task.units.norms(network))

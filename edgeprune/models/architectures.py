@@ -45,8 +45,6 @@ def architecture(spec: str) -> nn.Module:
 
     Raises:
         UsageError: the spec, the name, the file or the callable is wrong; says the closest name.
-        MissingDependency: the package is not installed; says the pip line.
-        ModelError: the callable raised, or gave something that is not an nn.Module.
     """
     head, arguments = _parse(spec)
     origin, _, name = head.rpartition(":")

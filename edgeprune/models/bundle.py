@@ -43,10 +43,6 @@ def load_bundle(table: ModelTable) -> Bundle:
 
     Raises:
         UsageError: the path, the architecture or the input is missing or wrong.
-        UnsafeModel: loading it could run code; says what, and the flags that would allow it.
-        UnsupportedModel: a model of a kind that can't be pruned, or that doesn't answer images with (N, K) logits.
-        MissingDependency: the network's package is not installed.
-        ModelError: empty, truncated, corrupt, not fitting its architecture, or holding NaN.
     """
     if not table.path:
         raise UsageError(
@@ -129,10 +125,6 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
         input: what the network eats.
         plans: the cuts, in their order.
         weights: safetensors with the state dict of the cut network.
-
-    Raises:
-        ModelError: the file of the source is gone or another one, or plans and weights don't fit it.
-        UnsafeModel, UnsupportedModel, MissingDependency, UsageError: as `load_bundle`.
     """
     module = _original(source)
     _prepare(module, source.arch or source.path)
@@ -173,11 +165,7 @@ class Deployed(nn.Module):
 
 
 def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal.
-
-    Raises:
-        UsageError: it can't be read.
-    """
+    """The SHA-256 of a file's bytes, as hexadecimal."""
     return hashlib.sha256(_read(Path(path))).hexdigest()
 
 

@@ -61,9 +61,6 @@ def remodulify(program: ExportedProgram) -> nn.Module:
     Returns:
         A module with the state-dict names of the network that was exported. Where the program was exported with a
         fixed batch size that only its reshapes name, any batch size works (`fixed_batch` is None then).
-
-    Raises:
-        UnsupportedModel: another input than one batch of images, a custom object, control flow; says what.
     """
     state = _state_of(program)
     images = _user_input(program)

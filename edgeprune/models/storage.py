@@ -67,11 +67,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan.
-
-    Raises:
-        WorkdirError: not a readable plan.
-    """
+    """Read a plan."""
     return serialization.read(Plan, path, WorkdirError)
 
 
@@ -117,11 +113,7 @@ class Checkpoint:
         progress: Progress,
         hooks: Mapping[str, Any],
     ) -> None:
-        """Write the state over the one before; a process that is killed meanwhile leaves the one before.
-
-        Raises:
-            WorkdirError: the file can't be written.
-        """
+        """Write the state over the one before; a process that is killed meanwhile leaves the one before."""
         if distributed.rank():
             return
         state = {
@@ -165,11 +157,7 @@ class Checkpoint:
 
 
 def key(settings: str, networks: Iterable[nn.Module], more: Any) -> str:
-    """A hash of the settings, of all weights that a training starts from, and of what hooks start from.
-
-    Raises:
-        UsageError: `more` has something else than tensors, numbers, text, and mappings and lists of them.
-    """
+    """A hash of the settings, of all weights that a training starts from, and of what hooks start from."""
     digest = hashlib.sha256(settings.encode())
     for network in networks:
         tensors = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
@@ -220,9 +208,6 @@ def save_state(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = 
     Args:
         key: tells to which work it belongs. state: tensors, numbers, texts, and lists and dicts of them.
         alone: of a team only this process is at work, the others don't call this.
-
-    Raises:
-        WorkdirError: the file can't be written.
     """
     if alone or distributed.rank() == 0:
         with replace_file(path) as file:

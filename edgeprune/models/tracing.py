@@ -106,11 +106,7 @@ class Program:
         return self._users.get(name, ())
 
     def call(self, name: str) -> Call:
-        """A call by its name.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
+        """A call by its name."""
         return self._by_name[name]
 
     def shape_of(self, name: str) -> tuple[int, ...]:

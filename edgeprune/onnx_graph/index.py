@@ -131,8 +131,6 @@ def opened(path: Path, *, weights: bool = True) -> ModelProto:
         weights: False leaves those numbers where they are; their files are looked at all the same.
 
     Raises:
-        UsageError: it is not a readable ONNX file, a name in it is not UTF-8, or a file beside it is missing.
-        UnsafeModel: its data lie outside its folder. UnsupportedModel: its functions call each other too often.
         ModelError: a file beside it is too short for what it should hold.
     """
     model = _parsed(path)
@@ -148,11 +146,7 @@ def opened(path: Path, *, weights: bool = True) -> ModelProto:
 
 
 def data_files(path: Path) -> dict[str, Path]:
-    """The files beside an ONNX file that hold its numbers, by what the file calls them; none for any other file.
-
-    Raises:
-        As `opened`.
-    """
+    """The files beside an ONNX file that hold its numbers, by what the file calls them; none for any other file."""
     if path.suffix != ".onnx" or not path.is_file():
         return {}
     try:

@@ -103,12 +103,7 @@ class Layer:
 
 
 def layers(view: View, precision: str) -> Iterator[Layer]:
-    """All that multiplies in a graph, in its order, nodes without a name called after what they make.
-
-    Raises:
-        ParityError: a float16 weight holds NaN or infinity.
-        UnsupportedModel: the shape of one is not known.
-    """
+    """All that multiplies in a graph, in its order, nodes without a name called after what they make."""
     for node in view.graph.node:
         if node.op_type in MULTIPLYING:
             stored = [_stored(view, name) for name in node.input[:2]]

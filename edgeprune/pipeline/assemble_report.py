@@ -33,9 +33,6 @@ def build_report(
 
     Args:
         folders: stage -> its folder. small: the network that ships. beside: what further devices came to.
-
-    Raises:
-        WorkdirError: what a stage left is not readable.
     """
     plan = small.plans[-1]
     measured = serialization.read(measure.Measured, folders["measure"] / "measured.json", WorkdirError)

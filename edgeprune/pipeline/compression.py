@@ -81,11 +81,7 @@ SIZE_OF_FLOATS = (
 
 
 def recipe_from(file: Path | None, flags: Mapping[str, Any], sets: Sequence[str]) -> Recipe:
-    """Merge a recipe file, flags and `--set` lines.
-
-    Raises:
-        UsageError: an unknown key, a wrong value, or a file that is not TOML.
-    """
+    """Merge a recipe file, flags and `--set` lines."""
     tables = targets.read_toml(file) if file else {}
     return recipe.build(tables, flags, sets)
 
@@ -122,9 +118,6 @@ def compress(
         output: the run directory; None for runs/MODEL-TARGET. force: the stage to redo from.
         bundle: a network in memory, instead of the recipe's model file. trust_run: believe what lies in the run
             directory although this user has not made it.
-
-    Raises:
-        EdgepruneError: any of its kinds; what was finished stays in the run directory.
     """
     if force is not None and force not in FORCEABLE:
         raise UsageError(f"--force {force!r} is not a stage", suggest(force, FORCEABLE))

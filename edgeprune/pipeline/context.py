@@ -190,11 +190,7 @@ class Context:
 
     @property
     def repair(self) -> str:
-        """Which images the network is repaired on: synthetic, data or none.
-
-        Raises:
-            UsageError: the recipe wants training images, and there are none.
-        """
+        """Which images the network is repaired on: synthetic, data or none."""
         return repair.source_of(self.recipe.prune, self.method, self.trainable)
 
 
@@ -212,11 +208,7 @@ class Step:
 
 
 def load(table: ModelTable) -> Bundle:
-    """The network of [model]: a file, or a run directory that holds what its report was made of.
-
-    Raises:
-        UsageError: a file of the run was replaced. Others as `models.bundle.load_bundle`.
-    """
+    """The network of [model]: a file, or a run directory that holds what its report was made of."""
     if (Path(table.path) / "model.pt2").is_file():
         check_plain(Path(table.path))
         check_shipped(Path(table.path))
@@ -262,9 +254,6 @@ def stage_keys(run: Context) -> dict[str, str]:
     """Stage -> key, in the order of the stages; a stage that this run does without is absent.
 
     Images are synthesized, and the network is repaired, only where the recipe's `prune.repair` comes to that.
-
-    Raises:
-        UsageError: the recipe wants a repair with training images, and there are none.
     """
     repair, table = run.repair, run.recipe
     keys = {"dense": dense_key(run)}

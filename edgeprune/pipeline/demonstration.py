@@ -97,7 +97,6 @@ def prepare(folder: Path, seed: int = 0) -> DemoFiles:
         seed: decides the initial weights, the order of the images and which are held out.
 
     Raises:
-        MissingDependency: scikit-learn is not installed.
         ModelError: the network can't be exported.
     """
     x, y = digits()

@@ -33,11 +33,8 @@ def evaluate(
         trust_run: code that the recipe of a run directory names may be imported.
 
     Raises:
-        UnsafeModel: a run names code that `recipe.model` does not.
         UsageError: no data, an output that is not there or can't be told, an attack that needs gradients on a file
             that has none, or a wrong limit.
-        ModelError, MissingDependency, DeviceError: the file or the model can't be used.
-        WorkdirError: the state of an attack can't be written.
     """
     if not recipe.data.path:
         raise UsageError("evaluate needs images", "give --data")

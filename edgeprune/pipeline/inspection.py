@@ -12,11 +12,7 @@ from edgeprune.serialization import scratch_folder
 
 
 def why(recipe: Recipe, *, say: Log) -> tuple[Any, list[str]]:
-    """What every layer costs, its share of the time here, how compressible it looks, and why it can't be pruned.
-
-    Raises:
-        ModelError: the model can't be loaded or run.
-    """
+    """What every layer costs, its share of the time here, how compressible it looks, and why it can't be pruned."""
     say(f"load: {recipe.model.path}")
     bundle = load(recipe.model)
     target = targets.target(recipe.target)

@@ -217,11 +217,7 @@ def export_onnx(
 
 
 def engine_script(run: Context, artifact: Artifact, out: Path) -> None:
-    """Write build_engine.sh for a target that runs TensorRT, which must take the file.
-
-    Raises:
-        UnsupportedModel: TensorRT does not read the file; says which node and why.
-    """
+    """Write build_engine.sh for a target that runs TensorRT, which must take the file."""
     if "tensorrt" not in run.target.setup:
         return
     check_for_tensorrt(onnx.load(artifact.path), str(run.target.setup["tensorrt"]))

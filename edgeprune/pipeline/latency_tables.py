@@ -52,9 +52,6 @@ def bench(trials: Trials, table: MeasureTable, say: Log, written: Written = AS_E
 
     Args:
         trials: how files are timed there. written: in which precision.
-
-    Raises:
-        UsageError: the folder of the tables can't be written. DeviceError: the device does not answer.
     """
     folder = _folder()
     facts = trials.device.facts()

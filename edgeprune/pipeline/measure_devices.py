@@ -47,11 +47,7 @@ def measure(step: Step) -> None:
 
 
 def look_ahead(run: Context, keys: Mapping[str, str]) -> None:
-    """Say at once, and not after hours, that a further device which is still to measure does not answer now.
-
-    Raises:
-        UsageError: the URL of one names what is not there.
-    """
+    """Say at once, and not after hours, that a further device which is still to measure does not answer now."""
     if not run.work.leads:
         return
     asked = {
@@ -78,9 +74,6 @@ def side_by_side(
 
     Returns:
         what `first` gives, and what the further devices came to.
-
-    Raises:
-        EdgepruneError: the device that decides has failed; what the others read is kept.
     """
     devices = _further(run) if run.work.leads else {}
     jobs = {

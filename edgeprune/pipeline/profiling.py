@@ -40,9 +40,6 @@ def profile(
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
         limit, output, trust_run: as for `evaluate`.
-
-    Raises:
-        UsageError: no such file, or not an ONNX file. DeviceError: all devices failed.
     """
     path = evaluation.onnx_of(Path(recipe.model.path))
     attacked = recipe.attack.name not in ("none", "auto")
@@ -102,7 +99,6 @@ def table(recipe: Recipe, *, say: Log) -> LatencyTable:
 
     Raises:
         UsageError: several devices, images or an attack are named. ModelError: the model can't be loaded or cut.
-        DeviceError: the device failed.
     """
     surplus = {
         "a second --device": bool(recipe.measure.beside),
@@ -153,11 +149,7 @@ class _Job:
     notes: tuple[str, ...] = ()
 
     def on(self, device: Device) -> tuple[str, tuple[Reading, ...]]:
-        """Where a device is, as its readings name the place, and what it read.
-
-        Raises:
-            DeviceError: it failed.
-        """
+        """Where a device is, as its readings name the place, and what it read."""
         where = device.where()
         self.say(f"profile: {self.path} on {where}")
         target = targets.target(self.recipe.target)

@@ -154,11 +154,7 @@ class Workdir:
         self._follows = ExitStack()
 
     def __enter__(self) -> Workdir:
-        """Create the folder and lock it for this process.
-
-        Raises:
-            WorkdirError: another process holds it, or it can't be created.
-        """
+        """Create the folder and lock it for this process."""
         if not self.leads:
             self._aside = self._follows.enter_context(scratch_folder())
             return self
@@ -241,10 +237,6 @@ class Workdir:
         Args:
             name: one of STAGES. key: of `key`. work: writes the stage's files into the folder it is given.
             together: every process of the team does the work; the folders of all but the first are thrown away.
-
-        Raises:
-            WorkdirError: the folder is there but a file in it is not what was written; or a process of the team
-                does not see it.
         """
         done = self._parent(name) / key
         there, threads = self.leads and done.is_dir(), self.threads
@@ -259,11 +251,7 @@ class Workdir:
         return done
 
     def alone(self, name: str, key: str, work: Callable[[Path], None]) -> Path:
-        """As `stage`, but by process 0 alone and without a word to the others, so that any thread may call it.
-
-        Raises:
-            WorkdirError: the folder is there but a file in it is not what was written.
-        """
+        """As `stage`, but by process 0 alone and without a word to the others, so that any thread may call it."""
         done = self._parent(name) / key
         if done.is_dir():
             self._verify(done)
@@ -304,9 +292,6 @@ class Workdir:
 
         A follower's is empty and goes with it: what is kept, the first process keeps, and tells. What somebody else
         has left there is deleted.
-
-        Raises:
-            WorkdirError: it can't be written.
         """
         if not self.leads:
             return self._aside / key

@@ -57,9 +57,6 @@ def search(
 
     Args:
         network: a copy that the method may train or edit.
-
-    Raises:
-        UsageError: a metric that can't be pruned for. InfeasibleBudget: no choice meets the budget.
     """
     targets = _targets(budget, task, tools.probes)
     survey = None

@@ -35,10 +35,6 @@ def run_cut(
     Returns:
         The plan, and the bundle of the smaller network with the plan appended. Groups that fail the proof with
         these very weights stay whole and are added to the plan's `left_out`.
-
-    Raises:
-        ModelError: nothing was removed although the masks said so, the outputs changed their shape, or the
-            edited tensors are not of this network.
     """
     network = _with(bundle.module, edited or {})
     channels, failed = _proven(network, groups, masks.channels, example)

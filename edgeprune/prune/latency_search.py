@@ -177,9 +177,6 @@ def search(
         survey: what counts cost. wanted: metric -> what was measured and what is allowed;
             at least one latency, others are metrics that shrink with the parameters. read: counts -> each of these
             metrics of the cut network, measured.
-
-    Raises:
-        InfeasibleBudget: no cut that was tried keeps them; says how near the nearest came.
     """
     hunt = _Hunt(task, survey, clock, wanted, read, correction=clock.of_dense)
     for _ in range(ROUNDS):

@@ -99,12 +99,7 @@ def trains(table: PruneTable, name: str) -> bool:
 
 
 def run(bundle: Bundle, table: PruneTable, budget: Budget, material: PruningInputs) -> Chosen:
-    """Find what can be cut, and choose within it.
-
-    Raises:
-        UsageError: a metric that can't be pruned for. UnsupportedModel: nothing can be cut.
-        InfeasibleBudget: no choice meets the budget; says how far it got.
-    """
+    """Find what can be cut, and choose within it."""
     method: Method = plugins.build("methods", method_name(table, material.images is not None), table.options)
     network = deepcopy(bundle.module)
     task, left_out = _task(bundle, network, (table, budget), material)
@@ -259,11 +254,7 @@ def write(chosen: Chosen, folder: Path) -> None:
 
 
 def read(folder: Path) -> Chosen:
-    """The choice that `write` left.
-
-    Raises:
-        WorkdirError: the files are not readable.
-    """
+    """The choice that `write` left."""
     rest = serialization.read(_Rest, folder / "chosen.json", WorkdirError)
     channels, weights = (
         {k: v.bool() for k, v in load_tensors(folder / f"{name}.safetensors").items()}

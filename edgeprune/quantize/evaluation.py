@@ -68,11 +68,7 @@ class EvaluationSet:
     free: bool
 
     def answers(self, model: ModelProto) -> Logits:
-        """The logits (N, K) of another model of the same network.
-
-        Raises:
-            UnsupportedModel: ONNX Runtime refuses it.
-        """
+        """The logits (N, K) of another model of the same network."""
         return answers(model, self.pixels, free=self.free)
 
     def judge(self, logits: Logits) -> Judgement:
@@ -156,11 +152,7 @@ def sqnr_db(wanted: Logits, got: Logits) -> float:
 
 
 def answers(model: ModelProto, pixels: Tensor, *, free: bool) -> Logits:
-    """The logits (N, K) of a model for pixels (N, C, H, W); free: whether its batch may be freed for that.
-
-    Raises:
-        UnsupportedModel: ONNX Runtime refuses the model.
-    """
+    """The logits (N, K) of a model for pixels (N, C, H, W); free: whether its batch may be freed for that."""
     if not free:
         network = onnx_graph.open_onnx(model)
         size = len(pixels) if batch_of(model) is None else 1
@@ -281,12 +273,7 @@ def load(path: Path) -> tuple[bytes, ModelProto]:
 
 
 def floats(path: Path, job: Job) -> FloatBaseline:
-    """Make an exported file ready for building candidates.
-
-    Raises:
-        UsageError: there are no images, they don't go with their labels, or a layer to skip is none.
-        UnsupportedModel, ModelError: the file can't be prepared, or answers images with NaN or infinity.
-    """
+    """Make an exported file ready for building candidates."""
     data, exported = load(path)
     material = job.material or CalibrationSet(patterns(exported), None, "patterns")
     _check(material, _input_shape(exported))
@@ -302,11 +289,7 @@ def floats(path: Path, job: Job) -> FloatBaseline:
 
 
 def check_skipped(path: Path, patterns: Sequence[str]) -> None:
-    """See before anything takes long that every pattern of `quantize.skip` is about a layer of an exported file.
-
-    Raises:
-        UsageError: one is not. UnsupportedModel, ModelError: the file can't be read or prepared.
-    """
+    """See before anything takes long that every pattern of `quantize.skip` is about a layer of an exported file."""
     if patterns:
         _skipped(quantizable(prepare(load(path)[1])), patterns)
 

@@ -43,13 +43,7 @@ class Shipped:
 
 
 def finish(built: Built, floats: FloatBaseline) -> Shipped:
-    """Describe the file, prove that it is what it says, and read off how close it is to the float file.
-
-    Raises:
-        ParityError: a scale is not a positive number, a layer is float that nobody put back, nothing is in the
-            precision, or the file answers with NaN or infinity.
-        UnsupportedModel: onnx's checker refuses it.
-    """
+    """Describe the file, prove that it is what it says, and read off how close it is to the float file."""
     model = ModelProto()
     model.CopyFrom(built.model)
     onnx_graph.finish(model, _about(built, floats), producer="edgeprune", version=edgeprune.__version__)
@@ -180,19 +174,12 @@ def size_of(exported: Path, precision: str, scheme: str) -> int:
     """The bytes that a float file comes to as "int8" or "fp16", every layer that can be in that precision.
 
     The values of the scales are not those that ship; their number and their bytes are.
-
-    Raises:
-        UnsupportedModel: ONNX Runtime can't run it, or nothing in it can be quantized.
     """
     return rough(exported, precision, scheme).ByteSize() + ABOUT
 
 
 def rough(exported: Path, precision: str, scheme: str) -> onnx.ModelProto:
-    """A float file in another precision, with scales of one grey image: it takes the time and the bytes of what ships.
-
-    Raises:
-        UnsupportedModel: as `size_of`.
-    """
+    """A float file in another precision, with scales of one grey image: as slow and as large as what ships."""
     model = prepare(onnx.load(str(exported)))
     dims = model.graph.input[0].type.tensor_type.shape.dim
     image = torch.full((1, *(int(d.dim_value) for d in dims[1:])), 0.5)

@@ -312,11 +312,7 @@ NAME = "fp16"
 
 
 def build(floats: FloatBaseline, job: Job) -> Built:
-    """The network in fp16; its loss may still be above the tolerance.
-
-    Raises:
-        UnsupportedModel: the graph can't be converted.
-    """
+    """The network in fp16; its loss may still be above the tolerance."""
     seen = floats.seen(floats.model, "the network")
 
     def made(skip: tuple[str, ...]) -> ModelProto:

@@ -71,10 +71,6 @@ def observe(model: ModelProto, images: Tensor, *, label: str = "") -> dict[str, 
     Returns:
         Value name -> what it was, the input first, then in the order of the nodes. What nodes with bodies compute
         inside is not seen.
-
-    Raises:
-        UsageError: there are no images, they have another shape than the model wants, or hold NaN or infinity.
-        ModelError: an activation is NaN or infinite; names it. Or ONNX Runtime can't run the model.
     """
     _check_images(model, images)
     names = _float_values(model)

@@ -42,9 +42,6 @@ def write(model: ModelProto, plan: Plan, ranges: Mapping[str, Range], *, symmetr
         plan: what becomes of each node and value.
         ranges: of every value in `plan.pairs` that shares no other's.
         symmetric: signed with zero point 0 and float biases; else unsigned with int32 biases.
-
-    Raises:
-        UnsupportedModel: a range is missing, or a weight or bias is not finite.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -304,10 +301,6 @@ def quantized(
     Returns:
         The model; nodes keep their names, and weights and biases theirs. Other values are renamed shortly. What
         computes in float, because of `skip` or because there is no 8-bit form, is as it was.
-
-    Raises:
-        UsageError: there is no such scheme, or no node of a name in `skip`.
-        UnsupportedModel: no node can be int8, the opset is below 13, a weight is not finite, or a range is missing.
     """
     _check(model, scheme, skip)
     if scheme == "u8":

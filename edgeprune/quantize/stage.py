@@ -32,13 +32,6 @@ def run(exported: Path, out: Path, job: Job) -> Quantized:
 
     Args:
         exported: the float file. out: the stage's folder.
-
-    Raises:
-        UsageError: the target doesn't take the precision; there are no images to choose ranges on, or they are no
-            numbers; a name of the recipe is no layer.
-        UnsupportedModel: the precision that was asked for can't be built of this network.
-        ParityError: it loses more than `quantize.tolerance`, or the built file is not what it should be.
-        ModelError: the exported file is not readable, or answers images with NaN or infinity.
     """
     check_asked(job.precision, job.precisions)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,11 +51,7 @@ def run(exported: Path, out: Path, job: Job) -> Quantized:
 
 
 def read(folder: Path) -> Quantized:
-    """What `run` left in a folder.
-
-    Raises:
-        WorkdirError: it is not readable.
-    """
+    """What `run` left in a folder."""
     return serialization.read(Quantized, folder / RECORD, WorkdirError)
 
 

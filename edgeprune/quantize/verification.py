@@ -45,11 +45,7 @@ _MOVED = re.compile(r"(_token_\d+|_nhwc)+$")
 
 
 def in_integers(model: ModelProto, low: Sequence[Layer]) -> list[Layer]:
-    """Those of the layers that ONNX Runtime runs in integer kernels, found in the graph that it would run.
-
-    Raises:
-        UnsupportedModel: ONNX Runtime can't load the model.
-    """
+    """Those of the layers that ONNX Runtime runs in integer kernels, found in the graph that it would run."""
     graph = optimized(model).graph
     nodes = [node for node in graph.node if node.op_type in INTEGER]
     names = {_MOVED.sub("", node.name) for node in nodes}
@@ -85,11 +81,6 @@ def check_scales(view: View) -> tuple[str, int]:
 
     Returns:
         The scheme, "u8" or "s8" ("" when no activation is quantized), and how many scale entries there are.
-
-    Raises:
-        ParityError: a scale is computed, not finite or not above 0; a zero point is not 0 where the scheme wants that
-            (weights, biases, signed activations); activations are quantized in two ways; a Q/DQ pair has two steps; an
-            int32 bias has another scale than its input's times its weight's, or stands beside signed activations.
     """
     steps = [
         (node, _step(view, node), _is_constant(view, node))
@@ -272,7 +263,6 @@ def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) 
         ParityError: the file is no valid ONNX; a scale is not finite or not above 0; zero points or types are none
             that the scheme has; a Q/DQ pair or a bias disagrees about a scale; a node with weights is float32 and not
             in `allowed`; ONNX Runtime runs one in float32; nothing is in the precision at all.
-        UnsupportedModel: the shape of a product can't be inferred, or ONNX Runtime can't load the file.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -317,7 +307,6 @@ def closeness(floats: ModelProto, model: ModelProto, images: Tensor) -> Closenes
     Raises:
         UsageError: no images.
         ParityError: an answer of either holds NaN or infinity, or they have different shapes.
-        UnsupportedModel: ONNX Runtime can't load or run one of them.
     """
     if not len(images):
         raise UsageError("closeness needs at least one image, got none")

@@ -288,9 +288,6 @@ def run(
 
     Returns:
         The repaired network, and the readings "pruned" and "repaired" of the ledger, if any.
-
-    Raises:
-        ModelError: the network fails on the images.
     """
     repaired = repair(dense, small, images, seed=seed)
     if held_out is None:

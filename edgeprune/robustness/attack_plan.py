@@ -118,11 +118,7 @@ def placed(victim: ModelUnderAttack, split: Split) -> Iterator[ExecutionConfig]:
 
 
 def reaches(network: nn.Module | None, x: Tensor) -> bool:
-    """Whether a gradient reaches the input of a network, for images x on its device.
-
-    Raises:
-        ModelError: the network fails on the images.
-    """
+    """Whether a gradient reaches the input of a network, for images x on its device."""
     if network is None:
         return False
     with crafting(network), torch.enable_grad():
@@ -248,9 +244,6 @@ def batch_size(network: nn.Module | None, x: Tensor) -> int:
 
     Args:
         network: whose gradients will be had, or None. x: one image (1, C, H, W) on its device.
-
-    Raises:
-        ModelError: the network fails on the image.
     """
     if network is None:
         return MOST

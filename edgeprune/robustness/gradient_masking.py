@@ -55,9 +55,6 @@ def flags(victim: ModelUnderAttack, split: Split, job: Job, verdicts: Verdicts) 
 
     Args:
         verdicts: of `run` for this victim and these images.
-
-    Raises:
-        ModelError: the network or the file fails on the images.
     """
     rows = [row for row, right in enumerate(verdicts.clean_right) if right][:LOOKED_AT]
     if not rows:

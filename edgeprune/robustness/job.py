@@ -144,21 +144,13 @@ def attack_job(table: AttackTable, *, seed: int, data: str) -> Job:
 
 
 def ask(answers: Logits, x: Tensor) -> Tensor:
-    """The logits (N, K) for pixels (N, C, H, W), without gradients.
-
-    Raises:
-        ModelError: the network or the file fails on the batch.
-    """
+    """The logits (N, K) for pixels (N, C, H, W), without gradients."""
     with torch.no_grad():
         return as_logits(answers)(x)
 
 
 def wrong(answers: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """Which images do not get their label, bool (N,) on the CPU; an answer that is not finite is wrong.
-
-    Raises:
-        ModelError: the network or the file fails on the batch.
-    """
+    """Which images do not get their label, bool (N,) on the CPU; an answer that is not finite is wrong."""
     found = ask(answers, x)
     right = (found.argmax(1) == y.to(found.device)) & found.isfinite().all(1)
     return ~right.cpu()

@@ -174,9 +174,6 @@ def of_file(
     Args:
         scratch: for temporary files. where: the place, as in readings.
         twin: the network in torch that it was made from. others: networks whose adversarial images are tried too.
-
-    Raises:
-        UsageError: no such file. MissingDependency, ModelError: ONNX Runtime is not there or refuses the file.
     """
     answers, fast = open_file(path, scratch, torch.get_num_threads())
     victim = ModelUnderAttack(name, sha256_file(path), answers, twin, dict(others or {}), fast, where)
@@ -226,9 +223,6 @@ def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDe
 
     Args:
         victim: of that file, on this machine. path: the file. spec: what it eats.
-
-    Raises:
-        DeviceError: the device does not answer.
     """
     device = there.device
     if device.times_alone:
@@ -286,10 +280,6 @@ def of_run(
     Args:
         run: a finished run directory. scratch, where: as for `of_file`.
         given: what the command line says of the model. trusted: what the run's recipe says counts as well.
-
-    Raises:
-        UnsafeModel: loading the dense network would run code that only the run's recipe names.
-        UsageError: not a finished run. MissingDependency, ModelError: its file or its network can't be used.
     """
     bundle = load_bundle(ModelTable(path=str(run)))
     dense, why = _dense(run, given, trusted)

@@ -65,12 +65,7 @@ class Asked:
                 self._stack, self._talk, self._last = None, None, None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The logits float32 (N, K) of pixels (N, C, H, W), on the CPU.
-
-        Raises:
-            DeviceError: the device can't be reached, the connection was lost, or somebody else is alone on it.
-            UsageError, MissingDependency, ModelError: what the agent there said.
-        """
+        """The logits float32 (N, K) of pixels (N, C, H, W), on the CPU."""
         if self._stack is None:
             with self.open():
                 return self(x)

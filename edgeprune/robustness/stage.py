@@ -63,8 +63,6 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, say:
     Raises:
         UsageError: no images, pixels outside [0, 1], labels that are no classes of the victim, or an attack that
             needs gradients where there are none.
-        ModelError: the network or the file fails on the images.
-        WorkdirError: `scratch` can't be written.
     """
     if not len(split):
         raise UsageError(
@@ -104,9 +102,6 @@ def run_stages(
     Args:
         victims: stage -> victim, from "dense" to "exported".
         scratch: a folder; stages that are done are not attacked again after a kill.
-
-    Raises:
-        As `run`.
     """
     found: dict[str, Verdicts] = {}
     lines: list[Reading] = []

@@ -40,9 +40,6 @@ def proven(victim: ModelUnderAttack, split: Split, *, say: Log) -> ModelUnderAtt
 
     Args:
         split: labelled images; the first 256 are looked at.
-
-    Raises:
-        UsageError, ModelError: the file fails on the images.
     """
     network = victim.straight if victim.straight is not None else victim.twin if victim.own else None
     if network is None:

@@ -58,12 +58,7 @@ class Session(ABC):
         """
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Answer any number of images; a fixed batch is filled up with zero images where needed.
-
-        Raises:
-            UsageError: x has another shape or type than the model eats.
-            UnsupportedModel: the answer is not (N, K).
-        """
+        """Answer any number of images; a fixed batch is filled up with zero images where needed."""
         import numpy as np
 
         self._check(x)
@@ -156,9 +151,6 @@ class Runtime(ABC):
 
         Raises:
             UsageError: no such file, or a precision that this runtime does not know.
-            MissingDependency: the runtime is not installed.
-            ModelError: it refuses the file; says why.
-            ParityError: what it built does not run in that precision.
         """
         if precision not in self.accepts:
             raise UsageError(f"precision {precision!r} is not one of {', '.join(self.accepts)}")

@@ -77,11 +77,7 @@ class OnnxRuntime(Runtime):
     def profile(
         self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]
     ) -> List[NodeTime]:
-        """As Runtime.profile.
-
-        Raises:
-            DeviceError: the disk is full, so that what ONNX Runtime writes of the layers can't be read.
-        """
+        """As Runtime.profile."""
         warmup = max(1, runs // 10)
         with _scratch(built) as folder:
             inner = _session(built, threads=threads, profile_to=str(folder / "profile"))
@@ -150,9 +146,6 @@ def _scratch(built: Path) -> Iterator[Path]:
 
     It lies beside the file where that folder is kept, so that it goes with it when this process is killed; a folder of
     somebody's own is left alone.
-
-    Raises:
-        DeviceError: it can't be made.
     """
     kept = built.parent if (built.parent / _KEPT).is_file() else None
     with ExitStack() as stack:
@@ -166,11 +159,7 @@ def _scratch(built: Path) -> Iterator[Path]:
 
 
 def _events(profile: Path) -> List[Dict[str, Any]]:
-    """What ONNX Runtime wrote of a run; it does not say when it could not write all of it.
-
-    Raises:
-        DeviceError: it is not whole.
-    """
+    """What ONNX Runtime wrote of a run; it does not say when it could not write all of it."""
     try:
         return json.loads(profile.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

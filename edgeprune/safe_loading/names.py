@@ -33,11 +33,7 @@ def check_name(name: Any, where: str) -> None:
 
 
 def check_names(module: nn.Module, where: str) -> None:
-    """Refuse a network with a module, a parameter or a buffer of a name that is none, before source is made of it.
-
-    Raises:
-        UnsafeModel: names it.
-    """
+    """Refuse a network with a module, a parameter or a buffer of a name that is none, before source is made of it."""
     for part in module.modules():
         for table in (part._modules, part._parameters, part._buffers):
             for name in table:

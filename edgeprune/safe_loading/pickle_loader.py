@@ -43,9 +43,6 @@ def load_pickle(data: bytes, where: str, *, allow_class: Sequence[str] = (), tru
         trust: load as Python's own unpickler does, running whatever the file says; warns.
 
     Raises:
-        UnsafeModel: loading would run code, or needs classes that nobody allowed; lists the globals and the flags.
-        UsageError: a name in allow_class is not a class.
-        MissingDependency: the file needs timm or torchvision, which is not installed.
         ModelError: corrupt or truncated.
     """
     if trust:

@@ -47,13 +47,7 @@ _FILES = re.compile(
 
 
 def vet(path: Path) -> None:
-    """Refuse an archive whose loading could run code, or that is not as torch.export.save writes it.
-
-    Raises:
-        UnsafeModel: it could run code; says where in the archive and how.
-        UnsupportedModel: it holds operators that are none of torch's own on tensors; names the first.
-        ModelError: not a complete `.pt2` archive, or of another version.
-    """
+    """Refuse an archive whose loading could run code, or that is not as torch.export.save writes it."""
     _vet(path.read_bytes(), str(path))
 
 

@@ -67,7 +67,6 @@ def check_program(table: Any, where: str) -> None:
 
     Raises:
         UnsafeModel, UnsupportedModel: as `pt2.vet`. ModelError: of another version of the format.
-        ValueError, TypeError, KeyError, AttributeError, AssertionError: not such a record at all.
     """
     program: Any = _dict_to_dataclass(schema.ExportedProgram, table)
     if program.schema_version.major != schema.SCHEMA_VERSION[0]:

@@ -90,9 +90,6 @@ def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Alloca
     Args:
         losses: group -> float64 (C + 1,), what it costs to keep k channels, not increasing in k and 0 for all of them;
             comparable between groups unless `rules.cuts` decides.
-
-    Raises:
-        InfeasibleBudget: even the floor of every group costs more than a limit; says how far it got.
     """
     multiple, steps = fitting_levels(losses, costs, rules)
     kept = (
@@ -116,9 +113,6 @@ def fitting_levels(
 
     Returns:
         What they are multiples of; group -> levels, descending from all channels.
-
-    Raises:
-        InfeasibleBudget: no levels can.
     """
     wish = max(1, rules.multiple_of)
     halves = [wish >> k for k in range(wish.bit_length())]

@@ -135,11 +135,7 @@ def _read_by_layer(call: Call, places: Mapping[str, _Place], consumers: set[str]
 
 
 def _step(program: Program, call: Call, places: Mapping[str, _Place]) -> _Place:
-    """Where the units are behind an operator that keeps them apart and treats them alike.
-
-    Raises:
-        _Mixed: it doesn't, or isn't known to.
-    """
+    """Where the units are behind an operator that keeps them apart and treats them alike."""
     read = [places[name] for name in call.reads if name in places]
     place = _Place(read[0].axis, all(p.homogeneous for p in read))
     if call.op == "cat":

@@ -56,9 +56,6 @@ def find_groups(network: nn.Module, example: Tensor, skip: Sequence[str] = ()) -
     Args:
         network: not changed. example: float32 (N, C, H, W), what the bare network eats.
         skip: layer names or patterns ("layer1.*") whose channels stay.
-
-    Raises:
-        UnsupportedModel: the graph can't be built at all.
     """
     copy = deepcopy(network).eval()
     for parameter in copy.parameters():

@@ -41,9 +41,6 @@ def pqi(w: Tensor, p: float = 0.5, q: float = 1.0) -> float:
     Returns:
         In [0, 1 - d ** (1/q - 1/p)]: 0 for equal magnitudes, the largest for a single entry that is not zero. A vector
         of zeros, or of nothing, has no index; 0 stands for it, so that nothing is pruned because of it.
-
-    Raises:
-        UsageError: not 0 < p < q. ModelError: an entry is not a finite number.
     """
     return abs(math.expm1(_log_ratio(w, p, q)))
 
@@ -60,9 +57,6 @@ def sap_count(
 
     Returns:
         The index, the bound r, and c in [0, floor(beta d)]: a vector is never emptied.
-
-    Raises:
-        UsageError: a parameter is out of its range. ModelError: an entry is not a finite number.
     """
     check_rule(p, q, eta, gamma, beta)
     log_ratio, d = _log_ratio(w, p, q), w.numel()
@@ -82,9 +76,6 @@ def superfluous(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> 
 
     Returns:
         float64 (d + 1,), in [0, 1); 0 for n = 0 and where all is zero.
-
-    Raises:
-        UsageError: not 0 < p < q, or eta below 0. ModelError: an entry is not a finite number.
     """
     check_rule(p, q, eta, gamma=1.0, beta=0.5)
     flat = _scaled(w).sort(descending=True).values
@@ -103,9 +94,6 @@ def keep_shares(scores: Mapping[str, Tensor], p: float = 0.5, q: float = 1.0) ->
 
     Returns:
         layer -> share in (0, 1]; 1 for a layer of zeros, of which nothing is known.
-
-    Raises:
-        UsageError: not 0 < p < q. ModelError: a score is not a finite number.
     """
     return {
         name: 1 - sap_count(values, p, q).pruned / max(1, values.numel()) for name, values in scores.items()

@@ -139,9 +139,6 @@ def perturb(  # noqa: PLR0913
 
     Returns:
         Like `x`, in the ball and in [0, 1], detached.
-
-    Raises:
-        ModelError: the network fails on the batch, or no gradient reaches its input.
     """
     x = x.detach()
     start = x if generator is None else ball.start(x, generator)

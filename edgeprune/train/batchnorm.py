@@ -29,7 +29,6 @@ def recalibrate_bn(module: nn.Module, images: Tensor, batch: int = 256) -> int:
 
     Raises:
         UsageError: fewer than two images.
-        ModelError: the network fails on them, or an input of a batch-norm is not finite.
     """
     layers = {name: layer for name, layer in module.named_modules() if _has_statistics(layer)}
     if not layers:

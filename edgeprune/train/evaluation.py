@@ -24,11 +24,7 @@ BATCH_UNDER_ATTACK = 250
 
 
 def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, int]:
-    """How many images of a part are classified right, and how many there are; what isn't finite is wrong.
-
-    Raises:
-        ModelError: the network fails on the images.
-    """
+    """How many images of a part are classified right, and how many there are; what isn't finite is wrong."""
     return int(right(module, split, torch.arange(len(split)), batch=batch).sum()), len(split)
 
 
@@ -39,11 +35,7 @@ def right(
     change: Callable[[Tensor], Tensor] | None = None,
     batch: int = 500,
 ) -> Tensor:
-    """Which of the images `rows` (n,) are classified right, bool (n,), each batch changed first by `change`.
-
-    Raises:
-        ModelError: the network fails on the images.
-    """
+    """Which of the images `rows` (n,) are classified right, bool (n,), each batch changed first by `change`."""
     found, label = [], f"accuracy on {split.name}"
     with _ready(module, split) as device, torch.no_grad(), bar(len(rows), label) as advance:
         for x, y in split.batches(batch, rows):
@@ -64,9 +56,6 @@ def robust_accuracy(
         objective: its attack; one that makes none gives the clean accuracy.
         seed: decides which images are tried, and where attacks start.
         limit: how many images at most, chosen by chance; 0 is all.
-
-    Raises:
-        ModelError: the network fails on the images, or the attack finds no gradient.
     """
     with _ready(module, split) as device:
         rows = some(len(split), limit, seed)
@@ -103,11 +92,7 @@ def attacked(
 
 
 def mean_loss(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
-    """Mean cross-entropy over images (n, C, H, W) with labels (n,), in evaluation mode; may be NaN.
-
-    Raises:
-        ModelError: the network fails on the images.
-    """
+    """Mean cross-entropy over images (n, C, H, W) with labels (n,), in evaluation mode; may be NaN."""
     total = 0.0
     device = device_of(module)
     with modes(None, module), torch.no_grad():

@@ -142,9 +142,6 @@ def decide(module: nn.Module, data: Data, table: TuneTable, seed: int) -> tuple[
         data: its training images are looked at, at most 2,048 or 20 of each class.
         table: what the user wants; a kind that is asked for by its word is done, with a warning where it harms.
         seed: decides which images are looked at, and their shifts.
-
-    Raises:
-        ModelError: the network fails on the images.
     """
     asked = table.augment != "auto"
     wanted = KINDS[table.augment if asked else "on"]

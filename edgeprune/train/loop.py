@@ -84,12 +84,6 @@ def fit(module: nn.Module, course: TrainingJob, hooks: Hooks = NO_HOOKS) -> Hist
         module: pixels in [0, 1] to logits (N, K); parameters that ask for no gradient stay as they are.
         course: images, settings, seed, folder, teacher, validation images.
         hooks: what a method adds.
-
-    Raises:
-        UsageError: too few images, no validation images where the best epoch is wanted, or a word of the table that
-            is not known.
-        ModelError: the loss is not finite any more, or the network fails in training mode.
-        WorkdirError: a checkpoint can't be written.
     """
     _check(course)
     with _prepared(module, course, hooks) as loop:

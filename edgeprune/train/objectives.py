@@ -77,9 +77,6 @@ class Objective:
             x: float32 (N, C, H, W) in [0, 1].
             y: int64 (N,), class numbers.
             generator: on the CPU; decides where attacks start.
-
-        Raises:
-            ModelError: the network or the teacher fails on the batch, or no gradient reaches the images.
         """
         wanted = self._wanted(x)
         adversarial = self.attack(module, x, y, generator)
@@ -124,11 +121,7 @@ class Objective:
 
 
 def of_table(table: TuneTable, teacher: nn.Module | None) -> Objective:
-    """The objective that a recipe asks for; the teacher counts where `table.distill` is more than 0.
-
-    Raises:
-        UsageError: no such objective or norm, or a number (`eps` is text) out of its range.
-    """
+    """The objective that a recipe asks for; the teacher counts where `table.distill` is more than 0."""
     ball = Ball(table.norm, eps_of(table.eps, table.norm))
     steps = 1 if table.objective == "fgsm" else table.attack_steps
     usual = adversarial.FGSM_REACH if table.objective == "fgsm" else adversarial.PGD_REACH / max(1, steps)
@@ -159,7 +152,6 @@ def hybrid_loss(module: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: fl
 
     Raises:
         UsageError: beta is not in [0, 1].
-        ModelError: the network fails on the batch.
     """
     if not 0 <= beta <= 1:
         raise UsageError(f"beta = {beta} must be between 0 and 1")

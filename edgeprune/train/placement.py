@@ -57,9 +57,6 @@ def fastest_config(networks: Sequence[nn.Module], example: Tensor, mixed: str = 
         mixed: "fp32", "bf16", or "auto": bfloat16 on a GPU, where the network takes it, and float32 on a CPU.
             CPUs with AVX-512 BF16 train convolutions in half the time with "bf16" (benchmarks/mixed.py); CPUs
             without it only emulate it, and results would depend on which one it is.
-
-    Raises:
-        UsageError: another word for `mixed`.
     """
     *tried, last = _candidates(mixed)
     for placement in tried:

@@ -84,10 +84,6 @@ def run(  # noqa: PLR0913
     Returns:
         The tuned bundle, and readings of clean_accuracy with `conditions["stage"]` pruned (unless it was measured
         already), bn recalibrated and tuned (those that took place).
-
-    Raises:
-        ModelError: the network fails on images, or training diverges.
-        UsageError: the calibration recipe or the objective is wrong.
     """
     copy = replace(bundle, module=deepcopy(bundle.module))
     network = models.deployed(copy)

@@ -64,11 +64,7 @@ class Shell:
     explain: Callable[[str], tuple[str, str]]
 
     def run(self, argv: Sequence[str], stdin: bytes, timeout_s: float) -> Answer:
-        """Run a command there and wait for it; it is killed when the time is up or this process ends.
-
-        Raises:
-            DeviceError: it can't be started, took longer than `timeout_s`, or the connection was lost.
-        """
+        """Run a command there and wait for it; it is killed when the time is up or this process ends."""
         with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as sink:
             feed.write(stdin)
             feed.seek(0)
@@ -86,9 +82,6 @@ class Shell:
 
         Args:
             shown: what messages call it.
-
-        Raises:
-            DeviceError: it can't be started, or later: the connection was lost.
         """
         token = secrets.token_hex(8)
         command = self.attach(["sh", "-c", TALK, "edgeprune", token, *argv])
@@ -148,9 +141,6 @@ class Shell:
 
         Args:
             holder: who wants to be alone on the machine, as others read it; "" for nobody.
-
-        Raises:
-            DeviceError: no folder can be made, or somebody else is alone on the machine; says who, since when.
         """
         token = secrets.token_hex(8)
         command = self.attach(["sh", "-c", KEEP, "edgeprune-keeper", token, holder])
@@ -175,11 +165,7 @@ class Shell:
 
     @contextmanager
     def alone(self, wait_s: float, say: Callable[[str], None]) -> Iterator[None]:
-        """Be the only one of those who ask for it; what one who is killed held is free at once.
-
-        Raises:
-            DeviceError: somebody else is, and still was after `wait_s`; says who, since when.
-        """
+        """Be the only one of those who ask for it; what one who is killed held is free at once."""
         until, told = time.monotonic() + wait_s, False
         with contextlib.ExitStack() as stack:
             while True:

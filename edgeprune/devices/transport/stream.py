@@ -190,33 +190,21 @@ class InteractiveCommand:
         raise DeviceError(f"{self.name} can't be reached: {what}", fix)
 
     def say(self, data: bytes, timeout_s: float) -> None:
-        """Tell it something. Where it has ended already, the next `hear` says so.
-
-        Raises:
-            DeviceError: it did not take that in time.
-        """
+        """Tell it something. Where it has ended already, the next `hear` says so."""
         try:
             self.pipes.send(data, timeout_s)
         except TimeoutError as error:
             raise self._late(timeout_s) from error
 
     def hear(self, count: int, timeout_s: float) -> bytes:
-        """So many bytes; fewer only where it has ended.
-
-        Raises:
-            DeviceError: they did not come in time.
-        """
+        """So many bytes; fewer only where it has ended."""
         try:
             return self.pipes.receive(count, timeout_s)
         except TimeoutError as error:
             raise self._late(timeout_s) from error
 
     def end(self) -> Answer:
-        """End it: how it ended, with its last words on stdout.
-
-        Raises:
-            DeviceError: it did not end; the connection was lost.
-        """
+        """End it: how it ended, with its last words on stdout."""
         self.pipes.hang_up()
         said = self.hear(_LONGEST_WORDS, TIDY_S)
         self.pipes.wait(TIDY_S)
@@ -253,11 +241,7 @@ class Pipes:
             os.set_blocking(descriptor, False)
 
     def send(self, data: bytes, timeout_s: float) -> bool:
-        """Whether all of it was taken; not where nobody reads any more.
-
-        Raises:
-            TimeoutError: it was not taken in time.
-        """
+        """Whether all of it was taken; not where nobody reads any more."""
         left, until = memoryview(data), time.monotonic() + timeout_s
         while left:
             _await(self._to, select.POLLOUT, until)
@@ -270,20 +254,12 @@ class Pipes:
         return True
 
     def receive(self, count: int, timeout_s: float) -> bytes:
-        """So many bytes; fewer only where there come no more.
-
-        Raises:
-            TimeoutError: they did not come in time.
-        """
+        """So many bytes; fewer only where there come no more."""
         self._fill(lambda: len(self.ahead) >= count, timeout_s)
         return self._take(count)
 
     def skip(self, mark: bytes, most: int, timeout_s: float) -> bool:
-        """Whether a mark came within so many bytes; it is dropped with all that stands before it.
-
-        Raises:
-            TimeoutError: it did not come in time.
-        """
+        """Whether a mark came within so many bytes; it is dropped with all that stands before it."""
         self._fill(lambda: mark in self.ahead or len(self.ahead) > most, timeout_s)
         at = self.ahead.find(mark)
         if at >= 0:

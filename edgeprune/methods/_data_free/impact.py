@@ -132,9 +132,6 @@ def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) ->
 
     Args:
         pairs: merges, or units that go alone (keep equal to remove) and leave their mean; all of one kind.
-
-    Raises:
-        Unbounded: an operator before or behind the group has no bound; says which.
     """
     found: list[Interval] = []
     alone = any(p.keep == p.remove for p in pairs)
@@ -148,11 +145,7 @@ def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) ->
 
 
 def always_zero(scene: BoundedNetwork, group: Group) -> frozenset[int]:
-    """Units of which every reader gets 0 whatever the input: they can go and nothing changes.
-
-    Raises:
-        Unbounded: what a reader gets has no bound.
-    """
+    """Units of which every reader gets 0 whatever the input: they can go and nothing changes."""
     received = [_received(scene.bounds, *reading) for reading in _reads(scene.program, group)]
     dead = [frozenset(dead_units(low, high)[0]) for low, high in received]
     return frozenset.intersection(*dead) if dead else frozenset()

@@ -147,9 +147,6 @@ def compensate(
 
     Returns:
         The readers that could not be compensated: they have neither a bias nor a batch-norm of their own behind them.
-
-    Raises:
-        EdgepruneError: a reader has no means, or not one for each channel of its input.
     """
     readers = [m for m in group.members if m.role == "consumer"]
     lost = {_path(m.tensor): _contribution(network, group, m, removed, mean) for m in readers}

@@ -46,9 +46,6 @@ def pair_saliency(incoming: Tensor, outgoing: Tensor, bias: Tensor | None = None
     Returns:
         float64 (C, C) as [keep, remove], >= 0; inf on the diagonal. Off it 0 exactly where the rows with their biases
         are equal or nothing reads `remove`. Besides it at most about 64 MB are held.
-
-    Raises:
-        ModelError: a weight is not finite.
     """
     rows, norms = _rows(incoming, bias), _outgoing_norms(outgoing)
     saliency = torch.empty((len(norms), len(norms)), dtype=torch.float64)
@@ -68,9 +65,6 @@ def scaled_saliency(incoming: Tensor, outgoing: Tensor, bias: Tensor | None = No
 
     Returns:
         saliency float64 (C, C) as [keep, remove], and the scales c float64 (C, C), > 0.
-
-    Raises:
-        ModelError: a weight is not finite.
     """
     rows, norms = _rows(incoming, bias), _outgoing_norms(outgoing)
     saliency = torch.empty((len(norms), len(norms)), dtype=torch.float64)

@@ -46,11 +46,7 @@ class Candidates:
     units: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuse bounds that are none.
-
-        Raises:
-            EdgepruneError: shapes that don't fit, a bound that is not finite, or lo > hi.
-        """
+        """Refuse bounds that are none."""
         if self.lo.ndim != 2 or self.lo.shape != self.hi.shape or len(self.units) != len(self.lo):
             raise EdgepruneError(
                 f"bounds (n, K) and n tuples of units are needed, got {tuple(self.lo.shape)}, "

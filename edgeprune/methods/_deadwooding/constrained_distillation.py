@@ -148,9 +148,6 @@ def own_value(
 
     Returns:
         The mean distance of its answers, and that of an answer that knows nothing, all classes alike.
-
-    Raises:
-        ModelError: the teacher fails on the images, or the attack finds no gradient.
     """
     rows = torch.arange(min(OWN_IMAGES, len(split)))
     total = torch.zeros(2, dtype=torch.float64)

@@ -97,11 +97,7 @@ LOW, HIGH, BACK, SMOOTH = "twin.low", "twin.high", "twin.back", "twin.smooth"
 
 
 def limited(node: Node, kind: int) -> Node:
-    """A QuantizeLinear node that knows the limits of its type.
-
-    Raises:
-        UnsupportedModel: the type is not one of whole numbers.
-    """
+    """A QuantizeLinear node that knows the limits of its type."""
     if kind not in LIMITS:
         raise refuse(node, f"it makes {TensorProto.DataType.Name(kind)}")
     low, high = LIMITS[kind]

@@ -34,9 +34,6 @@ def to_torch(model: ModelProto, *, rounding: bool = True) -> nn.Module:
         model: with one image as input; its first output counts.
         rounding: False leaves out the rounding of activations and keeps their ranges: the float network that a
             quantized file stands for.
-
-    Raises:
-        UnsupportedModel: an operator that is not known here, named with its node; or a node that fails.
     """
     found = _OnnxModule(plan(model, rounding=rounding))
     # Rounding turns a difference of 1e-7 into a whole step here and there, which would hide what is looked for.
@@ -115,11 +112,7 @@ class _OnnxModule(nn.Module):
 
 
 def _takes_batches(network: _OnnxModule) -> bool:
-    """Whether it answers a batch of another size as it answers each image; a file may mix axes otherwise.
-
-    Raises:
-        UnsupportedModel: it fails on the batch that the file was made for.
-    """
+    """Whether it answers a batch of another size as it answers each image; a file may mix axes otherwise."""
     shape = network.plan.shape
     if 0 in shape:
         return True

@@ -147,9 +147,6 @@ def _ordered(nodes: Iterable[NodeProto], known: Collection[str]) -> list[NodePro
 
     Args:
         known: names of the values that are there from the start.
-
-    Raises:
-        UnsupportedModel: a node needs what nothing makes, or a circle of them waits for itself.
     """
     left = [node for node in nodes if node.output[0] not in known]
     have, found = {"", *known}, list[NodeProto]()

@@ -68,11 +68,7 @@ class Cuda:
             raise DeviceError(f"{name} failed with CUDA error {code}: {words or 'unknown'}", _hint(code))
 
     def made(self, name: str, *arguments: Any) -> int:
-        """The handle that a function makes; it is the function's first argument.
-
-        Raises:
-            DeviceError: as for `call`.
-        """
+        """The handle that a function makes; it is the function's first argument."""
         handle = c_void_p()
         self.call(name, byref(handle), *arguments)
         return int(handle.value or 0)

@@ -78,11 +78,7 @@ def beside(engine: Path) -> Path:
 
 
 def write(engine: Path, data: bytes, facts: Mapping[str, Any]) -> None:
-    """Write an engine and what is known of it: each whole or not at all, the engine never with another's facts.
-
-    Raises:
-        WorkdirError: it can't be written.
-    """
+    """Write an engine and what is known of it: each whole or not at all, the engine never with another's facts."""
     full = {"schema": SCHEMA, **facts, "engine": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     with suppress(FileNotFoundError):
         beside(engine).unlink()
@@ -97,9 +93,6 @@ def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) ->
     Args:
         machine: `tensorrt.machine`, as it is here.
         onnx: the file that it should be made from, or None for the one of that name beside it, if there is one.
-
-    Raises:
-        ModelError: it is stale: of another version, GPU, board or ONNX file, or changed; or too little is known.
     """
     facts = _facts(engine)
     for key, what in _FITS.items():
