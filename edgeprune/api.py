@@ -30,7 +30,6 @@ def load(path: str | Path, **model: Any) -> Bundle:
 
     Args:
         path: .pt2, .pt/.pth, .safetensors, or a run directory.
-        model: the keys of the recipe's table [model]: arch, input, mean, std, allow_class, trust_pickle.
 
     Raises:
         UsageError: no such file, or an unknown key. ModelError: it can't be loaded, or not safely.

@@ -34,9 +34,6 @@ def binomial(k: int, n: int, level: float = LEVEL) -> Tuple[float, float]:
 def mcnemar(gained: int, lost: int) -> float:
     """McNemar's exact test of paired answers: the two-sided probability of as uneven a split, if both are as good.
 
-    Args:
-        gained, lost: how many that only the one, and only the other, gets right; those that both do say nothing.
-
     Returns:
         p in (0, 1]: twice the smaller tail of a binomial with probability 1/2, at most 1; 1 when nothing differs.
 
@@ -70,7 +67,6 @@ def quantile_interval(
     """The two samples between which the true q-quantile lies, by order statistics.
 
     Args:
-        ordered: samples in ascending order.
         q: which quantile, in (0, 1).
         level: how sure; each side may miss with at most (1 - level) / 2.
 
@@ -131,7 +127,6 @@ def _beta(x: float, a: float, b: float) -> float:
 
 
 def _fraction(x: float, a: float, b: float) -> float:
-    """The continued fraction of the incomplete beta function, by Lentz's method."""
     c, d = 1.0, 1.0 / _away_from_zero(1.0 - (a + b) * x / (a + 1.0))
     value = d
     for m in range(1, 100_000):

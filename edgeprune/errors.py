@@ -53,7 +53,6 @@ class EdgepruneError(Exception):
     exit_code: ClassVar[int] = 70
 
     def __init__(self, message: str, hint: str = "") -> None:
-        """Keep the message (what was found, what is accepted) and the hint (what to do)."""
         self.message, self.hint = line(message), shortened(visible(hint))
         Exception.__init__(self, self.message)
         short = None if isinstance(self, WorkdirError) else shortage(sys.exc_info()[1], self.message)

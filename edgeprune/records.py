@@ -1,8 +1,6 @@
 """The nouns: frozen records that the stages hand to each other. Read this file first.
 
 Bundle -> Masks -> Plan -> Bundle -> Artifact -> Readings -> Report -> Verdict
-
-Light: imports nothing heavy, keeps to Python 3.8 syntax, so that it also runs on a device.
 """
 
 from __future__ import annotations

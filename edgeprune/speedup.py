@@ -1,7 +1,4 @@
-"""Whether a compressed model is faster than the dense one: one rule for the report's words and for the gate.
-
-Light: only the standard library and the records.
-"""
+"""Whether a compressed model is faster than the dense one: one rule for the report's words and for the gate."""
 
 from __future__ import annotations
 
@@ -44,10 +41,7 @@ def verdict(
     """FASTER, UNDECIDED or NOT_FASTER.
 
     Args:
-        ratio: dense time over compressed time.
         same_work: as for `least`.
-        nothing_removed: the files are of one network in one precision, so that any difference is chance.
-        unsure: other work got in the way, so that an interval with 1 in it says nothing, however narrow it is.
     """
     if nothing_removed:
         return NOT_FASTER

@@ -64,9 +64,6 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
     profile: model, threads, iterations, shape -> nodes [{name, op, seconds, macs, bytes}].
     serve (of `main` alone): model, workers -> messages of `agent.protocol` until stdin ends: READY {runtime, input,
         workers}, and for each message of images one of LOGITS.
-
-    Raises:
-        UsageError: no such operation or runtime, or a field is missing or wrong.
     """
     operations: Dict[str, Callable[[Mapping[str, Any], Runtime], Dict[str, Any]]] = {
         "about": _about, "build": _build, "time": timing.answer, "memory": resources.memory_reply,

@@ -1,7 +1,4 @@
-"""Messages between here and an agent that stays open: a head with kind, length and checksum, and a body of bytes.
-
-Light: runs on the device too. Whoever reads something else than a head knows that the other end said it in words.
-"""
+"""Messages between here and an agent that stays open: a head with kind, length and checksum, and a body of bytes."""
 
 from __future__ import annotations
 
@@ -16,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def text(request: Mapping[str, Any], key: str) -> str:
-    """A path that must be there.
-
-    Raises:
-        UsageError: it is missing, empty or no text.
-    """
+    """A path that must be there."""
     value = request.get(key)
     if not isinstance(value, str) or not value:
         raise UsageError(f"{key} must be a path, got {value!r}")
@@ -28,11 +21,7 @@ def text(request: Mapping[str, Any], key: str) -> str:
 
 
 def count(request: Mapping[str, Any], key: str, least: int = 1) -> int:
-    """A whole number of at least `least`, which is also what a missing one is.
-
-    Raises:
-        UsageError: it is smaller, or no whole number.
-    """
+    """A whole number of at least `least`, which is also what a missing one is."""
     value = request.get(key, least)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{key} must be a whole number >= {least}, got {value!r}")
@@ -40,11 +29,7 @@ def count(request: Mapping[str, Any], key: str, least: int = 1) -> int:
 
 
 def positive(request: Mapping[str, Any], key: str) -> float:
-    """A number above 0.
-
-    Raises:
-        UsageError: it is missing, not above 0, or no number.
-    """
+    """A number above 0."""
     value = request.get(key)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
         raise UsageError(f"{key} must be a number > 0, got {value!r}")
@@ -57,11 +42,7 @@ def optional(request: Mapping[str, Any], key: str) -> float | None:
 
 
 def shape(request: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """The "shape" [C, H, W] of an image, or None where the request does not name one.
-
-    Raises:
-        UsageError: it is no list of three whole numbers above 0.
-    """
+    """The "shape" [C, H, W] of an image, or None where the request does not name one."""
     value = request.get("shape")
     if value is None:
         return None
@@ -71,11 +52,7 @@ def shape(request: Mapping[str, Any]) -> tuple[int, int, int] | None:
 
 
 def models(request: Mapping[str, Any]) -> Mapping[str, str]:
-    """The "models" {name: path} of a request, at least one.
-
-    Raises:
-        UsageError: there are none, or a path is no text.
-    """
+    """The "models" {name: path} of a request, at least one."""
     value = request.get("models")
     if not isinstance(value, dict) or not value or not all(isinstance(v, str) and v for v in value.values()):
         raise UsageError(f"models must map a name to a path, got {value!r:.200}")
@@ -121,11 +98,7 @@ def head(data: bytes) -> Optional[Head]:
 
 
 def checked(found: Head, body: bytes) -> bytes:
-    """The body of a message.
-
-    Raises:
-        DeviceError: it is not what was sent.
-    """
+    """The body of a message."""
     if len(body) != found.size or zlib.crc32(body) != found.checksum:
         raise DeviceError(
             f"of a message of {found.size} bytes, {len(body)} bytes arrived that are not what was sent",
@@ -157,9 +130,6 @@ def pixels(kind: int, body: bytes, last: Optional[np.ndarray]) -> np.ndarray:
 
     Args:
         last: the images of the message before, or None.
-
-    Raises:
-        DeviceError: it is no message of images, or of changes where nothing was sent before.
     """
     import numpy as np
 
@@ -184,11 +154,7 @@ def logits(answer: np.ndarray) -> bytes:
 
 
 def read_logits(kind: int, body: bytes) -> np.ndarray:
-    """The logits of a message: float32 (N, K).
-
-    Raises:
-        DeviceError: it is no message of logits.
-    """
+    """The logits of a message: float32 (N, K)."""
     import numpy as np
 
     try:

@@ -1,7 +1,4 @@
-"""Memory on the device: the most that a model adds to a process that has started the bare runtime.
-
-Light: runs on the device.
-"""
+"""Memory on the device: the most that a model adds to a process that has started the bare runtime."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A session on the device that stays open: images come in messages on stdin, logits go back, until stdin ends.
-
-Light: runs on the device.
-"""
+"""A session on the device that stays open: images come in messages on stdin, logits go back, until stdin ends."""
 
 from __future__ import annotations
 
@@ -31,9 +28,6 @@ def serve(request: Mapping[str, Any], runtime: Runtime, source: int, sink: int) 
     """What the operation "serve" does; `agent.handle` says what it asks.
 
     Says that it is READY, then answers message for message. It ends with its input, in the middle of a batch too.
-
-    Args:
-        source, sink: descriptors that messages come from and go to.
     """
     waiting: Queue[Message] = Queue()
     # Before all else: building an engine takes minutes, and nobody may be listening any more.
@@ -52,7 +46,6 @@ def serve(request: Mapping[str, Any], runtime: Runtime, source: int, sink: int) 
 
 
 def _answer(session: Session, x: np.ndarray, pool: ThreadPoolExecutor, workers: int) -> np.ndarray:
-    """The logits of all images, shared out among the workers."""
     import numpy as np
 
     whole = session.input_shape[0] or 1

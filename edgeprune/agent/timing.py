@@ -1,7 +1,4 @@
-"""Timing on the device: models take turns until their medians are known well enough, or a cap is reached.
-
-Light: runs on the device.
-"""
+"""Timing on the device: models take turns until their medians are known well enough, or a cap is reached."""
 
 from __future__ import annotations
 

@@ -117,12 +117,7 @@ def climb(  # noqa: PLR0913
 
     Args:
         model: pixels to logits; gradients pass. On lanes, each takes a part of the images all the way.
-        task: images, labels and targets.
-        ball: how far the images may go.
-        loss: what is to become large.
         steps: gradient steps; each image is asked about steps + 1 times, unless it is broken before.
-        rho: of the steps between two checkpoints so many must raise the loss, or the step is halved.
-        generator: on the CPU; draws the points to start from.
 
     Returns:
         Of a broken image the point that broke it, of others the one with the largest loss.
@@ -136,7 +131,6 @@ def climb(  # noqa: PLR0913
 
 
 def _climbed(answers: Logits, walk: _Walk, ball: Ball, loss: Loss, steps: int, rho: float) -> AttackResult:
-    """From where the walk begins to the last step."""
     found = walk.x.clone()
     broken = torch.zeros(len(found), dtype=torch.bool, device=found.device)
     queries = torch.zeros(len(found), dtype=torch.int64, device=found.device)

@@ -54,19 +54,6 @@ class Attack(ABC):
         generator: torch.Generator,
         advance: Advance | None = None,
     ) -> Found:
-        """Attack the images that the model has right, and distrust what comes back.
-
-        It is put into the ball and into [0, 1], and what is broken is decided here, by one more look. The network's
-        modes and gradients are afterwards as they were.
-
-        Args:
-            model: pixels float32 (N, C, H, W) in [0, 1] to logits (N, K).
-            x: float32 (N, C, H, W) in [0, 1]. Images that are wrong without an attack are broken as they are.
-            y: int64 (N,), their classes.
-            ball: how far an image may go.
-            generator: on the CPU; the same one at the same images finds the same.
-            advance: is told of how many images more nothing is left to do; in the end of all of them.
-        """
         if self.gradients and not isinstance(model, nn.Module):
             raise UsageError(
                 f"{type(self).__name__} needs gradients, and {type(model).__name__} is no network of torch",

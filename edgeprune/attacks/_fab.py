@@ -48,12 +48,7 @@ def nearest(
     No chance is drawn: it starts at the images. Each step asks twice, once with a gradient.
 
     Args:
-        answers: pixels to logits; gradients pass.
-        task: images, labels, and the class behind whose boundary to look.
         norm: "Linf" or "L2": in which to be near.
-        steps: at most so many.
-        enough: an image is left in peace when it is wrong at this distance.
-        look: what says nearly the same without gradients, in less time; what is near enough by it is asked again.
     """
     images = task.x.clone()
     distance = torch.full((len(images),), torch.inf, device=images.device)

@@ -27,7 +27,6 @@ def onnx_inference(model: nn.Module | Logits, x: Tensor, questions: int) -> Logi
 
     Args:
         model: pixels (N, C, H, W) to logits (N, K): a network in evaluation mode, or `Replicas` of one.
-        x: images to compare the answers on.
         questions: how many are to come, in images.
     """
     one = alone(model, x, questions)

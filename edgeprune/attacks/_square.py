@@ -56,8 +56,6 @@ def share_of_pixels(query: int, queries: int, first: float, rescale: bool) -> fl
 
     Args:
         query: counted from 0.
-        queries: how many there will be.
-        first: the share at the beginning.
         rescale: whether the schedule, made for 10,000 queries, is compressed to `queries`; the standard evaluation
             does not, and with its 5,000 queries stops at a 128th.
     """
@@ -83,15 +81,10 @@ def search(  # noqa: PLR0913
     All images of a call get their patches at the same places.
 
     Args:
-        answers: pixels to logits.
         x: float (N, C, H, W) in [0, 1].
         y: int64 (N,).
-        ball: how far the images may go.
         queries: at most so many of each image, >= 1; the first is about stripes (Linf) or tiles (L2).
-        first: share of the pixels in the first patches.
         rescale: see `share_of_pixels`.
-        generator: on the CPU.
-        advance: is told of how many images more nothing is left to do.
         faster: nearly the same logits in less time; what seems wrong by them is asked of `answers`.
     """
     found = x.clone()
@@ -173,7 +166,6 @@ def _tiles(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
 
 
 def _begins(extent: int, side: int) -> Iterator[int]:
-    """Where whole tiles begin, with five of them in the middle."""
     return iter(range(max((extent - TILES * side) // 2, 0), extent - side + 1, side))
 
 
@@ -216,7 +208,6 @@ def _half(height: int, width: int) -> Tensor:
 
 
 def _box(x: Tensor, side: int, generator: torch.Generator) -> Box:
-    """A square anywhere in the image, the last row and column included."""
     height, width = x.shape[-2:]
     top = int(torch.randint(height - side + 1, (1,), generator=generator))
     left = int(torch.randint(width - side + 1, (1,), generator=generator))

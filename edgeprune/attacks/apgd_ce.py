@@ -34,7 +34,6 @@ class ApgdCe(Attack):
     rho: float = 0.75
 
     def __post_init__(self) -> None:
-        """Refuse what is no run."""
         if self.steps < 1 or self.restarts < 1 or not 0 <= self.rho <= 1:
             raise UsageError(
                 f"apgd-ce can't run with steps = {self.steps}, restarts = {self.restarts}, rho = {self.rho}",

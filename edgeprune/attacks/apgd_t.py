@@ -37,7 +37,6 @@ class ApgdT(Attack):
     rho: float = 0.75
 
     def __post_init__(self) -> None:
-        """Refuse what is no run."""
         if self.steps < 1 or self.classes < 1 or not 0 <= self.rho <= 1:
             raise UsageError(
                 f"apgd-t can't run with classes = {self.classes}, steps = {self.steps}, rho = {self.rho}",

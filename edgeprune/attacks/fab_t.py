@@ -36,7 +36,6 @@ class FabT(Attack):
     steps: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse what is no search."""
         if self.steps < 1 or self.classes < 1:
             raise UsageError(
                 f"fab-t can't search with classes = {self.classes}, steps = {self.steps}",

@@ -34,7 +34,6 @@ class Pgd(Attack):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is no walk."""
         if self.steps < 1 or self.restarts < 1 or not self.step >= 0:
             raise UsageError(
                 f"pgd can't walk with steps = {self.steps}, step = {self.step}, restarts = {self.restarts}",

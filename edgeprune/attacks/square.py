@@ -36,7 +36,6 @@ class Square(Attack):
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no search."""
         if self.queries < 1 or not 0 < self.first <= 1:
             raise UsageError(
                 f"square can't search with queries = {self.queries}, first = {self.first}",

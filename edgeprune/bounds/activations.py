@@ -57,11 +57,7 @@ def applied(call: Call, x: Tensor) -> Tensor:
 
 
 def values(call: Call, function: Curve, x: Interval) -> Interval:
-    """Bounds of f over x, exact but for rounding.
-
-    Raises:
-        NoRule: x reaches where f is not defined.
-    """
+    """Bounds of f over x, exact but for rounding."""
     if function.domain > -math.inf and bool((x.lo < function.domain).any()):
         raise NoRule(f"its input may be below {function.domain:g}")
     first, last = applied(call, x.lo), applied(call, x.hi)
@@ -79,9 +75,6 @@ def values(call: Call, function: Curve, x: Interval) -> Interval:
 
 def changes(function: Curve, change: Interval, x: Interval | None) -> Interval | None:
     """Bounds of f(x + d) - f(x).
-
-    Args:
-        change: d. x: None when that is unknown, and then it can be anything.
 
     Returns:
         None when no bound of the slope is known.
@@ -151,7 +144,6 @@ def _length(x: Tensor, change: Tensor, low: float, high: float) -> tuple[Tensor,
 
 
 def _slopes(function: Curve, change: Interval, x: Interval | None) -> Interval | None:
-    """The slopes that f has anywhere between x and x + d."""
     if function.slope is None or (x is None and function.steep):
         return None
     if x is None:
@@ -170,7 +162,6 @@ def _slopes(function: Curve, change: Interval, x: Interval | None) -> Interval |
 
 
 def _bell(x: Tensor) -> Tensor:
-    """The density of the standard normal distribution."""
     return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 

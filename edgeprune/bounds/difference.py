@@ -41,11 +41,7 @@ class Change:
     after: Value | None = None
 
     def old(self) -> Value:
-        """Bounds before the change.
-
-        Raises:
-            NoRule: they are unknown.
-        """
+        """Bounds before the change."""
         if self.before is None:
             raise NoRule("the bound of a change needs one of the values, and they have none")
         return self.before
@@ -227,7 +223,6 @@ def _addmm(call: Call, args: Sequence[Any]) -> Interval:
 
 
 def _mul(call: Call, args: Sequence[Any]) -> Interval:
-    """Both ways to split the change of a product hold, so what lies in both does."""
     first, second = args[:2]
     if not (_is_tensor(first) and _is_tensor(second)):
         factor, tensor = (second, first) if _is_tensor(first) else (first, second)

@@ -24,7 +24,6 @@ class Unbounded(UnsupportedModel):
     """An operator that has no sound bound: which, in which layer, and why."""
 
     def __init__(self, op: str, layer: str, reason: str) -> None:
-        """Keep the three apart and say them in one message."""
         where = f"{op} in {layer}" if layer else op
         UnsupportedModel.__init__(self, f"{where} can't be bounded: {reason}")
         self.op = op

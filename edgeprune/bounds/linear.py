@@ -40,11 +40,7 @@ class Taps:
 
 
 def weighted(call: Call, weight: Tensor, x: Value) -> Interval:
-    """Bounds of a convolution or a linear layer without its bias over everything in x.
-
-    Args:
-        call: one of WEIGHTED. weight: of the dtype of x. x: what the layer reads.
-    """
+    """Bounds of a convolution or a linear layer without its bias over everything in x."""
     if call.op == "linear":
         inside = x.full([-1])
         return _through(inside, weight, functional.linear, weight.shape[1])

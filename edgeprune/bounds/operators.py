@@ -33,12 +33,8 @@ def computed(call: Call, args: Sequence[Any]) -> Moved:
     """Bounds of a call's output.
 
     Args:
-        call: the operator.
         args: its arguments, with a `Value` for each tensor that depends on the input and a constant tensor, in the
             dtype of the bounds, for each that does not.
-
-    Raises:
-        NoRule: no rule covers it; says why.
     """
     rule = _RULES.get(call.op)
     if rule:
@@ -56,11 +52,7 @@ def computed(call: Call, args: Sequence[Any]) -> Moved:
 
 
 def valued(operand: Any) -> Value:
-    """A tensor's bounds; a constant's are itself.
-
-    Raises:
-        NoRule: it is no tensor.
-    """
+    """A tensor's bounds; a constant's are itself."""
     if isinstance(operand, Value):
         return operand
     if isinstance(operand, Tensor):
@@ -89,14 +81,8 @@ def paired(call: Call, first: Any, second: Any) -> tuple[Interval, Interval]:
 def batch_scale(weights: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Batch-norm in eval mode as x times scale plus shift, and a bound of the shift's magnitude before cancellation.
 
-    Args:
-        weights: weight, bias, running mean, running variance.
-
     Returns:
         three float64 (C,).
-
-    Raises:
-        NoRule: it has no running statistics.
     """
     weight, bias, mean, variance = (None if w is None else w.double() for w in weights)
     if mean is None or variance is None:
@@ -193,7 +179,6 @@ def _compared(call: Call, args: Sequence[Any]) -> Interval:
 
 
 def _where(call: Call, args: Sequence[Any]) -> Interval:
-    """One of two, whichever it may be where the condition depends on the input."""
     first, second = paired(call, args[1], args[2])
     if isinstance(args[0], Value):
         return first.hull(second)
@@ -227,7 +212,6 @@ def _glu(call: Call, args: Sequence[Any]) -> Interval:
 
 
 def _vector_norm(call: Call, args: Sequence[Any]) -> Interval:
-    """A norm grows with every magnitude."""
     x = valued(args[0])
     dims = call.arg("dim")
     axes = [d % x.rank for d in (range(x.rank) if dims is None else dims)]

@@ -56,13 +56,12 @@ class Weights:
     """The tensors of a network by name, in the dtype of the bounds; rounded to it, where it is a coarser one."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Read them from a state dict, and what that does not hold from the program."""
         self.dtype = dtype
         self._state = state
         self._constants = program.constants
 
     def __call__(self, name: str) -> Tensor:
-        """A tensor by its name."""
+        """A tensor in the dtype of the bounds."""
         return self.cast(self.given(name))
 
     def given(self, name: str) -> Tensor:
@@ -109,7 +108,6 @@ def changes_of(
     not where that would gain nothing.
 
     Args:
-        weights: before and after; the same object when no weight changes.
         bounds: of the activations before and, where known, after.
         starts: name of a call, or of the input -> by how much its output changes beyond what arrives there.
     """
@@ -134,11 +132,7 @@ def changes_of(
 
 
 def inward(given: Interval, shape: tuple[int, ...], what: str) -> Value:
-    """Bounds (B, ...) as a value with an axis for each axis of a tensor, B in front.
-
-    Raises:
-        ValueError: an axis has neither the size of the tensor's nor 1.
-    """
+    """Bounds (B, ...) as a value with an axis for each axis of a tensor, B in front."""
     batched = shape[:1] == (1,)
     wanted = shape[1:] if batched else shape
     rest = tuple(given.lo.shape[1:])
@@ -228,7 +222,6 @@ class _Walk:
         self.after.pop(name, None)
 
     def _ranged(self, call: Call, args: tuple[Any, ...], out: Moved | None) -> Moved:
-        """What a rule says of a change, no wider than the ranges of the values before and after allow."""
         old = self.bounds[0].value(call.name, self.weights[0].dtype)
         try:
             after = self._after(call, args)
@@ -283,7 +276,6 @@ def _fixed(before: Any, after: Any) -> Any:
 
 
 def _filled(args: Any, known: Callable[[str], Any], weight: Callable[[str], Any]) -> Any:
-    """Arguments with what is known in the place of each reference."""
     if isinstance(args, tuple):
         return tuple(_filled(a, known, weight) for a in args)
     if isinstance(args, Ref):
@@ -312,7 +304,6 @@ def activation_bounds(
     """Bounds of every activation over a box of inputs.
 
     Args:
-        program: the traced network. state: its state dict.
         box: (B, C, H, W), B boxes at once, float32 or float64: the dtype of all bounds.
         collapsed: one interval per channel instead of one per entry.
 

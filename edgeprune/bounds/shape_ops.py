@@ -204,7 +204,6 @@ def _turned(call: Call, args: Sequence[Any]) -> Value:
 
 
 def _pad(call: Call, args: Sequence[Any]) -> Moved:
-    """Around an axis that is a hull, the padding joins the hull."""
     x, sides = _first(args), args[1]
     mode = args[2] if call.op == "pad" else "constant"
     fill = float(args[3 if call.op == "pad" else 2] or 0.0)
@@ -249,7 +248,6 @@ def _indexed(call: Call, args: Sequence[Any]) -> Moved:
 
 
 def _spread(call: Call, args: Sequence[Any]) -> Value:
-    """The operator itself on each end of the bounds, with every axis in full size, item by item."""
     operands = {i: a.full() for i, a in enumerate(args) if isinstance(a, Value)}
     batch = max(v.lo.shape[0] for v in operands.values())
 

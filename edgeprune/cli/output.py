@@ -142,7 +142,6 @@ def show_readings(readings: Any, as_json: bool, trouble: EdgepruneError | None =
 
 
 def _told(trouble: EdgepruneError | None) -> dict[str, Any]:
-    """An error in the one object that --json prints."""
     if trouble is None:
         return {}
     return {"error": trouble.message, "hint": trouble.hint, "exit_code": trouble.exit_code}

@@ -55,7 +55,6 @@ def summary(result: Result) -> list[str]:
 
 
 def _which(report: Report, check: Check) -> str:
-    """Of several devices the one that decides a limit, and what the others read."""
     several = len(views(report)) > 1 and check.detail
     return f"; {check.detail}" if several else ""
 

@@ -37,7 +37,6 @@ class Split:
     pixels: images.Pixels
 
     def __len__(self) -> int:
-        """N, how many images there are."""
         return int(self.labels.shape[0])
 
     def take(self, indices: Tensor) -> Tensor:
@@ -157,9 +156,7 @@ def calibration_images(
     """The calibration images, of the training part only: float32 (n, C, H, W) in [0, 1].
 
     Args:
-        data: where they are taken from.
         name_or_path: a recipe of `calibration/`, by bare name or path.
-        progress: called with how many images were read since the last call; by default a bar is shown.
 
     Raises:
         UsageError: the data is for evaluation only, or the recipe is wrong.
@@ -245,7 +242,6 @@ def _digests(pixels: Tensor) -> Iterator[bytes]:
 
 
 def _calibration_recipe(path: Path) -> tuple[int, int, str]:
-    """Count, seed and selection."""
     table = targets.read_toml(path)
     known = {"title": str, "count": int, "seed": int, "selection": str}
     for key, only in FIXED.items():

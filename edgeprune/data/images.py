@@ -71,11 +71,7 @@ class ImageFile:
     content: bytes | Path
 
     def read(self) -> bytes:
-        """The bytes of the file.
-
-        Raises:
-            UsageError: not readable, or larger than any image should be.
-        """
+        """The bytes of the file."""
         if isinstance(self.content, bytes):
             return self.content
         try:
@@ -157,11 +153,7 @@ def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], in_memory: boo
 
 
 def from_array(x: np.ndarray, shape: tuple[int, int, int]) -> Decoded:
-    """Pixels uint8 (N, H, W, C) as the model eats them; gray becomes RGB and back, other sizes are fitted.
-
-    Raises:
-        UsageError: they have another number of channels that can't be converted.
-    """
+    """Pixels uint8 (N, H, W, C) as the model eats them; gray becomes RGB and back, other sizes are fitted."""
     if x.shape[1:] == (*shape[1:], shape[0]):
         return Decoded(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
     if x.shape[3] not in MODES or shape[0] not in MODES:
@@ -203,9 +195,6 @@ def decode(file: ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
     """One image as uint8 (C, H, W), as docs/data.md says: every command sees the pixels that this gives.
 
     The first frame, turned as EXIF says; gray becomes RGB and back; other sizes are resized and centre-cropped.
-
-    Raises:
-        UsageError: not a readable image, one of more than 50 million pixels, or of 32-bit pixels.
     """
     try:
         with _open(file) as image:

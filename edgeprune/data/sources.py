@@ -73,11 +73,7 @@ class _Passed(dict[str, tuple[int, str]]):
 
 
 def from_folder(root: Path) -> Found:
-    """List a folder; the images are read later. The fingerprint covers names, sizes and times of change.
-
-    Raises:
-        UsageError: a folder in it can't be read.
-    """
+    """List a folder; the images are read later. The fingerprint covers names, sizes and times of change."""
     files: list[ImageFile] = []
     folders: set[Parts] = set()
     digest, passed = hashlib.sha256(), _Passed()
@@ -103,9 +99,6 @@ def from_tar(path: Path) -> Found:
     """Read the image files of a tar into memory, not decoded. The fingerprint is the sha256 of the tar.
 
     Symbolic links, devices, sparse files and names that are absolute or climb with ".." are passed over.
-
-    Raises:
-        UsageError: not a tar, cut short, damaged, more than 8 GiB of images, or far more than its size tells.
     """
     files: dict[str, ImageFile] = {}
     folders: set[Parts] = set()
@@ -310,9 +303,6 @@ def read(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, Arrays], tup
     """The parts in a file by name ("train", "val", "test", or "" for a set without a split), and notes.
 
     Parts named in `skip` are left unread if there is another one.
-
-    Raises:
-        UsageError: not such a file; says which array is wrong and how to make it right.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -352,7 +342,6 @@ def _part(path: Path, file: zipfile.ZipFile, suffix: str) -> Arrays:
 
 
 def _content(path: Path, file: zipfile.ZipFile, name: str) -> bytearray:
-    """A whole member, which zipfile then holds against its CRC."""
     content, size = bytearray(), file.getinfo(name).file_size
     try:
         with file.open(name) as stream:

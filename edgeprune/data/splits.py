@@ -42,11 +42,7 @@ class Layout:
 
 
 def arrange(found: Found, where: str) -> Layout:
-    """Sort the files into parts and classes; classes are numbered by the sorted names of their folders.
-
-    Raises:
-        UsageError: no images, or none in a class folder; says what was found.
-    """
+    """Sort the files into parts and classes; classes are numbered by the sorted names of their folders."""
     if not found.files:
         raise UsageError(
             f"{where}: no images found ({_words(found) or 'no other files'}, {len(found.folders)} folders)",
@@ -97,7 +93,6 @@ def _several(kind: str) -> str:
 
 
 def _common_top(paths: list[LabelPath]) -> int:
-    """How many leading folders hold everything and are neither a part nor a class."""
     shortest = min(len(path) for path in paths)
     top = 0
     while shortest > top + 2 and len({p[top] for p in paths}) == 1 and paths[0][top].lower() not in PARTS:
@@ -159,9 +154,6 @@ def find(path: Path, spec: InputSpec, evaluate: bool) -> Parts:
 
     Args:
         spec: with 0 classes any number of them is taken.
-
-    Raises:
-        UsageError: nothing there, not a kind that can be read, or not the model's number of classes.
     """
     if not path.exists():
         raise UsageError(f"no data at {str(path)!r}", ACCEPTED)
@@ -187,11 +179,7 @@ def find(path: Path, spec: InputSpec, evaluate: bool) -> Parts:
 
 
 def choose(path: Path, parts: Mapping[str, Part], table: DataTable, seed: int) -> Choice:
-    """Train on train/ and measure on test/, or val/ when there is no test/; a set without a split is split.
-
-    Raises:
-        UsageError: there is only train/ to evaluate on, or too little to hold some out.
-    """
+    """Train on train/ and measure on test/, or val/ when there is no test/; a set without a split is split."""
     evaluate = table.use == "evaluate"
     held_out = parts.get("test") or parts.get("val")
     if held_out:

@@ -51,11 +51,7 @@ class Synthesis:
 
 
 def amount(macs: float, images: int, steps: int) -> tuple[int, int]:
-    """How many images, and steps for each: as asked for; where 0, what WORK allows for a network of that cost.
-
-    Args:
-        macs: multiply-accumulates for one image.
-    """
+    """How many images, and steps for each: as asked for; where 0, what WORK allows for a network of that cost."""
     wanted = images or int(min(MOST_IMAGES, max(LEAST_IMAGES, WORK / (PASSES * macs * 60))))
     each = steps or int(min(MOST_STEPS, max(LEAST_STEPS, WORK / (PASSES * macs * wanted))))
     return wanted, each
@@ -69,7 +65,6 @@ def synthesize(
     Args:
         network: pixels (N, C, H, W) to logits (N, K); not changed.
         images, steps: how many; 0 for as many as the network's cost allows.
-        scratch: a folder for the state in between; an interrupted run goes on from there.
     """
     frozen = deepcopy(network).eval()
     for parameter in frozen.parameters():
@@ -206,7 +201,6 @@ def run(bundle: Bundle, table: SynthesizeTable, seed: int, scratch: Path) -> Syn
 
     Args:
         bundle: the dense network; not changed. table: how many images and steps, 0 for as many as its cost allows.
-        scratch: a folder for the state on the way; an interrupted run goes on from there.
 
     Returns:
         Images float32 (N, C, H, W) with values in the range of the network's input, notes, and facts of how.

@@ -1,7 +1,4 @@
-"""How a machine is reached: three verbs (run, put, get), and what is built on them for every device.
-
-Light: keeps to Python 3.8 syntax and imports nothing heavy.
-"""
+"""How a machine is reached: three verbs (run, put, get), and what is built on them for every device."""
 
 from __future__ import annotations
 
@@ -143,11 +140,7 @@ class Device(ABC):
     def exclusively(
         self, *, wait_s: float = 0.0, say: Callable[[str], None] = lambda message: None
     ) -> Iterator[None]:
-        """Be the only one who measures on the device; whoever is killed gives it free. Not to be nested.
-
-        Args:
-            wait_s: how long to wait for somebody else who does. say: told once that it waits.
-        """
+        """Be the only one who measures on the device; whoever is killed gives it free. Not to be nested."""
         if isinstance(self, ShellDevice):
             with self.line.alone(wait_s, say):
                 yield

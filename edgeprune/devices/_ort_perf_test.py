@@ -57,11 +57,7 @@ def respond(text: str, folder: str, run: Run) -> Answer:
 
 
 def samples(rows: str) -> list[float]:
-    """The times in s, in order, from the text of a result file.
-
-    Raises:
-        DeviceError: it has no rows.
-    """
+    """The times in s, in order, from the text of a result file."""
     found = [fields for line in rows.splitlines() if len(fields := line.rsplit(",", 4)) == 5]
     times = [_number(fields[1]) for fields in found]
     good = [t for t in times if t is not None and 1e-9 <= t <= _LONGEST_S]

@@ -53,16 +53,12 @@ class Adb(ShellDevice):
 
     benchmark: path on this machine of an onnxruntime_perf_test that was built for the phone, or of a folder with it
     and its libraries; "" for a phone with python3 and onnxruntime.
-
-    Raises:
-        UsageError: the serial number is not one, or there is no such program.
     """
 
     address: str = ""
     benchmark: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what can't work before anything is started with it."""
         if self.address and not _SERIAL.fullmatch(self.address):
             raise UsageError(
                 f"device {'adb://' + self.address!r} is not a serial number; accepted: adb://[serial]",

@@ -124,7 +124,6 @@ _ENTRIES: Dict[str, Callable[[Any], bool]] = {
 
 
 def _like(value: Any, key: str) -> bool:
-    """Whether a value has the form of the built-in one of that key."""
     if key in _ENTRIES:
         return isinstance(value, dict) and bool(value) and all(map(_ENTRIES[key], value.values()))
     if key == "classes":
@@ -164,7 +163,6 @@ def _timed(name: str, iterations: int, readings: Mapping[str, Any]) -> Dict[str,
 
 
 def _predicted(request: Mapping[str, Any], classes: int) -> Dict[str, Any]:
-    """Image i is answered with class i modulo the number of classes."""
     import numpy as np
 
     count = len(np.load(request["x"], mmap_mode="r", allow_pickle=False))

@@ -35,7 +35,6 @@ class Local(ShellDevice):
     address: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse an address of another kind."""
         if self.address and not self._python:
             raise UsageError(f"device 'local:{self.address}' is none", "write local or local://?python=PATH")
 

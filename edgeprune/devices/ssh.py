@@ -83,7 +83,6 @@ class Ssh(ShellDevice):
     address: str = "localhost"
 
     def __post_init__(self) -> None:
-        """Refuse an address before anything is started with it."""
         _parts(self.address)
 
     @property

@@ -143,7 +143,6 @@ def _clocks(name: str, facts: Mapping[str, Any]) -> list[Finding]:
 
 
 def _speed(name: str, facts: Mapping[str, Any]) -> list[Finding]:
-    """The governor and the clock, and what holds them where the device lets anybody."""
     rows: list[Finding] = []
     if "governor" in facts:
         steady = facts["governor"] == "performance"

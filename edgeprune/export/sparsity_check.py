@@ -93,15 +93,10 @@ def check_pattern(share: PatternShare, promised: Mapping[str, tuple[int, ...]], 
     number of entries: then as many other weights of this size must hold the pattern as were renamed.
 
     Args:
-        share: of the file.
         promised: parameter -> its shape, for every parameter whose mask holds the pattern.
-        file: its name, for the message.
 
     Returns:
         One sentence: how many weights hold the pattern, of how many that a sparse kernel might take.
-
-    Raises:
-        ParityError: a promised weight is not in the file, or breaks the pattern; says which and in how many blocks.
     """
     named = [w for w in share.weights if w.name in promised]
     broken = [w for w in named if not w.holds]
@@ -150,7 +145,6 @@ def _missing(names: Sequence[str], others: Sequence[Weight], size: int, file: st
 
 
 def _applied(graph: GraphProto, outer: Mapping[str, _Origin]) -> Iterator[tuple[NodeProto, _Constants]]:
-    """Every node that sums products, with the constants that it can see."""
     constants = _Constants(graph, outer)
     for node in graph.node:
         if node.op_type in _ROLES:

@@ -56,10 +56,6 @@ def run(  # noqa: PLR0913
 
     Args:
         module: pixels float32 (N, C, H, W) in [spec.low, spec.high] -> logits (N, K), in eval mode.
-        spec: what it eats.
-        out: the file; whole or absent.
-        opset: the version of the standard operators that the file must have.
-        table: batch dimension and tolerance.
         meta: what to add to the metadata that says version, input and normalization: "labels", "parent".
         real: images to compare on besides random ones, or None.
         pattern: the bare network's parameters that keep two of every four inputs at most, and their shapes; None
@@ -113,8 +109,6 @@ def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[R
     memory: then that reading has no value and says why), and from model.pt2 alone.
 
     Args:
-        folder: where the files are.
-        spec: what the network eats.
         reference: the network itself, pixels -> logits, in eval mode.
 
     Raises:
@@ -230,7 +224,6 @@ def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
 
 
 def _pattern(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
-    """The proof that the file holds what was promised, read off its own weights."""
     if job.pattern is None:
         return ()
     share = sparsity_check.pattern_share(model)

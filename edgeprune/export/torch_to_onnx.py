@@ -59,8 +59,6 @@ def candidates(
 
     Args:
         module: pixels (N, C, H, W) -> logits (N, K), in eval mode.
-        spec: the shape of its input.
-        opset: the version of the standard operators.
         dynamic_batch: leave N open, named "batch"; else it is 1.
 
     Raises:

@@ -1,7 +1,4 @@
-"""Where the limits of a budget come from: flags, TOML files, and the pyproject.toml of the current folder.
-
-Light: only the standard library and the light files.
-"""
+"""Where the limits of a budget come from: flags, TOML files, and the pyproject.toml of the current folder."""
 
 from __future__ import annotations
 

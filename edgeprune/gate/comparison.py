@@ -50,7 +50,6 @@ def value_of(reading: Reading | None) -> float | None:
 
 
 def _times(after: Reading, dense: Reading) -> tuple[float, float] | None:
-    """Where the two were timed in turn."""
     slow, speedup = value_of(dense), after.conditions.get("speedup")
     if slow is None or not isinstance(speedup, Mapping):
         return None
@@ -80,11 +79,6 @@ def _counts(metric: str, after: Reading, dense: Reading) -> tuple[float, float] 
 def _accuracies(
     metric: str, after: Reading, dense: Reading, agreement: Reading | None
 ) -> tuple[float, float] | None:
-    """Where it is known how far two classifiers agree on the same images.
-
-    Images that both networks classify alike can't differ in being right, so at most 1 - agreement of them do:
-    the variance of the change d is at most (1 - agreement - d^2) / n.
-    """
     values = (value_of(agreement), value_of(dense), value_of(after))
     if metric != "clean_accuracy" or agreement is None or agreement.n != after.n:
         return None
@@ -108,12 +102,7 @@ class Speed:
 
 
 def of(limit: Limit, after: Reading, report: Report) -> Speed:
-    """The verdict that a limit on a time in % asks for: that of the medians at the place of its reading.
-
-    Args:
-        limit: any limit; one that is no share, or not of a time, asks for nothing.
-        after: the reading that is held against it. report: of one device.
-    """
+    """The verdict that a limit on a time in % asks for: that of the medians at the place of its reading."""
     if limit.kind != "share" or not limit.metric.startswith("latency"):
         return Speed()
     pair = _pair(MEDIAN, after.where, report) or _pair(limit.metric, after.where, report)
@@ -139,7 +128,6 @@ def status(held: str, found: Speed) -> str:
 
 
 def _pair(metric: str, where: str, report: Report) -> tuple[Reading, Reading] | None:
-    """The dense and the compressed reading of a time at one place, where both have a value."""
     before, after = (
         find([r for r in rows if r.where == where], metric) for rows in (report.before, report.after)
     )
@@ -176,7 +164,6 @@ def worst(checks: Mapping[str, Check], *, alone: bool) -> Check:
 
 
 def _share(check: Check) -> float:
-    """The margin as a share of its limit, so that limits relative to different references compare."""
     if check.margin is None or not check.threshold:
         return check.margin or 0.0
     return check.margin / abs(check.threshold)

@@ -133,7 +133,6 @@ def _shown(check: Check, value: float | None) -> str:
 
 
 def _limit(check: Check) -> str:
-    """The limit as written, and for a relative one what it comes to."""
     threshold = _shown(check, check.threshold)
     relative = check.limit.endswith("pp") or (
         check.limit.endswith("%") and METRICS[check.metric].unit != "fraction"
@@ -143,7 +142,6 @@ def _limit(check: Check) -> str:
 
 
 def _margin(check: Check) -> str:
-    """By how much the limit is met or missed, in the metric's unit and in percent of the limit."""
     if check.margin is None or check.threshold is None:
         return ""
     if check.margin == 0:
@@ -191,7 +189,6 @@ def _tally(verdict: Verdict) -> str:
 
 
 def _line(text: str) -> str:
-    """One line, so that no name of a report begins a line that looks like the gate's own."""
     return " ".join(text.split())
 
 

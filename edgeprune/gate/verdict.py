@@ -1,7 +1,4 @@
-"""Hold a report against a budget: every limit passes, fails, misses its reading, or can't be told.
-
-Light: only the standard library and the light files, so that a CI job starts at once.
-"""
+"""Hold a report against a budget: every limit passes, fails, misses its reading, or can't be told."""
 
 from __future__ import annotations
 
@@ -80,13 +77,11 @@ def _silent(metric: str, view: Report) -> bool:
 
 
 def _place(metric: str, view: Report) -> str:
-    """Where a metric was read, for a check that says so."""
     after = find(view.after, metric)
     return after.where if after is not None else where_of(view) or "the first device"
 
 
 def _far(view: Report) -> bool:
-    """Whether a further device is another machine than this one."""
     return not where_of(view).startswith(("local", "fake"))
 
 
@@ -116,7 +111,6 @@ def _emulated(reading: Reading) -> bool:
 
 
 def _not_measured(limit: Limit, report: Report, budget: Budget) -> Check | None:
-    """What becomes of a limit whose reading is no measurement."""
     after = find(report.after, limit.metric)
     if after is None:
         return None

@@ -1,7 +1,4 @@
-"""Power sensors of a board: INA chips in the kernel's file system, else NVIDIA's tegrastats, read by a thread.
-
-Light: runs on the device.
-"""
+"""Power sensors of a board: INA chips in the kernel's file system, else NVIDIA's tegrastats, read by a thread."""
 
 from __future__ import annotations
 
@@ -177,7 +174,6 @@ def _old_rails(folder: Path) -> list[Rail]:
 
 
 def _used(found: Sequence[Rail]) -> list[Rail]:
-    """The one rail that feeds all others, or those that add up to the board."""
     inputs = [r for r in found if _INPUT.match(r.name)]
     return inputs[:1] or [r for r in found if not _WITHIN.match(r.name)]
 

@@ -32,10 +32,6 @@ def run(argv: Sequence[str]) -> str:
 def state(*, gpu: bool, root: Path = ROOT, ask: Callable[[Sequence[str]], str] = run) -> dict[str, Any]:
     """The state of the machine, as far as it shows.
 
-    Args:
-        gpu: ask NVIDIA's driver too, which takes a while.
-        root: where the kernel's file systems are. ask: how a command is run.
-
     Returns:
         governor, power_mode, gpu_state: text. clock_hz (the fastest core), clock_max_hz, gpu_clock_hz,
         temperature_c (the hottest zone), gpu_temperature_c, gpu_watts: numbers. load: of the last minute.

@@ -75,7 +75,6 @@ def _starts(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str
 
 
 def _relax(state: State, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
-    """One group after the other to its best count at a price of what is limited, until none changes."""
     for _ in range(SWEEPS):
         changed = False
         for group, counts in steps.items():
@@ -180,7 +179,6 @@ def _give_back(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _exchange(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
-    """One group a step up, another one down, as long as less importance is lost and it fits."""
     for _ in range(EXCHANGES):
         best: tuple[float, str, int, str, int] | None = None
         for up, counts in steps.items():
@@ -218,7 +216,6 @@ def _cheapest(
 
 
 def _finer(channels: int, steps: tuple[int, ...], multiple_of: int, floor: float) -> tuple[int, ...]:
-    """Also half steps, above the lowest of them, for what a budget has left over."""
     halves = levels(channels, max(1, multiple_of // 2), floor)
     return tuple(sorted({*steps, *(k for k in halves if k >= steps[-1])}, reverse=True))
 
@@ -261,7 +258,6 @@ def refine(
 
 
 def _moves(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
-    """Exchanges that fit, those first that look best by what each group costs alone."""
     found = []
     for up, counts in steps.items():
         for more in [c for c in counts if c > state.kept[up]][-UP:]:

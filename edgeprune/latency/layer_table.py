@@ -85,11 +85,7 @@ class LatencyTable:
 
 
 def run(bundle: Bundle, file: Path, bench: TimingBackend, wish: SurveyOptions) -> LatencyTable:
-    """Time the layers of a network at their channel counts, as far as they are not in the device's table yet.
-
-    Args:
-        file: the same network, as exported.
-    """
+    """Time the layers of a network at their channel counts, as far as they are not in the device's table yet."""
     example = normalized_example(bundle.input, wish.seed)
     graph = provable_groups(bundle.module, find_groups(bundle.module, example, wish.skip), example, wish.seed)
     network = subject(file, cost_model(bundle.module, graph.groups, example))
@@ -139,7 +135,6 @@ def _alone(part: Segment) -> str:
 def _time_alone(
     network: ProfiledNetwork, counts: Sequence[tuple[Segment, Mapping[str, int]]], bench: TimingBackend
 ) -> None:
-    """Time single layers in files of their own, at some of their counts, where the table has none."""
     path = table_path(bench.folder, bench.place)
     table = load(path, bench.place)
     wanted: dict[tuple[str, tuple[int, int]], tuple[Segment, Mapping[str, int]]] = {}

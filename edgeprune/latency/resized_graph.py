@@ -59,11 +59,7 @@ class Resizer:
         return _checked(model)
 
     def layer(self, kept: Mapping[str, int], name: str) -> ModelProto:
-        """One layer of the graph at those counts as a file of its own, with nothing that may be fused into it.
-
-        Args:
-            name: of a node with a weight and one image or vector of features as its data.
-        """
+        """One layer of the graph at those counts as a file of its own, with nothing that may be fused into it."""
         resized = Resized(self, kept)
         node = next(n for n in resized.nodes if n.name == name)
         shape = resized.shapes[node.input[0]]
@@ -93,11 +89,7 @@ def _checked(model: ModelProto) -> ModelProto:
 
 
 def resizer(model: ModelProto, costs: CostModel) -> Resizer:
-    """Read a file that `export` wrote: nodes are called after their layers, and batch-norms are folded.
-
-    Raises:
-        UnsupportedModel: onnx can't infer its shapes, or it has branches or loops.
-    """
+    """Read a file that `export` wrote: nodes are called after their layers, and batch-norms are folded."""
     copy = ModelProto()
     copy.CopyFrom(model)
     for value in (*copy.graph.input, *copy.graph.output):
@@ -128,7 +120,6 @@ class Resized:
     """One walk over the graph: new nodes, constants and shapes."""
 
     def __init__(self, source: Resizer, kept: Mapping[str, int]) -> None:
-        """Walk it."""
         self.source, self.kept = source, kept
         self.opset = opset_of(source.model)
         self.shapes: dict[str, Shape] = {}
@@ -177,7 +168,6 @@ class Resized:
         self.nodes.append(node)
 
     def _weighted(self, node: NodeProto) -> None:
-        """Outputs as the groups keep them, inputs as they come in."""
         weight, arrives = self.source.shapes[node.input[1]], self.shapes[node.input[0]]
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         made = self._made(node, attributes)
@@ -202,7 +192,6 @@ class Resized:
                 self._fill(node, position, (*old[:-1], made), 0.1)
 
     def _made(self, node: NodeProto, attributes: Mapping[str, Any]) -> int:
-        """How many channels, or features, a weighted node makes."""
         name = f"{node.name.partition('@')[0]}.weight"
         weight = self.source.shapes[node.input[1]]
         before = made_before(weight, node, int(attributes.get("group", 1)), bool(attributes.get("transB")))
@@ -236,7 +225,6 @@ class Resized:
             self._keep(node, position, _sizes(node, position, constant, (before, after)))
 
     def _fill(self, node: NodeProto, position: int, shape: Shape, value: float) -> None:
-        """A weight of that shape, all of it one number."""
         kind = self.source.constants[node.input[position]].data_type
         name = f"{node.name}#{position}"
         self.fills[name] = (kind, shape, value)
@@ -273,7 +261,6 @@ def _set(node: NodeProto, name: str, value: int) -> None:
 
 
 def _fitted(shape: Shape, before: Shape, after: Shape, op: str) -> Shape:
-    """The shape of a float constant for data that went from one shape to another."""
     if len(before) <= CHANNEL:
         return shape
     if op in PER_CHANNEL and len(shape) == 1:
@@ -310,11 +297,6 @@ def _sizes(node: NodeProto, position: int, constant: TensorProto, data: tuple[Sh
 
 
 def _reshaped(target: Sequence[int], before: Shape, after: Shape) -> list[int]:
-    """The target of a reshape when its data has other channel counts.
-
-    The entry that has the channels shrinks with them: the one that was as large as they are, else the last one (the
-    channels of each part of a shuffle, or the features of a flattened image) that can shrink in that proportion.
-    """
     full, new = math.prod(before), math.prod(after)
     known = math.prod(s for s in target if s > 0)
     sizes = [before[i] if s == 0 else s if s > 0 else full // max(1, known) for i, s in enumerate(target)]

@@ -76,9 +76,6 @@ class ProfiledNetwork:
 def subject(file: Path, costs: CostModel) -> ProfiledNetwork:
     """Read the file of a dense network.
 
-    Args:
-        costs: of the same network, with its groups.
-
     Raises:
         ModelError: not an ONNX file. UnsupportedModel: its shapes at other counts can't be told.
     """
@@ -97,9 +94,6 @@ def survey(
     """Time cuts until the table predicts this network, and give what predicts it.
 
     What was timed is kept after every batch, so that a survey that was interrupted goes on where it was.
-
-    Args:
-        multiple_of, floor: of the counts that will be asked for.
     """
     path = table_path(bench.folder, bench.place)
     table = load(path, bench.place)
@@ -120,7 +114,6 @@ def _has(table: Table, key: str, kept: Mapping[str, int]) -> bool:
 
 
 def _good(table: Table, key: str) -> bool:
-    """Whether the last batch was predicted well."""
     errors = [
         abs(w.predicted / w.seconds - 1) for w in table.networks[key].wholes[-BATCH:] if w.predicted > 0
     ]
@@ -146,7 +139,6 @@ def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Ite
 
 
 def _steps(kind: str, count: int, multiple_of: int, floor: float) -> tuple[int, ...]:
-    """The counts of a group that a cut of this kind may have."""
     if kind == FINE:
         return timed_levels(count, multiple_of, floor)
     return levels(count, multiple_of if kind == ALIGNED else 1, floor)
@@ -155,7 +147,6 @@ def _steps(kind: str, count: int, multiple_of: int, floor: float) -> tuple[int, 
 def _learn(
     table: Table, network: ProfiledNetwork, batch: Sequence[Mapping[str, int]], bench: TimingBackend
 ) -> Table:
-    """Time a batch and put it into the table."""
     known = table.networks.get(network.key)
     before = predictor(table, network.parts, network.key, network.channels) if known else None
     with scratch_folder() as folder:
@@ -178,11 +169,6 @@ def _learn(
 def _timed(
     network: ProfiledNetwork, cuts: Sequence[Path], bench: TimingBackend
 ) -> tuple[dict[str, float], list[list[float]]]:
-    """Seconds of each file, and of each of its parts.
-
-    Files are timed at two moments, before their layers and after, and the lower time counts: what else goes on in a
-    machine only makes it slower, some files by a fifth where others lose nothing.
-    """
     # The first one before anything is timed for minutes: not every device tells the times of layers.
     nodes = [_layers(network, cuts[0], bench)]
     files = {DENSE[0]: network.file, **{path.stem: path for path in cuts}, DENSE[1]: network.file}
@@ -195,7 +181,6 @@ def _timed(
 
 
 def _layers(network: ProfiledNetwork, path: Path, bench: TimingBackend) -> list[float]:
-    """Seconds of each part of a file."""
     seconds = attribute_times(network.parts, bench.nodes(path))
     if sum(seconds) <= 0:
         raise NoLayerTimes(f"{bench.place} says of no layer of {network.file.name} how long it takes")

@@ -139,7 +139,6 @@ def attribute_times(found: Sequence[Segment], nodes: Iterable[tuple[str, float]]
 
 
 def _clusters(source: Resizer) -> list[list[NodeProto]]:
-    """Nodes that are timed together, in the order of their first."""
     nodes = [n for n in source.model.graph.node if not set(n.output) & set(source.constants)]
     readers: dict[str, int] = {}
     for node in nodes:
@@ -207,7 +206,6 @@ def _text(value: Any) -> str:
 
 
 def _check(source: Resizer, clusters: Sequence[Sequence[NodeProto]], found: Sequence[Segment]) -> None:
-    """Hold the proportions against the shapes at counts drawn at random."""
     draw = random.Random(_SEED)
     kept = {group: draw.randint(1, count) for group, count in source.costs.channels.items()}
     for part, widths in zip(found, _widths(source, clusters, kept), strict=True):

@@ -303,11 +303,7 @@ def table_path(folder: Path, place: str) -> Path:
 
 
 def load(path: Path, place: str) -> Table:
-    """The table of a place; empty where there is none yet.
-
-    Raises:
-        WorkdirError: the file is of another place or version, or no table at all.
-    """
+    """The table of a place; empty where there is none yet."""
     if not path.exists():
         return Table(place)
     table = serialization.read(Table, path, WorkdirError)

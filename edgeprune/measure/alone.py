@@ -30,9 +30,6 @@ def check(path: Path, x: Tensor, classes: int) -> None:
 
     Args:
         path: takes float32 (N, C, H, W), its first output has N rows. x: such images. classes: the width.
-
-    Raises:
-        UnsupportedModel: says the shape, or names the first node whose output depends on the other images.
     """
     model, x = opened(path), x[:IMAGES]
     session = OnnxRuntime().open(path, 1)
@@ -60,12 +57,10 @@ def check(path: Path, x: Tensor, classes: int) -> None:
 
 
 def _parts(x: Tensor, batch: int | None) -> list[Tensor]:
-    """Each of the first images alone, as often as the file takes at once."""
     return [image.repeat(batch or 1, 1, 1, 1) for image in x[:IMAGES].split(1)]
 
 
 def _first(model: onnx.ModelProto, x: Tensor, alone: list[Tensor]) -> str:
-    """The first node that gives rows of images, of which one is another one in a batch."""
     told = onnx.ModelProto()
     told.CopyFrom(model)
     nodes = {name: node for node in told.graph.node for name in node.output if name}

@@ -38,9 +38,7 @@ class Images(Protocol):
         """What the part is called."""
         ...
 
-    def __len__(self) -> int:
-        """N, how many images there are."""
-        ...
+    def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[tuple[Any, Any]]:
         """Tensors x float32 (n, C, H, W) in [0, 1] and y int64 (n,), at most `size` at a time, in a fixed order."""
@@ -97,11 +95,7 @@ def absent(metric: str, unit: str, device: Device, name: str) -> Reading:
 
 
 def agreement(dense: Logits, compressed: Logits) -> Reading:
-    """The share of images on which both name the same class; logits (N, K) of the same images in the same order.
-
-    Raises:
-        UsageError: the shapes differ, or there are no images.
-    """
+    """The share of images on which both name the same class; logits (N, K) of the same images in the same order."""
     if dense.shape != compressed.shape or dense.ndim != 2 or len(dense) == 0:
         raise UsageError(
             f"agreement needs logits (N, K) of the same images, got {dense.shape} and {compressed.shape}"
@@ -123,9 +117,6 @@ def predict(
     runtime: str = RUNTIME,
 ) -> Logits:
     """The file's logits (N, K) for batches of float32 (n, C, H, W), in few processes on the device.
-
-    Args:
-        total, label: of the progress bar, in images.
 
     Raises:
         UsageError: the file is not there, the images have another shape than it eats, or the device gives no answers.

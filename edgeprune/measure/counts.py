@@ -21,11 +21,7 @@ _CHUNK = 2**20
 
 
 def size(path: Path, *, name: str = "") -> Reading:
-    """The bytes of a file, and of those beside it that hold its numbers.
-
-    Raises:
-        UsageError: the file is not there.
-    """
+    """The bytes of a file, and of those beside it that hold its numbers."""
     try:
         value, beside = path.stat().st_size, data_files(path)
         value += sum(file.stat().st_size for file in beside.values())
@@ -35,11 +31,7 @@ def size(path: Path, *, name: str = "") -> Reading:
 
 
 def compressed_size(path: Path, *, name: str = "") -> Reading:
-    """The bytes of the same after deflate at its highest level (a zlib stream), as a download or an archive has it.
-
-    Raises:
-        UsageError: the file can't be read.
-    """
+    """The bytes of the same after deflate at its highest level (a zlib stream), as a download or an archive has it."""
     packer, value = zlib.compressobj(LEVEL), 0
     try:
         beside = data_files(path)
@@ -97,6 +89,5 @@ def _densities(name: str, network: nn.Module, whole: Mapping[str, int]) -> tuple
 
 
 def _weights(network: nn.Module) -> Iterator[torch.Tensor]:
-    """The weights of convolution and linear layers, each once."""
     found = {id(layer.weight): layer.weight for layer in network.modules() if isinstance(layer, LAYERS)}
     yield from found.values()

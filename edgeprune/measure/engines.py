@@ -200,9 +200,6 @@ def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], de
 
     Returns:
         One sentence: how far apart they are.
-
-    Raises:
-        ParityError: an answer is not finite, or they are too far apart for the precision; says by how much.
     """
     expected = _logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
     found = _logits(engine.path, spec, images, device, TENSORRT)

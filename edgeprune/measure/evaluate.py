@@ -43,11 +43,7 @@ def of_network(bundle: Bundle, split: Split, name: str) -> Reading:
 
 
 def check_scales(path: Path, model: ModelProto) -> None:
-    """A scale of 0, NaN or infinity answers something, and nothing of what the network was.
-
-    Raises:
-        ParityError: names the node. UsageError: a scale can't be read.
-    """
+    """A scale of 0, NaN or infinity answers something, and nothing of what the network was."""
     view = View(model)
     for node in view.graph.node:
         scale = view.initializers.get(operand(node, 1))
@@ -72,11 +68,7 @@ HARDLY = 0.1
 
 
 def guessing(reading: Reading, split: Split, *, attacked: bool = False) -> Reading:
-    """A clean_accuracy, with a flag where it is no better, or hardly better, than naming one class for all images.
-
-    Args:
-        attacked: the flags of an attack say it themselves where it is no better.
-    """
+    """A clean_accuracy, with a flag where it is no better, or hardly better, than naming one class for all images."""
     if len(split.labels.unique()) < 2:
         return reading
     right = round((reading.value or 0.0) * reading.n)
@@ -103,11 +95,7 @@ def beats_guessing(right: int, labels: Tensor, *, share: float = HARDLY) -> bool
 
 
 def classes(reading: Reading, split: Split, count: int) -> Reading:
-    """A clean_accuracy, with a note where some of the model's classes have no images.
-
-    Args:
-        count: how many classes the model answers.
-    """
+    """A clean_accuracy, with a note where some of the model's classes have no images."""
     present = len(split.labels.unique())
     if present == count:
         return reading

@@ -52,9 +52,6 @@ def node_times(
     `name` is the model's ("dense", "compressed"), for devices with canned readings. Nodes that the runtime put in
     by itself (changes of memory layout) keep the runtime's name. `onnx_file` is what `path` was built from, when that
     is an engine; it has the names.
-
-    Raises:
-        UsageError, DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     request = {"op": "profile", "runtime": runtime, "name": name, "threads": table.threads}
     request["iterations"] = min(table.iterations, MOST_RUNS)

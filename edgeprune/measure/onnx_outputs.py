@@ -173,11 +173,7 @@ class OnnxFile:
         return None if not self.beside else self.written("alone")
 
     def with_output(self, output: Output, classes: int, *, logits: bool = False) -> Path:
-        """A file from float32 (N, C, H, W) in [0, 1] to this output as (N, K); itself where it is so already.
-
-        Args:
-            classes: K of class numbers. logits: without the Softmax at its end.
-        """
+        """A file from float32 (N, C, H, W) in [0, 1] to this output as (N, K); itself where it is so already."""
         name = _before_softmax(View(self.model), output.name) if logits else output.name
         plain = (
             not (self.open or self.beside or self.last) and self.kind in _FLOATS and len(self.outputs) == 1
@@ -200,10 +196,6 @@ class OnnxFile:
 
     def judged(self, split: Split, classes: int, *, wanted: str = "", attacked: bool = False) -> Judged:
         """What is asked about images, and what a reader must know of it.
-
-        Args:
-            split: held-out images, whose labels tell outputs apart. classes: how many there are in the data set.
-            wanted: the name of the output that the user asked for. attacked: the logits, not their Softmax, are wanted.
 
         Raises:
             UsageError: it can't be told which output are the logits; names all of them. Or it has no logits to attack.
@@ -254,7 +246,6 @@ class OnnxFile:
         return notes
 
     def _told(self, split: Split, classes: int) -> tuple[Output, str]:
-        """The one output of several that names the classes of images, and how it was told."""
         few = balanced(split, _TRIED, 0)
         x, labels = few.take(torch.arange(len(few))).numpy(), few.labels.numpy()
         named: dict[Output, Any] = {}
@@ -375,7 +366,6 @@ def _output(file: OnnxFile, value: ValueInfoProto) -> Output:
 
 
 def _asked(file: OnnxFile, value: ValueInfoProto) -> tuple[int, ...]:
-    """The shape that an output has for gray images, two where the batch is free."""
     model = copied(file.model)
     _take_image(model, file)
     del model.graph.output[:]
@@ -407,7 +397,6 @@ def _type(value: ValueInfoProto) -> str:
 
 
 def _text(value: ValueInfoProto) -> str:
-    """The name, type and shape of an input or output."""
     dims = value.type.tensor_type.shape.dim
     words = [
         str(d.dim_value) if d.dim_value else d.dim_param if d.dim_param.isidentifier() else "?" for d in dims

@@ -68,11 +68,7 @@ class Place:
 
 
 def number_of(answer: Mapping[str, Any], key: str, device: str, least: float = 0.0) -> float:
-    """A number that the agent on a device answered.
-
-    Raises:
-        DeviceError: it is none, or not between `least` and what a machine can have.
-    """
+    """A number that the agent on a device answered."""
     value: Any = answer.get(key)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least <= value <= MOST:

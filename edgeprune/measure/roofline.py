@@ -81,8 +81,6 @@ def estimate(
 
     Args:
         layers: an ONNX file, or its layers. precision: "fp32", "fp16" or "int8".
-        validation: how the formula fits where something can be timed; it gives the interval.
-        unheld: why there is none.
 
     Returns:
         latency_p50 with `where` "estimated: roofline of TARGET"; its value is None, with the reason, where the target's

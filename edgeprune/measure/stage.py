@@ -153,17 +153,14 @@ def _run(
 
 
 def _elsewhere(wanted: MeasureRequest) -> bool:
-    """Whether another machine than the target was timed, or none."""
     return wanted.device.name == "fake" or not place.on_target(wanted.target, wanted.device)
 
 
 def _itself(wanted: MeasureRequest) -> bool:
-    """Whether this machine was timed, and is a target that is mostly another one."""
     return wanted.device.name == "local" and wanted.target.device != "local" and not _elsewhere(wanted)
 
 
 def _machine(wanted: MeasureRequest) -> Target:
-    """The facts of the machine that was timed."""
     return targets.target("local") if _elsewhere(wanted) else wanted.target
 
 
@@ -198,7 +195,6 @@ def _with_work(plan: Plan, name: str, subject: _Subject, rows: tuple[Reading, ..
 
 
 def _nothing_removed(plan: Plan, subject: _Subject) -> bool:
-    """Whether both files are of one network in one precision."""
     counts = (plan.params, plan.macs) == (plan.params_before, plan.macs_before)
     return counts and len({engines.precision_of(path) for path in subject.onnx.values()}) == 1
 

@@ -77,10 +77,6 @@ def answers(
 
     Returns:
         The readings synthetic_agreement and synthetic_kl.
-
-    Raises:
-        DeviceError: the answers are of another number of classes than the network has.
-        UsageError, DeviceError, MissingDependency, ModelError: as for `answers.predict`.
     """
     logits = {
         name: predict(
@@ -110,9 +106,6 @@ def divergence(dense: Logits, compressed: Logits) -> Reading:
 
     Args:
         dense, compressed: logits (N, K) of the same images in the same order.
-
-    Raises:
-        UsageError: the shapes differ, or there are no images.
     """
     if dense.shape != compressed.shape or dense.ndim != 2 or len(dense) == 0:
         raise UsageError(

@@ -1,7 +1,4 @@
-"""What two latencies say in plain words: how many times faster, or not faster and why not.
-
-Light: works on numbers that were measured elsewhere.
-"""
+"""What two latencies say in plain words: how many times faster, or not faster and why not."""
 
 from __future__ import annotations
 
@@ -57,11 +54,8 @@ def clues(
     """Collect the clues of a cut.
 
     Args:
-        plan: the cut.
-        machine: the facts of the machine that was timed, which need not be the one that the model is for.
         precision: of the file, as in `Target.multiple_of`.
         nodes: of the compressed file, from `measure.node_times`.
-        latency_s: the compressed file's median.
     """
     peak = machine.peak.get(precision, 0.0)
     widths = ("out_channels", "out_features")
@@ -83,7 +77,6 @@ def words(ratio: Ratio, place: str, clues: Clues | None = None, *, unsure: bool 
 
     Args:
         place: where and how it was timed, as in "local x86_64, 1 thread".
-        clues: for the reason, when it is not faster or by far less than the cut should give.
         unsure: other work got in the way, so that an interval with 1 in it says nothing, however narrow it is.
     """
     clues = clues or Clues()
@@ -116,7 +109,6 @@ def _because(clues: Clues) -> str:
 
 
 def _though(ratio: Ratio, clues: Clues) -> str:
-    """Why a cut gives less than half of the gain that its multiply-accumulates promise, on a log scale."""
     if not 0 < clues.macs_after < clues.macs_before:
         return ""
     promised = clues.macs_before / clues.macs_after

@@ -177,11 +177,7 @@ class Method(ABC):
 
     @final
     def __call__(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Choose, and distrust the choice: known groups, right lengths, something kept, the budget met.
-
-        Args:
-            network: the bare network; a method may train it in place but not change its structure.
-        """
+        """Choose, and distrust the choice: known groups, right lengths, something kept, the budget met."""
         shapes = {k: v.shape for k, v in network.state_dict().items()}
         masks = self.prune(network, task)
         if {k: v.shape for k, v in network.state_dict().items()} != shapes:

@@ -188,7 +188,6 @@ class _Whole(nn.Module):
     """The network behind its normalization, as the task runs it."""
 
     def __init__(self, network: nn.Module, task: PruneTask) -> None:
-        """Share the network."""
         nn.Module.__init__(self)
         self.network = network
         self._logits: Any = task.logits

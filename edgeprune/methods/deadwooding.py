@@ -74,7 +74,6 @@ class Deadwooding(TrainingMethod):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse a value that is out of its range."""
         words = (
             ("score", SCORES),
             ("distance", constrained_distillation.DISTANCES),
@@ -111,7 +110,6 @@ class Deadwooding(TrainingMethod):
         return task.masks(cut["masks"])
 
     def _key(self, networks: Sequence[nn.Module], task: PruneTask, training: Training) -> str:
-        """Changes with whatever a cut depends on."""
         budget = (task.rules, task.counts, dict(task.units.sizes))
         settings = (self, training.table, training.seed, len(training.split), *budget)
         return models.key(repr(settings), networks, {})

@@ -88,7 +88,6 @@ class DNR(TrainingMethod):
         return task.masks(wiring.masks)
 
     def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> SparseTraining:
-        """The network with what is there first, ready to train."""
         epochs = training.table.epochs
         usual = SCRATCH_RATE if self.start == "scratch" else GIVEN_RATE
         plan = Plan(
@@ -133,7 +132,6 @@ class DNR(TrainingMethod):
                 )
 
     def _objective(self, training: Training) -> train.Objective:
-        """The recipe's objective with this method's share of clean images."""
         table = training.table
         objective = train.of_table(table, training.teacher if table.distill > 0 else None)
         if objective.kind in ("fgsm", "pgd"):
@@ -189,13 +187,11 @@ def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[s
 
 
 def _even(task: PruneTask) -> dict[str, int]:
-    """How many channels of each group at one share for all, or as the recipe shares them out."""
     losses = {name: torch.zeros(n + 1, dtype=torch.float64) for name, n in task.units.sizes.items()}
     return allocate(losses, task.costs, replace(task.rules, cuts=task.rules.cuts or {})).kept
 
 
 def _uniform(task: PruneTask) -> Mapping[str, int]:
-    """How many weights of each layer at one density for all, or as the recipe shares them out."""
     sizes = task.units.sizes
     if task.counts is not None:
         return task.counts

@@ -123,7 +123,6 @@ class Sap(TrainingMethod):
         return (*((0,) if not first else ()), *_shared(epochs, cuts + first, last))
 
     def _key(self, network: nn.Module, task: PruneTask) -> str:
-        """Changes with whatever the result depends on."""
         training = task.training
         learned = (training.table, training.seed, len(training.split)) if training else ()
         settings = (self, learned, task.rules, task.counts, task.seed, dict(task.units.sizes))
@@ -239,7 +238,6 @@ class _Work:
         return right / count
 
     def _judged(self, state: _State, scores: Mapping[str, Tensor]) -> _State:
-        """Stopped, perhaps with what was there before, or cut."""
         free = self.task.free
         if state.last:
             return replace(state, before={}, stopped="the budget is met")
@@ -295,7 +293,6 @@ class _Work:
         return replace(self.cutter, least={n: int((keep & masks[n]).sum()) for n, keep in wanted.items()})
 
     def _last(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The cut that leaves exactly what the budget allows, of what is left."""
         task, wishes = self.task, schedule.alive(scores, masks)
         if task.units.granularity == "channel":
             wishes = schedule.energy(scores, masks)
@@ -307,7 +304,6 @@ class _Work:
 
 
 def _cutter(task: PruneTask, rule: Rule) -> CutSchedule:
-    """The rule for the units, floors and budget of a task."""
     units, limits = task.units, task.rules.limits
     if units.granularity == "2:4":
         least = dict.fromkeys(units.sizes, 0)

@@ -42,9 +42,6 @@ def architecture(spec: str) -> nn.Module:
 
     Args:
         spec: one of the four forms above; values of `?key=value` are read as int, float, bool, None or text.
-
-    Raises:
-        UsageError: the spec, the name, the file or the callable is wrong; says the closest name.
     """
     head, arguments = _parse(spec)
     origin, _, name = head.rpartition(":")

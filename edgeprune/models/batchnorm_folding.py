@@ -91,7 +91,6 @@ class _Call:
 
 
 def _pairs(network: nn.Module, example: Tensor) -> list[tuple[nn.Module, nn.Module]]:
-    """Layers with a weight, and the batch-norms that can be folded into them."""
     candidates = [layer for layer in network.modules() if type(layer) in (*_WEIGHTED, *_NORMS)]
     owners = Counter(id(tensor) for layer in network.modules() for tensor in layer.parameters(recurse=False))
     bare = [layer for layer in candidates if not (layer._forward_hooks or layer._forward_pre_hooks)]
@@ -114,7 +113,6 @@ def _pairs(network: nn.Module, example: Tensor) -> list[tuple[nn.Module, nn.Modu
 
 
 def _constant(norm: Any, maker: _Call) -> bool:
-    """Whether it scales the channels that the layer makes by numbers that are known."""
     # Of (N, L, C), which a linear layer makes, batch-norm scales the entries of L.
     along = maker.made.ndim == 2 or type(maker.layer) is not nn.Linear
     return norm.running_mean is not None and norm.running_var is not None and along
@@ -155,7 +153,6 @@ def _absorb(weighted: Any, norm: Any) -> None:
 
 
 def _replace(network: nn.Module, norms: set[nn.Module]) -> None:
-    """Nothing in the place of batch-norms, wherever the network holds them."""
     for layer in list(network.modules()):
         for name, child in list(layer._modules.items()):
             if child in norms:

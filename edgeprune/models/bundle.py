@@ -35,9 +35,6 @@ _PROGRAM, _RECIPE, _PLAN = "model.pt2", "recipe.toml", "plan.json"
 def load_bundle(table: ModelTable) -> Bundle:
     """Load a model file, or a run directory, so that no code in it runs.
 
-    Args:
-        table: path, and where the file doesn't say it: architecture, input shape, normalization, allowed classes.
-
     Returns:
         The bare network in eval mode, float32, every parameter trainable; what it eats; where it came from.
 
@@ -83,9 +80,7 @@ def from_module(
 
     Args:
         module: eats one batch of images (N, C, H, W), gives logits (N, K).
-        example_inputs: such a batch, or a tuple of just it; only its shape counts.
         mean, std: the normalization to put inside, one value per channel; empty for none.
-        source: how it can be had again, when it can.
 
     Raises:
         UsageError: example_inputs or the normalization don't fit.
@@ -121,8 +116,6 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
     """The compressed network again: the original architecture, the cuts replayed on it, and the weights.
 
     Args:
-        source: of the original network; its file is read again unless it only held weights.
-        input: what the network eats.
         plans: the cuts, in their order.
         weights: safetensors with the state dict of the cut network.
     """
@@ -170,7 +163,6 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _file_of(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The model file that a path means, and the labels of its classes where a run directory names them."""
     if not path.exists():
         raise UsageError(
             f"no such file: {str(path)!r}",
@@ -207,7 +199,6 @@ def _read(path: Path) -> bytes:
 
 
 def _network(data: bytes, source: Source, path: Path) -> tuple[nn.Module, Source]:
-    """The network in a file's bytes, and the source with the kind that the content turned out to be."""
     where = str(path)
     if source.kind == "pt2":
         return _remodulified(data, where), replace(source, arch="")

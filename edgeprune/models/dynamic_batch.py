@@ -36,8 +36,6 @@ def free_batch(
     Args:
         module: has `fixed_batch`, the size that it was exported with; runs `graph`, in eval mode.
         graph: with one placeholder, and `meta["val"]` on what gives tensors; not changed.
-        shape: of the input, batch first.
-        compile_: makes the module run a graph.
     """
     if _works(module, shape):
         module.fixed_batch = None
@@ -60,10 +58,6 @@ def free_batch(
 
 
 def _works(module: nn.Module, shape: tuple[int, ...], *, tell_apart: bool = False) -> bool:
-    """Whether images in batches of other sizes get what they get in a batch of the exported size.
-
-    With `tell_apart` different images must get different answers, or nothing is proven.
-    """
     images = _images(module, (_TIMES * shape[0], *shape[1:]))
     with torch.no_grad():
         try:
@@ -188,13 +182,7 @@ class _Follower:
 
 
 def _landing(before: int, shape: Sequence[int], batch: int) -> tuple[int, int] | None:
-    """The axis of a reshaped tensor that gets the batch, and how many of its entries lie outside of the batch.
-
-    Args:
-        before: the product of all sizes outside of the batch; a reshape keeps it.
-        shape: of the result, for the exported batch.
-        batch: the exported batch size.
-    """
+    """The axis of a reshaped tensor that gets the batch, and how many of its entries lie outside of the batch."""
     starts = [prod(shape[:i]) for i in range(len(shape))]
     # A last axis is the channels, so a batch that fits before it belongs to the axis before.
     for i, (start, size) in enumerate(zip(starts, shape, strict=True)):

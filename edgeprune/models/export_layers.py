@@ -46,7 +46,6 @@ def layer_of(node: fx.Node, tensor_of: TensorOf) -> Layer | None:
     """The layer that a call_function node was, or None.
 
     Args:
-        node: of a graph of torch.export, decomposed or not.
         tensor_of: the tensor of a node that is a parameter or a buffer, None for any other.
     """
     target = node.target
@@ -114,7 +113,6 @@ def _linear(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> Layer |
 
 
 def _addmm(call: Mapping[str, Any], tensor_of: TensorOf, _: fx.Node) -> Layer | None:
-    """bias + x @ weight.T, as decomposed programs spell a linear layer."""
     weight = _transposed(call["mat2"])
     if weight is None or (call.get("beta", 1), call.get("alpha", 1)) != (1, 1):
         return None

@@ -185,7 +185,6 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def _caller(node: fx.Node) -> str:
-    """The path of the module that the operator was called in, as far as the program says."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     for prefix in ("L['self']", "L__self__", "self"):

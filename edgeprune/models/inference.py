@@ -110,12 +110,6 @@ def count_classes(
         module: in eval mode; not changed.
         shape: (C, H, W).
         normalization: mean and std, one value per channel or empty.
-        where: what to call the network in messages.
-
-    Raises:
-        UnsupportedModel: it fails on such images (names the layer), answers with something else than (N, K) floats
-            (says with what), gives one logit or NaN only, only takes batches of one certain size above 1, or mixes the
-            images of a batch.
     """
     fixed = module.fixed_batch if isinstance(module, ExportedNetwork) else None
     if fixed is not None and fixed > 1:
@@ -216,8 +210,6 @@ def check_alone(module: nn.Module, x: Tensor, where: str) -> None:
     Args:
         module: in eval mode, (N, ...) to one tensor or several, each with N rows; left alone if it was exported for one
             image and fails on more.
-        x: images that differ; of a single one nothing can be told.
-        where: what to call the network in messages.
 
     Raises:
         UnsupportedModel: names the first layer whose output depends on the other images, or is another at every call.

@@ -35,9 +35,6 @@ RANDOM = (
 def compute_once(module: nn.Module) -> tuple[str, ...]:
     """Make plain parameters of the weights that parametrizations and hooks of torch.nn.utils compute, in place.
 
-    Args:
-        module: in eval mode.
-
     Returns:
         The state-dict names of those weights.
     """
@@ -68,10 +65,8 @@ def fold(
     """Compute once what the layers of an exported program get from its tensors alone.
 
     Args:
-        nodes: of the program, in order.
         tensors: state-dict name -> tensor. The computed ones take the place of those that they are made of.
         name_of: placeholder -> state-dict name; computed nodes are added.
-        caller: the path of the module that a node was called in.
 
     Returns:
         The nodes that nothing needs any more, the computed ones included.
@@ -172,7 +167,6 @@ def _wanted(
 
 
 def _owner(source: fx.Node, name_of: Mapping[str, str]) -> str:
-    """The path of the module whose tensor comes first in what a tensor is computed of."""
     while source.all_input_nodes:
         source = source.all_input_nodes[0]
     return name_of.get(source.name, "").partition(".parametrizations.")[0].rpartition(".")[0]

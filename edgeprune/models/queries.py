@@ -95,7 +95,6 @@ def sequentially(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tu
     Args:
         x: (N, C, H, W), the images.
         attempts: each gets int64 (n,), the rows that stand, and answers for these rows alone.
-        advance: is told of how many images more nothing is left to do.
 
     Returns:
         Images like `x`, what the last attempt on each came to; and int64 (N,), how often each was asked about.
@@ -141,7 +140,6 @@ def in_parallel(
 
 
 def _joined(tried: Sequence[AttackResult]) -> AttackResult:
-    """What several attempts on different images came to, one behind the other."""
     return AttackResult(
         torch.cat([one.images for one in tried]),
         torch.cat([one.broken for one in tried]),

@@ -51,7 +51,6 @@ def on_replicas(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
 
     Args:
         network: pixels to logits, in evaluation mode; no layer of it may be changed in the block.
-        x: images, for the device that they are on: other devices than the CPU share work by themselves.
     """
     threads = torch.get_num_threads()
     lanes = min(threads, MOST_LANES)
@@ -76,7 +75,6 @@ class Replicas(nn.Module):
     """Copies of a network that share its tensors, each for a part of the batch."""
 
     def __init__(self, copies: Sequence[nn.Module], pool: ThreadPoolExecutor) -> None:
-        """Copies, and at least as many threads."""
         nn.Module.__init__(self)
         self.copies, self.pool = nn.ModuleList(copies), pool
 
@@ -119,7 +117,6 @@ def _answer(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def _followed(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The images as a leaf, and their answer."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         return point, logits(network, point)
@@ -134,6 +131,5 @@ def _back(_: nn.Module, part: tuple[tuple[Tensor, Tensor], Tensor]) -> Tensor:
 
 
 def _sharing(network: nn.Module) -> nn.Module:
-    """A copy of the layers with the same tensors in them."""
     tensors = chain(network.parameters(), network.buffers())
     return deepcopy(network, {id(tensor): tensor for tensor in tensors})

@@ -21,11 +21,7 @@ _SHOWN = 5
 
 
 def unwrap(loaded: Any, where: str) -> nn.Module | dict[str, Tensor]:
-    """The network or the state dict in what a file held, from inside a checkpoint if need be.
-
-    Raises:
-        ModelError: there is neither; says what there is.
-    """
+    """The network or the state dict in what a file held, from inside a checkpoint if need be."""
     path = ""
     while not isinstance(loaded, nn.Module):
         if not isinstance(loaded, Mapping):
@@ -57,11 +53,7 @@ def unwrap(loaded: Any, where: str) -> nn.Module | dict[str, Tensor]:
 
 
 def read_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file.
-
-    Raises:
-        ModelError: corrupt, or empty.
-    """
+    """The tensors of a .safetensors file."""
     try:
         tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as error:
@@ -74,11 +66,7 @@ def read_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def fit(module: nn.Module, tensors: Mapping[str, Tensor], where: str, arch: str) -> None:
-    """Load a state dict into an architecture, strictly but for wrappers' prefixes and counters, in place.
-
-    Raises:
-        ModelError: other keys or other shapes than the architecture's; names the first of them.
-    """
+    """Load a state dict into an architecture, strictly but for wrappers' prefixes and counters, in place."""
     own = module.state_dict()
     given = _without_prefix(tensors, own, where)
     for name in [name for name in own if name not in given]:
@@ -115,9 +103,6 @@ def check_finite(module: nn.Module, where: str) -> None:
     """Refuse NaN anywhere and infinities in what was learned.
 
     Masks made of -inf are buffers that are not saved; those may be infinite.
-
-    Raises:
-        ModelError: names the first tensors and how many values.
     """
     saved = set(module.state_dict())
     bad = []
@@ -135,7 +120,6 @@ def check_finite(module: nn.Module, where: str) -> None:
 
 
 def _check_tree(module: nn.Module, where: str) -> None:
-    """A network out of a damaged pickle may lack what every module has."""
     try:
         parts: dict[Any, nn.Module] = dict(module.named_modules())
         kept: list[tuple[Any, Any]] = [

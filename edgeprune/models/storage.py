@@ -167,7 +167,6 @@ def key(settings: str, networks: Iterable[nn.Module], more: Any) -> str:
 
 
 def _onto(device: torch.device) -> Callable[[Any, str], Any]:
-    """What was on a GPU comes onto this process's device, the rest stays on the CPU."""
     return lambda storage, place: storage if place == "cpu" else storage.to(device=device)
 
 
@@ -207,7 +206,6 @@ def save_state(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = 
 
     Args:
         key: tells to which work it belongs. state: tensors, numbers, texts, and lists and dicts of them.
-        alone: of a team only this process is at work, the others don't call this.
     """
     if alone or distributed.rank() == 0:
         with replace_file(path) as file:

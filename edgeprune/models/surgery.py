@@ -87,11 +87,7 @@ def cut(
 
 
 def replay(network: nn.Module, plan: Plan) -> None:
-    """Cut a freshly built network, in place, as a plan says; needs no tracing.
-
-    Raises:
-        ModelError: the network is not the one that the plan was made for.
-    """
+    """Cut a freshly built network, in place, as a plan says; needs no tracing."""
     cut(network, plan.tensors)
     for name, attributes in plan.attributes.items():
         module = network.get_submodule(name)
@@ -170,7 +166,6 @@ def disturbed(network: nn.Module, example: Tensor, seed: int) -> nn.Module:
 
 
 def _fit_statistics(network: nn.Module, example: Tensor) -> None:
-    """Set batch-norm statistics to those of the example, layer after layer, on normalized ground."""
     handles = []
 
     def fit(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -68,7 +68,6 @@ def capture(module: nn.Module, spec: InputSpec, *, dynamic_batch: bool) -> Expor
 
     Args:
         module: pixels (N, C, H, W) -> logits (N, K), in eval mode; not changed.
-        spec: the shape of one input.
         dynamic_batch: leave N open instead of fixing it at 1.
 
     Raises:

@@ -37,7 +37,6 @@ def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: st
     initializers "layer1.0.conv1.weight" and ".bias". Names of the model's inputs and outputs stay.
 
     Args:
-        model: as one of torch's exporters left it, its metadata still there.
         modules: the path of every module -> whether it is a layer with a weight of two or more dimensions.
         prefix: what the paths of the wrapped network begin with ("network."); left away in the names.
     """
@@ -87,12 +86,6 @@ def slim(model: ModelProto) -> ModelProto:
 
 def finish(model: ModelProto, about: Mapping[str, str], *, producer: str, version: str) -> None:
     """Last touches, in place: privacy, metadata, the oldest file version that fits, shapes, onnx's own check.
-
-    Args:
-        model: named after its layers.
-        about: what to write into the model's metadata.
-        producer: the program that made the file.
-        version: that program's version.
 
     Raises:
         UnsupportedModel: onnx's checker refuses it.

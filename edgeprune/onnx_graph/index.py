@@ -127,9 +127,6 @@ _BESIDE = (
 def opened(path: Path, *, weights: bool = True) -> ModelProto:
     """The model of an ONNX file, with the numbers that lie in files beside it.
 
-    Args:
-        weights: False leaves those numbers where they are; their files are looked at all the same.
-
     Raises:
         ModelError: a file beside it is too short for what it should hold.
     """
@@ -270,7 +267,6 @@ class View:
     """The main graph of a model as it is now; make another one after changing the graph."""
 
     def __init__(self, model: ModelProto) -> None:
-        """Look at `model`, which is kept and not changed."""
         self.model, self.graph = model, model.graph
         self.inputs = tuple(value.name for value in self.graph.input)
         self.outputs = tuple(value.name for value in self.graph.output)

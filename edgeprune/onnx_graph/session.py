@@ -127,8 +127,6 @@ def compare(made_from: Network, made: Network, inputs: Iterable[tuple[str, Tenso
     """Run both on every input and find where they differ most.
 
     Args:
-        made_from: the reference.
-        made: what must answer like it.
         inputs: name and pixels (N, C, H, W) of each.
         name: what `made` is called in messages.
 

@@ -94,7 +94,6 @@ def _ledger(folder: Path) -> Ledger:
 
 
 def _nonzero(run: Context, small: Bundle) -> dict[str, dict[str, int]] | None:
-    """Non-zero weights of each layer, where single weights were pruned."""
     if run.recipe.prune.granularity == "channel":
         return None
     return {"dense": count(run.bundle.module), "compressed": count(small.module)}
@@ -114,7 +113,6 @@ def _parity_notes(readings: Sequence[Reading]) -> list[str]:
 
 
 def _why_float(run: Context) -> str:
-    """Why no other precision was tried where the choice was left open."""
     others = [p for p in run.target.precisions if p != "fp32"]
     if not others:
         return f"The file is fp32, the only precision that {run.target.title} takes."

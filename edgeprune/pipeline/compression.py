@@ -171,7 +171,6 @@ def _run(run: Context, keys: Mapping[str, str]) -> Result:
 
 
 def _trains(run: Context, name: str) -> bool:
-    """Whether a stage trains the network, which all processes of a team do together."""
     return run.trains if name == "prune" else name == "tune" and run.trainable and run.lesson.epochs > 0
 
 

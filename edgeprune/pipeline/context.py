@@ -225,11 +225,7 @@ def with_epochs(recipe: Recipe) -> Recipe:
 
 
 def check_together(recipe: Recipe, target: Target) -> None:
-    """Refuse what each by itself is accepted but not together.
-
-    Raises:
-        UsageError: names the option and what is accepted.
-    """
+    """Refuse what each by itself is accepted but not together."""
     if recipe.export.precision not in ("auto", "fp32"):
         quantize.check_asked(recipe.export.precision, target.precisions, target.name)
     if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
@@ -303,7 +299,6 @@ def multiple_of(run: Context) -> int:
 
 
 def _float(run: Context) -> ExportTable:
-    """How networks are exported, whatever precision the file gets in the end."""
     return replace(run.recipe.export, precision="fp32")
 
 

@@ -74,7 +74,6 @@ class DigitsNet(nn.Module):
     """A residual network for gray digits: pixels (N, 1, 16, 16) in [0, 1] to logits (N, 10)."""
 
     def __init__(self) -> None:
-        """Random weights."""
         nn.Module.__init__(self)
         self.stem = nn.Conv2d(1, WIDTHS[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(WIDTHS[0])
@@ -90,15 +89,7 @@ class DigitsNet(nn.Module):
 
 
 def prepare(folder: Path, seed: int = 0) -> DemoFiles:
-    """Train a network on three quarters of the digits and write it and the data; the last quarter is its test part.
-
-    Args:
-        folder: where the files go; made if need be.
-        seed: decides the initial weights, the order of the images and which are held out.
-
-    Raises:
-        ModelError: the network can't be exported.
-    """
+    """Train a network on three quarters of the digits and write it and the data; the last quarter is its test part."""
     x, y = digits()
     learn, hold = stratified(y, HELD_OUT_SHARE, seed)
     data = folder / "digits.npz"
@@ -123,11 +114,7 @@ def prepare(folder: Path, seed: int = 0) -> DemoFiles:
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """The 1,797 digits that come with scikit-learn: uint8 (N, 16, 16), scaled up from 8x8, and labels int64 (N,).
-
-    Raises:
-        MissingDependency: scikit-learn is not installed.
-    """
+    """The 1,797 digits that come with scikit-learn: uint8 (N, 16, 16), scaled up from 8x8, and labels int64 (N,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

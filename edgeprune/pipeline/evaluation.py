@@ -30,7 +30,6 @@ def evaluate(
         limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
             `attack.limit` with one.
         output: the name of a file's output that has the logits, "" where it is to be told.
-        trust_run: code that the recipe of a run directory names may be imported.
 
     Raises:
         UsageError: no data, an output that is not there or can't be told, an attack that needs gradients on a file
@@ -86,11 +85,7 @@ def _evaluated(
 
 
 def check_attack(recipe: Recipe) -> None:
-    """Refuse an attack that can't be run, before anything is measured.
-
-    Raises:
-        UsageError: no images, or the attack does not exist or has no such option.
-    """
+    """Refuse an attack that can't be run, before anything is measured."""
     if not recipe.data.path:
         raise UsageError(f"the attack {recipe.attack.name!r} needs images", "give --data")
     robustness.attack_job(attack(recipe), seed=recipe.seed, data="")
@@ -103,7 +98,6 @@ def with_notes(reading: Reading, notes: Sequence[str]) -> Reading:
 
 
 def _device(recipe: Recipe) -> Device:
-    """Where a file answers."""
     setup = targets.target(recipe.target).setup
     return devices.device_from_url(recipe.measure.device, setup)
 
@@ -184,11 +178,7 @@ def images(recipe: Recipe, spec: InputSpec, limit: int) -> tuple[Data, Split]:
 
 
 def onnx_of(path: Path) -> Path:
-    """The ONNX file that a path names: itself, or the one of a run directory.
-
-    Raises:
-        UsageError: there is none, or it is not the one that the report of the run was made of.
-    """
+    """The ONNX file that a path names: itself, or the one of a run directory."""
     found = path / "model.onnx" if path.is_dir() else path
     if not found.is_file():
         raise UsageError(f"no ONNX file at {found}", "give an .onnx file or a finished run directory")

@@ -20,9 +20,6 @@ ONLY_A_REPORT = (
 def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str) -> tuple[str, int]:
     """The verdict on a run as text, and the exit code.
 
-    Args:
-        run: a run directory, whose model.onnx must be the one that the report is of; or a report by itself.
-
     Raises:
         UsageError: an unreadable report, budget or baseline, another file than the report's, or an unknown format.
     """

@@ -107,7 +107,6 @@ def _material(run: Context, folders: Mapping[str, Path]) -> CalibrationSet | Non
 
 
 def _crafted(run: Context, folders: Mapping[str, Path], images: Tensor, labels: Tensor) -> Tensor:
-    """Images attacked by PGD on the float network, as many as candidates are judged on."""
     table = replace(recipe.attack(run.recipe), name="pgd")
     count = quantize.judged(len(images))
     run.say(f"quantize: attack {count} calibration images, to judge by")
@@ -153,9 +152,6 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
     """What is attacked, in the order of the stages: the dense network, what each stage left, and the file.
 
     Adversarial images of the dense network are tried on all of them.
-
-    Args:
-        scratch: for temporary files.
     """
     dense = deployed(run.bundle)
     # A file like the other one: what differs then is the network.
@@ -179,7 +175,6 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
 def _file_victim(
     run: Context, path: Path, scratch: Path, twin: nn.Module, others: Mapping[str, nn.Module]
 ) -> ModelUnderAttack:
-    """A file that answers on this machine or, where there is one, on the device."""
     local = devices.device_from_url("local")
     victim = robustness.of_file(path.name, path, scratch, local.where(), twin=twin, others=others)
     if not robustness.elsewhere(run.device):
@@ -231,11 +226,7 @@ def engine_script(run: Context, artifact: Artifact, out: Path) -> None:
 
 
 def measured_limits(run: Context, dense: Path) -> dict[str, Probe]:
-    """Readings that are only had by building the file: its size, and its time on the device.
-
-    Raises:
-        UsageError: a time is limited on a device whose processor is emulated.
-    """
+    """Readings that are only had by building the file: its size, and its time on the device."""
     found: dict[str, Probe] = {}
     if "size" in run.budget.limits or run.file_share:
         found["size"] = Probe(
@@ -289,11 +280,7 @@ def _built_size(run: Context, network: nn.Module) -> int:
 def _built_time(
     run: Context, there: Trials, dense: Path, metric: str, reference: float, network: nn.Module
 ) -> float:
-    """The time of a cut network, timed alternately with the dense one, which takes `reference` seconds.
-
-    Args:
-        dense: the folder of its file.
-    """
+    """The time of a cut network, timed alternately with the dense one, which takes `reference` seconds."""
     with serialization.scratch_folder() as folder:
         path = folder / "probe.onnx"
         export_onnx(run, replace(run.bundle, module=network), path, parent="")

@@ -48,11 +48,7 @@ AS_EXPORTED = Written()
 
 
 def bench(trials: Trials, table: MeasureTable, say: Log, written: Written = AS_EXPORTED) -> TimingBackend:
-    """A device as what times files. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables.
-
-    Args:
-        trials: how files are timed there. written: in which precision.
-    """
+    """A device as what times files. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables."""
     folder = _folder()
     facts = trials.device.facts()
     quick = replace(table, seconds=min(EACH_S, table.seconds))
@@ -86,9 +82,6 @@ def latency_model(run: Context, file: Path) -> Callable[[CostModel], Predictor] 
 
     The table is of the precision that the file will have where it is named, else of fp32. None where no latency is in
     the budget or where the method trains.
-
-    Args:
-        file: the dense network, as exported.
     """
     timed = any(metric in run.budget.limits for metric in TIMED)
     if not timed or run.trains or run.device.name == "fake":

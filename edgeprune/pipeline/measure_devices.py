@@ -169,11 +169,7 @@ class Joined:
 
 
 def joined(run: Context, measured: Measured, beside: OtherDevices) -> Joined:
-    """Put what the further devices measured beside what the first one did.
-
-    Args:
-        measured: of the device that decides.
-    """
+    """Put what the further devices measured beside what the first one did."""
     first = run.device.where() if beside.found else ""
     asked = [(run.recipe.measure.device, first), *((site.url, site.where) for site, _ in beside.found)]
     named = [
@@ -201,7 +197,6 @@ def joined(run: Context, measured: Measured, beside: OtherDevices) -> Joined:
 
 
 def _named(site: DeviceResult, measured: Measured, name: str) -> tuple[DeviceResult, Measured]:
-    """A device under a name that no other one of the run has, and what was read there alone."""
 
     def moved(readings: tuple[Reading, ...]) -> tuple[Reading, ...]:
         here = [r for r in readings if not r.where.startswith(NOT_READ)]

@@ -75,7 +75,6 @@ def _job(recipe: Recipe, file: OnnxFile, asked: tuple[int | None, str], say: Log
 
 
 def _measured(recipe: Recipe, job: _Job) -> Profiled:
-    """What the devices read, all at the same time."""
     setup = targets.target(recipe.target).setup
     urls = (recipe.measure.device, *recipe.measure.beside)
     there = {devices.redacted(url): devices.device_from_url(url, setup) for url in urls}

@@ -51,9 +51,6 @@ def check_shipped(run: Path) -> None:
     """Refuse a run directory whose files are not those that its report was made of. Needs no torch.
 
     model.onnx must be there; of the others those that are there are compared.
-
-    Raises:
-        UsageError: a file was replaced or changed (says both hashes), or the report does not say of which files it is.
     """
     report, again = (
         run / "report.json",
@@ -76,11 +73,7 @@ def check_shipped(run: Path) -> None:
 
 
 def check_plain(run: Path) -> None:
-    """Refuse links, pipes and devices among what edgeprune reads and writes in a run directory: they lead out of it.
-
-    Raises:
-        WorkdirError: names the first one.
-    """
+    """Refuse links, pipes and devices among what edgeprune reads and writes in a run directory: they lead out of it."""
     tops = (
         *PUBLISHED,
         LOCKFILE,
@@ -117,11 +110,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def own_scratch(folder: Path) -> None:
-    """Make a folder for what lets work go on after a kill, or empty one that somebody else has made.
-
-    Raises:
-        WorkdirError: it can't be written.
-    """
+    """Make a folder for what lets work go on after a kill, or empty one that somebody else has made."""
     mark, text = folder / "sealed", f"scratch {folder.name}"
     try:
         found = mark.read_text(encoding="utf-8")
@@ -145,7 +134,6 @@ class Workdir:
     """
 
     def __init__(self, root: Path, threads: int = 0, *, trusted: bool = False) -> None:
-        """Only remembers the folder; `with` creates and locks it."""
         self.root, self.threads, self.trusted = root, threads, trusted
         self.made_with: dict[str, int] = {}
         self.leads = distributed.rank() == 0
@@ -154,7 +142,6 @@ class Workdir:
         self._follows = ExitStack()
 
     def __enter__(self) -> Workdir:
-        """Create the folder and lock it for this process."""
         if not self.leads:
             self._aside = self._follows.enter_context(scratch_folder())
             return self
@@ -183,18 +170,13 @@ class Workdir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the folder."""
         if self.leads:
             self._held.close()
         else:
             self._follows.close()
 
     def agree(self, keys: Mapping[str, str]) -> dict[str, str]:
-        """The keys of the stages, when every process of the team came to the same.
-
-        Raises:
-            WorkdirError: this process has other inputs than the first one.
-        """
+        """The keys of the stages, when every process of the team came to the same."""
         led = distributed.broadcast_object(dict(keys))
         other = [name for name in {**led, **keys} if led.get(name) != keys.get(name)]
         if other:
@@ -205,11 +187,7 @@ class Workdir:
         return led
 
     def claim(self, identity: dict[str, Any], facts: dict[str, Any], *, again: bool) -> None:
-        """Say whose run this is, and write `edgeprune.lock`; `again` gives the folder to another model.
-
-        Raises:
-            WorkdirError: the folder holds the run of another model, or its lock file is not readable.
-        """
+        """Say whose run this is, and write `edgeprune.lock`; `again` gives the folder to another model."""
         path = self.root / LOCKFILE
         if path.exists() and not again:
             try:
@@ -236,7 +214,6 @@ class Workdir:
 
         Args:
             name: one of STAGES. key: of `key`. work: writes the stage's files into the folder it is given.
-            together: every process of the team does the work; the folders of all but the first are thrown away.
         """
         done = self._parent(name) / key
         there, threads = self.leads and done.is_dir(), self.threads
@@ -319,10 +296,6 @@ class Workdir:
         return self.root / _folder(stage)
 
     def _verify(self, folder: Path) -> int:
-        """The threads that a finished stage was made with, when it is what this user's edgeprune left there.
-
-        Where others are trusted, what they left is kept if it takes long, and deleted if it proves or measures.
-        """
         again = f"delete {folder}; it will be made again"
         try:
             record = dict(serialization.load(folder / "record.json"))
@@ -363,7 +336,6 @@ def _words(record: Mapping[str, Any]) -> str:
 
 
 def _look_for(folder: Path) -> None:
-    """Wait until a folder that another process has made is to be seen here."""
     until = time.monotonic() + SIGHT_S
     while not (folder / "record.json").is_file():
         if time.monotonic() > until:

@@ -53,11 +53,7 @@ def absolute(limit: Limit, dense: float) -> float:
 def search(
     network: nn.Module, method: Method, task: PruneTask, budget: Budget, tools: Tools
 ) -> tuple[Masks, tuple[str, ...]]:
-    """The choice of a method that keeps every limit of a budget, and what a reader must know of how it was found.
-
-    Args:
-        network: a copy that the method may train or edit.
-    """
+    """The choice of a method that keeps every limit of a budget, and what a reader must know of how it was found."""
     targets = _targets(budget, task, tools.probes)
     survey = None
     if isinstance(method, SurveyMethod) and task.weights is None:
@@ -78,7 +74,6 @@ def search(
 
 
 def _targets(budget: Budget, task: PruneTask, probes: Mapping[str, Probe]) -> dict[str, float]:
-    """The limits on what is measured, in base units."""
     measured = {
         m: limit for m, limit in budget.limits.items() if m not in COUNTED and METRICS[m].less_is_better
     }
@@ -142,7 +137,6 @@ def first(groups: Sequence[Group], kept: Mapping[str, int]) -> Masks:
 
 
 def _shares_of_norms(task: PruneTask, network: nn.Module) -> dict[str, Tensor]:
-    """Of each channel its share of the squared norms of its group."""
     squares = {g: norms**2 for g, norms in task.units.norms(network).items()}
     return {g: s / torch.clamp(s.sum(), min=1e-30) for g, s in squares.items()}
 

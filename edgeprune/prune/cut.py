@@ -54,7 +54,6 @@ def run_cut(
 
 
 def _with(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
-    """A copy with some of its tensors replaced."""
     copy = deepcopy(module)
     state = copy.state_dict()
     for name, tensor in edited.items():

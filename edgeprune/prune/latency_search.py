@@ -198,7 +198,6 @@ def search(
 
 
 def _refine(hunt: _Hunt) -> None:
-    """Try counts that were measured together, until some are within the budget or were tried before."""
     for _ in range(REFINED):
         if all(t.worst[1] > HIGH for t in hunt.trials):
             return
@@ -254,7 +253,6 @@ def about(clock: Predictor) -> str:
 
 
 def _predicted(trial: _Trial, hunt: _Hunt, metric: str) -> float:
-    """Seconds that the table alone says, at the speed of the dense reading."""
     return trial.predicted / hunt.clock.dense * hunt.clock.of_dense * hunt.wanted[metric].dense
 
 

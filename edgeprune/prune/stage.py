@@ -160,7 +160,6 @@ def _search(
 def _task(
     bundle: Bundle, network: nn.Module, wishes: tuple[PruneTable, Budget], material: PruningInputs
 ) -> tuple[PruneTask, dict[str, str]]:
-    """What the method is given, and which layers stay whole and why."""
     table, budget = wishes
     example = normalized_example(bundle.input, material.seed)
     if table.granularity == "channel":
@@ -187,7 +186,6 @@ def _task(
 
 
 def _cuts(allocation: str, units: Units, network: nn.Module) -> dict[str, float] | None:
-    """How much of each group or parameter goes, relative to the others."""
     if allocation == "uniform":
         return {}
     if allocation == "pqi":
@@ -206,7 +204,6 @@ def _training(bundle: Bundle, material: PruningInputs) -> Training | None:
 
 
 def _edited(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """What the method changed in the network's tensors."""
     old = before.state_dict()
     return {k: v.detach() for k, v in after.state_dict().items() if not torch.equal(v, old[k])}
 
@@ -229,11 +226,7 @@ def _unaligned(masks: Masks, multiple_of: int, timed: bool) -> tuple[str, ...]:
 
 
 def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict[str, float]:
-    """The limits on what is counted (macs, params), in numbers.
-
-    Raises:
-        UnsupportedModel: there is one on macs, and the network multiplies in ways that are not counted.
-    """
+    """The limits on what is counted (macs, params), in numbers."""
     if "macs" in budget.limits and costs.uncounted:
         raise UnsupportedModel(
             f"a budget of macs can't be held: multiply-accumulates of {', '.join(costs.uncounted)} are not known",

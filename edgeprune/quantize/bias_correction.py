@@ -46,9 +46,6 @@ def corrected(model: ModelProto, floats: ModelProto, seen: Activations) -> Model
             corrected when its weight comes from a DequantizeLinear of a constant.
         floats: what it was made from; a layer has the same name in both.
         seen: the activations of `floats`; a layer whose input is not among them stays as it is.
-
-    Raises:
-        ParityError: a layer of the two models has weights of different shapes.
     """
     copy = copied(model)
     originals = {node.name: node for node in floats.graph.node if node.name and node.op_type in _CORRECTED}
@@ -112,7 +109,6 @@ def _set_bias(view: View, node: NodeProto, bias: _Floats) -> bool:
 
 
 def _shaped(bias: _Floats, shape: tuple[int, ...]) -> _Floats:
-    """A bias in the shape that the old one had, unless that was one number for all outputs."""
     return bias.reshape(shape) if bias.size == np.prod(shape) else bias.ravel()
 
 

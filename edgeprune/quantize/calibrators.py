@@ -41,14 +41,10 @@ def ranges(seen: Activations, calibrator: str, *, symmetric: bool) -> dict[str, 
 
     Args:
         seen: what each was seen to be.
-        calibrator: one of CALIBRATORS.
         symmetric: ranges (-a, a), for signed values with zero point 0; else each end for itself.
 
     Returns:
         Name -> (low, high), low <= 0 <= high, low < high. A tensor that is zero throughout gets a unit range.
-
-    Raises:
-        UsageError: there is no such calibrator.
     """
     choose = _CHOOSERS.get(calibrator)
     if choose is None:
@@ -99,7 +95,6 @@ def _percentile(seen: Seen, symmetric: bool) -> Range:
 
 
 def _quantile(edges: Array, counts: Array, share: float) -> float:
-    """Below which value a share of all lies, taking the values of a bin as spread out evenly."""
     below = np.concatenate([[0], np.cumsum(counts)])
     return float(np.interp(share * below[-1], below, edges))
 
@@ -183,7 +178,6 @@ def _edges(seen: Seen) -> Array:
 
 
 def _folded(seen: Seen) -> tuple[Array, Array]:
-    """Edges and counts of the magnitudes."""
     edges = _edges(seen)
     width = (seen.edge_high - seen.edge_low) / len(seen.counts)
     middle = (edges[:-1] + edges[1:]) / 2

@@ -199,7 +199,6 @@ def _only_reader(view: View, value: str) -> NodeProto | None:
 
 
 def _passes(view: View, node: NodeProto, channels: int) -> bool:
-    """Whether a factor for each channel may be applied behind a node as well as before it."""
     if node.op_type in _COMMUTING:
         return len([name for name in node.output if name]) == 1
     if node.op_type == "Clip":
@@ -222,7 +221,6 @@ def _images(view: View, node: NodeProto) -> bool:
 
 
 def _pads_around(view: View, node: NodeProto) -> bool:
-    """Whether a Pad adds no channels, and no other value than zero."""
     pads = _ints(view, node, "pads", 1)
     value = view.constant(operand(node, 2)) if operand(node, 2) else np.zeros(())
     if not _images(view, node) or len(pads) != 8 or operand(node, 3) or value is None:
@@ -231,7 +229,6 @@ def _pads_around(view: View, node: NodeProto) -> bool:
 
 
 def _ints(view: View, node: NodeProto, name: str, position: int) -> list[int]:
-    """Whole numbers that older operator sets keep in an attribute and newer ones in an input."""
     array = view.constant(operand(node, position)) if operand(node, position) else None
     values: Any = attribute(node, name, ()) if array is None else array.ravel()
     return [int(v) for v in values]

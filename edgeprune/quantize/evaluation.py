@@ -91,12 +91,7 @@ class EvaluationSet:
 
 
 def panel(material: CalibrationSet, floats: ModelProto) -> EvaluationSet:
-    """What is judged on.
-
-    Raises:
-        UsageError: labels or attacked images that don't go with the images.
-        ModelError: the float file answers with NaN or infinity.
-    """
+    """What is judged on."""
     count = judged(len(material.images))
     pixels, labels = material.images[:count], None
     if material.labels is not None:
@@ -258,11 +253,7 @@ class FloatBaseline:
 
 
 def load(path: Path) -> tuple[bytes, ModelProto]:
-    """The bytes of an ONNX file, and the model.
-
-    Raises:
-        ModelError: it is not readable as ONNX.
-    """
+    """The bytes of an ONNX file, and the model."""
     try:
         data = path.read_bytes()
         return data, ModelProto.FromString(data)

@@ -47,7 +47,6 @@ class Reasons:
     """Looks at the nodes of one graph."""
 
     def __init__(self, view: View, seen: Activations, skip: Collection[str]) -> None:
-        """Look at `view` with what its activations were, and with nodes to leave alone."""
         self.view, self.seen, self.skip = view, seen, frozenset(skip)
         self.inside = {name: node.name for node in view.graph.node for name in captured(node)}
 
@@ -100,7 +99,6 @@ class Reasons:
         return f"{node.op_type} sums {count} entries of up to {largest:.3g}; float16 ends at {LARGEST:.0f}"
 
     def _summed(self, node: NodeProto) -> int:
-        """How many entries make one of the result."""
         if node.op_type == "AveragePool":
             return prod(attribute(node, "kernel_shape", ()))
         before, after = self.view.shape(node.input[0]), self.view.shape(node.output[0])
@@ -149,7 +147,6 @@ def _unknown(view: View, node: NodeProto) -> str:
 
 
 def _follows(view: View, node: NodeProto, schema: Any) -> bool:
-    """Whether the type of each float that a node makes is that of a float that it reads."""
     read, made = (
         {
             formal[min(i, len(formal) - 1)].type_str
@@ -188,9 +185,6 @@ def half(
 
     Returns:
         The float16 graph, and {node that stays float32: why}, in the order of the graph.
-
-    Raises:
-        UnsupportedModel: the graph has types that can't be told apart, or the result is no valid ONNX.
     """
     copy = copied(model)
     _hoist(copy)
@@ -210,7 +204,6 @@ def half(
 
 
 def _hoist(model: ModelProto) -> None:
-    """Make initializers of Constant nodes."""
     view = View(model)
     for node in [node for node in model.graph.node if node.op_type == "Constant"]:
         array = view.constant(node.output[0])
@@ -266,7 +259,6 @@ class _Converter:
         self.nodes.append(node)
 
     def _as(self, name: str, kind: int) -> str:
-        """The name under which a value is to be had in a type."""
         if name in self.view.initializers:
             return self._constant(name, kind)
         if self.have[name] == kind:

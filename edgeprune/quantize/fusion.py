@@ -30,9 +30,7 @@ def step_before(node: NodeProto, place: int, name: str, taken: set[str]) -> Node
 
     Args:
         node: changed in place.
-        place: of the input.
         name: that the step should have; it gets underscores until it is not in `taken`.
-        taken: names of values; the step's is added.
     """
     while name in taken:
         name += "_"
@@ -143,7 +141,6 @@ def shifted_bias(bias: Array, weight: Array, groups: int, shifts: Array) -> Arra
     Args:
         bias: (O,).
         weight: (O, C / groups, ...).
-        groups: of the convolution.
         shifts: (C,), one for each input channel.
     """
     sums = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:]))).sum(axis=3)
@@ -226,11 +223,7 @@ def block_float_fusion(model: ModelProto) -> ModelProto:
 
 
 def check_floats(model: ModelProto) -> None:
-    """Refuse a file whose float layers ONNX Runtime would quantize.
-
-    Raises:
-        ParityError: it would; names them.
-    """
+    """Refuse a file whose float layers ONNX Runtime would quantize."""
     floats = [layer for layer in layers(View(model), "int8") if layer.weights and not layer.low]
     wrong = [layer.name for layer in in_integers(model, floats)] if floats else []
     if wrong:

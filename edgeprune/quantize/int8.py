@@ -65,7 +65,6 @@ def fewest(
 
     Args:
         errors: layer -> its output error when it alone is quantized. attempt: judges a file with these layers in float.
-        tolerance: the largest loss that is accepted.
 
     Returns:
         The layers and the judgement; where nothing is tolerated, those of the smallest loss.
@@ -138,11 +137,7 @@ class _Maker:
 
 
 def build(floats: FloatBaseline, job: Job) -> Built:
-    """The best int8 file that the recipe allows; its loss may still be above the tolerance.
-
-    Raises:
-        UnsupportedModel: no layer of the network can be int8.
-    """
+    """The best int8 file that the recipe allows; its loss may still be above the tolerance."""
     if not floats.layers:
         found = (
             f"{len(floats.skipped)} skipped layers"

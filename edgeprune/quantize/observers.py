@@ -66,7 +66,6 @@ def observe(model: ModelProto, images: Tensor, *, label: str = "") -> dict[str, 
     Args:
         model: one input (N, C, H, W) of type float32.
         images: float32 (n, C, H, W), n >= 1.
-        label: what the progress bar says.
 
     Returns:
         Value name -> what it was, the input first, then in the order of the nodes. What nodes with bodies compute
@@ -100,11 +99,7 @@ def save(seen: Activations, path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Seen]:
-    """Read what `save` wrote; nothing is unpickled.
-
-    Raises:
-        UsageError: it is not such a file.
-    """
+    """Read what `save` wrote; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = [str(name) for name in file["names"]]
@@ -143,11 +138,7 @@ class _Tally:
         self.count, self.each = 0, 0
 
     def add(self, value: Array) -> None:
-        """Count the values of a batch.
-
-        Raises:
-            ModelError: one of them is NaN or infinite.
-        """
+        """Count the values of a batch."""
         flat = np.ravel(value).astype(np.float32, copy=False)
         if not flat.size:
             return
@@ -234,7 +225,6 @@ def _check_images(model: ModelProto, images: Tensor) -> None:
 
 
 def _float_values(model: ModelProto) -> list[str]:
-    """What the nodes give, as far as it is float or of unknown type."""
     kinds = {
         value.name: value.type.tensor_type.elem_type
         for value in (*model.graph.value_info, *model.graph.output)
@@ -245,7 +235,6 @@ def _float_values(model: ModelProto) -> list[str]:
 
 
 def _watched(model: ModelProto, names: list[str]) -> ModelProto:
-    """A copy that gives every one of the values, for any batch size if its nodes are able to."""
     copy = ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
@@ -261,7 +250,6 @@ def _of_any_size(value: ValueInfoProto) -> ValueInfoProto:
 
 
 def _open(watched: ModelProto, names: list[str], images: Tensor) -> tuple[Any, int]:
-    """A session, and how many images it may be asked at once."""
     dims = watched.graph.input[0].type.tensor_type.shape.dim
     entry, fixed = watched.graph.input[0].name, dims[0].dim_value
     image = images[: max(1, fixed)].contiguous().numpy()
@@ -287,7 +275,6 @@ def _open(watched: ModelProto, names: list[str], images: Tensor) -> tuple[Any, i
 
 
 def _is_free(session: Any, names: list[str], entry: str, image: Array) -> bool:
-    """Whether each image of a larger batch gets what it gets alone."""
     pair = np.concatenate([image, image[..., ::-1]])
     try:
         together = _run(session, names, {entry: pair})

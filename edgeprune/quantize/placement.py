@@ -59,7 +59,6 @@ class Graph:
     """A prepared graph with what one asks of it again and again."""
 
     def __init__(self, graph: GraphProto) -> None:
-        """Look it up once; `graph` must not change while this is in use."""
         self.graph = graph
         self.constants = initializers(graph)
         self.producers = {name: node for node in graph.node for name in node.output if name}
@@ -212,7 +211,6 @@ def _settle(
 
 
 def _pads_zeros(node: NodeProto, known: Mapping[str, Array]) -> bool:
-    """Whether what a Pad adds is zero or a copy."""
     if attributes(node).get("mode", b"constant") != b"constant":
         return True
     name = node.input[2] if len(node.input) > 2 else ""

@@ -105,7 +105,6 @@ def _lift_constants(graph: GraphProto) -> None:
 
 
 def _drop_passing(graph: GraphProto) -> None:
-    """Take out the nodes whose output is their input."""
     outputs = {value.name for value in graph.output}
     producers = {name: node for node in graph.node for name in node.output}
     for node in list(graph.node):
@@ -146,7 +145,6 @@ def _name_nodes(graph: GraphProto) -> None:
 
 
 def _fold_factors(graph: GraphProto) -> None:
-    """Put alpha into the weight of a Gemm and beta into its bias."""
     constants, read = initializers(graph), consumers(graph)
     for node in graph.node:
         given = attributes(node)

@@ -38,7 +38,6 @@ def write(model: ModelProto, plan: Plan, ranges: Mapping[str, Range], *, symmetr
     """The model with a plan carried out.
 
     Args:
-        model: prepared; stays as it is.
         plan: what becomes of each node and value.
         ranges: of every value in `plan.pairs` that shares no other's.
         symmetric: signed with zero point 0 and float biases; else unsigned with int32 biases.
@@ -153,7 +152,6 @@ class _Writer:
         self.held_as[value], self.read_as[value] = stored, read
 
     def _enter(self) -> None:
-        """Append Q and DQ for an input that they normalize."""
         assert self.entry is not None
         at, stored, held, read = self.entry, next(self.short), next(self.short), next(self.short)
         source = self.view.graph.input[0].name
@@ -269,7 +267,6 @@ def _is(value: Any, usual: Any) -> bool:
 
 
 def _short_names(taken: set[str]) -> Iterator[str]:
-    """Names of as few letters as possible that nothing has."""
     letters: Iterable[str] = string.ascii_letters
     for length in itertools.count(1):
         for name in map("".join, itertools.product(letters, repeat=length)):

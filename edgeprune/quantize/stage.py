@@ -79,18 +79,13 @@ def check_asked(precision: str, precisions: Sequence[str], target: str = "the ta
 def wants_images(
     precision: str, precisions: Sequence[str], *, timed: bool, limits: Collection[str] = ()
 ) -> bool:
-    """Whether images will be looked at: a low precision is asked for, or there are some to choose from.
-
-    Args:
-        timed: whether files can be timed on the target's device. limits: the metrics of the run's budget.
-    """
+    """Whether images will be looked at: a low precision is asked for, or there are some to choose from."""
     if precision == "auto":
         return (timed or "size" in limits) and any(name in precisions for name in BUILDERS)
     return precision in BUILDERS
 
 
 def _wanted(job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The precisions to build, and what to say of those that are left out."""
     if job.precision == FLOAT:
         return (), ()
     if job.precision != "auto":
@@ -116,7 +111,6 @@ def _wanted(job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _named(exported: Path, job: Job) -> tuple[Quantized, bytes]:
-    """The precision that was asked for."""
     name, start = job.precision, floats(exported, job)
     built = BUILDERS[name](start, job)
     _check_loss(built, job)
@@ -133,7 +127,6 @@ def _named(exported: Path, job: Job) -> tuple[Quantized, bytes]:
 
 
 def _auto(exported: Path, wanted: Sequence[str], job: Job) -> tuple[Quantized, bytes | None]:
-    """The fastest precision within the tolerance and the budget."""
     start = floats(exported, job)
     built: dict[str, Built] = {}
     made: dict[str, Shipped] = {}

@@ -54,11 +54,7 @@ def in_integers(model: ModelProto, low: Sequence[Layer]) -> list[Layer]:
 
 
 def optimized(model: ModelProto) -> ModelProto:
-    """The graph that ONNX Runtime's CPU provider runs: after all of its optimizations, operators of its own included.
-
-    Raises:
-        UnsupportedModel: it can't load the model.
-    """
+    """The graph that ONNX Runtime's CPU provider runs: after all of its optimizations, its own operators included."""
     with scratch_folder() as folder:
         written = folder / "optimized.onnx"
         open_session(model, threads=1, written=written)
@@ -257,12 +253,6 @@ def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) 
         model: with explicit Q/DQ, or converted to float16.
         precision: "int8", "fp16" or "fp32" (nothing is low then, and only the counts are of use).
         allowed: nodes with weights that may stay in float32.
-
-    Raises:
-        UsageError: no such precision.
-        ParityError: the file is no valid ONNX; a scale is not finite or not above 0; zero points or types are none
-            that the scheme has; a Q/DQ pair or a bias disagrees about a scale; a node with weights is float32 and not
-            in `allowed`; ONNX Runtime runs one in float32; nothing is in the precision at all.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -301,12 +291,7 @@ def closeness(floats: ModelProto, model: ModelProto, images: Tensor) -> Closenes
 
     Args:
         floats: the reference.
-        model: what was made from it.
         images: float32 (N, C, H, W), at least one.
-
-    Raises:
-        UsageError: no images.
-        ParityError: an answer of either holds NaN or infinity, or they have different shapes.
     """
     if not len(images):
         raise UsageError("closeness needs at least one image, got none")

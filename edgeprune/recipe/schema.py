@@ -32,11 +32,7 @@ AUTO = ("taylor", "data-free")
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse a value that is not accepted.
-
-    Raises:
-        UsageError: names the key, what was found and what is accepted.
-    """
+    """Refuse a value that is not accepted."""
     words = (
         ("data.use", recipe.data.use, ("all", "evaluate")),
         ("prune.granularity", recipe.prune.granularity, GRANULARITIES),

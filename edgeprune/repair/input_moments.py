@@ -45,8 +45,6 @@ def patches(layer: nn.Module, x: Tensor, most: int = ROWS, *, padded: bool = Fal
 
     Args:
         layer: an ungrouped Conv2d or a Linear. x: its input, (N, C, H, W) or (N, ..., F).
-        most: of more rows than this, evenly chosen ones are taken.
-        padded: x has the convolution's padding already.
 
     Returns:
         (rows, F + 1); for a convolution F = C * kernel, channels first, as in `weight.flatten(1)`.

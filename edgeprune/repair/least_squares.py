@@ -26,12 +26,6 @@ class Ridge:
     def __init__(
         self, moments: Tensor, start: Tensor, keep: Sequence[int] | None, *, constant: bool, ridge: float
     ) -> None:
-        """Prepare the system.
-
-        Args:
-            moments: X^T X, float64 (F + 1, F + 1), the constant last. start: (F + 1, O).
-            keep: the features that may be used; None for all. constant: whether the last row may change.
-        """
         width = len(moments) - 1
         used = torch.arange(width) if keep is None else torch.tensor(sorted(keep), dtype=torch.int64)
         index = torch.cat([used, torch.tensor([width])]) if constant else used

@@ -123,7 +123,6 @@ class Execution:
     """One of the two networks, and the values that are still needed, in chunks of images."""
 
     def __init__(self, network: nn.Module, program: Program, chunks: Sequence[Tensor]) -> None:
-        """Start with the input. chunks: normalized images (n, C, H, W)."""
         self.network, self.program = network, program
         self.state = {**tensors_of(network), **program.constants}
         self.values: dict[str, list[Any]] = {program.input: list(chunks)}
@@ -178,11 +177,7 @@ def check_batches(network: nn.Module, program: Program, images: Tensor) -> bool:
 
 
 def check_same_calls(dense: Program, small: Program) -> None:
-    """The calls must be the same ones, so that they can be matched by their place.
-
-    Raises:
-        UnsupportedModel: names the first call that differs.
-    """
+    """The calls must be the same ones, so that they can be matched by their place."""
     if len(dense.calls) != len(small.calls):
         raise UnsupportedModel(
             f"the dense network makes {len(dense.calls)} operator calls and the compressed one {len(small.calls)}"
@@ -195,11 +190,7 @@ def check_same_calls(dense: Program, small: Program) -> None:
 
 
 def run_pairwise(dense: Execution, small: Execution, visit: Callable[[Call, Call, bool], None]) -> None:
-    """Run both networks call by call; before the compressed one runs a call, `visit` may change its weights.
-
-    Args:
-        visit: (the dense call, which has been run; the compressed one's call; whether what that reads differs).
-    """
+    """Run both networks call by call; before the compressed one runs a call, `visit` may change its weights."""
     last = _last_uses(small.program)
     pairs = list(zip(dense.program.calls, small.program.calls, strict=True))
     partner = {b.name: a.name for a, b in pairs} | {small.program.input: dense.program.input}

@@ -108,12 +108,6 @@ class Renormalized:
         groups: Sequence[Group],
         orders: Mapping[str, Order],
     ) -> None:
-        """Measure the dense network.
-
-        Args:
-            network: with batch-norm; not changed. loss: of a network, on images in one batch, of which batch-norm takes
-                its statistics. orders: group -> in which order its units go.
-        """
         self._twin, self._loss, self._groups, self._orders = deepcopy(network).eval(), loss, groups, orders
         for layer in normalizers(self._twin):
             # Without them it takes those of the batch, whatever mode it is put in.
@@ -150,7 +144,6 @@ class Renormalized:
 
 
 def _tried(channels: int, widths: int) -> list[int]:
-    """So many counts below all channels, evenly, each once."""
     shares = (1 - share / (widths + 1) for share in range(1, widths + 1))
     return [k for k in dict.fromkeys(max(1, round(channels * share)) for share in shares) if k < channels]
 

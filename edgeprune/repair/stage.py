@@ -58,7 +58,6 @@ def repair(dense: Bundle, small: Bundle, images: Tensor, *, seed: int) -> Repair
     Args:
         dense: the network before the cut. small: after it; `small.plans[-1]` says what went. Neither is changed.
         images: float32 (N, C, H, W) in [low, high].
-        seed: of the example that the networks are traced with.
 
     Returns:
         The repaired network; it is the cut one, as it was, where that answers more like the dense one.
@@ -125,7 +124,6 @@ class _Solver:
         self.errors[path] = (old, new)
 
     def _kept(self, weight: str) -> Tensor:
-        """Which outputs of the dense layer the cut one still has."""
         gone = {p for axis, positions in self.removed.get(weight, ()) if axis == 0 for p in positions}
         return torch.tensor([i for i in range(len(self.dense.state[weight])) if i not in gone])
 
@@ -210,7 +208,6 @@ def _normalized(images: Tensor, spec: InputSpec) -> Tensor:
 def _kept(
     dense: Bundle, small: Bundle, fixed: nn.Module, images: Tensor, errors: Mapping[str, tuple[float, float]]
 ) -> Repaired:
-    """The repaired network, unless the cut one answers more like the dense one."""
     done = replace(small, module=fixed)
     with torch.no_grad():
         wanted = _answers(dense, images)

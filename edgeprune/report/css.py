@@ -51,7 +51,6 @@ def _variables(palette: dict[str, str]) -> str:
 
 
 def _series() -> str:
-    """Each named line in its color, the second half of them dashed."""
     colored = "".join(
         f".{name}.line{{stroke:var(--{name})}}.{name}.point{{fill:var(--{name})}}"
         for name in (*SERIES, "other")

@@ -148,7 +148,6 @@ def _chapter(topic: str, record: Mapping[str, Any]) -> Chapter:
 
 
 def _with_unit(rest: Mapping[str, Any]) -> dict[str, Any]:
-    """The budget of a metric, which is in base units, as people read it."""
     value, metric = rest.get("budget"), METRICS.get(str(rest.get("metric")))
     if metric is None or not isinstance(value, (int, float)) or isinstance(value, bool):
         return dict(rest)

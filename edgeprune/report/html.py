@@ -49,7 +49,6 @@ def distributions(report: Report) -> Markup:
 
 
 def _place(view: Report) -> str:
-    """Where the times of a view were taken."""
     return next((r.where for r in view.after if r.metric.startswith("latency")), "elsewhere")
 
 
@@ -325,7 +324,6 @@ def _absent(sentence: str) -> Markup:
 
 
 def _with_code(text: str) -> Markup:
-    """A sentence in which what stands between backticks is set as code."""
     parts = text.split("`")
     if len(parts) % 2 == 0:
         return join(text)

@@ -1,7 +1,4 @@
-"""A report of several devices taken apart: what each of them alone would have reported.
-
-Light: only the standard library and the light files.
-"""
+"""A report of several devices taken apart: what each of them alone would have reported."""
 
 from __future__ import annotations
 
@@ -49,7 +46,6 @@ def _rows(report: Report) -> list[Mapping[str, Any]]:
 
 
 def _further(report: Report) -> dict[str, Mapping[str, Any]]:
-    """Where -> the facts of the device, of those that gave readings."""
     return {str(row["where"]): row for row in _rows(report) if row.get("where")}
 
 

@@ -366,7 +366,6 @@ _Frame = tuple[float, float, float, float]
 
 
 def _place(at: float, value: float, frame: _Frame) -> tuple[float, float]:
-    """Percent from the left and from the top."""
     low, high, first, last = frame
     across = 50.0 if first == last else 100 * (at - first) / (last - first)
     return across, 100 * (high - value) / (high - low)

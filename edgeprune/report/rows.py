@@ -351,7 +351,6 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """The value, where it is a number that a float holds."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > _LARGEST:
         return None
     return float(value) if math.isfinite(value) else None
@@ -362,7 +361,6 @@ def _text(row: Mapping[str, Any], key: str, unit: str) -> str:
 
 
 def _end(row: Mapping[str, Any]) -> str:
-    """What became of a candidate, and which of its layers are float."""
     layers = row.get("fallback")
     kept = [str(name) for name in layers] if isinstance(layers, (list, tuple)) else []
     words = "ships" if row.get("chosen") is True else str(row.get("why_not") or "-")

@@ -153,9 +153,6 @@ def steps_of(
 
     An attack with gradients is left out where there are none; where the network is cut off from its input, it is left
     out if another one only asks, and goes where chance leads otherwise.
-
-    Raises:
-        UsageError: nothing is left to attack with.
     """
     white = _with_gradients(job)
     found: list[Step] = []
@@ -253,7 +250,6 @@ def batch_size(network: nn.Module | None, x: Tensor) -> int:
 
 
 def _outputs_bytes(network: nn.Module, x: Tensor) -> int:
-    """Of the outputs of all innermost layers for one image."""
     total = x.numel() * x.element_size()
 
     def count(_: nn.Module, __: Any, output: Any) -> None:

@@ -86,7 +86,6 @@ def _guessing(split: Split, victim: ModelUnderAttack, verdicts: Verdicts) -> lis
 
 
 def _everything(split: Split, job: Job) -> list[str]:
-    """A radius so large that every image may become one and the same, gray all over."""
     channels, height, width = split.take(torch.arange(1)).shape[1:]
     norm, eps = job.ball.norm, job.ball.eps
     gray = 0.5 if norm == "Linf" else 0.5 * (channels * height * width) ** 0.5

@@ -130,7 +130,6 @@ def attack_job(table: AttackTable, *, seed: int, data: str) -> Job:
 
     Args:
         table: with "auto" decided (`recipe.attack`); not "none".
-        data: the fingerprint of the data set.
 
     Raises:
         UsageError: the radius is no radius, or there is nothing to attack with.
@@ -157,6 +156,5 @@ def wrong(answers: Logits, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _fields(attack: Attack) -> dict[str, object]:
-    """The options of a member, which is a frozen dataclass."""
     options: Any = attack
     return {f.name: getattr(attack, f.name) for f in fields(options)}

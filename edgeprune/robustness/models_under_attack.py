@@ -47,13 +47,6 @@ def open_file(path: Path, folder: Path, threads: int) -> tuple[Logits, Logits | 
 
     Where the file's batch is fixed, a copy is opened whose batch is free. It is used only if it answers images as the
     file does. Searching on it is several times as fast.
-
-    Args:
-        path: an ONNX file with one image input and logits. folder: where the copy may be written.
-        threads: that ONNX Runtime may use.
-
-    Raises:
-        UsageError: no such file. MissingDependency, ModelError: ONNX Runtime is not there or refuses the file.
     """
     if not path.is_file():
         raise UsageError(f"no file {str(path)!r}", "give an .onnx file or a finished run directory")
@@ -87,7 +80,6 @@ def _opened(path: Path, session: Session, threads: int) -> Logits | None:
 
 
 def _shared_out(many: Any, threads: int) -> Logits:
-    """The parts of a batch on several threads at the same time, each some images after the others."""
     name, pool = many.get_inputs()[0].name, ThreadPoolExecutor(threads)
 
     def some(pixels: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -120,7 +112,6 @@ def _freed(path: Path, out: Path) -> Path | None:
 
 
 def _same(session: Session, answers: Logits) -> bool:
-    """Whether both answer images alike, in a batch of another size."""
     one = session.image()
     batch = np.concatenate([np.mod(one + np.float32(0.37 * i), np.float32(1.0)) for i in range(_TRIED)])
     old, new = session(batch), answers(torch.from_numpy(batch)).numpy()
@@ -145,7 +136,6 @@ def of_network(
 
     Args:
         module: pixels in [0, 1] to logits (`models.bundle.deployed`). sha256: of its weights or its file.
-        others: networks whose adversarial images are tried too.
     """
     return ModelUnderAttack(
         name, sha256, module, module, dict(others or {}), where=f"local torch {torch.__version__}"
@@ -170,10 +160,6 @@ def of_file(
 
     Where `twin` is not given it is read from the file, of a quantized one without the rounding. A quantized file also
     gets a straight-through twin. Both are believed only when `proven` says so.
-
-    Args:
-        scratch: for temporary files. where: the place, as in readings.
-        twin: the network in torch that it was made from. others: networks whose adversarial images are tried too.
     """
     answers, fast = open_file(path, scratch, torch.get_num_threads())
     victim = ModelUnderAttack(name, sha256_file(path), answers, twin, dict(others or {}), fast, where)
@@ -220,9 +206,6 @@ def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDe
     Attacks that only ask, as Square, ask the device too: a session there stays open, and one at a time has it. A device
     whose agent can't stay open is only asked for verdicts, and Square asks this machine's copy of the file. Of one that
     gives no answers at all, the file stays judged here, and the notes say so.
-
-    Args:
-        victim: of that file, on this machine. path: the file. spec: what it eats.
     """
     device = there.device
     if device.times_alone:
@@ -261,7 +244,6 @@ def _engine(victim: ModelUnderAttack, path: Path, there: OnDevice) -> Path:
 
 
 def _without(victim: ModelUnderAttack, why: str) -> ModelUnderAttack:
-    """A file whose graph gave no gradients."""
     if victim.twin is None:
         note = f"No gradients were had from the file: {why}. It was only asked, which overstates robustness. {HINT}"
     else:
@@ -279,7 +261,6 @@ def of_run(
 
     Args:
         run: a finished run directory. scratch, where: as for `of_file`.
-        given: what the command line says of the model. trusted: what the run's recipe says counts as well.
     """
     bundle = load_bundle(ModelTable(path=str(run)))
     dense, why = _dense(run, given, trusted)
@@ -289,7 +270,6 @@ def of_run(
 
 
 def _dense(run: Path, given: ModelTable, trusted: bool) -> tuple[Bundle | None, str]:
-    """The model that a run started from, or why it can't be had."""
     try:
         table = recipe.build({"model": targets.read_toml(run / "recipe.toml")["model"]}, {}).model
         sha256 = str(serialization.load(run / "edgeprune.lock")["model"]["sha256"])

@@ -84,9 +84,6 @@ def compare(dense: Verdicts, compressed: Verdicts) -> dict[str, dict[str, Any]]:
     Returns:
         "clean_accuracy" and "robust_accuracy" -> gained and lost (images that only the compressed or only the dense
         one gets right), change (a fraction, compressed minus dense), p (two-sided), words.
-
-    Raises:
-        ValueError: they are of different images.
     """
     if len(dense.by) != len(compressed.by):
         raise ValueError(f"verdicts on {len(dense.by)} and on {len(compressed.by)} images can't be paired")

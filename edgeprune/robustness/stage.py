@@ -56,10 +56,6 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, say:
     broken is not attacked again. After every batch the state is written to `scratch`: the same job started again goes
     on there and ends as an undisturbed one does.
 
-    Args:
-        split: the held-out images, labelled.
-        scratch: a folder; the state of another job in it is not used.
-
     Raises:
         UsageError: no images, pixels outside [0, 1], labels that are no classes of the victim, or an attack that
             needs gradients where there are none.
@@ -101,7 +97,6 @@ def run_stages(
 
     Args:
         victims: stage -> victim, from "dense" to "exported".
-        scratch: a folder; stages that are done are not attacked again after a kill.
     """
     found: dict[str, Verdicts] = {}
     lines: list[Reading] = []
@@ -161,7 +156,6 @@ def _counted(verdicts: Verdicts, name: str, images: tuple[Tensor, int], cost: tu
 
 
 def _next(state: _State) -> _State:
-    """At the next attack, with what is left."""
     left = tuple(row for row, by in enumerate(state.verdicts.by) if not by)
     return replace(state, step=state.step + 1, todo=left, done=0)
 
@@ -178,7 +172,6 @@ def _pixels(split: Split, rows: Tensor) -> Tensor:
 
 
 def _check_labels(victim: ModelUnderAttack, split: Split, placement: ExecutionConfig) -> None:
-    """Refuse labels that are no classes."""
     x = _pixels(split, torch.arange(1))
     classes = ask(victim.answers, placement.images(x) if victim.is_network else x).shape[1]
     low, high = int(split.labels.min()), int(split.labels.max())

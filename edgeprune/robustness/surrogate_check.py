@@ -71,11 +71,7 @@ def proven(victim: ModelUnderAttack, split: Split, *, say: Log) -> ModelUnderAtt
 
 
 def compared(wanted: Tensor, found: Tensor, tolerance: float) -> Alike:
-    """How near the logits `found` (N, K) are to those of the file.
-
-    Args:
-        tolerance: a class whose logit is so little, as a share of the largest one, below the best counts as the same.
-    """
+    """How near the logits `found` (N, K) are to those of the file."""
     scale = float(wanted.abs().max()) or 1.0
     mine = wanted.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
     same = (wanted.amax(1) - mine) <= tolerance * scale

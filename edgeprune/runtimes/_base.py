@@ -1,7 +1,4 @@
-"""How an ONNX file is built and run on a device: the contract of a runtime and of a session.
-
-Light: runs on the device too, so it keeps to Python 3.8 syntax and imports numpy only inside functions.
-"""
+"""How an ONNX file is built and run on a device: the contract of a runtime and of a session."""
 
 from __future__ import annotations
 

@@ -142,11 +142,6 @@ def _install() -> str:
 
 @contextmanager
 def _scratch(built: Path) -> Iterator[Path]:
-    """An empty folder for what a profile writes.
-
-    It lies beside the file where that folder is kept, so that it goes with it when this process is killed; a folder of
-    somebody's own is left alone.
-    """
     kept = built.parent if (built.parent / _KEPT).is_file() else None
     with ExitStack() as stack:
         try:
@@ -214,7 +209,6 @@ def _wrap(inner: Any, path: Path) -> _OrtSession:
 
 
 def _node_times(events: Sequence[Dict[str, Any]], warmup: int) -> List[NodeTime]:
-    """One record a node from the events of a profile, in the order in which they ran."""
     found: Dict[str, List[Dict[str, Any]]] = {}
     for event in events:
         if event.get("cat") == "Node" and str(event.get("name", "")).endswith(_SUFFIX):
@@ -252,7 +246,6 @@ def _without_profiler(nodes: List[NodeTime], seconds: float) -> List[NodeTime]:
 
 
 def _macs(args: Dict[str, Any]) -> int:
-    """Multiply-accumulates of one node from the shapes in its profile event."""
     op = str(args.get("op_name", ""))
     inputs = [next(iter(t.values())) for t in args.get("input_type_shape", []) if t]
     outputs = [next(iter(t.values())) for t in args.get("output_type_shape", []) if t]

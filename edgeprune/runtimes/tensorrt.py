@@ -73,11 +73,7 @@ def multiplying(trt: Any, network: Any) -> int:
 
 
 def use_timings(config: Any, cache: Path) -> None:
-    """Let a build use what was timed before, and note what it times itself.
-
-    Args:
-        cache: need not be there. What another GPU or version timed is not taken, nor what can't be read.
-    """
+    """Let a build use what was timed before, and note what it times itself."""
     known = config.create_timing_cache(cache.read_bytes() if cache.is_file() else b"")
     if known is None or not config.set_timing_cache(known, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -89,11 +85,7 @@ def last(log: List[str]) -> str:
 
 
 def started(make: Callable[[], Any], log: List[str]) -> Any:
-    """A builder or a runtime.
-
-    Raises:
-        DeviceError: there is no usable GPU. The bindings raise TypeError then, since the library makes none.
-    """
+    """A builder or a runtime."""
     try:
         return make()
     except TypeError as error:
@@ -331,7 +323,6 @@ def _parse(trt: Any, network: Any, logger: Any, onnx: Path) -> None:
 
 
 def _one_image(builder: Any, network: Any, config: Any, onnx: Path) -> None:
-    """Build an open batch for one image, as build_engine.sh does."""
     open_ones = []
     for i in range(network.num_inputs):
         tensor = network.get_input(i)

@@ -80,11 +80,7 @@ def kind_of(data: bytes, path: Path) -> str:
 
 
 def records(data: bytes, path: Path | str) -> tuple[Any, list[str]]:
-    """torch's reader of an archive's bytes, and the files in it. Another reader might see other files in a forged one.
-
-    Raises:
-        ModelError: truncated or corrupt.
-    """
+    """torch's reader of an archive's bytes, and the files in it. Another reader might see others in a forged one."""
     try:
         reader = torch._C.PyTorchFileReader(io.BytesIO(data))
         return reader, list(reader.get_all_records())

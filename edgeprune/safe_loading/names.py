@@ -19,11 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
 def check_name(name: Any, where: str) -> None:
-    """Refuse what can't be the name of a parameter, a buffer or a module.
-
-    Raises:
-        UnsafeModel: it could break out of generated source code.
-    """
+    """Refuse what can't be the name of a parameter, a buffer or a module."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UnsafeModel(
             f"{where} was not loaded: it names a tensor or a module {short(name)}; "

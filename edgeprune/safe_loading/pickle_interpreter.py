@@ -84,12 +84,8 @@ def faults(data: bytes, permits: Mapping[str, Permit], *, count: int = 1) -> lis
     """What the pickles in `data` would do that nobody permitted; empty when they are harmless.
 
     Args:
-        data: one or more pickles, one after the other.
         permits: global name -> what may be done with it. A global that is not there is a fault by itself.
         count: how many pickles there are to read; bytes after them are not looked at.
-
-    Raises:
-        ValueError: the bytes are not complete pickles.
     """
     stream = io.BytesIO(data)
     found: list[str] = []

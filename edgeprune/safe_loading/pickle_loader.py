@@ -37,9 +37,6 @@ def load_pickle(data: bytes, where: str, *, allow_class: Sequence[str] = (), tru
     """Unpickle what torch.save wrote: a network, a state dict, or a checkpoint that holds one.
 
     Args:
-        data: the whole file.
-        where: the file's name, for messages.
-        allow_class: dotted names of classes that the user vouches for.
         trust: load as Python's own unpickler does, running whatever the file says; warns.
 
     Raises:
@@ -99,7 +96,6 @@ def _load_trusted(data: bytes, where: str) -> Any:
 
 
 def _pickles_in(data: bytes, where: str) -> tuple[bytes, int]:
-    """The bytes that start with the pickles, and how many there are."""
     if data.startswith(b"PK\x03\x04"):
         reader, _ = records(data, where)
         try:

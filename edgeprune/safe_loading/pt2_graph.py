@@ -63,11 +63,7 @@ _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.
 
 
 def check_program(table: Any, where: str) -> None:
-    """Check the parsed `models/model.json` of an archive.
-
-    Raises:
-        UnsafeModel, UnsupportedModel: as `pt2.vet`. ModelError: of another version of the format.
-    """
+    """Check the parsed `models/model.json` of an archive."""
     program: Any = _dict_to_dataclass(schema.ExportedProgram, table)
     if program.schema_version.major != schema.SCHEMA_VERSION[0]:
         raise ModelError(
@@ -268,7 +264,6 @@ def _check_scalars(nodes: list[schema.Node], where: str) -> None:
 
 
 def _scalar_of(argument: schema.Argument) -> int | str:
-    """The number that an argument is, or the name of the value that it takes."""
     value = argument.value
     value = value.value if isinstance(value, _Union) else value
     if isinstance(value, (int, float)):

@@ -208,12 +208,6 @@ def _cheapest(
     costs: Costs,
     limits: Mapping[str, float],
 ) -> dict[str, int]:
-    """The descent that loses least, of several where there are several limits.
-
-    With one limit the price of a step is clear. With more, a descent that minds only those that are still exceeded
-    meets one early and overshoots it while it goes after the other; so the savings are also weighed against each
-    other in fixed proportions (Lagrange multipliers), from one limit alone to the other alone.
-    """
     losses = {g: values.tolist() for g, values in given.items()}
     weights: list[Mapping[str, float]] = [{}]
     dense = costs.cost({})
@@ -284,7 +278,6 @@ def _give_back(
 def _fill(
     kept: dict[str, int], losses: Mapping[str, Tensor], multiple_of: int, fit: tuple[Costs, Rules]
 ) -> dict[str, int]:
-    """Spend what a budget has left over, less than a coarse step, in half steps."""
     costs, rules = fit
     steps = {g: levels(costs.channels[g], multiple_of, rules.floor) for g in kept}
     steps = {g: s if kept[g] in s else (kept[g],) for g, s in steps.items()}

@@ -92,7 +92,6 @@ def following_batch_norm(program: Program, layer: str) -> str | None:
 
 
 def _start(program: Program, maker: Call) -> tuple[dict[str, _Place], str | None]:
-    """The value that the units leave their layer and its batch-norm with."""
     axis = len(maker.shape) - 1 if maker.op == "linear" else 1
     users = program.users(maker.name)
     if len(users) != 1 or users[0].op != "batch_norm" or axis != 1:
@@ -104,7 +103,6 @@ def _start(program: Program, maker: Call) -> tuple[dict[str, _Place], str | None
 
 
 def _spread(program: Program, start: dict[str, _Place], consumers: set[str]) -> dict[str, _Place]:
-    """Every value that the units are in, and where."""
     places, reached = dict(start), set[str]()
     for call in program.calls:
         if call.name in start or not any(name in places for name in call.reads):
@@ -121,7 +119,6 @@ def _spread(program: Program, start: dict[str, _Place], consumers: set[str]) -> 
 
 
 def _read_by_layer(call: Call, places: Mapping[str, _Place], consumers: set[str]) -> str:
-    """The weight with which a layer reads the units."""
     if call.op != "linear" and call.arg("groups") != 1:
         raise _Mixed(f"{_where(call)} has other filters for other channels")
     source = call.args[0]
@@ -135,7 +132,6 @@ def _read_by_layer(call: Call, places: Mapping[str, _Place], consumers: set[str]
 
 
 def _step(program: Program, call: Call, places: Mapping[str, _Place]) -> _Place:
-    """Where the units are behind an operator that keeps them apart and treats them alike."""
     read = [places[name] for name in call.reads if name in places]
     place = _Place(read[0].axis, all(p.homogeneous for p in read))
     if call.op == "cat":
@@ -189,7 +185,6 @@ def _reduce(call: Call, place: _Place, shape: tuple[int, ...]) -> _Place:
 
 
 def _reshape(call: Call, place: _Place, shape: tuple[int, ...]) -> _Place:
-    """A new shape in which the channels have a dimension of their own, or one with what came behind them."""
     ahead, channels = math.prod(shape[: place.axis]), shape[place.axis]
     for axis, size in enumerate(call.shape):
         if math.prod(call.shape[:axis]) == ahead and size % channels == 0 and size >= channels:

@@ -35,7 +35,6 @@ def pqi(w: Tensor, p: float = 0.5, q: float = 1.0) -> float:
     """Definition 1: 1 - d ** (1/q - 1/p) * |w|_p / |w|_q, larger for sparser vectors.
 
     Args:
-        w: numbers of any shape; only their magnitudes count.
         p, q: orders of the two norms, 0 < p < q.
 
     Returns:
@@ -51,7 +50,6 @@ def sap_count(
     """How many of the entries that are left go next (Algorithm 1): floor(d * min(gamma * (1 - r / d), beta)).
 
     Args:
-        w: the d entries that are still there, exact zeros included.
         p, q: orders of the index. eta: what the entries beyond r may hold, as a share of the others. gamma: factor on
             the share that goes. beta: the largest share that goes at once, below 1.
 
@@ -70,9 +68,6 @@ def sap_count(
 
 def superfluous(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> Tensor:
     """The share 1 - r / n that Theorem 2 leaves out of the n largest magnitudes, for every n at once.
-
-    Args:
-        w: d numbers.
 
     Returns:
         float64 (d + 1,), in [0, 1); 0 for n = 0 and where all is zero.
@@ -127,11 +122,7 @@ def share_out(
 
 
 def check_orders(p: float, q: float) -> None:
-    """Refuse orders that make no index.
-
-    Raises:
-        UsageError: not 0 < p < q, or not finite.
-    """
+    """Refuse orders that make no index."""
     if not 0 < p < q < math.inf:
         raise UsageError(f"the PQ index needs 0 < p < q, got p = {p:g} and q = {q:g}", "try p = 0.5, q = 1")
 

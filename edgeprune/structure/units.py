@@ -57,7 +57,6 @@ class Units:
 
         Args:
             values: parameter -> a number per entry, shaped like it; missing ones count nothing.
-            roles: which members of a channel's group count.
 
         Returns:
             float64 (n,), on the CPU.
@@ -73,11 +72,7 @@ class Units:
     def entries(
         self, masks: Mapping[str, Tensor], network: nn.Module, roles: Sequence[str] = ROLES
     ) -> dict[str, Tensor]:
-        """Which entries stay: parameter -> bool like it; only parameters of which something goes.
-
-        Args:
-            masks: names that are missing stay whole. roles: which members of a removed channel go.
-        """
+        """Which entries stay: parameter -> bool like it; only parameters of which something goes."""
         named = _parameters(network)
         if self.granularity != "channel":
             return {
@@ -214,7 +209,6 @@ def channel_sums(group: Group, values: Mapping[str, Tensor], roles: Sequence[str
 
     Args:
         values: state-dict name -> a number per entry, shaped like the parameter; missing tensors count nothing.
-        roles: which members count (producer, norm, consumer).
 
     Returns:
         float64 (C,).

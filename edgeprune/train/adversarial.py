@@ -41,7 +41,6 @@ class Ball:
     eps: float
 
     def __post_init__(self) -> None:
-        """Refuse what is no ball."""
         if self.norm not in NORMS:
             raise UsageError(
                 f"norm = {self.norm!r} is not one of {', '.join(NORMS)}", suggest(self.norm, NORMS)
@@ -67,7 +66,6 @@ class Ball:
 
         Args:
             x: float (N, ...) in [0, 1].
-            generator: on the CPU, so that every device starts at the same points.
         """
         if self.norm == "Linf":
             noise = 2 * torch.rand(x.shape, generator=generator) - 1
@@ -83,7 +81,6 @@ class Ball:
         Args:
             found: (N, ...).
             gradient: like `found`. An image whose gradient is 0 stays.
-            size: in units of pixels.
         """
         usable = torch.nan_to_num(gradient, nan=0.0)
         return found + size * (usable.sign() if self.norm == "Linf" else _direction(usable))
@@ -131,9 +128,7 @@ def perturb(  # noqa: PLR0913
         module: pixels in [0, 1] to logits (N, K).
         x: float (N, C, H, W) in [0, 1].
         y: what `loss` gets beside the logits: int64 (N,) class numbers for the default.
-        ball: how far the images may go.
         steps: number of gradients, >= 0.
-        step: length of a step, in units of pixels.
         generator: decides where in the ball to start; None starts at `x`.
         loss: (logits (N, K), y) to the scalar sum over the images that is to become large.
 

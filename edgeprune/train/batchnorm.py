@@ -22,13 +22,9 @@ def recalibrate_bn(module: nn.Module, images: Tensor, batch: int = 256) -> int:
     Args:
         module: pixels in [0, 1] to logits.
         images: float32 (n, C, H, W); labels are not needed.
-        batch: images at a time.
 
     Returns:
         How many batch-norm layers were set.
-
-    Raises:
-        UsageError: fewer than two images.
     """
     layers = {name: layer for name, layer in module.named_modules() if _has_statistics(layer)}
     if not layers:

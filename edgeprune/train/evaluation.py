@@ -52,9 +52,6 @@ def robust_accuracy(
 
     Args:
         module: pixels in [0, 1] to logits; attacked and asked in evaluation mode.
-        split: where the images are from.
-        objective: its attack; one that makes none gives the clean accuracy.
-        seed: decides which images are tried, and where attacks start.
         limit: how many images at most, chosen by chance; 0 is all.
     """
     with _ready(module, split) as device:

@@ -31,12 +31,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def optimizer_of(module: nn.Module, table: TuneTable) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW; weight decay for kernels and matrices, not for biases and normalization.
-
-    Raises:
-        UsageError: another word for `table.optimizer`.
-        ModelError: no parameter asks for a gradient.
-    """
+    """SGD with Nesterov momentum, or AdamW; weight decay for kernels and matrices, not for biases and normalization."""
     decayed = [p for p in trained(module) if p.ndim > 1]
     plain = [p for p in trained(module) if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": table.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -111,11 +106,9 @@ def augment(
 
     Args:
         x: (N, C, H, W).
-        generator: on the CPU; decides the shifts and mirrors.
         count: of how many images `x` is a part; N when not given. What an image gets does not depend on which
             part it comes in.
         part: which of those images `x` has.
-        kinds: which of the two is done.
     """
     whole = len(x) if count is None else count
     height, width = x.shape[2:]
@@ -140,8 +133,6 @@ def decide(module: nn.Module, data: Data, table: TuneTable, seed: int) -> tuple[
     Args:
         module: the dense network, pixels in [0, 1] to logits.
         data: its training images are looked at, at most 2,048 or 20 of each class.
-        table: what the user wants; a kind that is asked for by its word is done, with a warning where it harms.
-        seed: decides which images are looked at, and their shifts.
     """
     asked = table.augment != "auto"
     wanted = KINDS[table.augment if asked else "on"]
@@ -161,7 +152,6 @@ def decide(module: nn.Module, data: Data, table: TuneTable, seed: int) -> tuple[
 
 
 def _minded(module: nn.Module, data: Data, kinds: Sequence[str], seed: int) -> dict[str, str]:
-    """The kinds of change that a network minds, and what they cost it."""
     split, classes = data.train, len(data.labels)
     assert split is not None
     rows = spread(split.labels, max(LOOKED_AT, LOOKED_AT_PER_CLASS * classes), seed)
@@ -186,7 +176,6 @@ def _fall(plain: Tensor, changed: Tensor, labels: Tensor, names: Sequence[str]) 
     Args:
         plain, changed: which images are classified right, bool (n,).
         labels: int64 (n,).
-        names: of the classes.
 
     Returns:
         Zero images where nothing clearly falls.

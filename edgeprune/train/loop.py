@@ -82,8 +82,6 @@ def fit(module: nn.Module, course: TrainingJob, hooks: Hooks = NO_HOOKS) -> Hist
 
     Args:
         module: pixels in [0, 1] to logits (N, K); parameters that ask for no gradient stay as they are.
-        course: images, settings, seed, folder, teacher, validation images.
-        hooks: what a method adds.
     """
     _check(course)
     with _prepared(module, course, hooks) as loop:

@@ -46,7 +46,6 @@ class Objective:
     teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no objective."""
         if self.kind not in OBJECTIVES:
             found = f"tune.objective = {self.kind!r} is not one of {', '.join(OBJECTIVES)}"
             raise UsageError(found, suggest(self.kind, OBJECTIVES))
@@ -68,16 +67,7 @@ class Objective:
         return self.kind == "trades" or (self.kind != "natural" and self.beta < 1)
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The scalar loss, with its graph. Clean and adversarial images go through the network in one batch.
-
-        So batch-norm sees both. Each part is the mean over its own images.
-
-        Args:
-            module: pixels in [0, 1] to logits (N, K), in training mode.
-            x: float32 (N, C, H, W) in [0, 1].
-            y: int64 (N,), class numbers.
-            generator: on the CPU; decides where attacks start.
-        """
+        """The mean loss of a batch; gradients pass."""
         wanted = self._wanted(x)
         adversarial = self.attack(module, x, y, generator)
         if self.kind == "trades":
@@ -149,9 +139,6 @@ def hybrid_loss(module: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: fl
         x_adv: like `x`, adversarial.
         y: int64 (N,), class numbers.
         beta: share of the clean images, in [0, 1].
-
-    Raises:
-        UsageError: beta is not in [0, 1].
     """
     if not 0 <= beta <= 1:
         raise UsageError(f"beta = {beta} must be between 0 and 1")

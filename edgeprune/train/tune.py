@@ -71,12 +71,9 @@ def run(  # noqa: PLR0913
 
     Args:
         bundle: the pruned network; not changed.
-        data: images to learn from and images to measure on.
-        table: whether to recalibrate, and how long and how to fine-tune.
         calibration: the recipe of `calibration/` whose images set the batch-norm statistics. Where the old
             statistics give a smaller loss on those images, they stay, and the reading says so.
         teacher: the dense network, to imitate with weight `table.distill`; or None.
-        seed: decides the order of the images and their augmentation.
         scratch: a folder for the state after each epoch; an interrupted run goes on from there.
         measured: the stage before this one has measured the accuracy of `bundle` already.
         masks: parameter -> bool like it, False is zero and stays zero; or None.

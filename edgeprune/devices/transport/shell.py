@@ -78,11 +78,7 @@ class Shell:
 
     @contextmanager
     def talk(self, argv: Sequence[str], shown: str) -> Iterator[InteractiveCommand]:
-        """A command there that stays open as long as it reads its input; it ends with it, at the latest with us.
-
-        Args:
-            shown: what messages call it.
-        """
+        """A command there that stays open as long as it reads its input; it ends with it, at the latest with us."""
         token = secrets.token_hex(8)
         command = self.attach(["sh", "-c", TALK, "edgeprune", token, *argv])
         with tempfile.TemporaryFile() as errors:
@@ -95,11 +91,7 @@ class Shell:
                 pipes.end(TIDY_S)
 
     def put(self, here: Path, there: str) -> None:
-        """Copy a file to the machine; it appears there whole or not at all.
-
-        Raises:
-            DeviceError: it could not be copied.
-        """
+        """Copy a file to the machine; it appears there whole or not at all."""
         try:
             with here.open("rb") as feed, tempfile.TemporaryFile() as sink:
                 size = os.fstat(feed.fileno()).st_size
@@ -111,11 +103,7 @@ class Shell:
             raise self._not_copied(f"{here} ({size / 1e6:.1f} MB)", there, ended.errors)
 
     def get(self, there: str, here: Path) -> None:
-        """Copy a file from the machine; it appears here whole or not at all.
-
-        Raises:
-            DeviceError: it could not be copied.
-        """
+        """Copy a file from the machine; it appears here whole or not at all."""
         part = here.with_name(here.name + ".part")
         try:
             size = self._size(there)

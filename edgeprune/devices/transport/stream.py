@@ -1,7 +1,4 @@
-"""A command at the other end of a channel that stays open, and is talked to through the pipes of a process here.
-
-Light.
-"""
+"""A command at the other end of a channel that stays open, and is talked to through the pipes of a process here."""
 
 from __future__ import annotations
 
@@ -234,7 +231,6 @@ class Pipes:
     ahead: bytearray = field(default_factory=bytearray)
 
     def __post_init__(self) -> None:
-        """From now on no read and no write waits for longer than it was told."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self._to, self._from = self.process.stdin.fileno(), self.process.stdout.fileno()
         for descriptor in (self._to, self._from):

@@ -128,11 +128,7 @@ class BoundedNetwork:
 
 
 def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> Interval:
-    """Bounds of what each candidate changes in the logits, for every input in the box: float64 (n, K).
-
-    Args:
-        pairs: merges, or units that go alone (keep equal to remove) and leave their mean; all of one kind.
-    """
+    """Bounds of what each candidate changes in the logits, for every input in the box: float64 (n, K)."""
     found: list[Interval] = []
     alone = any(p.keep == p.remove for p in pairs)
     means = mean_contribution(scene.program, scene.network, group) if alone else {}
@@ -170,11 +166,6 @@ def mean_contribution(program: Program, network: nn.Module, group: Group) -> dic
 
 
 def _merges(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[str, Interval]:
-    """Merging r into s puts scale * u_s where u_r was, in front of the activation.
-
-    The difference of the two rows, bounded over the layer's inputs, is much tighter than that of their bounds, and
-    0 for duplicates; both hold, so what lies in both does.
-    """
     path = follow(scene.program, group)
     assert not isinstance(path, str), "the group is mergeable"
     rows = unit_rows(scene.network, group)
@@ -215,7 +206,6 @@ def _removals(
 
 
 def _reads(program: Program, group: Group) -> list[tuple[Call, tuple[tuple[int, ...], ...]]]:
-    """The calls that read the group's units, and the input entries of each unit."""
     return [
         (call, member.positions)
         for member in group.members if member.role == "consumer"
@@ -243,7 +233,6 @@ def _bounds_at(bounds: Bounds, name: str) -> Interval:
 
 
 def _channel_axis(call: Call) -> int:
-    """The axis of a layer's channels, of its input and of its output."""
     return len(call.shape) - 1 if call.op == "linear" else 1
 
 

@@ -71,11 +71,7 @@ def is_homogeneous(program: Program, group: Group) -> bool:
 
 
 def unit_rows(network: nn.Module, group: Group) -> Rows:
-    """Incoming rows, biases and outgoing weights of the units of a group that has one producer.
-
-    Raises:
-        UnsupportedModel: several producers, or tied channels.
-    """
+    """Incoming rows, biases and outgoing weights of the units of a group that has one producer."""
     tied = _tied(group)
     if tied is not None:
         raise UnsupportedModel(f"the units of {group.name} are no rows of one layer: {tied}")
@@ -99,9 +95,6 @@ def merge(network: nn.Module, group: Group, pairs: Sequence[Pair]) -> None:
     """Let `keep` of each pair do the work of `remove`, in place: w_keep += scale w_remove, then `remove` is zeroed.
 
     Exact for units with equal rows, and for multiples of each other when the way to the readers is homogeneous.
-
-    Raises:
-        EdgepruneError: a unit is in two of the pairs, or not in the group.
     """
     used = Counter(u for pair in pairs for u in (pair.keep, pair.remove))
     wrong = next((u for u, times in used.items() if times > 1 or not 0 <= u < group.channels), None)
@@ -141,7 +134,6 @@ def compensate(
     can be cut, residual sums, depthwise and grouped convolutions included.
 
     Args:
-        removed: the units that go.
         mean: (C,), the mean of each unit as every reader gets it; or reader's path -> (channels of its input,), the
             means of all of its inputs, which is needed where readers or positions of a unit differ.
 
@@ -260,7 +252,6 @@ def _contribution(
 
 
 def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> bool:
-    """Add a constant to a layer's outputs through a bias, its own or that of the batch-norm behind it."""
     bias = network.get_submodule(layer).get_parameter("bias") if _has_bias(network, layer) else None
     if bias is not None:
         bias.data.copy_(bias.data.double() + value)

@@ -141,7 +141,6 @@ def _rows(incoming: Tensor, bias: Tensor | None) -> _Rows:
 
 
 def _blocks(rows: _Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Units i, units j and the products <W_i, W_j>, which with j, i exchanged cover every pair."""
     channels, width = rows.weights.shape
     parts = torch.arange(channels).split(max(1, _BLOCK_BYTES // (8 * max(1, width, channels))))
     for number, first in enumerate(parts):

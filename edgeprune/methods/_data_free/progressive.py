@@ -164,7 +164,6 @@ class Thinning:
         return [unit for unit in sorted(found) if self.alive[group.name][unit]]
 
     def _pairs(self, group: Group, quota: int, *, scaled: bool) -> list[Pair]:
-        """Merges of two living units, in ascending saliency."""
         alive = self.alive[group.name].nonzero().flatten()
         rows = unit_rows(self.network, group)
         units = (rows.incoming[alive], rows.outgoing[alive], rows.bias[alive])
@@ -173,7 +172,6 @@ class Thinning:
         return [Pair(int(alive[p.keep]), int(alive[p.remove]), p.saliency, p.scale) for p in found]
 
     def _singles(self, group: Group, quota: int) -> list[Pair]:
-        """Single living units in ascending saliency."""
         saliency = single_saliency(self.network, group)
         alive = self.alive[group.name].nonzero().flatten()
         order = alive[torch.argsort(saliency[alive], stable=True)].tolist()
@@ -228,7 +226,6 @@ def single_saliency(network: nn.Module, group: Group) -> Tensor:
 
 
 def _way(program: Program, network: nn.Module, group: Group, *, scaled: bool) -> str:
-    """How the units of a group go."""
     if why_not_mergeable(program, network, group) is not None:
         return ALONE
     return SCALED if scaled and is_homogeneous(program, group) else PLAIN

@@ -46,7 +46,6 @@ class Candidates:
     units: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuse bounds that are none."""
         if self.lo.ndim != 2 or self.lo.shape != self.hi.shape or len(self.units) != len(self.lo):
             raise EdgepruneError(
                 f"bounds (n, K) and n tuples of units are needed, got {tuple(self.lo.shape)}, "
@@ -227,7 +226,6 @@ def _spread(candidates: Candidates, score: Score) -> float:
 
 
 def _with_slack(value: float) -> float:
-    """A score that is the same but for its last digits, which depend on the order of a sum, is no worse."""
     return value + 1e-12 * max(1.0, abs(value))
 
 
@@ -312,7 +310,6 @@ class _Ranks:
         return _Ranks(distinct, middle / max(1, len(values) - 1), grain)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The rank of each value."""
         values = (values / self.grain).round()
         if not len(self.values):
             return torch.zeros_like(values)

@@ -122,7 +122,6 @@ class Distillation:
         self.curves.update({name: [*curve] for name, curve in longer.items()})
 
     def _task(self, clean: Tensor, moved: Tensor, y: Tensor) -> Tensor:
-        """The objective's loss of a batch whose answers are there."""
         on_clean = functional.cross_entropy(clean, y)
         if self.objective.kind == "trades":
             return on_clean + self.objective.trades * divergence(clean, moved, 1.0)
@@ -130,7 +129,6 @@ class Distillation:
         return beta * on_clean + (1 - beta) * functional.cross_entropy(moved, y)
 
     def _count(self, found: Mapping[str, Tensor], over: Mapping[str, Tensor]) -> None:
-        """Add a batch to the sums, of all processes, so that a checkpoint of one is that of all."""
         named = {**found, **{f"{name} over": value for name, value in over.items()}}
         values = torch.stack([value.detach().double() for value in named.values()])
         distributed.all_reduce_mean_([values])

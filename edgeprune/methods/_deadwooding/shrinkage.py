@@ -29,10 +29,6 @@ def dual_update(lam: Tensor, violation: Tensor, rho: float, lam_max: float = mat
         lam: float (...), >= 0; not changed.
         violation: like `lam`, the value of each constraint g <= 0; negative where it holds with room to spare.
         rho: step, >= 0.
-        lam_max: the cap; a multiplier that is above it already stays.
-
-    Raises:
-        UsageError: a negative step or cap.
     """
     if rho < 0 or lam_max < 0:
         raise UsageError(f"a dual step has rho = {rho!r} and lam_max = {lam_max!r}; both must be at least 0")
@@ -50,7 +46,6 @@ def prox_shrink_(w: Tensor, index_or_mask: Tensor, kappa: float | Tensor, tau: f
         index_or_mask: which entries: bool like `w`, or int64 row-major indices.
         kappa: by how much, >= 0: learning rate times multiplier; a number, or float like the chosen entries
             (indices) or like `w` (mask).
-        tau: entries no larger than this in size stay.
     """
     with torch.no_grad():
         if index_or_mask.dtype == torch.bool:
@@ -140,9 +135,6 @@ class Multipliers:
         Args:
             violations: name -> a number, or float (n,) like the multiplier; a missing name is a constraint that holds.
             rho: the step, of all or of each name.
-
-        Raises:
-            UsageError: a violation that is not finite, negative steps, or a name that the bank does not have.
         """
         unknown = sorted(set(violations) - set(self.values))
         if unknown:

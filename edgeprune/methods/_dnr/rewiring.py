@@ -57,11 +57,7 @@ def largest_remainder(
 
     Args:
         shares: >= 0, of any scale.
-        total: from the sum of the floors to the sum of the caps.
         floors: one for each cap and at most that; empty for 0.
-
-    Raises:
-        ValueError: a share is negative or not finite, or no such numbers exist.
     """
     if any(not math.isfinite(s) or s < 0 for s in shares):
         raise ValueError(f"shares must be finite and not negative, got {list(shares)}")

@@ -47,9 +47,6 @@ class Rule:
     """How many units go at once. p, q, eta, gamma, beta: of `sap_count`. scope: one of SCOPES.
 
     ratio: if more than 0, this share goes, whatever the index says.
-
-    Raises:
-        UsageError: a value is out of its range.
     """
 
     p: float = 0.5
@@ -61,7 +58,6 @@ class Rule:
     ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no rule."""
         check_rule(self.p, self.q, self.eta, self.gamma, self.beta)
         if self.scope not in SCOPES:
             found = f"sap: scope = {self.scope!r} is not one of {', '.join(SCOPES)}"
@@ -299,11 +295,7 @@ def _impose(
 
 
 def reinitialize(network: nn.Module, seed: int) -> tuple[str, ...]:
-    """New weights by the seed, drawn on the CPU, so that every device gets the same; notes of what could not be drawn.
-
-    Raises:
-        UsageError: no layer can be initialized.
-    """
+    """New weights by the seed, drawn on the CPU, the same on every device; notes of what could not be drawn."""
     fresh, known = deepcopy(network).cpu(), set[str]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -39,7 +39,6 @@ def _window(node: Node, kernel: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _pads(node: Node, x: Tensor, kernel: list[int]) -> tuple[list[int], list[int]]:
-    """What comes before and after each axis of an image."""
     rank, how = len(kernel), node.get("auto_pad", b"NOTSET").decode()
     if how in ("NOTSET", "VALID"):
         pads = [0] * (2 * rank) if how == "VALID" else list(node.get("pads", [0] * (2 * rank)))
@@ -196,7 +195,6 @@ def _by_rank(node: Node, kernel: list[int], pools: tuple[Pool, Pool, Pool]) -> P
 
 
 def _resize(node: Node, x: Inputs) -> Tensor:
-    """Nearest, linear and cubic, of the axes behind the channels."""
     image, scales = need(x, 0), read(node, x, 1 if node.opset < 11 else 2)
     sizes, mode = ints(node, x, 3, "sizes"), node.get("mode", b"nearest").decode()
     given = [float(s) for s in scales or []]

@@ -31,7 +31,6 @@ def to_torch(model: ModelProto, *, rounding: bool = True) -> nn.Module:
     ONNX Runtime computes them on a CPU. All numbers are buffers: `.to(device)` moves them, and nothing is trained.
 
     Args:
-        model: with one image as input; its first output counts.
         rounding: False leaves out the rounding of activations and keeps their ranges: the float network that a
             quantized file stands for.
     """
@@ -79,7 +78,6 @@ class _OnnxModule(nn.Module):
         return torch.cat([self._at_once(part) for part in filled.split(self.batch)])[: len(x)]
 
     def _values(self, x: Tensor) -> dict[str, Tensor]:
-        """What is there before the first step."""
         numbers = {name: self.get_buffer(place) for name, place in self.places.items()}
         return {self.plan.input: x, **self.sizes, **numbers}
 
@@ -99,7 +97,6 @@ class _OnnxModule(nn.Module):
         return values[self.plan.output]
 
     def _is_scaled(self, step: Step) -> bool:
-        """Whether it reads a shape that was written for the file's batch."""
         known = step.node.get(KNOWN, {})
         shaped = self.batch > 0 and step.node.op in SHAPED
         return shaped and 1 not in known and step.inputs[1] in self.sizes

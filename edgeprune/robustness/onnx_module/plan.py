@@ -76,9 +76,6 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
 
     Args:
         rounding: False: activations are cut off at the ends of their ranges, and not rounded.
-
-    Raises:
-        UnsupportedModel: an operator that is not known, numbers that can't be read, or not one input.
     """
     graph = _inlined(model)
     opset = max((o.version for o in model.opset_import if o.domain in STANDARD), default=1)
@@ -109,7 +106,6 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
 
 
 def _inlined(model: ModelProto) -> GraphProto:
-    """The graph with the file's own functions put in."""
     if not model.functions:
         return model.graph
     try:
@@ -119,11 +115,7 @@ def _inlined(model: ModelProto) -> GraphProto:
 
 
 def compute(node: Node, x: Inputs) -> tuple[Tensor, ...]:
-    """The outputs of a node.
-
-    Raises:
-        UnsupportedModel: it fails on these inputs.
-    """
+    """The outputs of a node."""
     try:
         made = TABLE[node.op](node, x)
     except CALL_ERRORS as error:
@@ -135,7 +127,6 @@ def compute(node: Node, x: Inputs) -> tuple[Tensor, ...]:
 
 
 def _numbers(graph: GraphProto) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The numbers of the file by name, and of which type they are in it."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     tensors |= {n.output[0]: _constant(n) for n in graph.node if n.op_type == "Constant"}
     kinds = {name: tensor.data_type for name, tensor in tensors.items()}
@@ -143,11 +134,7 @@ def _numbers(graph: GraphProto) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def _ordered(nodes: Iterable[NodeProto], known: Collection[str]) -> list[NodeProto]:
-    """The nodes that make something new, each behind those whose outputs it needs; ONNX Runtime asks for no order.
-
-    Args:
-        known: names of the values that are there from the start.
-    """
+    """The nodes that make something new, each behind those whose outputs it needs; ONNX Runtime asks for no order."""
     left = [node for node in nodes if node.output[0] not in known]
     have, found = {"", *known}, list[NodeProto]()
     while left:
@@ -253,7 +240,6 @@ def _joined(
 
 
 def _undoes(step: Step, quantizer: Step, numbers: Mapping[str, Tensor]) -> bool:
-    """Whether a step dequantizes what another one quantized, with the same numbers."""
     if step.node.op != "DequantizeLinear" or step.inputs[0] != quantizer.outputs[0]:
         return False
     options = [(n.get("axis", 1), n.get("block_size", 0)) for n in (step.node, quantizer.node)]
@@ -281,7 +267,6 @@ def _noted(step: Step, numbers: Mapping[str, Tensor], but: Collection[int] = ())
 
 
 def _needed(steps: Sequence[Step], output: str) -> list[Step]:
-    """Without what leads nowhere."""
     wanted, found = {output}, list[Step]()
     for step in reversed(steps):
         if wanted.intersection(step.outputs):
@@ -291,7 +276,6 @@ def _needed(steps: Sequence[Step], output: str) -> list[Step]:
 
 
 def _freeing(steps: Sequence[Step], numbers: Iterable[str], output: str) -> tuple[Step, ...]:
-    """With what nobody needs any more after each step."""
     kept, found = {output, "", *numbers}, list[Step]()
     for step in reversed(steps):
         last = {*step.inputs, *step.outputs} - kept

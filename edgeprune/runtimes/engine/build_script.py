@@ -1,7 +1,4 @@
-"""build_engine.sh: a shell script that builds a TensorRT engine on the board and times it with trtexec.
-
-Light: only text is put together.
-"""
+"""build_engine.sh: a shell script that builds a TensorRT engine on the board and times it with trtexec."""
 
 from __future__ import annotations
 
@@ -31,8 +28,6 @@ def engine_script(target: Target, artifact: Artifact, *, dynamic_batch: bool, sp
 
     Args:
         target: the machine; its memory bounds the workspace, setup["tensorrt"] is the version to expect.
-        artifact: the ONNX file.
-        dynamic_batch: the file leaves the batch dimension open; the engine is built for one image.
         sparse: its weights hold the 2:4 pattern, which TensorRT's sparse kernels may use where they are faster.
     """
     shape = "x".join(str(n) for n in (1, *artifact.input.shape))

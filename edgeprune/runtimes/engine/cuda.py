@@ -1,7 +1,4 @@
-"""CUDA's runtime library by ctypes: memory, copies, streams, events and graphs, without a package to install.
-
-Light: runs on the device. Names and numbers are those of NVIDIA's "CUDA Runtime API" manual, alike in CUDA 11.4 to 13.
-"""
+"""CUDA's runtime library by ctypes: memory, copies, streams, events and graphs, without a package to install."""
 
 from __future__ import annotations
 

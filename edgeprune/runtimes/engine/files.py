@@ -1,7 +1,4 @@
-"""Engine files: what is written beside one, when it is stale, and which precision its layers really run in.
-
-Light: runs on the device. Nothing here needs TensorRT itself.
-"""
+"""Engine files: what is written beside one, when it is stale, and which precision its layers really run in."""
 
 from __future__ import annotations
 
@@ -111,11 +108,7 @@ def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) ->
 
 
 def layers(information: str) -> list[Layer]:
-    """The layers in the inspector's JSON, of TensorRT 8 to 11; none where it was built to tell names only.
-
-    Raises:
-        ModelError: it is not the inspector's JSON.
-    """
+    """The layers in the inspector's JSON, of TensorRT 8 to 11; none where it was built to tell names only."""
     try:
         rows = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -134,12 +127,6 @@ def judge(found: Sequence[Layer], asked: str, engine: str, whole: int) -> None:
     """Hold the layers against the precision that was asked for.
 
     Parts that are not told are given the benefit of the doubt only where they hold most of what multiplies.
-
-    Args:
-        whole: how many layers multiply in the network that the engine was built from.
-
-    Raises:
-        ParityError: int8 or fp16 was asked for, and no layer that multiplies and is told runs in it.
     """
     counts = counted(found)
     dark = sum(counts.pop(key, 0) for key in UNTOLD)
