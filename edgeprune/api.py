@@ -28,9 +28,6 @@ class Run:
 def load(path: str | Path, **model: Any) -> Bundle:
     """Load a model file or a run directory as safely as the command line does.
 
-    Args:
-        path: .pt2, .pt/.pth, .safetensors, or a run directory.
-
     Raises:
         UsageError: no such file, or an unknown key. ModelError: it can't be loaded, or not safely.
 
@@ -57,7 +54,6 @@ def compress(
     """Compress a module in memory; it is not changed.
 
     Args:
-        model: eats float32 (N, C, H, W) and answers logits (N, K).
         example_inputs: float32 (N, C, H, W) pixels in [0, 1]; only the shape counts.
         target: a name of `edgeprune list targets` or a path.
         budget: metric -> limit, as in {"macs": "50 %"}, which is also what None stands for.

@@ -186,7 +186,6 @@ class Reading:
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what can't be a reading, whoever made it: this program, a device, or the author of a report."""
         fault = _fault(self)
         if fault:
             raise DeviceError(f"{self.metric} of {self.artifact!r:.80} can't be: {fault}")

@@ -85,11 +85,7 @@ def parse(text: str) -> Any:
 
 
 def load(path: Path) -> Any:
-    """`parse` of a file.
-
-    Raises:
-        ValueError: as `parse`, or it is not UTF-8, too large, or no file.
-    """
+    """`parse` of a file."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
         raise ValueError(f"it is no file of at most {LARGEST} bytes")

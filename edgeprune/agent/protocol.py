@@ -108,11 +108,7 @@ def checked(found: Head, body: bytes) -> bytes:
 
 
 def images(x: np.ndarray, last: Optional[np.ndarray]) -> Tuple[int, bytes]:
-    """Images as kind and body of a message: whole, or what changed where that is shorter.
-
-    Args:
-        x: float32 (N, C, H, W). last: the images of the message before, or None.
-    """
+    """Images as kind and body of a message: whole, or what changed where that is shorter."""
     import numpy as np
 
     if last is not None and last.shape == x.shape:

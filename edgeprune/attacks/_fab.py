@@ -46,9 +46,6 @@ def nearest(
     """Walk along the boundary to a target class, ever nearer to the images.
 
     No chance is drawn: it starts at the images. Each step asks twice, once with a gradient.
-
-    Args:
-        norm: "Linf" or "L2": in which to be near.
     """
     images = task.x.clone()
     distance = torch.full((len(images),), torch.inf, device=images.device)
@@ -94,10 +91,7 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tens
     """The shortest change that brings each point onto a hyperplane and leaves it in [0, 1] (eq. 4 of the paper).
 
     Args:
-        points: float (N, ...) in [0, 1].
-        normal: like `points`.
         value: float (N,), normal . (point - a point of the plane).
-        norm: "Linf" or "L2".
 
     Returns:
         Like `points`. Where the cube does not reach the plane, the corner that is nearest to it; where the normal

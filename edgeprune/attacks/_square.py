@@ -81,8 +81,6 @@ def search(  # noqa: PLR0913
     All images of a call get their patches at the same places.
 
     Args:
-        x: float (N, C, H, W) in [0, 1].
-        y: int64 (N,).
         queries: at most so many of each image, >= 1; the first is about stripes (Linf) or tiles (L2).
         rescale: see `share_of_pixels`.
         faster: nearly the same logits in less time; what seems wrong by them is asked of `answers`.

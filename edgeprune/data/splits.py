@@ -150,11 +150,7 @@ class Choice:
 
 
 def find(path: Path, spec: InputSpec, evaluate: bool) -> Parts:
-    """Read or list the data at a path; with `evaluate` an array of training images is not read.
-
-    Args:
-        spec: with 0 classes any number of them is taken.
-    """
+    """Read or list the data at a path; with `evaluate` an array of training images is not read."""
     if not path.exists():
         raise UsageError(f"no data at {str(path)!r}", ACCEPTED)
     if path.is_file() and path.suffix.lower() == ".npz":

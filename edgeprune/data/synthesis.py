@@ -60,12 +60,7 @@ def amount(macs: float, images: int, steps: int) -> tuple[int, int]:
 def synthesize(
     network: nn.Module, spec: InputSpec, *, images: int, steps: int, seed: int, scratch: Path | None
 ) -> Synthesis:
-    """Make images on which the network's batch-norm inputs have the means and deviations that it remembers.
-
-    Args:
-        network: pixels (N, C, H, W) to logits (N, K); not changed.
-        images, steps: how many; 0 for as many as the network's cost allows.
-    """
+    """Make images on which the network's batch-norm inputs have the means and deviations that it remembers."""
     frozen = deepcopy(network).eval()
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)

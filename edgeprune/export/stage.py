@@ -57,7 +57,6 @@ def run(  # noqa: PLR0913
     Args:
         module: pixels float32 (N, C, H, W) in [spec.low, spec.high] -> logits (N, K), in eval mode.
         meta: what to add to the metadata that says version, input and normalization: "labels", "parent".
-        real: images to compare on besides random ones, or None.
         pattern: the bare network's parameters that keep two of every four inputs at most, and their shapes; None
             when nothing of the kind was promised.
 

@@ -58,7 +58,6 @@ def candidates(
     """The ways to an ONNX model at `opset`, best first: calls that give it or raise UnsupportedModel.
 
     Args:
-        module: pixels (N, C, H, W) -> logits (N, K), in eval mode.
         dynamic_batch: leave N open, named "batch"; else it is 1.
 
     Raises:

@@ -242,11 +242,7 @@ class Resized:
 
 
 def made_before(weight: Shape, node: NodeProto, groups: int, transposed: bool = False) -> int:
-    """The channels or features that a weighted node makes in the file as it is.
-
-    Args:
-        weight: its shape. groups: of a convolution. transposed: `transB` of a Gemm.
-    """
+    """The channels or features that a weighted node makes in the file as it is."""
     if node.op_type == "Conv":
         return weight[0]
     if node.op_type == "ConvTranspose":

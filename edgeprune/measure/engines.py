@@ -195,9 +195,6 @@ def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping
 def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], device: Device) -> str:
     """Hold an engine's answers on a device against ONNX Runtime's for its ONNX file, here, on the same images.
 
-    Args:
-        images: float32 (N, C, H, W).
-
     Returns:
         One sentence: how far apart they are.
     """

@@ -85,11 +85,7 @@ def guessing(reading: Reading, split: Split, *, attacked: bool = False) -> Readi
 
 
 def beats_guessing(right: int, labels: Tensor, *, share: float = HARDLY) -> bool:
-    """Whether so many right answers are more than one class for all images gives, by a share of what guessing leaves.
-
-    Args:
-        labels: int64 (N,).
-    """
+    """Whether so many are right that naming one class for all is beaten by a share of what that leaves."""
     chance = 1 / max(1, len(labels.unique()))
     return confidence.binomial(right, len(labels))[0] > chance + share * (1 - chance)
 

@@ -1,7 +1,4 @@
-"""Measure what ships: time, memory, size and accuracy of the files themselves, in child processes on a device.
-
-Only the agent (edgeprune/agent/program.py) touches the runtime; here its raw samples become readings.
-"""
+"""Measure what ships: time, memory, size and accuracy of the files themselves, in child processes on a device."""
 
 from __future__ import annotations
 

@@ -309,11 +309,7 @@ def input_of(path: Path) -> InputSpec:
 
 
 def check(reading: Reading, judged: Judged, split: Split) -> None:
-    """Refuse an accuracy that nothing shows to be one: a single output of another width, no better than guessing.
-
-    Raises:
-        UsageError: names the output and its shape.
-    """
+    """Refuse an accuracy that nothing shows to be one: a single output of another width, no better than guessing."""
     classes = int(split.labels.max()) + 1
     if judged.sure or not judged.scores or judged.spec.classes == classes or reading.value is None:
         return

@@ -79,9 +79,6 @@ def estimate(
 ) -> Reading:
     """The latency of one image on a target, from its facts alone.
 
-    Args:
-        layers: an ONNX file, or its layers. precision: "fp32", "fp16" or "int8".
-
     Returns:
         latency_p50 with `where` "estimated: roofline of TARGET"; its value is None, with the reason, where the target's
         facts lack a peak or the bandwidth.

@@ -55,11 +55,7 @@ class Trials:
         return place(self.device).emulated
 
     def latency(self, files: Mapping[str, Path], table: MeasureTable) -> Latency:
-        """Files timed in turn.
-
-        Args:
-            files: name -> ONNX file.
-        """
+        """Files timed in turn."""
         with self._alone():
             ready = self._ready(files)
             return latency.latency(ready, self.device, table, runtime=self.runtime)

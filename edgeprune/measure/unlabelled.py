@@ -49,7 +49,6 @@ def measure_unlabelled(
     """Everything that is said without labels.
 
     Args:
-        spec: what both take. files: "dense" and "compressed" -> their ONNX file.
         pictures: the synthetic images, None for none.
         device: where the files answer; of one that gives no answers the readings are absent, with the reason, and for
             one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
@@ -103,9 +102,6 @@ def divergence(dense: Logits, compressed: Logits) -> Reading:
     """Mean KL(dense || compressed) of the class probabilities in nats, with a bootstrap 95 % interval of the mean.
 
     Images with an answer that is not finite are left out and counted.
-
-    Args:
-        dense, compressed: logits (N, K) of the same images in the same order.
     """
     if dense.shape != compressed.shape or dense.ndim != 2 or len(dense) == 0:
         raise UsageError(

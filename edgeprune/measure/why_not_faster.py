@@ -51,12 +51,7 @@ class Clues:
 def clues(
     plan: Plan, machine: Target, precision: str, *, nodes: Sequence[NodeTime] = (), latency_s: float = 0.0
 ) -> Clues:
-    """Collect the clues of a cut.
-
-    Args:
-        precision: of the file, as in `Target.multiple_of`.
-        nodes: of the compressed file, from `measure.node_times`.
-    """
+    """Collect the clues of a cut."""
     peak = machine.peak.get(precision, 0.0)
     widths = ("out_channels", "out_features")
     channels = {name: a[key] for name, a in plan.attributes.items() for key in widths if key in a}

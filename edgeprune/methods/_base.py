@@ -93,11 +93,7 @@ class PruneTask:
         return not self.rules.limits and self.units.granularity != "2:4"
 
     def quota(self) -> int:
-        """How many weights of the units stay; of channels it is no number.
-
-        Raises:
-            InfeasibleBudget: fewer than the floors.
-        """
+        """How many weights of the units stay; of channels it is no number."""
         units = self.units
         total = sum(units.sizes.values())
         if units.granularity == "2:4":
@@ -256,11 +252,7 @@ def counts(survey: Survey, task: PruneTask) -> dict[str, int]:
 
 
 def need_images(name: str, task: PruneTask) -> tuple[Tensor, Tensor]:
-    """The calibration images and labels.
-
-    Raises:
-        UsageError: there is no training data to look at.
-    """
+    """The calibration images and labels."""
     if task.images is None or task.labels is None:
         raise UsageError(
             f"method {name} looks at training images, and there are none",
@@ -270,11 +262,7 @@ def need_images(name: str, task: PruneTask) -> tuple[Tensor, Tensor]:
 
 
 def need_training(name: str, task: PruneTask) -> Training:
-    """What a training method learns from.
-
-    Raises:
-        UsageError: there is nothing to learn from.
-    """
+    """What a training method learns from."""
     if task.training is None:
         raise UsageError(
             f"method {name} trains the network, and there is nothing to train on, or for no epoch",
@@ -284,11 +272,7 @@ def need_training(name: str, task: PruneTask) -> Training:
 
 
 def verify(name: str, masks: Masks, task: PruneTask) -> None:
-    """Hold a choice against its task.
-
-    Raises:
-        EdgepruneError: the method broke its contract; says how.
-    """
+    """Hold a choice against its task."""
     if task.weights is not None:
         _verify_weights(name, masks, task)
         return

@@ -38,11 +38,7 @@ _NETWORK_KEYS = (
 
 
 def architecture(spec: str) -> nn.Module:
-    """Build the network that a spec names, with random weights and without any download.
-
-    Args:
-        spec: one of the four forms above; values of `?key=value` are read as int, float, bool, None or text.
-    """
+    """Build the network that a spec names, with random weights and without any download."""
     head, arguments = _parse(spec)
     origin, _, name = head.rpartition(":")
     if not origin or not name:

@@ -36,10 +36,6 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
     layer that is called once and whose output and weight nothing else reads. The copy is used only if it answers the
     example, and its negative, as the module does. Its kernels lie in memory as the example does.
 
-    Args:
-        module: pixels in [0, 1] to logits (N, K); not changed.
-        example: float (N, C, H, W) in [0, 1], on the module's device.
-
     Returns:
         A network in evaluation mode whose parameters need no gradient, or `module`.
     """

@@ -79,7 +79,6 @@ def from_module(
     """A bundle of a module in memory; the module itself is copied and never changed.
 
     Args:
-        module: eats one batch of images (N, C, H, W), gives logits (N, K).
         mean, std: the normalization to put inside, one value per channel; empty for none.
 
     Raises:
@@ -117,7 +116,6 @@ def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: 
 
     Args:
         plans: the cuts, in their order.
-        weights: safetensors with the state dict of the cut network.
     """
     module = _original(source)
     _prepare(module, source.arch or source.path)
@@ -262,11 +260,7 @@ def _original(source: Source) -> nn.Module:
 
 
 def image_shape(text: str) -> tuple[int, int, int]:
-    """The shape that --input says.
-
-    Raises:
-        UsageError: it says none.
-    """
+    """The shape that --input says."""
     match = _SHAPE.fullmatch(text.strip().lower())
     if not match or not all(int(n) for n in match.groups()):
         raise UsageError(

@@ -94,11 +94,7 @@ def normalized_example(spec: InputSpec, seed: int, batch: int = 1) -> Tensor:
 
 
 def layer_costs(network: nn.Module, example: Tensor) -> tuple[LayerCost, ...]:
-    """One row for every convolution and linear layer that the input reaches, in the order of definition.
-
-    Args:
-        example: float32 (N, C, H, W); the counts are for one image.
-    """
+    """One row for every convolution and linear layer that the input reaches, in the order of definition."""
     entries: dict[nn.Module, int] = {}
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -107,7 +107,6 @@ def count_classes(
     """K, the width of the logits that a network gives to images of a shape.
 
     Args:
-        module: in eval mode; not changed.
         shape: (C, H, W).
         normalization: mean and std, one value per channel or empty.
     """

@@ -71,7 +71,6 @@ def loss_and_gradient(
     against such an attack has to stop.
 
     Args:
-        answers: pixels (N, C, H, W) to logits (N, K).
         at: float (N, C, H, W).
         loss: logits (N, K) to (N,); of each image by itself.
 
@@ -93,7 +92,6 @@ def sequentially(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tu
     """One attempt after another, each on the images that still stand.
 
     Args:
-        x: (N, C, H, W), the images.
         attempts: each gets int64 (n,), the rows that stand, and answers for these rows alone.
 
     Returns:
@@ -122,7 +120,6 @@ def in_parallel(
     Each lane takes its images to the end, some at a time, and waits for no other lane before.
 
     Args:
-        model: `Lanes`, or what has one lane.
         rows: int64 (n,). attempt: answers for the rows that it gets.
     """
     if not isinstance(model, Replicas) or model.count(len(rows)) < 2:

@@ -202,11 +202,7 @@ def _read(path: Path) -> bytes:
 
 
 def save_state(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = False) -> None:
-    """Write a state over the one before; a process that is killed meanwhile leaves the one before.
-
-    Args:
-        key: tells to which work it belongs. state: tensors, numbers, texts, and lists and dicts of them.
-    """
+    """Write a state over the one before; a process that is killed meanwhile leaves the one before."""
     if alone or distributed.rank() == 0:
         with replace_file(path) as file:
             torch.save({"key": key, "state": dict(state)}, file)

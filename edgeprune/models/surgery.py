@@ -27,11 +27,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def removed_positions(
     groups: Sequence[Group], masks: Mapping[str, Tensor]
 ) -> dict[str, tuple[tuple[int, tuple[int, ...]], ...]]:
-    """What the masks take away, per tensor: {state-dict name: ((axis, removed positions), ...)}.
-
-    Args:
-        masks: group name -> bool (C,), True is kept; a group without a mask stays whole.
-    """
+    """What the masks take away, per tensor: {state-dict name: ((axis, removed positions), ...)}."""
     gone: dict[str, dict[int, set[int]]] = {}
     for group in groups:
         keep = masks.get(group.name)
@@ -101,11 +97,7 @@ def replay(network: nn.Module, plan: Plan) -> None:
 def proof_failure(
     network: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], example: Tensor
 ) -> str | None:
-    """Compare the masked with the cut network on copies; None when they agree, else what differs.
-
-    Args:
-        network: the bare network; not changed. example: float32 (N, C, H, W).
-    """
+    """Compare the masked with the cut network on copies; None when they agree, else what differs."""
     for dtype in (torch.float64, torch.float32):
         masked, small = deepcopy(network).to(dtype).eval(), deepcopy(network).to(dtype).eval()
         mask(masked, groups, masks)

@@ -67,7 +67,6 @@ def capture(module: nn.Module, spec: InputSpec, *, dynamic_batch: bool) -> Expor
     """Trace the network with torch.export; parameters are shared with it, not copied.
 
     Args:
-        module: pixels (N, C, H, W) -> logits (N, K), in eval mode; not changed.
         dynamic_batch: leave N open instead of fixing it at 1.
 
     Raises:

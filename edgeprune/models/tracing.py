@@ -59,11 +59,7 @@ class Call:
     target: Any = field(default=None, repr=False, compare=False)
 
     def arg(self, name: str) -> Any:
-        """An argument by the schema's name for it: `call.arg("stride")`.
-
-        Raises:
-            KeyError: the operator has no such argument.
-        """
+        """An argument by the schema's name for it: `call.arg("stride")`."""
         if name not in self.names:
             raise KeyError(f"{self.op} has no argument {name!r}, it has {', '.join(self.names)}")
         return self.args[self.names.index(name)]
@@ -144,10 +140,6 @@ def trace(network: nn.Module, example: Tensor) -> Program:
 
     In-place operators become their pure forms; what the output does not depend on is left out. When the network
     answers with several tensors, the first one counts.
-
-    Args:
-        network: normalized input -> logits (N, K); not changed.
-        example: (N, ...) an input; only its shape past N counts.
 
     Raises:
         UnsupportedModel: the network can't be traced; names the layer it stopped at.

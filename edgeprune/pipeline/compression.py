@@ -87,11 +87,7 @@ def recipe_from(file: Path | None, flags: Mapping[str, Any], sets: Sequence[str]
 
 
 def budget_pairs(lines: Sequence[str]) -> dict[str, str]:
-    """`METRIC=LIMIT` lines as a mapping.
-
-    Raises:
-        UsageError: a line without "=".
-    """
+    """`METRIC=LIMIT` lines as a mapping."""
     out = {}
     for line in lines:
         metric, equals, text = line.partition("=")

@@ -123,11 +123,7 @@ def _crafted(run: Context, folders: Mapping[str, Path], images: Tensor, labels: 
 
 
 def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Reading], tuple[str, ...]]:
-    """What the files would take on a target that is not at hand, by a roofline of its facts, and a sentence about it.
-
-    Args:
-        files: "dense" and "compressed" -> ONNX file.
-    """
+    """Estimated latencies on a target that is not at hand, by a roofline of its facts, and a sentence about it."""
     if run.on_target:
         return {}, ()
     run.say(f"measure: estimate the time on {run.target.title}")

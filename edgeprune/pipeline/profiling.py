@@ -39,7 +39,6 @@ def profile(
     Args:
         recipe: `model.path` is the file or a run directory; `[attack]` with the name "auto" is none. Several devices
             are measured side by side, and what they read is kept when one of them fails.
-        limit, output, trust_run: as for `evaluate`.
     """
     path = evaluation.onnx_of(Path(recipe.model.path))
     attacked = recipe.attack.name not in ("none", "auto")

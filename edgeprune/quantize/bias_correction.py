@@ -44,7 +44,6 @@ def corrected(model: ModelProto, floats: ModelProto, seen: Activations) -> Model
     Args:
         model: with explicit QuantizeLinear and DequantizeLinear; not changed. A Conv, ConvTranspose or Gemm is
             corrected when its weight comes from a DequantizeLinear of a constant.
-        floats: what it was made from; a layer has the same name in both.
         seen: the activations of `floats`; a layer whose input is not among them stays as it is.
     """
     copy = copied(model)

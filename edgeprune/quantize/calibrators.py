@@ -40,7 +40,6 @@ def ranges(seen: Activations, calibrator: str, *, symmetric: bool) -> dict[str, 
     """The range of each activation.
 
     Args:
-        seen: what each was seen to be.
         symmetric: ranges (-a, a), for signed values with zero point 0; else each end for itself.
 
     Returns:

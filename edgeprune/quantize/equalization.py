@@ -59,7 +59,6 @@ def equalized(model: ModelProto, seen: Activations | None = None) -> tuple[Model
     from 1. The answers stay the same to the rounding of float32.
 
     Args:
-        model: float32; not changed.
         seen: what its activations were. A Clip(0, c) blocks a pair, because its ceiling does not commute; with `seen`
             it becomes a Relu when at most 0.1 % of the values reached c. Those are the only answers that may change.
 

@@ -181,7 +181,6 @@ def half(
     Args:
         model: float32; not changed. Conv, Gemm and so on with their weights as initializers.
         seen: the activations of `model`; those that are missing are taken to be within range.
-        skip: names of nodes to keep in float32.
 
     Returns:
         The float16 graph, and {node that stays float32: why}, in the order of the graph.

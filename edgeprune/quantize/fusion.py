@@ -49,7 +49,6 @@ def block_sum_fusion(made: ModelProto, floats: ModelProto) -> None:
 
     Args:
         made: Q/DQ, with unsigned activations.
-        floats: what it was made from, with the names and shapes that it had.
     """
     ranks = {
         value.name: len(value.type.tensor_type.shape.dim)
@@ -139,8 +138,6 @@ def shifted_bias(bias: Array, weight: Array, groups: int, shifts: Array) -> Arra
     """The bias of a convolution that gives for an input moved by `shifts` what it gave for the input itself.
 
     Args:
-        bias: (O,).
-        weight: (O, C / groups, ...).
         shifts: (C,), one for each input channel.
     """
     sums = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:]))).sum(axis=3)

@@ -63,10 +63,6 @@ Activations = Mapping[str, Seen]
 def observe(model: ModelProto, images: Tensor, *, label: str = "") -> dict[str, Seen]:
     """Look at every float activation of a model, its input included, in ONE pass over images.
 
-    Args:
-        model: one input (N, C, H, W) of type float32.
-        images: float32 (n, C, H, W), n >= 1.
-
     Returns:
         Value name -> what it was, the input first, then in the order of the nodes. What nodes with bodies compute
         inside is not seen.

@@ -38,7 +38,6 @@ def write(model: ModelProto, plan: Plan, ranges: Mapping[str, Range], *, symmetr
     """The model with a plan carried out.
 
     Args:
-        plan: what becomes of each node and value.
         ranges: of every value in `plan.pairs` that shares no other's.
         symmetric: signed with zero point 0 and float biases; else unsigned with int32 biases.
     """
@@ -290,10 +289,8 @@ def quantized(
     """A prepared model as a Q/DQ model that computes on 8 bits.
 
     Args:
-        model: float, as `onnx_prepare.prepare` gives it.
         ranges: value name -> (low, high), as `ranges.ranges` gives them; those that 8-bit nodes read and make.
         scheme: "u8" or "s8".
-        skip: names of nodes that stay float.
 
     Returns:
         The model; nodes keep their names, and weights and biases theirs. Other values are renamed shortly. What

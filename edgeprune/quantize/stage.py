@@ -29,9 +29,6 @@ def run(exported: Path, out: Path, job: Job) -> Quantized:
     A precision that is asked for by name ships, or there is an error. With "auto" every precision of the target is
     built, timed and judged, and the fastest ships that stays within the tolerance and the budget: the exported file
     itself where nothing else does, with a note that says why.
-
-    Args:
-        exported: the float file. out: the stage's folder.
     """
     check_asked(job.precision, job.precisions)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,9 +59,6 @@ def shipped(exported: Path, folder: Path) -> Path:
 
 def check_asked(precision: str, precisions: Sequence[str], target: str = "the target") -> None:
     """Refuse a precision that the target doesn't take.
-
-    Args:
-        precision: auto, fp32, fp16 or int8. precisions: what the target takes.
 
     Raises:
         UsageError: names what it takes.

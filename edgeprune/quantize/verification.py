@@ -250,7 +250,6 @@ def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) 
     In an fp16 file it counts when its data and its weight are float16.
 
     Args:
-        model: with explicit Q/DQ, or converted to float16.
         precision: "int8", "fp16" or "fp32" (nothing is low then, and only the counts are of use).
         allowed: nodes with weights that may stay in float32.
     """
@@ -287,12 +286,7 @@ def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) 
 
 
 def closeness(floats: ModelProto, model: ModelProto, images: Tensor) -> Closeness:
-    """Compare what two files answer, run by ONNX Runtime on this CPU.
-
-    Args:
-        floats: the reference.
-        images: float32 (N, C, H, W), at least one.
-    """
+    """Compare what two files answer, run by ONNX Runtime on this CPU."""
     if not len(images):
         raise UsageError("closeness needs at least one image, got none")
     wanted = _answers(open_onnx(floats), floats, images, "the float model")

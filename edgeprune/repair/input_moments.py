@@ -43,9 +43,6 @@ def width(layer: nn.Module) -> int:
 def patches(layer: nn.Module, x: Tensor, most: int = ROWS, *, padded: bool = False) -> Tensor:
     """The rows that a layer multiplies with its weights, a 1 appended to each.
 
-    Args:
-        layer: an ungrouped Conv2d or a Linear. x: its input, (N, C, H, W) or (N, ..., F).
-
     Returns:
         (rows, F + 1); for a convolution F = C * kernel, channels first, as in `weight.flatten(1)`.
     """
@@ -64,11 +61,7 @@ def answers(layer: nn.Module, y: Tensor, most: int = ROWS) -> Tensor:
 
 
 def affordable(images: Tensor, macs: float) -> Tensor:
-    """As many of the images, evenly chosen, as a network of that cost is looked at in reasonable time and memory.
-
-    Args:
-        images: (N, C, H, W). macs: multiply-accumulates for one of them.
-    """
+    """As many of the images, evenly chosen, as a network of that cost is looked at in reasonable time and memory."""
     return images[positions(len(images), max(FEWEST_IMAGES, int(LOOK / max(1.0, macs))))]
 
 
@@ -92,7 +85,6 @@ def moments_of_inputs(
 
     Args:
         network: images to logits; not changed. layers: path -> layer of it, each an ungrouped Conv2d or a Linear.
-        images: (N, C, H, W). batch: images at a time.
 
     Returns:
         path -> float64 (F + 1, F + 1); without layers wider than WIDEST and those that are not reached.

@@ -155,11 +155,7 @@ class Execution:
 
 
 def check_batches(network: nn.Module, program: Program, images: Tensor) -> bool:
-    """Whether a program that was traced for one image gives for several what the network gives.
-
-    Args:
-        images: normalized (n, C, H, W), at least two.
-    """
+    """Whether a program that was traced for one image gives for several what the network gives."""
     try:
         side = Execution(network, program, [images])
         for call in program.calls:

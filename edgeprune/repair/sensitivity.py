@@ -73,9 +73,6 @@ def losses(
 ) -> dict[str, Tensor]:
     """Divergence of the answers when a group keeps so many units, for every group and count.
 
-    Args:
-        images: (N, C, H, W); as many of them are used as `WORK` allows. macs: of one image.
-
     Returns:
         group -> float64 (C + 1,), not increasing in the count; infinite for 0 and 0 for all.
     """

@@ -57,7 +57,6 @@ def repair(dense: Bundle, small: Bundle, images: Tensor, *, seed: int) -> Repair
 
     Args:
         dense: the network before the cut. small: after it; `small.plans[-1]` says what went. Neither is changed.
-        images: float32 (N, C, H, W) in [low, high].
 
     Returns:
         The repaired network; it is the cut one, as it was, where that answers more like the dense one.
@@ -280,7 +279,6 @@ def run(
 
     Args:
         dense: the network before the cut. small: after it; `small.plans[-1]` is the cut. Neither is changed.
-        images: float32 (N, C, H, W), to make the layers' outputs equal on.
         held_out: labelled images, to measure on only; or None.
 
     Returns:

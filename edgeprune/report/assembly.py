@@ -61,7 +61,6 @@ def layers(
     """One row for every layer.
 
     Args:
-        before, after: `models.costs.LayerCost` of the dense and of the compressed network.
         times: "dense"/"compressed" -> layer -> seconds. why_kept: layer -> why its channels could not go.
         nonzero: "dense"/"compressed" -> layer -> entries of its weight that are not zero, where weights were pruned.
     """

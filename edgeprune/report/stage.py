@@ -41,11 +41,7 @@ def summary_lines(report: Report) -> list[str]:
 
 
 def load(path: Path) -> Report:
-    """Read the report of a run directory, or a report.json.
-
-    Raises:
-        UsageError: no such file, not a whole report, or one of a schema that this version does not read.
-    """
+    """Read the report of a run directory, or a report.json."""
     file = _locate(path)
     data = _json(file)
     schema = data.get("schema") if isinstance(data, dict) else None
@@ -91,7 +87,6 @@ def _json(file: Path) -> Any:
 
 
 def _verify(report: Report) -> None:
-    """Refuse what is not of this run's two files, and a metric that says two things of one file at one place."""
     for view in per_device.views(report):
         for side, artifact in (("before", "dense"), ("after", "compressed")):
             seen: set[tuple[str, bool]] = set()

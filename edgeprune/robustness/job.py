@@ -128,9 +128,6 @@ class Verdicts:
 def attack_job(table: AttackTable, *, seed: int, data: str) -> Job:
     """What a table means.
 
-    Args:
-        table: with "auto" decided (`recipe.attack`); not "none".
-
     Raises:
         UsageError: the radius is no radius, or there is nothing to attack with.
     """

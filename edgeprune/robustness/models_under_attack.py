@@ -257,11 +257,7 @@ def _without(victim: ModelUnderAttack, why: str) -> ModelUnderAttack:
 def of_run(
     run: Path, scratch: Path, where: str, given: ModelTable, *, trusted: bool = False
 ) -> ModelUnderAttack:
-    """The file of a run: gradients of its network in torch, and images made against the dense one where it is had.
-
-    Args:
-        run: a finished run directory. scratch, where: as for `of_file`.
-    """
+    """The file of a run: gradients of its network in torch, and images made against the dense one where it is had."""
     bundle = load_bundle(ModelTable(path=str(run)))
     dense, why = _dense(run, given, trusted)
     others = {} if dense is None else {"dense": deployed(dense)}

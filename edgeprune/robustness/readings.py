@@ -42,11 +42,7 @@ def readings_of(
 def ledger(
     stage: str, victim: ModelUnderAttack, job: Job, verdicts: Verdicts, *, part: str
 ) -> tuple[Reading, Reading]:
-    """The accuracies without and under attack as lines of a run's ledger.
-
-    Args:
-        stage: after which they hold: "dense", "pruned", "repaired", "tuned", "exported".
-    """
+    """The accuracies without and under attack as lines of a run's ledger."""
     clean, robust, *_ = readings_of(victim, job, verdicts, part=part)
     extra = {"stage": stage, "images": len(verdicts.by)}
     return tuple(replace(r, conditions={**extra, **r.conditions}) for r in (clean, robust))  # type: ignore[return-value]

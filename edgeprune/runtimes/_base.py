@@ -55,7 +55,6 @@ class Session(ABC):
         """
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Answer any number of images; a fixed batch is filled up with zero images where needed."""
         import numpy as np
 
         self._check(x)
@@ -133,7 +132,6 @@ class Runtime(ABC):
         """Open what `build` wrote, to run on so many threads.
 
         Raises:
-            MissingDependency: the runtime is not installed.
             ModelError: it refuses the file, or what was built is of another machine or file; says why.
         """
 

@@ -74,11 +74,7 @@ def follow(program: Program, group: Group) -> Path | str:
 
 
 def following_batch_norm(program: Program, layer: str) -> str | None:
-    """The batch-norm that is the only reader of a layer's output and reads nothing else, by its path; or None.
-
-    Args:
-        layer: path of a layer with weights, such as "layer1.0.conv1".
-    """
+    """The batch-norm that is the only reader of a layer's output and reads nothing else, by its path; or None."""
     calls = program.readers(_join(layer, "weight"))
     followers = [program.users(call.name) for call in calls]
     if not calls or any(len(f) != 1 or f[0].op != "batch_norm" for f in followers):

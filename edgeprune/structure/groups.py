@@ -51,12 +51,7 @@ class _NotCuttable(Exception):
 
 
 def find_groups(network: nn.Module, example: Tensor, skip: Sequence[str] = ()) -> Graph:
-    """Every coupled group of channels that ends inside the network, before any proof.
-
-    Args:
-        network: not changed. example: float32 (N, C, H, W), what the bare network eats.
-        skip: layer names or patterns ("layer1.*") whose channels stay.
-    """
+    """Every coupled group of channels that ends inside the network, before any proof."""
     copy = deepcopy(network).eval()
     for parameter in copy.parameters():
         parameter.requires_grad_(True)

@@ -34,9 +34,6 @@ class Count(NamedTuple):
 def pqi(w: Tensor, p: float = 0.5, q: float = 1.0) -> float:
     """Definition 1: 1 - d ** (1/q - 1/p) * |w|_p / |w|_q, larger for sparser vectors.
 
-    Args:
-        p, q: orders of the two norms, 0 < p < q.
-
     Returns:
         In [0, 1 - d ** (1/q - 1/p)]: 0 for equal magnitudes, the largest for a single entry that is not zero. A vector
         of zeros, or of nothing, has no index; 0 stands for it, so that nothing is pruned because of it.
@@ -83,9 +80,6 @@ def superfluous(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> 
 
 def keep_shares(scores: Mapping[str, Tensor], p: float = 0.5, q: float = 1.0) -> dict[str, float]:
     """The share of each layer that its own scores say it needs: 1 - c / d of `sap_count`.
-
-    Args:
-        scores: layer -> magnitudes (of squares, halve p and q: the same share comes out).
 
     Returns:
         layer -> share in (0, 1]; 1 for a layer of zeros, of which nothing is known.

@@ -193,11 +193,7 @@ def exactly(scores: Mapping[str, Tensor], k: int, floors: Mapping[str, int]) -> 
 
 
 def drop_smallest(scores: Tensor, mask: Tensor, count: int) -> Tensor:
-    """A mask with exactly `count` more units gone: those that stay with the smallest scores, the first of equal ones.
-
-    Args:
-        scores: float (n,). mask: bool (n,). count: at most how many stay.
-    """
+    """A mask with `count` more units gone: those that stay with the smallest scores, the first of equal ones."""
     alive = mask.nonzero().flatten()
     after = mask.clone()
     after[alive[torch.argsort(scores[alive], stable=True)[:count]]] = False

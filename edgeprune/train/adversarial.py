@@ -49,12 +49,7 @@ class Ball:
             raise UsageError(f"eps = {self.eps} must be finite and more than 0", "for example 8/255")
 
     def project(self, found: Tensor, x: Tensor) -> Tensor:
-        """The nearest images in the ball around `x`, then clipped to [0, 1], which leaves no ball around a legal x.
-
-        Args:
-            found: (N, ...).
-            x: like `found`, in [0, 1]: the centres.
-        """
+        """The nearest images in the ball around `x`, then clipped to [0, 1], which leaves no ball around a legal x."""
         if self.norm == "Linf":
             return torch.clamp(found, x - self.eps, x + self.eps).clamp(0, 1)
         change = found - x
@@ -62,11 +57,7 @@ class Ball:
         return (x + change * shrink).clamp(0, 1)
 
     def start(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Uniformly random points of the balls around `x`, clipped to [0, 1].
-
-        Args:
-            x: float (N, ...) in [0, 1].
-        """
+        """Uniformly random points of the balls around `x`, clipped to [0, 1]."""
         if self.norm == "Linf":
             noise = 2 * torch.rand(x.shape, generator=generator) - 1
         else:
@@ -76,12 +67,7 @@ class Ball:
         return self.project(x + self.eps * noise.to(x), x)
 
     def step(self, found: Tensor, gradient: Tensor, size: float) -> Tensor:
-        """A step of length `size` in the norm, the way that raises a linear loss most; NaN in a gradient counts as 0.
-
-        Args:
-            found: (N, ...).
-            gradient: like `found`. An image whose gradient is 0 stays.
-        """
+        """The step of length `size` in the norm that raises a linear loss most; NaN in a gradient counts as 0."""
         usable = torch.nan_to_num(gradient, nan=0.0)
         return found + size * (usable.sign() if self.norm == "Linf" else _direction(usable))
 
@@ -125,11 +111,6 @@ def perturb(  # noqa: PLR0913
     when the network fails. Chance comes from the generator alone.
 
     Args:
-        module: pixels in [0, 1] to logits (N, K).
-        x: float (N, C, H, W) in [0, 1].
-        y: what `loss` gets beside the logits: int64 (N,) class numbers for the default.
-        steps: number of gradients, >= 0.
-        generator: decides where in the ball to start; None starts at `x`.
         loss: (logits (N, K), y) to the scalar sum over the images that is to become large.
 
     Returns:
@@ -164,10 +145,7 @@ def pgd(  # noqa: PLR0913
     step: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`steps` steps on the cross-entropy; `step` 0 takes 2.5 eps / steps.
-
-    Arguments, result and errors are those of `perturb`.
-    """
+    """`steps` steps on the cross-entropy; `step` 0 takes 2.5 eps / steps."""
     size = step or PGD_REACH * ball.eps / max(1, steps)
     return perturb(module, x, y, ball, steps=steps, step=size, generator=generator)
 
@@ -200,7 +178,6 @@ def _climb(
 
 
 def _gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Of the loss by the images; nothing is left in any `.grad`."""
     with torch.enable_grad():
         point = at.detach().requires_grad_()
         value = loss(point)
@@ -214,10 +191,6 @@ def _gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def _direction(change: Tensor) -> Tensor:
-    """Each image's change with Euclidean length 1; zero stays zero.
-
-    Divided by its largest value first: of a network that is sure of itself the squares of gradients underflow.
-    """
     finite = torch.nan_to_num(change)
     largest = finite.abs().amax(dim=tuple(range(1, change.ndim)), keepdim=True)
     scaled = finite / torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -225,5 +198,4 @@ def _direction(change: Tensor) -> Tensor:
 
 
 def _length(change: Tensor) -> Tensor:
-    """Euclidean, of each image: (N, 1, ..., 1)."""
     return torch.linalg.vector_norm(change, dim=tuple(range(1, change.ndim)), keepdim=True)

@@ -19,10 +19,6 @@ def recalibrate_bn(module: nn.Module, images: Tensor, batch: int = 256) -> int:
 
     Earlier layers normalize batch by batch meanwhile; everything but batch-norm is in evaluation mode.
 
-    Args:
-        module: pixels in [0, 1] to logits.
-        images: float32 (n, C, H, W); labels are not needed.
-
     Returns:
         How many batch-norm layers were set.
     """

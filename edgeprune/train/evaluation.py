@@ -48,12 +48,7 @@ def right(
 def robust_accuracy(
     module: nn.Module, split: Split, objective: Objective, *, seed: int, limit: int = 0
 ) -> tuple[int, int]:
-    """How many images are classified right under the objective's own attack, and how many were tried.
-
-    Args:
-        module: pixels in [0, 1] to logits; attacked and asked in evaluation mode.
-        limit: how many images at most, chosen by chance; 0 is all.
-    """
+    """How many images are classified right under the objective's own attack, and how many were tried."""
     with _ready(module, split) as device:
         rows = some(len(split), limit, seed)
         return attacked(
@@ -107,7 +102,6 @@ def _ready(module: nn.Module, split: Split) -> Iterator[torch.device]:
 
 
 def _right(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Which images get their label, bool (n,); an answer that is not finite gets none."""
     answer = logits(module, x)
     return (answer.argmax(1) == y) & answer.isfinite().all(1)
 

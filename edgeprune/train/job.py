@@ -105,7 +105,6 @@ def augment(
     """Shift each image by up to an eighth of its height, with mirrored borders, and mirror every second one.
 
     Args:
-        x: (N, C, H, W).
         count: of how many images `x` is a part; N when not given. What an image gets does not depend on which
             part it comes in.
         part: which of those images `x` has.
@@ -131,7 +130,6 @@ def decide(module: nn.Module, data: Data, table: TuneTable, seed: int) -> tuple[
     the lower end of the exact interval of the share that is lost lies above, at an error of 5 % over all classes.
 
     Args:
-        module: the dense network, pixels in [0, 1] to logits.
         data: its training images are looked at, at most 2,048 or 20 of each class.
     """
     asked = table.augment != "auto"
@@ -175,7 +173,6 @@ def _fall(plain: Tensor, changed: Tensor, labels: Tensor, names: Sequence[str]) 
 
     Args:
         plain, changed: which images are classified right, bool (n,).
-        labels: int64 (n,).
 
     Returns:
         Zero images where nothing clearly falls.

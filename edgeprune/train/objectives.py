@@ -81,10 +81,7 @@ class Objective:
         return _hybrid(module, (x, adversarial), self.beta if self.attacks else 1.0, part)
 
     def attack(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The adversarial images that it trains on, made in evaluation mode; `x` itself where it makes none.
-
-        Arguments and errors are those of a call. Like `x`, in the ball and in [0, 1], detached.
-        """
+        """The adversarial images that it trains on, made in evaluation mode; `x` itself where it makes none."""
         if not self.attacks:
             return x
         if self.kind == "trades":
@@ -132,13 +129,6 @@ def hybrid_loss(module: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: fl
     """beta CE(f(x), y) + (1 - beta) CE(f(x'), y), each the mean over its own images; both in one batch.
 
     With beta 1 or 0 the images without weight do not go through the network, so batch-norm does not see them.
-
-    Args:
-        module: pixels in [0, 1] to logits (N, K).
-        x: float32 (N, C, H, W), clean.
-        x_adv: like `x`, adversarial.
-        y: int64 (N,), class numbers.
-        beta: share of the clean images, in [0, 1].
     """
     if not 0 <= beta <= 1:
         raise UsageError(f"beta = {beta} must be between 0 and 1")
@@ -151,13 +141,6 @@ def distillation(
     """(1 - weight) CE(student, y) + weight T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
     Means over the images. Hinton et al. 2015; T^2 keeps the gradient's size the same at every temperature.
-
-    Args:
-        student_logits: (N, K).
-        teacher_logits: (N, K), no gradient flows into them.
-        y: int64 (N,), class numbers.
-        weight: share of the teacher, in [0, 1].
-        temperature: T > 0.
     """
     divergence = _divergence(teacher_logits.detach(), student_logits, temperature)
     return (1 - weight) * functional.cross_entropy(student_logits, y) + weight * temperature**2 * divergence

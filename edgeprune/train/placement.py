@@ -53,7 +53,6 @@ def fastest_config(networks: Sequence[nn.Module], example: Tensor, mixed: str = 
 
     Args:
         networks: each takes pixels in [0, 1] to logits.
-        example: images (n, C, H, W) to try it on.
         mixed: "fp32", "bf16", or "auto": bfloat16 on a GPU, where the network takes it, and float32 on a CPU.
             CPUs with AVX-512 BF16 train convolutions in half the time with "bf16" (benchmarks/mixed.py); CPUs
             without it only emulate it, and results would depend on which one it is.

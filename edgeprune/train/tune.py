@@ -70,13 +70,10 @@ def run(  # noqa: PLR0913
     Nothing is learned from held-out images; without training images only the accuracy before is measured.
 
     Args:
-        bundle: the pruned network; not changed.
         calibration: the recipe of `calibration/` whose images set the batch-norm statistics. Where the old
             statistics give a smaller loss on those images, they stay, and the reading says so.
-        teacher: the dense network, to imitate with weight `table.distill`; or None.
         scratch: a folder for the state after each epoch; an interrupted run goes on from there.
         measured: the stage before this one has measured the accuracy of `bundle` already.
-        masks: parameter -> bool like it, False is zero and stays zero; or None.
 
     Returns:
         The tuned bundle, and readings of clean_accuracy with `conditions["stage"]` pruned (unless it was measured

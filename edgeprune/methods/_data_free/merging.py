@@ -154,9 +154,6 @@ def compensate(
 def dead_units(lo: Tensor, hi: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Units that need nothing but to be removed, and units that `compensate` removes exactly.
 
-    Args:
-        lo, hi: (C,) or (C, positions), sound bounds of what the readers get of each unit.
-
     Returns:
         Units that are 0 whatever the input; and units that are always the same other number, at all positions.
     """

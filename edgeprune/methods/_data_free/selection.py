@@ -67,9 +67,6 @@ def entropy(lo: Tensor, hi: Tensor, threshold: float = 0.9) -> Tensor:
     `threshold`, U the width of the hull of all bounds and 0. No probability distribution: up to n / e for n logits.
     Of more than 128 logits, 128 that are spread evenly stand for all i; the cost is that of comparing all with all.
 
-    Args:
-        lo, hi: (B, K).
-
     Returns:
         float64 (B,), >= 0; 0 when all are alike.
     """
@@ -118,9 +115,6 @@ def margin_score(lo: Tensor, hi: Tensor) -> Tensor:
 
     A change of the logits with R below the margin between the best and the second never changes the class. With a
     single logit the width.
-
-    Args:
-        lo, hi: (B, K).
 
     Returns:
         float64 (B,).

@@ -269,7 +269,6 @@ def begin(
 
     Args:
         network: the one that will train, as it is now. choose: norms -> masks, what would stay.
-        table: what it trains by. steps: of an epoch.
     """
     total = steps * table.epochs
     reach = table.lr * sum(share_of_lr(step, total) for step in range(total))

@@ -108,7 +108,6 @@ def rewire(
 
     Args:
         masks: name -> bool (n,). weights, momenta: name -> a tensor of n entries, in row-major order.
-        rate: in [0, 1], `pruning_rate`.
         floors: name -> the least that stay active; a layer that has less already keeps what it has.
     """
     means = {name: _mean(momenta[name], mask) for name, mask in masks.items()}
@@ -143,8 +142,6 @@ def rewire_blocks(
 
     Args:
         masks: name -> bool (n,), two of every block. weights, momenta: name -> a tensor of n entries, row-major.
-        blocks: name -> int64 (b, 4), flat indices; entries in no block stay as they are.
-        rate: in [0, 1].
     """
     new = {name: m.clone() for name, m in masks.items()}
     stayed = {name: m.clone() for name, m in masks.items()}
@@ -169,11 +166,7 @@ def magnitude(values: Tensor) -> Tensor:
 
 
 def with_largest(scores: Tensor, mask: Tensor, count: int) -> Tensor:
-    """A mask with `count` more units: those with the largest scores that it lacks, the first of equal ones.
-
-    Args:
-        scores: float64 (n,), >= 0. mask: bool (n,). count: at most how many it lacks.
-    """
+    """A mask with `count` more units: those with the largest scores that it lacks, the first of equal ones."""
     out = mask.clone()
     out[torch.argsort(scores.masked_fill(mask, -1.0), descending=True, stable=True)[:count]] = True
     return out
@@ -248,10 +241,8 @@ def rewire_channels(
     count is a level, every limit holds, and no group could go up a level without breaking one.
 
     Args:
-        masks: group -> bool (C,), a choice that fits and lies on the levels.
         norms: group -> float64 (C,), what a channel is worth. momenta: group -> float64 (C,), its momentum's norm.
         shares: group -> share of the regrowth (`normalized`).
-        rate: in [0, 1].
     """
     removed = {name: math.floor(rate * int(m.sum()) + ROUNDING) for name, m in masks.items()}
     stayed = {name: drop_smallest(magnitude(norms[name]), m, removed[name]) for name, m in masks.items()}

@@ -161,7 +161,6 @@ def vectors(
     """The vectors of a scope.
 
     Args:
-        scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left.
         least: name -> how many units stay at least.
     """
 

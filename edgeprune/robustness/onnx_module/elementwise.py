@@ -1,7 +1,4 @@
-"""ONNX operators in torch that compute value by value or over axes: activations, arithmetic, reductions.
-
-After the operator documents of ONNX (https://onnx.ai/onnx/operators/).
-"""
+"""ONNX operators in torch that compute value by value or over axes: activations, arithmetic, reductions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""ONNX operators in torch that have kernels or statistics: convolutions, products, pools, normalizations, resizing.
-
-After the operator documents of ONNX (https://onnx.ai/onnx/operators/).
-"""
+"""ONNX operators in torch that have kernels or statistics: convolutions, products, pools, normalizations, resizing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""ONNX operators in torch that move values or read shapes: reshaping, slicing, joining, types.
-
-After the operator documents of ONNX (https://onnx.ai/onnx/operators/).
-"""
+"""ONNX operators in torch that move values or read shapes: reshaping, slicing, joining, types."""
 
 from __future__ import annotations
 

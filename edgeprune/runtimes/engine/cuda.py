@@ -145,11 +145,7 @@ class Cuda:
 
 
 def load(names: tuple[str, ...] = NAMES) -> Cuda:
-    """CUDA's runtime library with the types of its functions.
-
-    Raises:
-        MissingDependency: it is not on this machine.
-    """
+    """CUDA's runtime library with the types of its functions."""
     why = ""
     for name in names:
         try:
