@@ -1,4 +1,4 @@
-"""Functions of one number: where each turns and how steep it gets, and from that bounds of values and of changes.
+"""Activation functions: where each turns and how steep it gets, and from that bounds of values and of changes.
 
 Over [lo, hi] a function's values lie between those at the ends and at the turns inside. f(x + d) - f(x) is d times a
 slope that f has in between (mean value theorem), and slopes have their extremes at the ends and at the bends inside.
@@ -18,9 +18,6 @@ from edgeprune.bounds.interval import Interval, NoRule, rounded, slack
 from edgeprune.models import Call
 
 _ROUNDINGS = 16
-CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "leaky_relu")
-# Slopes of functions that level off have long done so here.
-_FAR = 1e30
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,7 @@ class Curve:
     turns: where it has a local extreme.
     slope: its derivative. bends: where that has an extreme, or jumps: then with the slopes on both sides.
     clamp, leak: f(x) = leak x + (1 - leak) clamp(x, *clamp).
-    cancels: its evaluation makes errors relative to x, not only to f(x). gap: height of a jump it makes.
-    domain: it is not defined below this. steep: its slope has no limit.
+    cancels: its evaluation makes errors relative to x, not only to f(x).
     """
 
     turns: tuple[float, ...] = ()
@@ -40,13 +36,10 @@ class Curve:
     clamp: tuple[float, float] | None = None
     leak: float = 0.0
     cancels: bool = False
-    gap: float = 0.0
-    domain: float = -math.inf
-    steep: bool = False
 
 
 def curve(call: Call) -> Curve | None:
-    """What is known of the function that an operator applies to each number; None when it applies none."""
+    """The function that an operator applies to each number; None when it applies none that is known."""
     make = _CURVES.get(call.op)
     return make(call) if make else None
 
@@ -58,8 +51,6 @@ def applied(call: Call, x: Tensor) -> Tensor:
 
 def values(call: Call, function: Curve, x: Interval) -> Interval:
     """Bounds of f over x, exact but for rounding."""
-    if function.domain > -math.inf and bool((x.lo < function.domain).any()):
-        raise NoRule(f"its input may be below {function.domain:g}")
     first, last = applied(call, x.lo), applied(call, x.hi)
     if function.clamp == (0.0, math.inf) and not function.leak:
         return Interval(first, last)
@@ -69,36 +60,25 @@ def values(call: Call, function: Curve, x: Interval) -> Interval:
         there = applied(call, torch.full_like(lo, turn))
         lo = torch.where(inside, torch.minimum(lo, there), lo)
         hi = torch.where(inside, torch.maximum(hi, there), hi)
-    wide = function.gap + slack(lo.dtype, _ROUNDINGS) * (x.magnitude if function.cancels else 0.0)
+    wide = slack(lo.dtype, _ROUNDINGS) * (x.magnitude if function.cancels else 0.0)
     return rounded(lo - wide, hi + wide, _ROUNDINGS)
 
 
-def changes(function: Curve, change: Interval, x: Interval | None) -> Interval | None:
-    """Bounds of f(x + d) - f(x).
-
-    Returns:
-        None when no bound of the slope is known.
-    """
-    if function.clamp:
-        passed = clamped(change, x, *function.clamp)
-        return change.scaled(function.leak) + passed.scaled(1 - function.leak) if function.leak else passed
-    slopes = _slopes(function, change, x)
-    if slopes is None:
-        return None
-    jump = torch.where((change.lo == 0) & (change.hi == 0), 0.0, function.gap).to(change.lo.dtype)
-    out = change * slopes
-    return Interval(out.lo - jump, out.hi + jump)
+def changes(function: Curve, change: Interval, x: Interval) -> Interval:
+    """Bounds of f(x + d) - f(x), d in `change`."""
+    if function.clamp is None:
+        return change * _slopes(function, change, x)
+    passed = _clamped(change, x, *function.clamp)
+    return change.scaled(function.leak) + passed.scaled(1 - function.leak) if function.leak else passed
 
 
-def clamped(change: Interval, x: Interval | None, low: float, high: float) -> Interval:
+def _clamped(change: Interval, x: Interval, low: float, high: float) -> Interval:
     """Exact bounds of clamp(x + d) - clamp(x), d in `change`; ReLU is the clamp to [0, inf).
 
     It grows with d, so the largest is at the largest d and the smallest at the smallest. Its magnitude is the length
     of [x, x + d] inside [low, high]; as x grows, that rises, stays and falls. So the longest is where x is nearest to
     where it stays, and the shortest is at an end of x.
     """
-    if x is None:
-        return Interval(change.lo.clamp(max=0.0), change.hi.clamp(min=0.0))
     if (low, high) == (0.0, math.inf):
         return _rectified(change, x)
     longest, shortest = _longest(change.hi, x, low, high), _shortest(change.hi, x, low, high)
@@ -108,7 +88,7 @@ def clamped(change: Interval, x: Interval | None, low: float, high: float) -> In
 
 
 def _rectified(change: Interval, x: Interval) -> Interval:
-    """`clamped` for ReLU, in closed form: what is left of d >= 0 above 0, and of d < 0 above -x."""
+    """`_clamped` for ReLU, in closed form: what is left of d >= 0 above 0, and of d < 0 above -x."""
     wide = slack(change.lo.dtype, 1)
     risen = torch.minimum((change.hi + x.hi.clamp(max=0.0)).clamp(min=0.0) * (1 + wide), change.hi)
     fallen = torch.maximum(change.hi, -x.lo.clamp(min=0.0))
@@ -143,13 +123,9 @@ def _length(x: Tensor, change: Tensor, low: float, high: float) -> tuple[Tensor,
     return torch.where(inside, change.abs(), (last - first).abs()), torch.where(inside, zero, error)
 
 
-def _slopes(function: Curve, change: Interval, x: Interval | None) -> Interval | None:
-    if function.slope is None or (x is None and function.steep):
-        return None
-    if x is None:
-        low, high = torch.full_like(change.lo, -_FAR), torch.full_like(change.lo, _FAR)
-    else:
-        low, high = x.lo + change.lo.clamp(max=0.0), x.hi + change.hi.clamp(min=0.0)
+def _slopes(function: Curve, change: Interval, x: Interval) -> Interval:
+    assert function.slope is not None
+    low, high = x.lo + change.lo.clamp(max=0.0), x.hi + change.hi.clamp(min=0.0)
     ends = [function.slope(low), function.slope(high)]
     smallest, largest = torch.minimum(*ends), torch.maximum(*ends)
     for bend, sides in function.bends:
@@ -161,46 +137,6 @@ def _slopes(function: Curve, change: Interval, x: Interval | None) -> Interval |
     return Interval(smallest - wide, largest + wide)
 
 
-def _bell(x: Tensor) -> Tensor:
-    return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return gate * (1 + x * (1 - gate))
-
-
-def _mish_slope(x: Tensor) -> Tensor:
-    gate = torch.tanh(torch.nn.functional.softplus(x))
-    return gate + x * torch.sigmoid(x) * (1 - gate * gate)
-
-
-def _gelu_tanh_slope(x: Tensor) -> Tensor:
-    scale, cubic, x = math.sqrt(2 / math.pi), 0.044715, x.clamp(-100, 100)
-    gate = torch.tanh(scale * (x + cubic * x**3))
-    return (1 + gate) / 2 + x / 2 * (1 - gate * gate) * scale * (1 + 3 * cubic * x * x)
-
-
-def _hardswish_slope(x: Tensor) -> Tensor:
-    return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, (2 * x + 3) / 6)).to(x.dtype)
-
-
-def _elu_slope(x: Tensor, alpha: float, scale: float, inner: float) -> Tensor:
-    return torch.where(x > 0, scale, scale * alpha * inner * torch.exp(inner * x.clamp(max=0.0))).to(x.dtype)
-
-
-def _gelu(call: Call) -> Curve:
-    if call.arg("approximate") == "tanh":
-        bend = 1.4185040087908283555
-        return Curve((-0.75246142207101625849,), _gelu_tanh_slope, ((-bend, ()), (bend, ())), cancels=True)
-    bend = math.sqrt(2)
-
-    def slope(x: Tensor) -> Tensor:
-        return (1 + torch.erf(x / math.sqrt(2))) / 2 + x * _bell(x)
-
-    return Curve((-0.75179152469356445746,), slope, ((-bend, ()), (bend, ())), cancels=True)
-
-
 def _clamp(call: Call) -> Curve:
     limits = [call.arg(n) if n in call.names else None for n in ("min", "max")]
     if any(v is not None and not isinstance(v, (int, float)) for v in limits):
@@ -209,51 +145,34 @@ def _clamp(call: Call) -> Curve:
     return Curve(clamp=(-math.inf if low is None else low, math.inf if high is None else high))
 
 
-def _leaky(call: Call) -> Curve:
-    # Below 0 it falls where the slope there is negative.
-    return Curve((0.0,), clamp=(0.0, math.inf), leak=float(call.arg("negative_slope")))
+def _silu_slope(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
 
 
-def _elu(alpha: float, scale: float = 1.0, inner: float = 1.0) -> Curve:
+def _hardswish_slope(x: Tensor) -> Tensor:
+    return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, (2 * x + 3) / 6)).to(x.dtype)
+
+
+def _gelu(call: Call) -> Curve | None:
+    if call.arg("approximate") == "tanh":
+        return None
+    bend = math.sqrt(2)
+
     def slope(x: Tensor) -> Tensor:
-        return _elu_slope(x, alpha, scale, inner)
+        bell = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        return (1 + torch.erf(x / math.sqrt(2))) / 2 + x * bell
 
-    return Curve((0.0,), slope, ((0.0, (scale, scale * alpha * inner)),), cancels=True)
-
-
-def _softplus(call: Call) -> Curve:
-    beta, threshold = float(call.arg("beta")), float(call.arg("threshold"))
-    if beta <= 0:
-        raise NoRule(f"beta is {beta:g}")
-    # Above its threshold torch takes x itself, which is a little less.
-    return Curve(slope=lambda x: torch.sigmoid(beta * x), gap=math.exp(-threshold) / beta)
+    return Curve((-0.75179152469356445746,), slope, ((-bend, ()), (bend, ())), cancels=True)
 
 
-def _power(exponent: float) -> Curve:
-    if exponent >= 1 and float(exponent).is_integer():
-        return Curve((0.0,), lambda x: exponent * x ** (exponent - 1), ((0.0, ()),), steep=exponent > 1)
-    return Curve(domain=0.0)
-
-
-def _pow(call: Call) -> Curve:
-    exponent = call.arg("exponent")
-    if not isinstance(exponent, (int, float)):
-        raise NoRule("its exponent is a tensor")
-    return _power(exponent)
-
-
-_SELU = (1.6732632423543772848, 1.0507009873554804934)
-_CURVES: Mapping[str, Callable[[Call], Curve]] = {
+_CURVES: Mapping[str, Callable[[Call], Curve | None]] = {
     "relu": lambda _: Curve(clamp=(0.0, math.inf)),
     "relu6": lambda _: Curve(clamp=(0.0, 6.0)),
     "hardtanh": lambda c: Curve(clamp=(c.arg("min_val"), c.arg("max_val"))),
-    "clamp": _clamp,
-    "clamp_min": _clamp,
-    "clamp_max": _clamp,
-    "leaky_relu": _leaky,
-    "elu": lambda c: _elu(c.arg("alpha"), c.arg("scale"), c.arg("input_scale")),
-    "selu": lambda _: _elu(*_SELU),
-    "celu": lambda c: _elu(c.arg("alpha"), 1.0, 1.0 / c.arg("alpha")),
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
+    # Below 0 it falls where the slope there is negative.
+    "leaky_relu": lambda c: Curve((0.0,), clamp=(0.0, math.inf), leak=float(c.arg("negative_slope"))),
     "sigmoid": lambda _: Curve(slope=lambda x: torch.sigmoid(x) * torch.sigmoid(-x), bends=((0.0, ()),)),
     "hardsigmoid": lambda _: Curve(
         slope=lambda x: (x.abs() < 3).to(x.dtype) / 6,
@@ -270,24 +189,5 @@ _CURVES: Mapping[str, Callable[[Call], Curve]] = {
     "hardswish": lambda _: Curve(
         (-1.5,), _hardswish_slope, ((-3.0, (-0.5, 0.0)), (3.0, (1.0, 1.5))), cancels=True
     ),
-    "mish": lambda _: Curve(
-        (-1.1924312145154952121,),
-        _mish_slope,
-        ((-2.25637639636079312, ()), (1.4905711794854284593, ())),
-        cancels=True,
-    ),
     "gelu": _gelu,
-    "softplus": _softplus,
-    "log_sigmoid": lambda _: Curve(slope=lambda x: torch.sigmoid(-x)),
-    "erf": lambda _: Curve(slope=lambda x: _bell(x * math.sqrt(2)) * math.sqrt(8), bends=((0.0, ()),)),
-    "neg": lambda _: Curve(slope=lambda x: -torch.ones_like(x)),
-    "abs": lambda _: Curve((0.0,), torch.sign, ((0.0, (-1.0, 1.0)),)),
-    "exp": lambda _: Curve(slope=torch.exp, steep=True),
-    "square": lambda _: _power(2),
-    "pow": _pow,
-    "sign": lambda _: Curve(),
-    "sqrt": lambda _: Curve(domain=0.0),
-    "log": lambda _: Curve(domain=0.0),
-    "reciprocal": lambda _: Curve(domain=0.0),
-    "rsqrt": lambda _: Curve(domain=0.0),
 }

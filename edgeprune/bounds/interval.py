@@ -85,10 +85,6 @@ class Interval:
         """What lies in both; never empty, for both hold what they bound."""
         return Interval(torch.maximum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
 
-    def contains(self, values: Tensor) -> bool:
-        """Whether every value lies inside; broadcasts."""
-        return bool(((values >= self.lo) & (values <= self.hi)).all())
-
     def __neg__(self) -> Interval:
         return Interval(-self.hi, -self.lo)
 
@@ -160,13 +156,6 @@ class Value:
         wanted = range(self.rank) if axes is None else [a % self.rank for a in axes]
         size = [-1] + [self.shape[a] if a in wanted else -1 for a in range(self.rank)]
         return Interval(self.bounds.lo.expand(size), self.bounds.hi.expand(size))
-
-    def to(self, dtype: torch.dtype) -> Value | None:
-        """The bounds in another dtype, widened when that is a coarser one; None when they are too large for it."""
-        if self.bounds.lo.dtype == dtype:
-            return self
-        cast = rounded(self.bounds.lo.to(dtype), self.bounds.hi.to(dtype))
-        return Value(cast, self.shape) if cast.finite else None
 
     def ranked(self, rank: int) -> Interval:
         """The bounds with axes put in behind the batch, as broadcasting against `rank` axes needs it."""

@@ -1,7 +1,7 @@
 """Operators that move entries and compute nothing: views, permutations, slices, splits, concatenations, padding.
 
 The same rule serves bounds of values and of changes. An axis that is a hull over its positions stays one where the
-operator allows; where entries of it are told apart again, it is spread out first.
+operator allows; else it is spread out first.
 """
 
 from __future__ import annotations
@@ -14,40 +14,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.bounds.interval import Interval, NoRule, Value, constant, rounded
+from edgeprune.bounds.interval import Interval, NoRule, Value, constant
 from edgeprune.models import Call
 
 Moved = Value | tuple[Value, ...]
-_Operand = Value | Tensor
 
 
-def moved(call: Call, args: Sequence[Any]) -> Moved | None:
-    """What becomes of the bounds; None when the operator computes something.
+def moved(call: Call, args: Sequence[Any]) -> Moved:
+    """What becomes of the bounds.
 
     Args:
-        call: the operator. args: its arguments, with a `Value` or a constant tensor for each tensor.
+        args: its arguments, with a `Value` or a constant tensor for each tensor.
     """
-    if call.op in (*_SAME, *_CASTS, *_DROPOUTS):
-        return _same(call, args)
     rule = _RULES.get(call.op)
-    return rule(call, args) if rule else None
+    if rule is None:
+        raise NoRule(f"there is no rule for {call.op}")
+    return rule(call, args)
 
 
 def _same(call: Call, args: Sequence[Any]) -> Value:
     cast = next((a for a in args if isinstance(a, torch.dtype)), torch.float32)
     if cast not in (torch.float32, torch.float64):
         raise NoRule(f"it rounds to {cast}")
-    if call.op in _DROPOUTS and call.arg("train"):
+    if "dropout" in call.op and call.arg("train"):
         raise NoRule("it is random, although the network is in eval mode")
-    return Value(_first(args).bounds, call.shape)
-
-
-def _first(args: Sequence[Any]) -> Value:
-    return _valued(args[0])
-
-
-def _valued(operand: _Operand) -> Value:
-    return operand if isinstance(operand, Value) else constant(operand)
+    return Value(args[0].bounds, call.shape)
 
 
 def _both(x: Value, fn: Callable[[Tensor], Tensor]) -> Interval:
@@ -56,7 +47,7 @@ def _both(x: Value, fn: Callable[[Tensor], Tensor]) -> Interval:
 
 def _view(call: Call, args: Sequence[Any]) -> Value:
     """Axes are regrouped; a group of axes that are hulls throughout stays one."""
-    x = _first(args)
+    x = args[0]
     spread: list[int] = []
     kept: list[int] = []
     for old, new in _groups(x.shape, call.shape):
@@ -88,7 +79,7 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 def _permute(call: Call, args: Sequence[Any]) -> Value:
-    x = _first(args)
+    x = args[0]
     order = list(range(x.rank))
     if call.op == "permute":
         order = [d % x.rank for d in args[1]]
@@ -100,23 +91,14 @@ def _permute(call: Call, args: Sequence[Any]) -> Value:
 
 def _reshaped(call: Call, args: Sequence[Any]) -> Value:
     """squeeze and unsqueeze: axes of size 1 come and go, the others stay."""
-    x = _first(args)
+    x = args[0]
     kept = iter([k for k, size in zip(x.kept, x.shape, strict=True) if size != 1])
     size = (x.bounds.lo.shape[0], *(1 if s == 1 else next(kept) for s in call.shape))
     return Value(_both(x, lambda v: v.reshape(size)), call.shape)
 
 
-def _expand(call: Call, args: Sequence[Any]) -> Value:
-    return Value(_first(args).ranked(len(call.shape)), call.shape)
-
-
-def _select(call: Call, args: Sequence[Any]) -> Value:
-    x, axis, index = _first(args), args[1] % _first(args).rank, args[2]
-    return Value(_both(x, lambda v: v.select(axis + 1, 0 if x.kept[axis] == 1 else index)), call.shape)
-
-
 def _slice(call: Call, args: Sequence[Any]) -> Value:
-    x = _first(args)
+    x = args[0]
     axis = args[1] % x.rank
     if x.collapsed(axis):
         return Value(x.bounds, call.shape)
@@ -130,13 +112,9 @@ def _end(size: int, start: int, length: int) -> int:
 
 
 def _split(call: Call, args: Sequence[Any]) -> tuple[Value, ...]:
-    x = _first(args)
-    axis = (args[-1] if call.op != "unbind" else args[1]) % x.rank
-    size, total = args[1], x.shape[axis]
-    if call.op == "unbind":
-        gone = (*x.shape[:axis], *x.shape[axis + 1 :])
-        picks = [0 if x.kept[axis] == 1 else i for i in range(total)]
-        return tuple(Value(_both(x, lambda v, i=i: v.select(axis + 1, i)), gone) for i in picks)
+    x, size = args[:2]
+    axis = args[-1] % x.rank
+    total = x.shape[axis]
     if call.op == "chunk":
         size = -(-total // size)
     sizes = list(size) if isinstance(size, tuple) else [min(size, total - s) for s in range(0, total, size)]
@@ -161,9 +139,6 @@ def _cat(call: Call, args: Sequence[Any]) -> Value:
     beside = [p for p in args[0] if isinstance(p, Value)]
     parts = [p if isinstance(p, Value) else shrunk(p, beside) for p in args[0]]
     axis = args[1] % len(call.shape)
-    if call.op == "stack":
-        shape = (*call.shape[:axis], 1, *call.shape[axis + 1 :])
-        parts = [Value(_both(p, lambda v: v.unsqueeze(axis + 1)), shape) for p in parts]
     parts = [p for p in parts if p.rank == len(call.shape)]
     if any(p.collapsed(axis) and not torch.equal(p.bounds.lo, p.bounds.hi) for p in parts):
         low = reduce(torch.minimum, [p.bounds.lo.amin(axis + 1, True) for p in parts])
@@ -190,99 +165,33 @@ def shrunk(values: Tensor, beside: Sequence[Value]) -> Value:
     return Value(Interval(value.bounds.lo.amin(axes, True), value.bounds.hi.amax(axes, True)), value.shape)
 
 
-def _turned(call: Call, args: Sequence[Any]) -> Value:
-    """roll and flip: along an axis that is a hull there is nothing to turn."""
-    x = _first(args)
-    if call.op == "flip":
-        dims = [d % x.rank for d in args[1] if not x.collapsed(d % x.rank)]
-        return Value(_both(x, lambda v: v.flip([d + 1 for d in dims])), call.shape)
-    if not args[2]:
-        raise NoRule("it rolls over all axes at once")
-    pairs = [(s, d % x.rank) for s, d in zip(args[1], args[2], strict=True) if not x.collapsed(d % x.rank)]
-    shifts, dims = [s for s, _ in pairs], [d + 1 for _, d in pairs]
-    return Value(_both(x, lambda v: v.roll(shifts, dims) if dims else v), call.shape)
-
-
 def _pad(call: Call, args: Sequence[Any]) -> Moved:
-    x, sides = _first(args), args[1]
+    x, sides = args[:2]
     mode = args[2] if call.op == "pad" else "constant"
     fill = float(args[3 if call.op == "pad" else 2] or 0.0)
+    if mode != "constant":
+        raise NoRule(f"it pads by {mode!r}")
     axes = [x.rank - 1 - i // 2 for i in range(len(sides))]
     open_sides = [0 if x.collapsed(axis) else side for axis, side in zip(axes, sides, strict=True)]
-    if mode != "constant":
-        return _spread(call, args) if any(open_sides) else Value(x.bounds, call.shape)
     out = x.bounds
     if any(x.collapsed(axis) and side > 0 for axis, side in zip(axes, sides, strict=True)):
         out = out.hull(fill)
     pad = functional.pad
     return Value(
-        Interval(pad(out.lo, open_sides, mode, fill), pad(out.hi, open_sides, mode, fill)), call.shape
+        Interval(pad(out.lo, open_sides, value=fill), pad(out.hi, open_sides, value=fill)), call.shape
     )
 
 
-def _shuffle(call: Call, args: Sequence[Any]) -> Moved:
-    """pixel_shuffle and its inverse: between channels and positions."""
-    x, factor = _first(args), args[1]
-    if not (x.collapsed(x.rank - 2) and x.collapsed(x.rank - 1)):
-        return _spread(call, args)
-    inside = x.full([-3])
-    if call.op == "pixel_unshuffle":
-        return Value(
-            Interval(*(v.repeat_interleave(factor**2, -3) for v in (inside.lo, inside.hi))), call.shape
-        )
-    size = (*inside.lo.shape[:-3], -1, factor**2, 1, 1)
-    return Value(Interval(inside.lo.reshape(size).amin(-3), inside.hi.reshape(size).amax(-3)), call.shape)
-
-
-def _masked(call: Call, args: Sequence[Any]) -> Value:
-    if isinstance(args[1], Value):
-        raise NoRule("its mask depends on the input")
-    out = _spread(call, args)
-    return Value(rounded(out.bounds.lo, out.bounds.hi), call.shape) if args[2] else out
-
-
-def _indexed(call: Call, args: Sequence[Any]) -> Moved:
-    if any(isinstance(i, Value) for i in args[1]):
-        raise NoRule("its index depends on the input")
-    return _spread(call, args)
-
-
-def _spread(call: Call, args: Sequence[Any]) -> Value:
-    operands = {i: a.full() for i, a in enumerate(args) if isinstance(a, Value)}
-    batch = max(v.lo.shape[0] for v in operands.values())
-
-    def one(*tensors: Tensor) -> Any:
-        given = list(args)
-        for i, tensor in zip(operands, tensors, strict=True):
-            given[i] = tensor
-        return call.target(*given)
-
-    ends = [
-        torch.vmap(one)(*(end.expand(batch, *end.shape[1:]) for end in side))
-        for side in ([v.lo for v in operands.values()], [v.hi for v in operands.values()])
-    ]
-    return Value(Interval(*ends), call.shape)
-
-
-# What gives the tensor that it takes.
-_SAME = ("alias", "clone", "contiguous", "detach", "lift_fresh_copy")
-_CASTS = ("to", "_to_copy", "type_as")
-_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout")
+PADDING = ("pad", "constant_pad_nd")
 _RULES: Mapping[str, Callable[[Call, Sequence[Any]], Moved]] = {
+    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), _same),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "dropout", "feature_dropout", "alpha_dropout"), _same),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy"), _view),
     **dict.fromkeys(("permute", "transpose", "t"), _permute),
     **dict.fromkeys(("squeeze", "unsqueeze"), _reshaped),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("slice", "narrow"), _slice),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), _split),
-    **dict.fromkeys(("cat", "concat", "stack"), _cat),
-    **dict.fromkeys(("roll", "flip"), _turned),
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _shuffle),
-    "masked_fill": _masked,
-    **dict.fromkeys(("repeat", "select_scatter", "slice_scatter"), _spread),
-    "select": _select,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _split),
+    **dict.fromkeys(("cat", "concat"), _cat),
+    **dict.fromkeys(PADDING, _pad),
     "getitem": _getitem,
-    "index": _indexed,
 }
-MOVES = (*_SAME, *_CASTS, *_DROPOUTS, *_RULES)

@@ -41,7 +41,7 @@ from edgeprune.structure import (
     shared_counts,
 )
 
-RESULT_VERSION = 8
+RESULT_VERSION = 9
 # A budget with one of these says itself how small or fast it is to become.
 SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_banks import RESNET20, Op, built
-from programs import box_of, inputs, outside, run, within
+from programs import box_of, contains, inputs, outside, run, within
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,8 +25,8 @@ from edgeprune.models.tracing import Call, Program, trace
 from edgeprune.records import InputSpec
 
 BANKS = ("activations", "pools", "arithmetic", "moves", "layers")
-# Group norm has no rule.
-NETWORKS = tuple(name for name in nets.NETS if name != "groupnormed")
+# Group norm and transposed convolutions have no rule.
+NETWORKS = tuple(name for name in nets.NETS if name not in ("groupnormed", "transposed"))
 ALL = (*BANKS, *NETWORKS)
 _TRACED: dict[str, tuple[Program, dict[str, Tensor], tuple[int, ...]]] = {}
 
@@ -51,7 +51,7 @@ def test_every_activation_of_every_input_in_the_box_lies_in_its_interval(traced,
     for dtype in (torch.float64, torch.float32):
         for collapsed in (False, True):
             bounds = activation_bounds(program, state, box_of(shape, dtype=dtype), collapsed=collapsed)
-            assert not bounds.unbounded
+            assert not bounds.causes
             assert set(bounds.intervals) >= {c.name for c in program.calls if c.shape} - set(bounds.constants)
             assert outside(bounds, found) == []
 
@@ -235,27 +235,14 @@ def test_a_unit_that_the_change_itself_turns_on_or_off_is_not_taken_for_always_o
     assert near(change, [(0, 0.75), (-2, 1)])
 
 
-PRODUCTS: dict[str, tuple[Op, float]] = {
-    "mul": (lambda x: x[:, :2] * x[:, 2:], 8),
-    "matmul": (lambda x: x.view(1, 2, 2) @ x.view(1, 2, 2), 16),
-    "einsum": (lambda x: torch.einsum("bij,bjk->bik", x.view(1, 2, 2), x.view(1, 2, 2)), 16),
-    "addmm": (lambda x: torch.addmm(x[:, :2], x.view(2, 2), x.view(2, 2)), 18),
-    "div": (lambda x: x[:, :2] / (1 / x[:, 2:]), 8),
-    "square": (torch.square, 8),
-}
-
-
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_the_change_of_a_product_counts_both_changes_together(name: str) -> None:
+def test_the_change_of_a_product_counts_both_changes_together() -> None:
     """1 · 1 becomes 3 · 3: changes by 8, of which 4 are the product of the two changes."""
-    op, wanted = PRODUCTS[name]
-    program = trace(Applied(op), torch.zeros(1, 4))
+    program = trace(Applied(lambda x: x[:, :2] * x[:, 2:]), torch.zeros(1, 4))
     one = torch.ones(1, 4, dtype=torch.float64)
     bounds = activation_bounds(program, {}, Interval(one, one), collapsed=False)
     change = delta_from(program, {}, bounds, {program.input: Interval(2 * one, 2 * one)})
-    exact = torch.full_like(change.lo, wanted)
-    assert change.contains(exact)
-    assert name == "div" or torch.allclose(change.hi, exact)
+    exact = torch.full_like(change.lo, 8)
+    assert contains(change, exact) and torch.allclose(change.hi, exact)
 
 
 @pytest.mark.parametrize("op", [nn.Linear(6, 4), nn.Conv2d(2, 3, 3, padding=1, stride=2)])
@@ -293,7 +280,7 @@ def test_a_box_of_one_point_gives_the_activations_themselves(traced) -> None:
     x = inputs(box_of(shape), 1)[:1]
     bounds = activation_bounds(program, state, Interval(x, x), collapsed=False)
     found = run(program, state, x)[program.output]
-    assert bounds.intervals[program.output].contains(found)
+    assert contains(bounds.intervals[program.output], found)
     attended = program.call(program.output).reads[-1]
     rest = slice(0, -bounds.intervals[attended].lo.numel())
     assert float(bounds.intervals[program.output].width[:, rest].max()) < 1e-9
@@ -316,7 +303,6 @@ def test_collapsed_bounds_hold_all_bounds_of_positions(traced, name: str) -> Non
 PADDED: dict[str, nn.Module] = {
     "conv2d": nn.Conv2d(3, 2, 3, padding=1),
     "conv2d same": nn.Conv2d(3, 2, 3, padding="same"),
-    "conv_transpose2d": nn.ConvTranspose2d(3, 2, 3, 2),
     "avg_pool2d": nn.AvgPool2d(3, 1, 1),
     "avg_pool2d without padding": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
     "max_pool2d": nn.MaxPool2d(3, 1, 1),
@@ -342,15 +328,6 @@ def test_the_border_of_a_padded_image_sees_what_is_padded(name: str) -> None:
             if name in ("max_pool2d", "avg_pool2d without padding"):
                 ends = bounds.intervals[program.output]
                 assert near(Interval(ends.lo.amin(), ends.hi.amax()), [(low, low + 1)])
-
-
-def test_channels_that_become_positions_join_one_hull() -> None:
-    box = Interval(torch.arange(8.0).view(1, 8, 1, 1).expand(1, 8, 3, 3), torch.full((1, 8, 3, 3), 8.0))
-    program = trace(nn.PixelShuffle(2), torch.zeros(1, 8, 3, 3))
-    for collapsed, shape in ((True, (1, 2, 1, 1)), (False, (1, 2, 6, 6))):
-        found = activation_bounds(program, {}, box, collapsed=collapsed).intervals[program.output]
-        assert found.lo.shape == shape
-        assert found.lo.amin((2, 3)).tolist() == [[0, 4]] and found.hi.unique().tolist() == [8]
 
 
 # Functions of one number
@@ -380,26 +357,15 @@ class Functions(list[Call]):
     def __repr__(self) -> str:
         return f"{len(self)} functions"
 
-    def over(self, x: Interval) -> list[tuple[Call, Curve]]:
-        """Those that are defined, and finite, on an interval."""
-        known = [(call, curve(call)) for call in self]
-        return [(c, f) for c, f in known if f and (bool((x.lo > 0).all()) or f.domain < 0)]
+    def known(self) -> list[tuple[Call, Curve]]:
+        return [(call, function) for call in self if (function := curve(call))]
 
 
 @pytest.fixture(scope="module")
 def functions(traced) -> Functions:
     calls = Functions(c for c in traced("activations")[0].calls if len(c.reads) == 1 and curve(c))
     unique = {(c.op, c.args[1:]): c for c in calls}
-    assert {c.op for c in calls} >= {
-        "relu",
-        "hardtanh",
-        "silu",
-        "gelu",
-        "mish",
-        "softplus",
-        "hardswish",
-        "elu",
-    }
+    assert {c.op for c in calls} >= {"relu", "hardtanh", "silu", "gelu", "hardswish", "leaky_relu", "tanh"}
     return Functions(unique.values())
 
 
@@ -426,14 +392,13 @@ def test_no_function_leaves_its_bounds(
     share = torch.tensor([*shares, 0.0, 1.0], dtype=torch.float64)
     points = _between(x, share).unsqueeze(1)
     steps = _between(change, share.flip(0)).unsqueeze(0)
-    for call, function in functions.over(Interval(x.lo + change.lo.clamp(max=0.0), x.hi)):
+    for call, function in functions.known():
         before, after = applied(call, points), applied(call, points + steps)
-        assert values(call, function, x).contains(before), call.name
+        assert contains(values(call, function, x), before), call.name
         moved = changes(function, change, x)
         room = 1e-13 * (1 + before.abs().max() + after.abs().max())
-        if moved is not None:
-            assert bool((after - before >= moved.lo.double() - room).all()), call.name
-            assert bool((after - before <= moved.hi.double() + room).all()), call.name
+        assert bool((after - before >= moved.lo.double() - room).all()), call.name
+        assert bool((after - before <= moved.hi.double() + room).all()), call.name
 
 
 def _between(x: Interval, share: Tensor) -> Tensor:
@@ -441,28 +406,14 @@ def _between(x: Interval, share: Tensor) -> Tensor:
     return torch.maximum(torch.minimum(lo + (hi - lo) * share, hi), lo)
 
 
-def test_a_softplus_that_steps_down_where_it_turns_into_the_identity_is_bounded_at_the_step() -> None:
-    """log(1 + e^2x) / 2 is 2.5034 just below 2.5, and then torch takes x."""
-    program = trace(nn.Softplus(2.0, 5.0), torch.zeros(1, 1))
-    call = program.calls[0]
-    function = curve(call)
-    assert function
-    x = torch.tensor([2.4, 2.5, 2.501], dtype=torch.float64)
-    assert applied(call, x)[1] > 2.503 > applied(call, x)[2]
-    assert values(call, function, Interval(x[:1], x[2:])).contains(applied(call, x))
-    assert values(call, function, Interval(x[1:2], x[2:])).contains(applied(call, x[1:]))
-    down = changes(function, Interval(x[2:] - x[1:2], x[2:] - x[1:2]), Interval(x[1:2], x[1:2]))
-    assert down and down.contains(applied(call, x)[2:] - applied(call, x)[1:2])
-
-
 @settings(max_examples=40)
 @given(low=st.floats(-6, 6, width=32), width=st.floats(0, 6, width=32))
 def test_bounds_of_values_are_reached(functions: Functions, low: float, width: float) -> None:
     x = Interval(torch.tensor([low]).double(), torch.tensor([low + width]).double())
     points = _between(x, torch.linspace(0, 1, 2001, dtype=torch.float64))
-    for call, function in functions.over(x):
+    for call, function in functions.known():
         bound, seen = values(call, function, x), applied(call, points)
-        room = 2 * function.gap + 1e-3 * (seen.max() - seen.min()) + 1e-6 * (1 + seen.abs().max())
+        room = 1e-3 * (seen.max() - seen.min()) + 1e-6 * (1 + seen.abs().max())
         assert bool(bound.lo >= seen.min() - room) and bool(bound.hi <= seen.max() + room), call.name
 
 
@@ -475,62 +426,12 @@ def test_bounds_of_changes_of_clamps_are_reached(
     change = Interval(torch.tensor([change_low]).double(), torch.tensor([change_low + change_width]).double())
     share = torch.linspace(0, 1, 801, dtype=torch.float64)
     points, steps = _between(x, share).unsqueeze(1), torch.cat([change.lo, change.hi]).unsqueeze(0)
-    for call, function in functions.over(x):
+    for call, function in functions.known():
         if function.clamp and 0 <= function.leak <= 1:
             bound = changes(function, change, x)
             seen = applied(call, points + steps) - applied(call, points)
-            assert bound
             assert float(bound.hi) == pytest.approx(float(seen.max()), abs=0.02), call.name
             assert float(bound.lo) == pytest.approx(float(seen.min()), abs=0.02), call.name
-
-
-# Changes where the values themselves are unknown
-
-
-UNKNOWN: dict[str, Op] = {
-    "relu": torch.relu,
-    "hardtanh": functional.hardtanh,
-    "leaky_relu": functional.leaky_relu,
-    "prelu": nn.PReLU(4),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "mish": functional.mish,
-    "hardswish": functional.hardswish,
-    "softplus": functional.softplus,
-    "max_pool": lambda x: functional.max_pool1d(x.unsqueeze(1), 2).flatten(1),
-    "linear": nn.Linear(4, 3),
-    "sum": lambda x: x - x.mean(1, keepdim=True),
-}
-
-
-def test_a_change_of_what_has_no_bound_itself_can_have_one() -> None:
-    """Slopes, weights and windows bound a change wherever the values are."""
-    beside = SideBySide(UNKNOWN)
-    network = nn.Sequential(Applied(lambda x: torch.cumsum(x, 1)), beside)
-    program, state = trace(network, torch.zeros(1, 4)), network.state_dict()
-    bounds = activation_bounds(program, state, box_of((4,)), collapsed=False)
-    assert set(bounds.unbounded) == {c.name for c in program.calls}
-    step = Interval(torch.full((1, 4), -0.2).double(), torch.full((1, 4), 0.3).double())
-    change = delta_from(program, state, bounds, {program.calls[0].name: step})
-    x = 3 * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x[2000:] /= 100
-    beside.double()
-    with torch.no_grad():
-        moved = beside(x + inputs(step, 1999)) - beside(x)
-    assert within(moved, change, moved)
-    assert bool((change.width < 3 * (moved.amax(0) - moved.amin(0))).all())
-
-
-@pytest.mark.parametrize("op", [lambda x: x * x, torch.exp])
-def test_a_change_that_depends_on_unknown_values_has_no_bound(op: Op) -> None:
-    network = nn.Sequential(Applied(lambda x: torch.cumsum(x, 1)), Applied(op))
-    program, state = trace(network, torch.zeros(1, 4)), network.state_dict()
-    bounds = activation_bounds(program, state, box_of((4,)), collapsed=False)
-    step = Interval(torch.full((1, 4), -0.2).double(), torch.full((1, 4), 0.3).double())
-    with pytest.raises(Unbounded, match="cumsum in 0 can't be bounded"):
-        delta_from(program, state, bounds, {program.calls[0].name: step})
 
 
 # Changes: candidates, starts, consumers
@@ -549,19 +450,6 @@ def test_candidates_do_not_know_of_each_other(traced) -> None:
         assert torch.allclose(alone.lo, together.lo[i : i + 1]) and torch.allclose(
             alone.hi, together.hi[i : i + 1]
         )
-
-
-def test_bounds_in_float64_serve_changes_in_float32(traced) -> None:
-    program, state, shape = traced("depthwise")
-    bounds = activation_bounds(program, state, box_of(shape), collapsed=True)
-    amounts = starts_at(program, bounds, "conv2d", 5)
-    fine = delta_from(program, state, bounds, {"conv2d": amounts})
-    coarse = delta_from(program, state, bounds, {"conv2d": Interval(amounts.lo.float(), amounts.hi.float())})
-    assert coarse.lo.dtype == torch.float32 and not coarse.hi[1].any()
-    assert torch.allclose(coarse.lo.double(), fine.lo, rtol=1e-3)
-    assert bool(
-        (coarse.lo[::2].double() <= fine.lo[::2]).all() and (coarse.hi[::2].double() >= fine.hi[::2]).all()
-    )
 
 
 def test_changes_of_several_calls_add_up(traced) -> None:
@@ -619,8 +507,6 @@ LAYERS = {
     "conv without padding": nn.Conv2d(4, 6, 3),
     "grouped conv": nn.Conv2d(4, 6, 3, groups=2),
     "depthwise conv": nn.Conv2d(4, 8, 3, padding=1, groups=4),
-    "transpose": nn.ConvTranspose2d(4, 6, 3, 2, groups=2),
-    "transpose without overlap": nn.ConvTranspose2d(4, 6, 2, 2),
     "conv along one axis": nn.Conv1d(4, 5, 3, padding=1),
 }
 
@@ -689,11 +575,11 @@ class Partly(nn.Module):
 UNCOVERED: dict[str, tuple[Op, str]] = {
     "cumsum": (lambda x: torch.cumsum(x, 1), "there is no rule for cumsum"),
     "fft": (lambda x: torch.fft.fft(x).abs(), "there is no rule for fft_fft"),
-    "log": (torch.log, "its input may be below 0"),
-    "reciprocal": (lambda x: x / x.tanh(), "it divides by what may be 0"),
+    "log": (torch.log, "there is no rule for log"),
+    "quotient": (lambda x: x / x.tanh(), "it divides by something else than a number"),
     "to": (lambda x: x.half().float(), r"it rounds to torch\.float16"),
     "clamp": (lambda x: x.clamp(min=x.mean()), "its limits are tensors"),
-    "div": (lambda x: torch.div(x, 2, rounding_mode="floor"), "it rounds its result"),
+    "div": (lambda x: torch.div(x, 2, rounding_mode="floor"), "or rounds"),
     "dropout": (functional.dropout, "there is no rule for native_dropout"),
     "conv2d": (lambda x: functional.conv2d(x, x[:1, :, :1, :1].tanh()), "its weights depend on the input"),
     "batch_norm": (nn.BatchNorm2d(4, track_running_stats=False), "the statistics of its batch"),
@@ -708,10 +594,10 @@ def test_an_operator_without_a_bound_is_named_and_poisons_only_what_depends_on_i
     program, state = trace(network, torch.zeros(1, *nets.SHAPE)), network.state_dict()
     for collapsed in (False, True):
         bounds = activation_bounds(program, state, box_of(nets.SHAPE), collapsed=collapsed)
-        bad = [c for c in program.calls if c.name in bounds.unbounded]
+        bad = [c for c in program.calls if c.name in bounds.causes]
         assert bad and {c.layer for c in bad} <= {"odd", "odd.op", "", "fc"}
         assert bad[-1].name == program.output
-        messages = {bounds.unbounded[c.name] for c in bad}
+        messages = {str(bounds.causes[c.name]) for c in bad}
         assert len(messages) == 1 and re.search(r"in odd(\.op)? can't be bounded: ", messages.pop())
         assert next(c.name for c in program.calls if c.layer == "even") in bounds.intervals
         start = {program.calls[0].name: Interval(-torch.ones(1, 4).double(), torch.ones(1, 4).double())}
@@ -727,12 +613,10 @@ def test_bounds_that_outgrow_their_dtype_are_not_guessed() -> None:
     network = nn.Sequential(*(linear([[1e10]], [0.0]) for _ in range(6)))
     program, state = trace(network, torch.zeros(1, 1)), network.state_dict()
     fine = activation_bounds(program, state, box_of((1,)), collapsed=False)
-    assert not fine.unbounded and fine.intervals[program.output].hi > 1e59
+    assert not fine.causes and fine.intervals[program.output].hi > 1e59
     coarse = activation_bounds(program, state, box_of((1,), dtype=torch.float32), collapsed=False)
-    assert [c.name for c in program.calls if c.name in coarse.unbounded] == [
-        c.name for c in program.calls[3:]
-    ]
-    assert "outgrow torch.float32" in coarse.unbounded[program.output]
+    assert [c.name for c in program.calls if c.name in coarse.causes] == [c.name for c in program.calls[3:]]
+    assert "outgrow torch.float32" in str(coarse.causes[program.output])
     start = {program.calls[0].name: Interval(-torch.ones(1, 1), torch.ones(1, 1))}
     with pytest.raises(Unbounded, match=r"linear in 4 can't be bounded: its bounds outgrow torch\.float32"):
         delta_from(program, state, fine, start)

@@ -209,9 +209,9 @@ def test_every_unit_is_accounted_for_on_networks_of_every_kind(name: str) -> Non
     gone = sum(g.channels - g.channels // 2 for g in thinned.groups)
     assert thinned.said()[0].startswith(f"Mode stochastic: {thinned.merged} of {gone} units were merged")
     assert ("went alone" in thinned.said()[0]) == (thinned.merged + thinned.free < gone)
-    assert bool(thinned.unbounded) == (name == "groupnormed") and len(thinned.said()) == 1 + bool(
-        thinned.unbounded
-    )
+    assert bool(thinned.unbounded) == (name in ("groupnormed", "transposed")) and len(
+        thinned.said()
+    ) == 1 + bool(thinned.unbounded)
 
 
 class Sorted(nn.Module):

@@ -16,14 +16,6 @@ from edgeprune.models import architectures
 # An operator alone takes what the bank's convolution gives it: (1, 4, 6, 6), values on both sides of 0.
 Op = Callable[[Tensor], Tensor]
 F = functional
-WEIGHTS = torch.linspace(-1, 1, 288).view(144, 2)
-
-
-def _filled(x: Tensor) -> Tensor:
-    y = x.clone()
-    y[:, 0] = 0
-    y[:, 1, 2:4] = 1.0
-    return y
 
 
 ACTIVATIONS: dict[str, Op] = {
@@ -35,35 +27,12 @@ ACTIVATIONS: dict[str, Op] = {
     "clamp_max": lambda x: x.clamp(max=0.3),
     "leaky_relu": F.leaky_relu,
     "leaky_relu that falls": lambda x: F.leaky_relu(x, -0.5),
-    "elu": lambda x: F.elu(x, 2.0),
-    "selu": F.selu,
-    "celu": lambda x: F.celu(x, 0.6),
     "sigmoid": torch.sigmoid,
     "hardsigmoid": lambda x: F.hardsigmoid(3 * x),
     "tanh": torch.tanh,
     "silu": F.silu,
     "hardswish": lambda x: F.hardswish(3 * x),
     "gelu": F.gelu,
-    "gelu by tanh": lambda x: F.gelu(2 * x, approximate="tanh"),
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "softplus with a jump": lambda x: F.softplus(8 * x, 2.0, 5.0),
-    "log_sigmoid": F.logsigmoid,
-    "softsign": F.softsign,
-    "hardshrink": lambda x: F.hardshrink(x, 0.2),
-    "softshrink": lambda x: F.softshrink(x, 0.2),
-    "tanhshrink": F.tanhshrink,
-    "erf": torch.erf,
-    "exp": torch.exp,
-    "abs": torch.abs,
-    "neg": torch.neg,
-    "square": torch.square,
-    "cube": lambda x: x**3,
-    "sqrt": lambda x: (x.abs() + 0.1).sqrt(),
-    "log": lambda x: (x.abs() + 0.1).log(),
-    "rsqrt": lambda x: torch.rsqrt(x.abs() + 0.5),
-    "power": lambda x: (x.abs() + 0.5) ** -1.5,
-    "glu": lambda x: F.glu(x, 1),
 }
 POOLS: dict[str, Op] = {
     "max_pool2d": lambda x: F.max_pool2d(x, 3, 2, 1),
@@ -76,16 +45,11 @@ POOLS: dict[str, Op] = {
     "avg_pool1d": lambda x: F.avg_pool1d(x.flatten(2), 3),
     "adaptive_avg_pool2d to 1": lambda x: F.adaptive_avg_pool2d(x, 1),
     "adaptive_avg_pool2d to 4": lambda x: F.adaptive_avg_pool2d(x, 4),
-    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 2),
     "mean over positions": lambda x: x.mean((2, 3)),
     "mean over channels": lambda x: x.mean(1, keepdim=True),
     "mean over all": lambda x: x.mean().reshape(1, 1),
     "sum over positions": lambda x: x.sum((2, 3)),
     "sum over channels": lambda x: x.sum(1),
-    "amax": lambda x: x.amax((2, 3)),
-    "amin": lambda x: x.amin(1),
-    "max": lambda x: x.max(1)[0],
-    "min": lambda x: x.min(2).values,
     "nearest": lambda x: F.interpolate(x, scale_factor=2),
     "bilinear": lambda x: F.interpolate(x, size=(9, 8), mode="bilinear"),
     "bilinear to the corners": lambda x: F.interpolate(
@@ -96,26 +60,12 @@ ARITHMETIC: dict[str, Op] = {
     "add": lambda x: x + torch.relu(x),
     "add with alpha": lambda x: torch.add(x, torch.relu(x), alpha=-2),
     "add a number": lambda x: x + 1.5,
-    "subtract from a number": lambda x: 1 - x,
     "sub": lambda x: x - torch.tanh(x),
     "mul": lambda x: x * torch.relu(x),
     "mul by a number": lambda x: -2 * x,
     "mul by itself": lambda x: x * x,
-    "div": lambda x: x / (x.abs() + 1),
     "div by a number": lambda x: x / 3,
-    "div a number": lambda x: 1 / (x.abs() + 0.5),
     "gate per channel": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
-    "broadcast from the left": lambda x: x + x.mean((0, 2, 3)).view(-1, 1, 1),
-    "maximum": lambda x: torch.maximum(x, -x),
-    "minimum": lambda x: torch.minimum(x, x * x),
-    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
-    "matmul": lambda x: x @ torch.relu(x),
-    "bmm": lambda x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)),
-    "matmul with a constant": lambda x: x.flatten(1) @ WEIGHTS,
-    "matmul of a constant": lambda x: WEIGHTS[:6].T @ x,
-    "addmm": lambda x: torch.addmm(torch.ones(2), x.flatten(1), WEIGHTS, beta=2, alpha=0.5),
-    "einsum": lambda x: torch.einsum("bchw,bdhw->bcd", x, torch.relu(x)),
-    "normalize": lambda x: F.normalize(x + 3, dim=1),
 }
 MOVES: dict[str, Op] = {
     "cat": lambda x: torch.cat([x, torch.relu(x)], 1),
@@ -124,10 +74,6 @@ MOVES: dict[str, Op] = {
     "chunk": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
     "split": lambda x: x.split([1, 3], 1)[1],
     "uneven split": lambda x: x.split(3, 1)[1],
-    "unbind": lambda x: x.unbind(1)[2],
-    "unbind positions": lambda x: torch.stack(x.unbind(3), 1),
-    "select": lambda x: x[:, 2],
-    "select a position": lambda x: x[:, :, 2],
     "slice": lambda x: x[:, 1:3, ::2, 1:],
     "narrow": lambda x: x.narrow(1, 1, 2),
     "view": lambda x: x.view(1, 2, -1),
@@ -135,22 +81,11 @@ MOVES: dict[str, Op] = {
     "permute": lambda x: x.permute(0, 2, 3, 1).reshape(1, 36, 4)[:, ::2],
     "transpose": lambda x: x.transpose(1, 3).contiguous(),
     "squeeze and unsqueeze": lambda x: x.unsqueeze(1).squeeze(1).unsqueeze(-1),
-    "expand": lambda x: x.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3),
-    "repeat": lambda x: x.repeat(1, 2, 1, 1),
-    "stack": lambda x: torch.stack([x, -x], 2),
-    "roll": lambda x: x.roll((1, 2), (2, 3)),
-    "flip": lambda x: x.flip(1, 3),
     "clone and dropout": lambda x: F.dropout(x.clone().float(), 0.5, training=False),
     "pad": lambda x: F.pad(x, (1, 0, 2, 1)),
     "pad with 3": lambda x: F.pad(x, (1, 0, 2, 1), value=3.0),
     "pad channels": lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)),
-    "pad by reflection": lambda x: F.pad(x, (1, 1, 2, 2), mode="reflect"),
     "crop": lambda x: F.pad(x, (-1, 1, 0, -2)),
-    "pixel_shuffle": lambda x: F.pixel_shuffle(x, 2),
-    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
-    "index": lambda x: x[:, [2, 0, 0]],
-    "masked_fill": lambda x: x.masked_fill(torch.eye(6, dtype=torch.bool), 2.0),
-    "fill": _filled,
     "zeros_like": lambda x: x + torch.zeros_like(x) + x.new_ones(1),
     "in place": lambda x: x.clone().mul_(2).add_(1),
 }
@@ -183,21 +118,11 @@ class Layers(nn.Module):
                 nn.Conv2d(4, 6, 3, groups=2),
                 nn.Conv2d(4, 8, 3, padding=1, groups=4),
                 nn.Conv2d(4, 6, 4, padding="same"),
-                nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
-                nn.ConvTranspose2d(4, 6, 2, 2),
-                nn.ConvTranspose2d(4, 6, 3, 2, 1, 1),
-                nn.ConvTranspose2d(4, 6, 3, 2, groups=2),
-                nn.ConvTranspose2d(4, 6, 3, 2, dilation=2),
-                nn.ConvTranspose2d(4, 6, 1, 3),
                 nn.BatchNorm2d(4),
                 nn.BatchNorm2d(4, affine=False),
-                nn.PReLU(4),
-                nn.PReLU(),
                 nn.Linear(6, 5),
             ]
         )
-        with torch.no_grad():
-            self.plain[14].weight.copy_(torch.tensor([0.25, -0.5, 1.5, 0.0]))
         self.along, self.solid = nn.Conv1d(4, 5, 3, padding=1), nn.Conv3d(1, 2, 3, padding=1)
         self.flat = nn.Linear(4 * 36, 3)
 

@@ -68,7 +68,12 @@ def box_of(
 
 def outside(bounds: Bounds, values: Mapping[str, Tensor]) -> list[str]:
     """The calls that have a value outside of its interval."""
-    return [name for name, interval in bounds.intervals.items() if not interval.contains(values[name])]
+    return [name for name, interval in bounds.intervals.items() if not contains(interval, values[name])]
+
+
+def contains(interval: Interval, values: Tensor) -> bool:
+    """Whether every value lies inside; broadcasts."""
+    return bool(((values >= interval.lo) & (values <= interval.hi)).all())
 
 
 def within(change: Tensor, bound: Interval, scale: Tensor) -> bool:

@@ -12,13 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeprune.bounds import (
-    TRANSPOSED,
-    Bounds,
-    Interval,
-    consumer_impact,
-    delta_from,
-)
+from edgeprune.bounds import Bounds, Interval, consumer_impact, delta_from
 from edgeprune.methods._data_free.merging import dead_units, unit_rows
 from edgeprune.methods._data_free.pairing import Pair
 from edgeprune.models import Call, Program
@@ -246,7 +240,7 @@ def _patch(at: Interval, producer: Call, width: int) -> tuple[Tensor, Tensor]:
     axis = _channel_axis(producer)
     lo = at.lo.movedim(axis, 0).flatten(1).amin(1).double()
     hi = at.hi.movedim(axis, 0).flatten(1).amax(1).double()
-    if producer.op != "linear" and (producer.op in TRANSPOSED or _is_padded(producer)):
+    if producer.op.startswith("conv_transpose") or (producer.op != "linear" and _is_padded(producer)):
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     taps = width // len(lo)
     return lo.repeat_interleave(taps), hi.repeat_interleave(taps)
