@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError, not_short
 from edgeprune.export import Exported, candidates, check_size
-from edgeprune.models import CALL_ERRORS, Logits, Replicas, as_logits
+from edgeprune.models import FORWARD_ERRORS, Logits, Replicas, as_logits
 from edgeprune.onnx_graph import open_onnx
 from edgeprune.records import InputSpec
 
@@ -53,7 +53,7 @@ def alone(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None
             found = made(x)
             if found.shape == known.shape and bool((found - known).abs().max() <= TOLERANCE * scale):
                 return made
-    except (UnsupportedModel, UsageError, ModelError, *CALL_ERRORS):
+    except (UnsupportedModel, UsageError, ModelError, *FORWARD_ERRORS):
         not_short()
     return None
 

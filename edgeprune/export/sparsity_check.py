@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from edgeprune.errors import ModelError, ParityError
+from edgeprune.onnx_graph import ONNX_ERRORS
 
 KEPT, BLOCK = 2, 4
 HINT = "please report this: the masks of the pattern and the file disagree"
@@ -121,7 +121,7 @@ def check_pattern(share: PatternShare, promised: Mapping[str, tuple[int, ...]], 
 def _load(path: Path) -> ModelProto:
     try:
         return onnx.load(path)
-    except (OSError, DecodeError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"{path} is not a readable ONNX model: {error}") from error
 
 

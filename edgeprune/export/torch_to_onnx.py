@@ -9,7 +9,6 @@ from functools import partial
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from onnx import ModelProto, version_converter
 from torch import nn
 from torch.export import ExportedProgram
@@ -160,7 +159,7 @@ def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: 
                 do_constant_folding=False,
             )
             return onnx.load(file)
-    except (*FORWARD_ERRORS, DecodeError) as error:
+    except (*FORWARD_ERRORS, *ONNX_ERRORS) as error:
         raise UnsupportedModel(
             f"torch's TorchScript exporter fails at opset {opset}: {reason(error)}"
         ) from error

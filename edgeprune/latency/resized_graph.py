@@ -28,7 +28,6 @@ PER_CHANNEL = ("BatchNormalization", "InstanceNormalization", "GroupNormalizatio
 CHANNEL = 1
 IMAGE_DIMS = 4
 # Where onnx has no rule or the shapes do not fit, and what numpy says of a reshape that can't be.
-_SHAPE_ERRORS = (*ONNX_ERRORS, ValueError, IndexError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Resizer:
 def _checked(model: ModelProto) -> ModelProto:
     try:
         onnx.checker.check_model(model, full_check=True)
-    except _SHAPE_ERRORS as error:
+    except ONNX_ERRORS as error:
         raise UnsupportedModel(f"the file at other channel counts is not valid: {reason(error)}") from error
     return model
 
@@ -99,7 +98,7 @@ def resizer(model: ModelProto, costs: CostModel) -> Resizer:
     del copy.graph.value_info[:]
     try:
         copy = onnx.shape_inference.infer_shapes(copy, strict_mode=True, data_prop=True)
-    except _SHAPE_ERRORS as error:
+    except ONNX_ERRORS as error:
         raise UnsupportedModel(f"onnx can't infer the shapes of the file: {reason(error)}") from error
     for node in copy.graph.node:
         if any(a.HasField("g") or len(a.graphs) for a in node.attribute):
@@ -159,7 +158,7 @@ class Resized:
             schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
             imports = list(self.source.model.opset_import)
             made = onnx.shape_inference.infer_node_outputs(schema, node, given, data, opset_imports=imports)
-        except _SHAPE_ERRORS as error:
+        except ONNX_ERRORS as error:
             raise UnsupportedModel(
                 f"{old.name} ({old.op_type}) can't be given other channel counts: {reason(error)}"
             ) from error

@@ -16,13 +16,13 @@ from itertools import islice
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from edgeprune.errors import DeviceError, ModelError, NoLayerTimes
 from edgeprune.latency.resized_graph import Resizer, resizer
 from edgeprune.latency.segments import Segment, attribute_times, network_key, parts
 from edgeprune.latency.table import Predictor, Table, Whole, load, predictor, save, table_path
 from edgeprune.models import CostModel
+from edgeprune.onnx_graph import ONNX_ERRORS
 from edgeprune.progress import track
 from edgeprune.serialization import scratch_folder
 from edgeprune.structure import levels, timed_levels
@@ -81,7 +81,7 @@ def subject(file: Path, costs: CostModel) -> ProfiledNetwork:
     """
     try:
         model = onnx.load(file)
-    except (OSError, DecodeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"{file} is not a readable ONNX file: {error}") from error
     source = resizer(model, costs)
     found = parts(source)

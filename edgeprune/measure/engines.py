@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError
 
 from edgeprune.devices import Device, device_from_url
 from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityError, WorkdirError
 from edgeprune.measure.answers import RUNTIME, Logits, predict
+from edgeprune.onnx_graph import ONNX_ERRORS
 from edgeprune.records import Artifact, InputSpec, Target
 from edgeprune.runtimes import CACHE, OLDEST, UNTOLD, beside, digest, workspace_mib
 from edgeprune.serialization import replace_file, scratch_folder
@@ -147,7 +147,7 @@ def precision_of(path: Path) -> str:
     """
     try:
         graph = onnx.load(path, load_external_data=False).graph
-    except (OSError, DecodeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
     if any(node.op_type == "QuantizeLinear" for node in graph.node):
         return "int8"

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from edgeprune import confidence
 from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, ModelError
 from edgeprune.measure.place import EMULATED, Place, held, number_of, place
 from edgeprune.measure.why_not_faster import Clues, words
-from edgeprune.onnx_graph import batch_of
+from edgeprune.onnx_graph import ONNX_ERRORS, batch_of
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading
 from edgeprune.speedup import WIDE, Ratio
@@ -268,7 +267,7 @@ def _batch(path: Path) -> int:
     """How many images one run of a file takes, where the device does not tell: as its input says, 1 if it is free."""
     try:
         return batch_of(onnx.load(path, load_external_data=False)) or 1
-    except (OSError, DecodeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
 
 

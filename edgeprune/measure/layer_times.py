@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from edgeprune import serialization
 from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, ModelError, UsageError
 from edgeprune.measure.place import held
+from edgeprune.onnx_graph import ONNX_ERRORS
 from edgeprune.recipe import MeasureTable
 from edgeprune.runtimes import NodeTime
 
@@ -69,7 +69,7 @@ def node_times(
 def _graph(path: Path) -> onnx.GraphProto:
     try:
         return onnx.load(path, load_external_data=False).graph
-    except (OSError, DecodeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from edgeprune import repair
 from edgeprune.errors import UsageError, not_short
 from edgeprune.methods._base import PruneTask, ScoreMethod, Survey, need_images
-from edgeprune.models import CALL_ERRORS
+from edgeprune.models import FORWARD_ERRORS
 from edgeprune.progress import track
 from edgeprune.repair import Order, positions
 from edgeprune.structure import losses_of
@@ -91,7 +91,7 @@ class Taylor(ScoreMethod):
             plant = repair.Renormalized(network, loss, task.groups, orders)
             tries = min(TRIES, int(work / (count * macs)))
             return Survey(plant.losses(widths), scores, plant.rise, tries)
-        except CALL_ERRORS as error:
+        except FORWARD_ERRORS as error:
             not_short()
             task.notes.append(f"Channels were shared out by their scores, not by what layers miss: {error}.")
             return told

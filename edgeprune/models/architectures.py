@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from edgeprune.errors import MissingDependency, ModelError, UsageError
-from edgeprune.safe_loading import FOREIGN_ERRORS, importable_here, prepare_torchvision
+from edgeprune.safe_loading import USER_CODE_ERRORS, importable_here, prepare_torchvision
 
 _FORMS = (
     "accepted: timm:NAME, torchvision:NAME, package.module:callable or file.py:callable, "
@@ -145,7 +145,7 @@ def _package(name: str) -> Any:
         raise MissingDependency(
             f"--arch {name}: needs the package {missing}", f"pip install {missing}"
         ) from error
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise MissingDependency(
             f"{name} is installed but can't be imported: {error}", f"pip install --upgrade {name}"
         ) from error
@@ -163,7 +163,7 @@ def _from_package(dotted: str, spec: str) -> ModuleType:
             raise UsageError(f"--arch {spec!r}: the package {top} has no module {missing}") from error
         hint = f"pip install {missing.split('.')[0]}, or run in the directory that holds it"
         raise MissingDependency(f"--arch {spec!r} needs the package {missing.split('.')[0]}", hint) from error
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(
             f"--arch {spec!r}: importing {dotted} failed: {type(error).__name__}: {error}"
         ) from error
@@ -188,7 +188,7 @@ def _from_file(path: Path) -> ModuleType:
         raise MissingDependency(
             f"--arch: {path} needs the package {error.name}", f"pip install {error.name}"
         ) from error
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(f"--arch: running {path} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent))
@@ -222,7 +222,7 @@ def _built(build: Callable[..., Any], arguments: dict[str, Any], spec: str) -> n
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = build(**arguments)
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(
             f"--arch {spec!r}: building it failed: {type(error).__name__}: {error}",
             "its arguments are given as ?key=value&key=value",

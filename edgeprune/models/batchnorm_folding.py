@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ModelError, not_short
-from edgeprune.models.inference import CALL_ERRORS, logits, modes
+from edgeprune.models.inference import logits, modes
+from edgeprune.models.torch_export import FORWARD_ERRORS
 
 # Their exact classes: a subclass may compute its weight, and so does a parametrization, which makes a subclass.
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -49,7 +50,7 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
         _replace(copy, {norm for _, norm in pairs})
         _lay_out(copy, example)
         alike = bool(pairs) and all(_alike(module, copy, x) for x in (example, 1 - example))
-    except (ModelError, *CALL_ERRORS):
+    except (ModelError, *FORWARD_ERRORS):
         not_short()
         # A network that can't be copied or run on the example; it says so itself when it is used.
         return module

@@ -100,7 +100,7 @@ def from_module(
         raise UsageError(f"example_inputs must be one float tensor (N, C, H, W), got {found}")
     try:
         copy = deepcopy(module, detached(module))
-    except safe_loading.FOREIGN_ERRORS as error:
+    except safe_loading.USER_CODE_ERRORS as error:
         raise ModelError(
             f"{type(module).__name__} can't be copied: {error}", "give a module that copy.deepcopy takes"
         ) from error
@@ -220,7 +220,7 @@ def _remodulified(data: bytes, where: str) -> nn.Module:
     program = safe_loading.load_pt2(data, where)
     try:
         return remodulify(program)
-    except safe_loading.FOREIGN_ERRORS as error:
+    except safe_loading.USER_CODE_ERRORS as error:
         raise UnsupportedModel(
             f"{where} can't be turned into modules again: {type(error).__name__}: {error}",
             "give the PyTorch model that it was made from: its weights and --arch",
@@ -322,7 +322,7 @@ def _prepare(module: nn.Module, where: str) -> tuple[str, ...]:
     try:
         module.to("cpu").float().eval()
         computed = module.computed if isinstance(module, ExportedNetwork) else compute_once(module)
-    except safe_loading.FOREIGN_ERRORS as error:
+    except safe_loading.USER_CODE_ERRORS as error:
         raise UnsupportedModel(
             f"{type(module).__name__} can't be put in eval mode as float32, with its weights computed: {error}"
         ) from error

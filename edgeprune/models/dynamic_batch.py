@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from edgeprune.errors import not_short
-from edgeprune.safe_loading import FOREIGN_ERRORS
+from edgeprune.models.torch_export import FORWARD_ERRORS
 
 _RESHAPES = ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::_reshape_copy")
 _SPREADING = ("aten::expand", "aten::repeat")
@@ -47,7 +47,7 @@ def free_batch(
         try:
             with torch.no_grad():
                 _Follower(module, freed, shape[0], factories).replace_sizes(images)
-        except FOREIGN_ERRORS:
+        except FORWARD_ERRORS:
             not_short()
             continue
         compile_(module, freed)
@@ -68,7 +68,7 @@ def _works(module: nn.Module, shape: tuple[int, ...], *, tell_apart: bool = Fals
                 return False
             expected = torch.cat(parts)
             return all(_same(module(images[:n]), expected[:n]) for n in (1, 2 * shape[0], _TIMES * shape[0]))
-        except FOREIGN_ERRORS:
+        except FORWARD_ERRORS:
             not_short()
             return False
 

@@ -12,19 +12,8 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel
 from edgeprune.models.from_export import ExportedNetwork
-from edgeprune.models.torch_export import title
-from edgeprune.safe_loading import FOREIGN_ERRORS
+from edgeprune.models.torch_export import FORWARD_ERRORS, title
 
-# What a network's own code may raise when it is called; not KeyboardInterrupt and its kind.
-CALL_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-)
 # Kernels for other batch sizes add up in another order; what mixes images differs by far more of the largest value.
 TOLERANCE = 1e-3
 # Where a network rounds, as in int8, the tolerance is so many times what a change of the images does to its output: by
@@ -50,7 +39,7 @@ def logits(module: nn.Module, x: Tensor) -> Tensor:
     """
     try:
         answer = _main(module(x))
-    except CALL_ERRORS as error:
+    except FORWARD_ERRORS as error:
         mode = "training" if module.training else "evaluation"
         raise ModelError(f"the network fails on a batch {tuple(x.shape)} in {mode} mode: {error}") from error
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(x):
@@ -181,7 +170,7 @@ def _answer(module: nn.Module, x: Tensor, where: str) -> Any:
     try:
         with torch.no_grad():
             return module(x)
-    except FOREIGN_ERRORS as error:
+    except FORWARD_ERRORS as error:
         inside = f" in {entered[-1]}" if entered and entered[-1] else ""
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UnsupportedModel(
@@ -217,7 +206,7 @@ def check_alone(module: nn.Module, x: Tensor, where: str) -> None:
         return
     try:
         together, again = _outputs(module, x), _outputs(module, x)
-    except FOREIGN_ERRORS:
+    except FORWARD_ERRORS:
         if any(m.fixed_batch for m in module.modules() if isinstance(m, ExportedNetwork)):
             return
         raise

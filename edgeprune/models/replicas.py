@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.models.inference import CALL_ERRORS, logits
+from edgeprune.models.inference import logits
+from edgeprune.models.torch_export import FORWARD_ERRORS
 
 # Of malloc.h: from which size on memory comes from the system by itself, and how much may lie idle at the end.
 _TRIM, _MAP = -1, -3
@@ -59,7 +60,7 @@ def on_replicas(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
         return
     try:
         copies = [network, *(_sharing(network) for _ in range(lanes - 1))]
-    except CALL_ERRORS:  # it can't be copied
+    except FORWARD_ERRORS:  # it can't be copied
         yield network
         return
     torch.set_num_threads(threads // lanes)

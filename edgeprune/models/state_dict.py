@@ -12,7 +12,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
-from edgeprune.safe_loading import FOREIGN_ERRORS
+from edgeprune.safe_loading import USER_CODE_ERRORS
 
 _LOG = logging.getLogger("edgeprune")
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params", "ema")
@@ -128,7 +128,7 @@ def _check_tree(module: nn.Module, where: str) -> None:
             *module.state_dict().items(),
         ]
         whole = all(isinstance(name, str) for name in (*parts, *(name for name, _ in kept)))
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(f"{where} holds a damaged network: {error}", "save it again") from error
     if not whole:
         raise ModelError(f"{where} holds a damaged network: its parts have no names", "save it again")

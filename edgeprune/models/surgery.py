@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
+from edgeprune.models.torch_export import FORWARD_ERRORS
 from edgeprune.records import Group, Plan
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-# What a network's forward is known to raise when its tensors do not fit together.
-NETWORK_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError)
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -103,14 +102,14 @@ def proof_failure(
         mask(masked, groups, masks)
         try:
             expected = checked_logits(masked, example.to(dtype))
-        except NETWORK_ERRORS as error:
+        except FORWARD_ERRORS as error:
             if dtype == torch.float64 and "type" in str(error).lower():
                 continue  # a buffer or a cast inside insists on float32
             return f"the masked network fails: {_first_line(error)}"
         try:
             cut(small, removed_positions(groups, masks))
             found = checked_logits(small, example.to(dtype))
-        except (*NETWORK_ERRORS, ModelError) as error:
+        except (*FORWARD_ERRORS, ModelError) as error:
             return f"the network does not run without these channels: {_first_line(error)}"
         return _difference(expected, found, TOLERANCE[dtype])
     return "the network runs in neither float64 nor float32"

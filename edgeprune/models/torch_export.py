@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from edgeprune.errors import UnsupportedModel
 from edgeprune.records import InputSpec
 
-# What running a stranger's forward() may raise; nearly all of torch's export errors are RuntimeErrors.
+# What a network's forward() may raise when it is run, traced or exported; most of torch's own are RuntimeErrors.
 FORWARD_ERRORS = (
     ArithmeticError,
     AssertionError,

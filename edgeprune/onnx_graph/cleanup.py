@@ -25,7 +25,6 @@ FUNCTIONS_IR = 8
 # What torch's exporter notes at a node: the modules that ran it, and the operation with its arguments.
 SCOPES, OPERATION = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
 # onnxslim raises whatever its Python meets, assertions included.
-SLIM_ERRORS = (*ONNX_ERRORS, AttributeError, AssertionError, ArithmeticError, ImportError, OSError)
 
 
 def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: str) -> None:
@@ -76,7 +75,7 @@ def slim(model: ModelProto) -> ModelProto:
             # FusionGemm turns a MatMul on a sequence into Reshape, Gemm, Reshape: more nodes, no gain.
             options: Any = {"skip_fusion_patterns": ["FusionGemm"]}
             slimmed = onnxslim.slim(copy, **options)
-    except SLIM_ERRORS as error:
+    except ONNX_ERRORS as error:
         raise UnsupportedModel(f"onnxslim failed: {reason(error)}") from error
     if not isinstance(slimmed, ModelProto):
         raise UnsupportedModel("onnxslim gave no model")

@@ -26,17 +26,22 @@ from onnx import (
 from edgeprune.errors import ModelError, UnsafeModel, UnsupportedModel, UsageError
 from edgeprune.models import reason
 
-# What onnx and protobuf raise on a model that they can't handle.
+# What onnx, protobuf and onnxslim raise on a file or a model that they can't handle.
 ONNX_ERRORS = (
     onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,
     version_converter.ConvertError,
-    EncodeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
     DecodeError,
-    RuntimeError,
-    ValueError,
-    TypeError,
+    EncodeError,
+    ImportError,
     LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 
 
@@ -137,7 +142,7 @@ def opened(path: Path, *, weights: bool = True) -> ModelProto:
     try:
         for tensor in tensors if weights else ():
             external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
-    except (OSError, RuntimeError, ValueError, TypeError, onnx.checker.ValidationError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"the data of {path} can't be read: {error}") from error
     return model
 
@@ -178,7 +183,7 @@ def _parsed(path: Path) -> ModelProto:
         raise UsageError(
             f"{path} has the name '{name}', which is not UTF-8", "export the file again"
         ) from error
-    except (OSError, DecodeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         raise UsageError(f"{path} is not a readable ONNX file: {error}", HINT) from error
     if not model.graph.node:
         raise UsageError(f"{path} is not a readable ONNX file: there is no graph in it", HINT)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper
 
 from edgeprune.errors import ModelError, ParityError, UnsupportedModel
-from edgeprune.onnx_graph.index import View, title
+from edgeprune.onnx_graph.index import ONNX_ERRORS, View, title
 from edgeprune.onnx_graph.qdq_constants import maker_of
 
 Shape = tuple[int, ...]
@@ -203,7 +202,7 @@ def work_of(path: Path) -> tuple[Work, ...]:
     """
     try:
         graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
-    except (OSError, DecodeError, ValueError, onnx.shape_inference.InferenceError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(f"{path} is not a readable ONNX file: {error}") from error
     shapes = dict(_shapes(graph))
     weights = {tensor.name for tensor in graph.initializer}

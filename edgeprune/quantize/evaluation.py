@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from google.protobuf.message import DecodeError
 from onnx import ModelProto
 from torch import Tensor
 
 from edgeprune import onnx_graph
 from edgeprune.confidence import mcnemar
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
-from edgeprune.onnx_graph import batch_of, freed
+from edgeprune.onnx_graph import ONNX_ERRORS, batch_of, freed
 from edgeprune.quantities import suggest
 from edgeprune.quantize import observers
 from edgeprune.quantize.job import CalibrationSet, Job, Judgement
@@ -257,7 +256,7 @@ def load(path: Path) -> tuple[bytes, ModelProto]:
     try:
         data = path.read_bytes()
         return data, ModelProto.FromString(data)
-    except (OSError, DecodeError) as error:
+    except ONNX_ERRORS as error:
         raise ModelError(
             f"{path} is not a readable ONNX file: {error}", "export the network again"
         ) from error

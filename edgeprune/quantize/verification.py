@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
@@ -60,7 +59,7 @@ def optimized(model: ModelProto) -> ModelProto:
         open_session(model, threads=1, written=written)
         try:
             return onnx.load(written)
-        except (OSError, DecodeError) as error:
+        except ONNX_ERRORS as error:
             raise UnsupportedModel(
                 f"ONNX Runtime {onnxruntime.__version__} can't load the model: {reason(error)}"
             ) from error

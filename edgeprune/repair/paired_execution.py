@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.models import NETWORK_ERRORS, Call, Program, Ref, Weight
+from edgeprune.models import FORWARD_ERRORS, Call, Program, Ref, Weight
 from edgeprune.repair.consumers import tensors_of
 from edgeprune.repair.least_squares import CutOff
 
@@ -162,7 +162,7 @@ def check_batches(network: nn.Module, program: Program, images: Tensor) -> bool:
             side.run(call)
         with torch.no_grad():
             expected = network(images)
-    except NETWORK_ERRORS:
+    except FORWARD_ERRORS:
         return False
     found = side.values[program.output][0]
     return (

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from edgeprune import models, recipe, serialization, targets
@@ -23,7 +22,7 @@ from edgeprune.errors import EdgepruneError, UnsafeModel, UnsupportedModel, Usag
 from edgeprune.measure import RUNTIME, built_engines, choose, predict
 from edgeprune.measure import Place as BuildPlace
 from edgeprune.models import Logits, deployed, load_bundle, sha256_file
-from edgeprune.onnx_graph import ORT_ERRORS, freed, open_session
+from edgeprune.onnx_graph import ONNX_ERRORS, ORT_ERRORS, freed, open_session
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Target
 from edgeprune.robustness.job import ModelUnderAttack
@@ -101,7 +100,7 @@ def _freed(path: Path, out: Path) -> Path | None:
     """A copy whose batch is free, also where reshapes say its size; or None where it can't be written."""
     try:
         model = onnx.load(str(path))
-    except (OSError, DecodeError, ValueError):
+    except ONNX_ERRORS:
         return None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +164,7 @@ def of_file(
     victim = ModelUnderAttack(name, sha256_file(path), answers, twin, dict(others or {}), fast, where)
     try:
         model = onnx.load(str(path))
-    except (OSError, DecodeError, ValueError) as error:
+    except ONNX_ERRORS as error:
         # ONNX Runtime opened it: what is missing are weights beside the file, or it is not in ONNX's own format.
         return _without(victim, f"the file can't be read by the onnx package ({error})")
     quantized = plan.is_quantized(model)

@@ -23,14 +23,13 @@ from edgeprune.errors import MissingDependency, ModelError, UnsafeModel, UsageEr
 from edgeprune.safe_loading.formats import LEGACY_MAGIC, records
 from edgeprune.safe_loading.pickle_interpreter import faults, globals_of
 from edgeprune.safe_loading.pickle_policy import DATA, class_permit, data_objects, fault_in
-from edgeprune.safe_loading.user_code import FOREIGN_ERRORS, importable_here, prepare_torchvision
+from edgeprune.safe_loading.user_code import USER_CODE_ERRORS, importable_here, prepare_torchvision
 
 _LOG = logging.getLogger("edgeprune")
 _MODULE_HOMES = ("torch.nn.modules.", "torchvision.", "timm.")
 _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
 # magic, protocol version, system information, the object itself, the keys of its storages
 _LEGACY_PICKLES = 5
-_LOAD_ERRORS = (*FOREIGN_ERRORS, EOFError, pickle.UnpicklingError)
 
 
 def load_pickle(data: bytes, where: str, *, allow_class: Sequence[str] = (), trust: bool = False) -> Any:
@@ -71,7 +70,7 @@ def _load_restricted(data: bytes, where: str, safe: list[Any]) -> Any:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _unsafe(where, [], [str(error).splitlines()[0]]) from error
-    except _LOAD_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(f"{where} is corrupt or truncated: {_first_line(error)}", "save it again") from error
 
 
@@ -89,7 +88,7 @@ def _load_trusted(data: bytes, where: str) -> Any:
         raise MissingDependency(
             f"{where} needs the package {missing}", f"pip install {missing}, or run beside its file"
         ) from error
-    except _LOAD_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(
             f"{where} can't be unpickled: {type(error).__name__}: {_first_line(error)}"
         ) from error
@@ -127,7 +126,7 @@ def _user_class(name: str) -> type:
         missing = (error.name or module).split(".")[0]
         hint = f"pip install {missing}, or run in the directory that holds it"
         raise MissingDependency(f"--allow-class {name}: no package {missing}", hint) from error
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise UsageError(
             f"--allow-class {name}: importing {module} failed: {type(error).__name__}: {error}"
         ) from error
@@ -168,7 +167,7 @@ def _import_library(package: str, needed: str) -> None:
         raise MissingDependency(
             f"the file holds {needed}, so it needs the package {package}", f"pip install {package}"
         ) from error
-    except FOREIGN_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise MissingDependency(
             f"{package} is installed but can't be imported: {error}", f"pip install --upgrade {package}"
         ) from error

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import logging
-import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from typing import Any
 
 import torch
 from torch._export.serde import schema
-from torch._export.serde.serialize import SerializeError, _dict_to_dataclass
-from torch._export.verifier import SpecViolationError
+from torch._export.serde.serialize import _dict_to_dataclass
 
 from edgeprune.errors import ModelError, UnsafeModel
 from edgeprune.safe_loading.formats import records
@@ -29,10 +27,8 @@ from edgeprune.safe_loading.names import check_name, short
 from edgeprune.safe_loading.pickle_interpreter import faults
 from edgeprune.safe_loading.pickle_policy import DATA
 from edgeprune.safe_loading.pt2_graph import check_program, parts_of
-from edgeprune.safe_loading.user_code import FOREIGN_ERRORS
+from edgeprune.safe_loading.user_code import USER_CODE_ERRORS
 
-# What torch.export may raise on a file that is damaged.
-_LOAD_ERRORS = (*FOREIGN_ERRORS, SerializeError, SpecViolationError, pickle.UnpicklingError, EOFError)
 _MAIN = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
 _CONFIGS = {
@@ -61,7 +57,7 @@ def load_pt2(data: bytes, where: str) -> torch.export.ExportedProgram:
     try:
         with _quiet():
             return torch.export.load(io.BytesIO(data))
-    except _LOAD_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise ModelError(
             f"{where} can't be loaded by torch {torch.__version__}: {_last_line(error)}", "export it again"
         ) from error
@@ -119,7 +115,7 @@ def _check_samples(data: bytes, where: str) -> None:
         raise UnsafeModel(f"{where} was not loaded: its sample inputs hold {found[0]}")
     try:
         torch.load(io.BytesIO(data), weights_only=True)
-    except _LOAD_ERRORS as error:
+    except USER_CODE_ERRORS as error:
         raise UnsafeModel(
             f"{where} was not loaded: its sample inputs are not just tensors: {_last_line(error)}"
         ) from error

@@ -11,19 +11,24 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import PickleError
 
 import torch
+from torch._export.verifier import SpecViolationError
 
-# What foreign code (a user's file, a library's constructor, a network's forward) may raise at us.
-FOREIGN_ERRORS = (
+# What a user's module, a library's constructor or an unpickler may raise.
+USER_CODE_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    EOFError,
     ImportError,
     LookupError,
     NameError,
     OSError,
+    PickleError,
     RuntimeError,
+    SpecViolationError,
     SyntaxError,
     TypeError,
     ValueError,

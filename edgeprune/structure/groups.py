@@ -28,10 +28,6 @@ from edgeprune.records import Group, Member
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU, nn.GroupNorm)
-# What torch-pruning and user code are known to raise on graphs that they don't understand.
-GRAPH_ERRORS = (
-    RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ArithmeticError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def _dependency_graph(copy: nn.Module, example: Tensor) -> Any:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             return graph.build_dependency(copy, example_inputs=example, verbose=False)
-    except (*GRAPH_ERRORS, NotImplementedError, RecursionError) as error:
+    except models.FORWARD_ERRORS as error:
         raise UnsupportedModel(
             f"the layers of {type(copy).__name__} can't be traced for pruning: {type(error).__name__}: {error}",
             "the network must be differentiable from its input to its output and free of in-place tricks on outputs",

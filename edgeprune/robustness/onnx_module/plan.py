@@ -13,7 +13,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from torch import Tensor
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.models import CALL_ERRORS, reason
+from edgeprune.models import FORWARD_ERRORS, reason
 from edgeprune.onnx_graph import ONNX_ERRORS
 from edgeprune.robustness.onnx_module.elementwise import OPERATORS
 from edgeprune.robustness.onnx_module.fake_quantize import (
@@ -118,7 +118,7 @@ def compute(node: Node, x: Inputs) -> tuple[Tensor, ...]:
     """The outputs of a node."""
     try:
         made = TABLE[node.op](node, x)
-    except CALL_ERRORS as error:
+    except FORWARD_ERRORS as error:
         shapes = ", ".join("none" if t is None else str(tuple(t.shape)) for t in x)
         raise UnsupportedModel(
             f"{node.op} {node.name!r} of the file fails in torch on {shapes}: {reason(error)}"
