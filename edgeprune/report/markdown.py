@@ -11,18 +11,14 @@ from edgeprune.records import Report
 from edgeprune.report import rows as rows_module
 from edgeprune.report.history import TITLE as HISTORY
 from edgeprune.report.history import chapters, summary_rows
+from edgeprune.report.html import reading_cells
 from edgeprune.report.rows import (
     candidates,
     comparison,
     facts,
     heading,
-    how_had,
-    interval_of,
     layer_table,
     ledger,
-    quantity,
-    text_of,
-    unit_of,
 )
 from edgeprune.report.unlabelled import HEAD, INTRODUCTION, TITLE, without_labels
 
@@ -96,19 +92,14 @@ def _history(report: Report) -> list[str]:
 def _folds(report: Report) -> list[str]:
     columns, layers = layer_table(report.layers)
     left = list(report.left_out.items())
-    readings = []
-    for r in (*report.before, *report.after):
-        interval = interval_of(r)
-        spread = " to ".join(quantity(edge, unit_of(r)) for edge in interval) if interval else ""
-        conditions = "; ".join(f"{key} {value}" for key, value in facts(r.conditions) if key != "why")
-        readings.append([r.metric, r.artifact, text_of(r), spread, str(r.n), how_had(r), conditions])
+    readings = [reading_cells(r) for r in (*report.before, *report.after)]
     full = table(
         ["metric", "of", "value", "95 % interval", "n", "how and where", "conditions"], readings, numbers=(2,)
     )
     return [
         *(_fold(f"Layers ({len(layers)})", table(columns, layers)) if layers else []),
         *(_fold(f"Groups that were not pruned ({len(left)})", table(["group", "why"], left)) if left else []),
-        *(_fold("How each number was had", full) if readings else []),
+        *(_fold("How each number was obtained", full) if readings else []),
         *_fold("Environment", table(["name", "value"], facts(report.environment))),
         *_fold("Recipe", _code(json.dumps(report.recipe, indent=1, default=str))),
     ]

@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
 
 from edgeprune.quantities import show
 from edgeprune.records import Report
-from edgeprune.report.css import SERIES
 from edgeprune.report.history import TITLE, Chapter, Curve, Plot, chapters
-from edgeprune.report.markup import LONG_TABLE, Markup, cells, element, fold, join, table
+from edgeprune.report.markup import LONG_TABLE, element, join, templates
 from edgeprune.report.rows import LedgerRow, quantity
+
+# The lines of a plot that have names; their colors are in report.css.
+SERIES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
 def widen(low: float, high: float, share: float) -> tuple[float, float]:
@@ -52,13 +57,6 @@ class Bar:
     before: float | None
     after: float | None
     text: str
-
-
-def legend(*items: tuple[str, str]) -> Markup:
-    """The key of a plot: (mark, words) with mark "dense" or "compressed"."""
-    return element(
-        "p", [element("span", element("i", class_=mark), words) for mark, words in items], class_="legend"
-    )
 
 
 def paired_bars(caption: str, bars: Sequence[Bar], number: str, unit: str) -> Markup:
@@ -426,15 +424,17 @@ def _numbers(title: str, plots: Sequence[Plot]) -> Markup:
     """The numbers of plots as a table: all curves, and of long ones some columns from the first to the last."""
     axis = plots[0].axis if len({p.axis for p in plots}) == 1 else "point"
     places = _columns(sorted({at for plot in plots for curve in plot.curves for at in curve.at}))
-    head = [(axis, ""), *((f"{at:g}", "number") for at in places)]
+    head = [axis, *(f"{at:g}" for at in places)]
     rows = []
     for plot in plots:
         for curve in plot.curves:
             values = dict(zip(curve.at, curve.values, strict=True))
             texts = [plot.text(values.get(at)) for at in places]
             name = plot.title if plot.single else curve.name
-            rows.append(cells([name, *texts], numbers=range(1, len(places) + 1)))
-    return fold(f"Numbers: {title}", table(title, head, rows))
+            rows.append([name, *texts])
+    tables: Any = templates().get_template("tables.html").module
+    made = tables.plain_table(title, head, rows, range(1, len(head)))
+    return element("details", element("summary", f"Numbers: {title}"), made)
 
 
 def _columns(places: Sequence[float]) -> list[float]:

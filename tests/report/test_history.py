@@ -14,9 +14,8 @@ from reports import EVIL, ODD, check_page, history, html_of, parts, sample
 
 from edgeprune.records import Report
 from edgeprune.report import stage
-from edgeprune.report.css import SERIES
 from edgeprune.report.history import Chapter, Curve, Plot, chapters, summary_rows
-from edgeprune.report.plots import fixed, lines, ticks, widen
+from edgeprune.report.plots import SERIES, fixed, lines, ticks, widen
 from edgeprune.report.plots import history as section
 
 
