@@ -14,6 +14,6 @@ from edgeprune.models.replicas import Replicas, on_replicas
 from edgeprune.models.storage import Checkpoint, Progress, key, load_plan, load_state, load_tensors, masks_to_tensors
 from edgeprune.models.storage import restore, save_network, save_plan, save_state, save_tensors
 from edgeprune.models.surgery import checked_logits, cut, disturbed, mask, proof_failure
-from edgeprune.models.surgery import removed_positions
+from edgeprune.models.surgery import removed_positions, tensors
 from edgeprune.models.torch_export import FORWARD_ERRORS, PREFIX, capture, check_logits, example, quiet, reason, title
 from edgeprune.models.tracing import Call, Program, Ref, Weight, trace

@@ -23,6 +23,14 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, under each of its names where it is shared; not copied."""
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
+
+
 def removed_positions(
     groups: Sequence[Group], masks: Mapping[str, Tensor]
 ) -> dict[str, tuple[tuple[int, tuple[int, ...]], ...]]:
@@ -42,7 +50,7 @@ def removed_positions(
 
 def mask(network: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
     """Zero, in place, every entry that the removed channels own (statistics stay: a zero scale hides them)."""
-    state = _tensors(network)
+    state = tensors(network)
     with torch.no_grad():
         for name, axes in removed_positions(groups, masks).items():
             if name.rsplit(".", 1)[-1] in _STATISTICS:
@@ -52,7 +60,7 @@ def mask(network: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor
 
 
 def cut(
-    network: nn.Module, tensors: Mapping[str, Sequence[tuple[int, Sequence[int]]]]
+    network: nn.Module, removed: Mapping[str, Sequence[tuple[int, Sequence[int]]]]
 ) -> dict[str, dict[str, int]]:
     """Remove positions from tensors, in place, and set the layers' sizes to match.
 
@@ -62,11 +70,11 @@ def cut(
     Raises:
         ModelError: a tensor is not there or has other sizes than the cut was made for.
     """
-    state = _tensors(network)
+    state = tensors(network)
     replaced: dict[int, nn.Parameter | Tensor] = {}
     touched: dict[str, nn.Module] = {}
     depthwise = {name for name, m in network.named_modules() if _is_depthwise(m)}
-    for name, axes in tensors.items():
+    for name, axes in removed.items():
         if name not in state:
             raise ModelError(
                 f"the plan cuts {name!r}, which this network does not have", "use the network it was made for"
@@ -160,7 +168,7 @@ def _fit_statistics(network: nn.Module, example: Tensor) -> None:
     handles = []
 
     def fit(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        statistics = dict(module.named_buffers(recurse=False))
+        statistics = tensors(module)
         if "running_mean" not in statistics:
             return
         x = inputs[0].detach()
@@ -185,13 +193,6 @@ def _difference(expected: Tensor, found: Tensor, tolerance: float) -> str | None
     if worst <= tolerance * max(scale, 1e-12):
         return None
     return f"cut and masked outputs differ by {worst:.3g} on outputs up to {scale:.3g}"
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(network.named_parameters(remove_duplicate=False)),
-        **dict(network.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _without(name: str, tensor: Tensor, axes: Sequence[tuple[int, Sequence[int]]]) -> nn.Parameter | Tensor:
@@ -226,10 +227,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _resize(module: nn.Module, depthwise: bool) -> dict[str, int]:
     """Set the size attributes of a layer from its tensors; says which it set."""
-    shapes = {
-        name: tuple(t.shape)
-        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors(module).items()}
     weight = shapes.get("weight", shapes.get("running_mean", ()))
     sizes: dict[str, int] = {}
     if not weight:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from edgeprune import models
 from edgeprune.models import Program
 from edgeprune.records import Group
 from edgeprune.repair.input_moments import features, reads_patches
@@ -74,11 +75,11 @@ class Bias:
 def bias_of(program: Program, network: nn.Module, path: str) -> Bias:
     """Where a constant that a layer should add can be put."""
     layer = network.get_submodule(path)
-    own = dict(layer.named_parameters(recurse=False)).get("bias")
+    own = models.tensors(layer).get("bias")
     if own is not None:
         return Bias(own, None)
     norm = _norm_of(program, path)
-    statistics = dict(network.get_submodule(norm).named_buffers(recurse=False)) if norm is not None else {}
+    statistics = models.tensors(network.get_submodule(norm)) if norm is not None else {}
     return Bias(None, statistics.get("running_mean"))
 
 
@@ -97,12 +98,12 @@ def output_scale(program: Program, network: nn.Module, path: str) -> Tensor:
     if norm is None:
         return torch.ones(len(weight))
     module = network.get_submodule(norm)
-    variance = dict(module.named_buffers(recurse=False)).get("running_var")
+    own = models.tensors(module)
+    variance = own.get("running_var")
     if variance is None:
         return torch.ones(len(weight))
     scale = (variance + module.eps).rsqrt()  # type: ignore[operator]
-    own = dict(module.named_parameters(recurse=False)).get("weight")
-    return (scale * own.detach().abs()) if own is not None else scale
+    return (scale * own["weight"].detach().abs()) if "weight" in own else scale
 
 
 def solve(
@@ -118,11 +119,3 @@ def solve(
         (F + 1, O); 0 in the features that may not be used.
     """
     return Ridge(moments, start, keep, constant=constant, ridge=ridge).solve(cross)
-
-
-def tensors_of(network: nn.Module) -> Mapping[str, Tensor]:
-    """Every parameter and buffer by its state-dict name, non-persistent buffers too."""
-    return {
-        **dict(network.named_parameters(remove_duplicate=False)),
-        **dict(network.named_buffers(remove_duplicate=False)),
-    }

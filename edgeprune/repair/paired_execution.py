@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.models import FORWARD_ERRORS, Call, Program, Ref, Weight
-from edgeprune.repair.consumers import tensors_of
+from edgeprune.models import FORWARD_ERRORS, Call, Program, Ref, Weight, tensors
 from edgeprune.repair.least_squares import CutOff
 
 # A batch-norm that hardly scales an output can't pass a correction on.
@@ -124,7 +123,7 @@ class Execution:
 
     def __init__(self, network: nn.Module, program: Program, chunks: Sequence[Tensor]) -> None:
         self.network, self.program = network, program
-        self.state = {**tensors_of(network), **program.constants}
+        self.state = {**tensors(network), **program.constants}
         self.values: dict[str, list[Any]] = {program.input: list(chunks)}
         self._images = [len(chunk) for chunk in chunks]
 

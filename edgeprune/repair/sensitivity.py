@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.models import Program, logits
+from edgeprune.models import Program, logits, tensors
 from edgeprune.progress import track
 from edgeprune.records import Group
 from edgeprune.repair.backward_elimination import Order
-from edgeprune.repair.consumers import Consumer, bias_of, solve, tensors_of
+from edgeprune.repair.consumers import Consumer, bias_of, solve
 from edgeprune.repair.input_moments import positions
 from edgeprune.train import normalizers
 
@@ -109,7 +109,7 @@ class Renormalized:
         for layer in normalizers(self._twin):
             # Without them it takes those of the batch, whatever mode it is put in.
             layer.running_mean = layer.running_var = None  # type: ignore[assignment]
-        self._tensors = tensors_of(self._twin)
+        self._tensors = tensors(self._twin)
         self._known: dict[tuple[int, ...], float] = {}
         with torch.no_grad():
             self._dense = loss(self._twin)
@@ -224,7 +224,7 @@ class _Thinned:
 
     def _blind(self, solved: Set[str]) -> None:
         """The others don't see the units any more: grouped and transposed convolutions, very wide layers."""
-        self._before += _without(tensors_of(self._plant.bare), self._group, self._gone, solved)
+        self._before += _without(tensors(self._plant.bare), self._group, self._gone, solved)
 
     def _remember(self, tensor: Tensor) -> None:
         self._before.append((tensor, tensor.detach().clone()))

@@ -284,11 +284,7 @@ def _tensors(
             return [(f"{prefix}weight", 1, module.in_features, 0, "consumer")]
         return _with_bias(module, prefix, "producer")
     if isinstance(module, PER_CHANNEL):
-        found = [
-            (k, v)
-            for k, v in (*module.named_parameters(), *module.named_buffers())
-            if v is not None and v.ndim == 1
-        ]
+        found = [(name, tensor) for name, tensor in models.tensors(module).items() if tensor.ndim == 1]
         if any(v.shape[0] == 1 for _, v in found) and isinstance(module, nn.PReLU):
             return []  # one slope for all channels
         return [(f"{prefix}{k}", 0, v.shape[0], 0, "norm") for k, v in found]

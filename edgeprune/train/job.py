@@ -47,7 +47,7 @@ def optimizer_of(module: nn.Module, table: TuneTable) -> torch.optim.Optimizer:
     raise UsageError(found, suggest(table.optimizer, OPTIMIZERS))
 
 
-def momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+def momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     """What an optimizer remembers of a parameter's gradients.
 
     Returns:

@@ -45,8 +45,8 @@ def holding(network: nn.Module, stays: Mapping[str, Tensor]) -> Hooks:
     return Hooks(before_step=mask_gradients, after_step=mask_weights)
 
 
-def _pairs(network: nn.Module, stays: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-    named = dict(network.named_parameters(remove_duplicate=False))
+def _pairs(network: nn.Module, stays: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    named = models.tensors(network)
     return [(named[name], keep.to(named[name].device)) for name, keep in stays.items()]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgeprune.methods._data_free.impact import Moments, expected_activations
+from edgeprune.models import tensors
 from edgeprune.models.tracing import trace
-from edgeprune.repair.consumers import tensors_of
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,7 +42,7 @@ def of(*functions: Function, affine: bool = True) -> tuple[list[Moments | None],
             norm.weight.data = torch.randn(6, generator=generator)
             norm.bias.data = torch.randn(6, generator=generator)
     program = trace(network, nets.example())
-    found = expected_activations(program, tensors_of(network))
+    found = expected_activations(program, tensors(network))
     return [found.get(call.reads[0]) for call in program.calls if call.op == "sin"], network
 
 
@@ -161,19 +161,19 @@ def test_nothing_is_said_of_what_is_not_known() -> None:
 
 def test_without_batch_norm_nothing_is_known() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
-    assert expected_activations(trace(network, nets.example()), tensors_of(network)) == {}
+    assert expected_activations(trace(network, nets.example()), tensors(network)) == {}
 
 
 def test_a_batch_norm_that_remembers_nothing_says_nothing() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
-    assert expected_activations(trace(network.eval(), nets.example()), tensors_of(network)) == {}
+    assert expected_activations(trace(network.eval(), nets.example()), tensors(network)) == {}
 
 
 @pytest.mark.parametrize("name", nets.NETS)
 def test_what_is_known_has_a_value_for_each_channel(name: str) -> None:
     network = nets.build(name)
     program = trace(network, nets.example())
-    found = expected_activations(program, tensors_of(network))
+    found = expected_activations(program, tensors(network))
     for call in program.calls:
         if call.name in found:
             moments = found[call.name]
@@ -194,5 +194,5 @@ def test_a_network_whose_statistics_fit_its_data_has_the_expected_means() -> Non
         network.a[1].running_var.copy_(answers.var((0, 2, 3)))
         real = torch.relu(network.a[1](answers))
     program = trace(network, nets.example())
-    found = expected_activations(program, tensors_of(network))[program.readers("b.0.weight")[0].reads[0]]
+    found = expected_activations(program, tensors(network))[program.readers("b.0.weight")[0].reads[0]]
     torch.testing.assert_close(found.mean, real.mean((0, 2, 3)).double(), rtol=0.05, atol=0.03)

@@ -22,9 +22,9 @@ from edgeprune.methods._data_free.merging import (
     why_not_mergeable,
 )
 from edgeprune.methods._data_free.pairing import Pair, greedy_matching, pair_saliency, scaled_saliency
+from edgeprune.models import tensors
 from edgeprune.models.tracing import trace
 from edgeprune.records import Group
-from edgeprune.repair.consumers import tensors_of
 from edgeprune.structure import groups
 
 SAMPLES = 20
@@ -37,7 +37,7 @@ def scene_of(
     program = trace(network, x)
     box = programs.box_of(tuple(x.shape[1:]), 0.0, 1.0)
     with torch.no_grad():
-        bounds = activation_bounds(program, tensors_of(network), box, collapsed=collapsed)
+        bounds = activation_bounds(program, tensors(network), box, collapsed=collapsed)
     return BoundedNetwork(program, network, bounds), groups.find_groups(network, x).groups
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from tracing_once import traced
 
+from edgeprune.models import tensors
 from edgeprune.records import Group
-from edgeprune.repair.consumers import bias_of, consumers_of, output_scale, solve, tensors_of
+from edgeprune.repair.consumers import bias_of, consumers_of, output_scale, solve
 from edgeprune.repair.input_moments import patches
 from edgeprune.structure.groups import find_groups
 
@@ -110,7 +111,7 @@ def test_the_scale_of_an_output_is_that_of_the_batch_norm_behind() -> None:
 def test_every_tensor_has_its_name() -> None:
     network = nets.build("plain")
     network.register_buffer("passing", torch.ones(2), persistent=False)
-    found = tensors_of(network)
+    found = tensors(network)
     assert set(found) == {*network.state_dict(), "passing"} and found["fc.weight"] is network.fc.weight
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from edgeprune.bounds import Bounds, Interval, consumer_impact, delta_from
 from edgeprune.methods._data_free.merging import dead_units, unit_rows
 from edgeprune.methods._data_free.pairing import Pair
-from edgeprune.models import Call, Program
+from edgeprune.models import Call, Program, tensors
 from edgeprune.records import Group, InputSpec
-from edgeprune.repair import bias_of, tensors_of
+from edgeprune.repair import bias_of
 from edgeprune.structure import follow
 
 _NODES = 33
@@ -130,7 +130,7 @@ def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) ->
         for start in range(0, len(pairs), BATCH):
             part = pairs[start : start + BATCH]
             starts = _removals(scene, group, part, means) if alone else _merges(scene, group, part)
-            found.append(delta_from(scene.program, tensors_of(scene.network), scene.bounds, starts))
+            found.append(delta_from(scene.program, tensors(scene.network), scene.bounds, starts))
     return Interval(torch.cat([i.lo for i in found]).double(), torch.cat([i.hi for i in found]).double())
 
 
@@ -146,7 +146,7 @@ def mean_contribution(program: Program, network: nn.Module, group: Group) -> dic
 
     The means are those that batch-norms remember; 0 where none says them, or the reader has nowhere to put them.
     """
-    expected = expected_activations(program, tensors_of(network))
+    expected = expected_activations(program, tensors(network))
     found: dict[str, Tensor] = {}
     for call, _ in _reads(program, group):
         path = call.weights[0].rpartition(".")[0]
@@ -195,7 +195,7 @@ def _removals(
         left = torch.stack([mean[list(positions[u])].mean() for u in units])
         change = Interval(left - high.amax(1)[units], left - low.amin(1)[units])
         entries = [positions[u] for u in units]
-        starts[call.name] = consumer_impact(scene.program, tensors_of(scene.network), call, entries, change)
+        starts[call.name] = consumer_impact(scene.program, tensors(scene.network), call, entries, change)
     return starts
 
 

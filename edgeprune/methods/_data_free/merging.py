@@ -75,7 +75,7 @@ def unit_rows(network: nn.Module, group: Group) -> Rows:
     tied = _tied(group)
     if tied is not None:
         raise UnsupportedModel(f"the units of {group.name} are no rows of one layer: {tied}")
-    state = _tensors(network)
+    state = models.tensors(network)
     made = {m.tensor: m for m in group.members if m.role == "producer"}
     weight = next(m for m in made.values() if m.tensor.endswith("weight"))
     incoming = _by_unit(state[weight.tensor], weight).double()
@@ -105,7 +105,7 @@ def merge(network: nn.Module, group: Group, pairs: Sequence[Pair]) -> None:
         )
     if not pairs:
         return
-    state = _tensors(network)
+    state = models.tensors(network)
     with torch.no_grad():
         for member in group.members:
             if member.role != "consumer":
@@ -188,25 +188,17 @@ def _layers(group: Group, role: str) -> list[str]:
     return list(dict.fromkeys(_path(m.tensor) or m.tensor for m in group.members if m.role == role))
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    tensors = (
-        *network.named_parameters(remove_duplicate=False),
-        *network.named_buffers(remove_duplicate=False),
-    )
-    return {name: tensor.detach() for name, tensor in tensors}
-
-
 def _by_unit(tensor: Tensor, member: Member) -> Tensor:
     """(C, all entries that each unit owns in a tensor)."""
     places = torch.tensor(member.positions)
-    return tensor.movedim(member.axis, 0)[places.flatten()].reshape(len(places), -1)
+    return tensor.detach().movedim(member.axis, 0)[places.flatten()].reshape(len(places), -1)
 
 
 def _affine(network: nn.Module, member: Member) -> tuple[Tensor, Tensor]:
     """Gain and offset of each unit in a batch-norm in eval mode, float64 (C,)."""
     layer = network.get_submodule(_path(member.tensor))
-    tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-    units = {k: _by_unit(v.detach(), member)[:, 0].double() for k, v in tensors.items() if v.ndim == 1}
+    tensors = models.tensors(layer)
+    units = {k: _by_unit(v, member)[:, 0].double() for k, v in tensors.items() if v.ndim == 1}
     gain = units.get("weight", torch.ones(())) / torch.sqrt(units["running_var"] + layer.eps)  # type: ignore[operator]
     return gain, units.get("bias", torch.zeros(())) - units["running_mean"] * gain
 
@@ -262,4 +254,4 @@ def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> 
 
 
 def _has_bias(network: nn.Module, layer: str) -> bool:
-    return dict(network.get_submodule(layer).named_parameters(recurse=False)).get("bias") is not None
+    return "bias" in models.tensors(network.get_submodule(layer))

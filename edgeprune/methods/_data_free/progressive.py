@@ -34,10 +34,9 @@ from edgeprune.methods._data_free.selection import (
     margin_score,
     paper_score,
 )
-from edgeprune.models import Program
+from edgeprune.models import Program, tensors
 from edgeprune.progress import bar
 from edgeprune.records import Group
-from edgeprune.repair import tensors_of
 from edgeprune.structure import channel_sums
 
 # How the units of a group can go: merged with equal weight, merged in proportion, alone.
@@ -144,7 +143,7 @@ class Thinning:
         if self.rules.mode == "baseline":
             return None
         with torch.no_grad():
-            bounds = activation_bounds(self.program, tensors_of(self.network), self.box, collapsed=True)
+            bounds = activation_bounds(self.program, tensors(self.network), self.box, collapsed=True)
         return BoundedNetwork(self.program, self.network, bounds)
 
     def _alone(self, group: Group, units: list[int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune import models
 from edgeprune.errors import UsageError
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Group
@@ -212,7 +213,7 @@ class Deadwood:
 
     def shrink(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         """The proximal step of the penalty, after a step of learning rate `lr`."""
-        parameters = dict(self.network.named_parameters(remove_duplicate=False))
+        parameters = models.tensors(self.network)
         for name, gone in self.gone.items():
             kappa = lr * self.pull * self.sigma[name] * self.bank.values[name]
             tau = self.penalty.tau * self.sigma[name]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune import models
 from edgeprune.methods._dnr.rewiring import (
     ROUNDING,
     ChannelBudget,
@@ -85,7 +86,7 @@ class SparseTraining:
 
     def __post_init__(self) -> None:
         """Find the masked parameters, and zero what is not there."""
-        named = dict(self.network.named_parameters(remove_duplicate=False))
+        named = models.tensors(self.network)
         names = dict.fromkeys(self.units.sizes)
         if self.units.granularity == "channel":
             members = [member for group in self.units.groups.values() for member in group.members]
