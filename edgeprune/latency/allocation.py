@@ -9,13 +9,12 @@ leave over is given back, and pairs are exchanged as long as less importance is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from edgeprune.latency.table import TIME, TimedCosts
 from edgeprune.progress import bar
-from edgeprune.structure import Allocation, Rules, by_shares, fitting_levels, levels
+from edgeprune.structure import Allocation, Choice, Rules, by_shares, fitting_levels, levels
 
 # Exchanges of two groups' steps; each takes the best of all there are.
 EXCHANGES = 60
@@ -35,26 +34,25 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     if rules.cuts is not None:
         kept = by_shares(steps, costs, rules.limits, rules.cuts)
         return Allocation(kept, costs.cost(kept), multiple)
-    state = State(dict(costs.channels), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    state = TimedChoice({}, {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
     finer = {g: _finer(costs.channels[g], s, multiple, rules.floor) for g, s in steps.items()}
     best: tuple[float, dict[str, int]] | None = None
     for start in _starts(state, steps):
         state.put(start)
-        _give_back(state, steps)
+        state.give_back(steps, jump=True)
         _exchange(state, steps)
-        _give_back(state, finer)
-        lost = sum(state.losses[g][k] for g, k in state.kept.items() if g in state.losses)
-        if best is None or lost < best[0]:
-            best = (lost, dict(state.kept))
+        state.give_back(finer, jump=True)
+        if best is None or state.total_lost < best[0]:
+            best = (state.total_lost, dict(state.kept))
     assert best is not None, "the descent always ends"
     return Allocation(best[1], costs.cost(best[1]), multiple)
 
 
-def _starts(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+def _starts(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
     """Choices that fit, to be improved: by a greedy descent, and by prices of time that are just high enough."""
     dense = {g: counts[0] for g, counts in steps.items()}
     state.put(dense)
-    _descend(state, steps)
+    state.descend(steps, jump=True)
     found = [dict(state.kept)]
     if found[0] == dense:
         return found
@@ -74,7 +72,7 @@ def _starts(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str
     return [found[0], *[kept for kept in list(unique.values())[::-1] if kept != found[0]][:STARTS]]
 
 
-def _relax(state: State, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
+def _relax(state: TimedChoice, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
     for _ in range(SWEEPS):
         changed = False
         for group, counts in steps.items():
@@ -91,25 +89,12 @@ def _relax(state: State, steps: Mapping[str, tuple[int, ...]], price: float) -> 
             return
 
 
-@dataclass
-class State:
-    """A choice that is being made: the counts now, what they cost, and what another count of one group would cost."""
-
-    kept: dict[str, int]
-    losses: Mapping[str, list[float]]
-    costs: TimedCosts
-    limits: Mapping[str, float]
-    now: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.now = self._all(self.kept)
-
-    def _all(self, kept: Mapping[str, int]) -> dict[str, float]:
-        cost = self.costs.cost(kept)
-        return {metric: cost[metric] for metric in self.limits}
+class TimedChoice(Choice):
+    """Counts that are being chosen; of a change only the parts that it touches are timed anew."""
 
     def after(self, changes: Mapping[str, int]) -> dict[str, float]:
         """The costs when these groups keep so many."""
+        assert isinstance(self.costs, TimedCosts)
         clock = self.costs.clock
         new = {**self.kept, **changes}
         out = {}
@@ -121,64 +106,8 @@ class State:
             out[TIME] = self.now[TIME] + sum(clock.of(p, new) - clock.of(p, self.kept) for p in touched)
         return out
 
-    def fits(self, cost: Mapping[str, float]) -> bool:
-        """Whether every limit holds."""
-        return all(cost[m] <= limit for m, limit in self.limits.items())
 
-    def lost(self, group: str, count: int) -> float:
-        """The importance that is lost more than now when a group keeps so many."""
-        values = self.losses.get(group)
-        return values[count] - values[self.kept[group]] if values else 0.0
-
-    def put(self, kept: Mapping[str, int]) -> None:
-        """Start anew from these counts; groups that are missing keep all of their channels."""
-        self.kept = {**self.costs.channels, **kept}
-        self.now = self._all(self.kept)
-
-    def move(self, group: str, count: int) -> None:
-        """Let a group keep so many."""
-        self.now = self.after({group: count})
-        self.kept[group] = count
-
-
-def _descend(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
-    """Always the jump with the least importance lost per (relative) cost saved, until everything fits."""
-    while not state.fits(state.now):
-        over = {m: limit for m, limit in state.limits.items() if state.now[m] > limit}
-        best: tuple[float, int, str] | None = None
-        for group, counts in steps.items():
-            for count in (c for c in counts if c < state.kept[group]):
-                after = state.after({group: count})
-                # More than is needed is worth nothing.
-                saved = sum((state.now[m] - max(after[m], limit)) / limit for m, limit in over.items())
-                if saved <= 0:
-                    continue
-                price = max(0.0, state.lost(group, count)) / saved
-                if best is None or (price, -count) < (best[0], -best[1]):
-                    best = (price, count, group)
-        if best is None:
-            # No single step helps; all floors together do, as was checked.
-            for group, counts in steps.items():
-                state.move(group, counts[-1])
-            return
-        state.move(best[2], best[1])
-
-
-def _give_back(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise what still fits, dearest importance first; of equal ones what costs no time."""
-    while True:
-        best: tuple[float, int, str] | None = None
-        for group, counts in steps.items():
-            for count in (c for c in counts if c > state.kept[group]):
-                gain = -state.lost(group, count)
-                if (best is None or (gain, count) > best[:2]) and state.fits(state.after({group: count})):
-                    best = (gain, count, group)
-        if best is None:
-            return
-        state.move(best[2], best[1])
-
-
-def _exchange(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
+def _exchange(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> None:
     for _ in range(EXCHANGES):
         best: tuple[float, str, int, str, int] | None = None
         for up, counts in steps.items():
@@ -193,11 +122,11 @@ def _exchange(state: State, steps: Mapping[str, tuple[int, ...]]) -> None:
         _, up, more, down, fewer = best
         state.move(up, more)
         state.move(down, fewer)
-        _give_back(state, steps)
+        state.give_back(steps, jump=True)
 
 
 def _cheapest(
-    state: State, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
+    state: TimedChoice, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
 ) -> tuple[float, str, int] | None:
     """What another group can give so that the raised one fits: importance lost in all (< 0), group, count."""
     best: tuple[float, str, int] | None = None
@@ -239,7 +168,7 @@ def refine(
     """
     losses, costs, rules = problem
     _, steps = fitting_levels(losses, costs, rules, timed=True)
-    state = State(dict(start), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    state = TimedChoice(dict(start), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
     best, vain, left = together(state.kept), 0, tries
     with bar(tries, "what layers can miss together") as advance:
         moves = _moves(state, steps)
@@ -257,7 +186,7 @@ def refine(
     return dict(state.kept)
 
 
-def _moves(state: State, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+def _moves(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
     found = []
     for up, counts in steps.items():
         for more in [c for c in counts if c > state.kept[up]][-UP:]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy import optimize
 
 from edgeprune import serialization
 from edgeprune.errors import WorkdirError
@@ -35,7 +36,6 @@ THRIFT = 1e-4
 REACH = 0.2
 DOUBT = 0.3
 _ROUNDS = 4
-_STEPS = 3
 _RIDGE = 1e-6
 # Errors count relative to the time, but below this share of the longest time of its kind they count alike.
 _SMALL = 0.01
@@ -100,36 +100,14 @@ def _terms(widths: Array) -> Array:
 
 
 def _nonnegative(a: Array, b: Array) -> Array:
-    """x >= 0 with the least |a x - b|^2 + a price for each x_i: an active set, on columns of length 1."""
+    """x >= 0 with the least |a x - b|^2 + THRIFT times the sum of x, on columns of length 1."""
     length = np.maximum(np.linalg.norm(a, axis=0), 1e-30)
-    unit = a / length
     # Columns are nearly alike (blocks of 4 and 8 at aligned widths), so a little is added to the diagonal.
-    gram = unit.T @ unit + _RIDGE * np.eye(a.shape[1])
-    target = unit.T @ b - THRIFT * math.sqrt(len(b))
-    x, active = np.zeros(a.shape[1]), np.zeros(a.shape[1], bool)
-    for _ in range(_STEPS * a.shape[1]):
-        slope = np.where(active, -np.inf, target - gram @ x)
-        best = int(slope.argmax())
-        if slope[best] <= 1e-9 * max(1.0, float(np.abs(target).max())):
-            break
-        active[best] = True
-        x = _inside(gram, target, x, active)
-    return x / length
-
-
-def _inside(gram: Array, target: Array, x: Array, active: npt.NDArray[np.bool_]) -> Array:
-    """The least squares of the active entries; those that would go below 0 leave the set (which is changed)."""
-    while active.any():
-        wish = np.zeros_like(x)
-        wish[active] = np.linalg.solve(gram[np.ix_(active, active)], target[active])
-        low = active & (wish <= 0)
-        if not low.any():
-            return wish
-        step = float((x[low] / np.maximum(x[low] - wish[low], 1e-300)).min())
-        x = x + min(1.0, step) * (wish - x)
-        active &= x > 1e-15
-        x = np.where(active, x, 0.0)
-    return np.zeros_like(x)
+    ridge = math.sqrt(_RIDGE)
+    rows = np.concatenate([a / length, ridge * np.eye(a.shape[1])])
+    # The price of each entry goes into the right-hand side: it lowers rows^T target by THRIFT sqrt(n).
+    target = np.concatenate([b, np.full(a.shape[1], -THRIFT * math.sqrt(len(b)) / ridge)])
+    return optimize.nnls(rows, target)[0] / length
 
 
 SCHEMA = "edgeprune.latency-table/1"

@@ -7,7 +7,7 @@ Where no choice on those levels meets the budget, finer levels are tried, and th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -92,13 +92,15 @@ def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Alloca
             comparable between groups unless `rules.cuts` decides.
     """
     multiple, steps = fitting_levels(losses, costs, rules)
-    kept = (
-        _cheapest(losses, steps, costs, rules.limits)
-        if rules.cuts is None
-        else by_shares(steps, costs, rules.limits, rules.cuts)
-    )
-    if rules.cuts is None and multiple > 1:
-        kept = _fill(kept, losses, multiple // 2, (costs, rules))
+    if rules.cuts is not None:
+        kept = by_shares(steps, costs, rules.limits, rules.cuts)
+        return Allocation(kept, costs.cost(kept), multiple)
+    choice = Choice({}, {g: values.tolist() for g, values in losses.items()}, costs, rules.limits)
+    choice.put(_cheapest(choice, steps))
+    if multiple > 1:
+        halves = {g: levels(costs.channels[g], multiple // 2, rules.floor) for g in steps}
+        choice.give_back({g: counts for g, counts in halves.items() if choice.kept[g] in counts})
+    kept = {g: choice.kept[g] for g in steps}
     return Allocation(kept, costs.cost(kept), multiple)
 
 
@@ -196,88 +198,121 @@ def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _cheapest(
-    given: Mapping[str, Tensor],
-    steps: dict[str, tuple[int, ...]],
-    costs: Costs,
-    limits: Mapping[str, float],
-) -> dict[str, int]:
-    losses = {g: values.tolist() for g, values in given.items()}
-    weights: list[Mapping[str, float]] = [{}]
-    dense = costs.cost({})
-    over = [m for m, limit in limits.items() if dense[m] > limit]
+@dataclass
+class Choice:
+    """Counts that are being chosen, what they cost, and what is lost by them."""
+
+    kept: dict[str, int]
+    losses: Mapping[str, list[float]]
+    costs: Costs
+    limits: Mapping[str, float]
+    now: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.put(self.kept)
+
+    def put(self, kept: Mapping[str, int]) -> None:
+        """Start anew from these counts; groups that are missing keep all of their channels."""
+        self.kept = {**self.costs.channels, **kept}
+        self.now = self._limited(self.kept)
+
+    def _limited(self, kept: Mapping[str, int]) -> dict[str, float]:
+        cost = self.costs.cost(kept)
+        return {metric: cost[metric] for metric in self.limits}
+
+    def after(self, changes: Mapping[str, int]) -> dict[str, float]:
+        """The costs when these groups keep so many."""
+        return self._limited({**self.kept, **changes})
+
+    def fits(self, cost: Mapping[str, float]) -> bool:
+        """Whether every limit holds."""
+        return _fits(cost, self.limits)
+
+    def lost(self, group: str, count: int) -> float:
+        """The importance that is lost more than now when a group keeps so many."""
+        values = self.losses.get(group)
+        return values[count] - values[self.kept[group]] if values else 0.0
+
+    def move(self, group: str, count: int) -> None:
+        """Let a group keep so many."""
+        self.now = self.after({group: count})
+        self.kept[group] = count
+
+    def descend(
+        self,
+        steps: Mapping[str, tuple[int, ...]],
+        *,
+        jump: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Greedy: always the step with the least importance lost per (relative) cost saved, until everything fits.
+
+        Args:
+            jump: a step may go to any lower count, and what it saves beyond a limit is worth nothing.
+            weights: metric -> what its saving counts; without, those whose limit is exceeded count alike.
+        """
+        while not self.fits(self.now):
+            over = {m: 1.0 for m, limit in self.limits.items() if self.now[m] > limit}
+            best: tuple[float, int, str] | None = None
+            for group, counts in steps.items():
+                lower = [c for c in counts if c < self.kept[group]]
+                for count in lower if jump else lower[:1]:
+                    after = self.after({group: count})
+                    saved = sum(
+                        weight
+                        * (self.now[m] - max(after[m], self.limits[m] if jump else 0.0))
+                        / self.limits[m]
+                        for m, weight in (weights or over).items()
+                    )
+                    if saved <= 0:
+                        continue
+                    price = max(0.0, self.lost(group, count)) / saved
+                    if best is None or (price, -count) < (best[0], -best[1]):
+                        best = (price, count, group)
+            if best is None:
+                # No single step helps; all floors together do, as was checked.
+                self.put({g: counts[-1] for g, counts in steps.items()})
+                return
+            self.move(best[2], best[1])
+
+    def give_back(self, steps: Mapping[str, tuple[int, ...]], *, jump: bool = False) -> None:
+        """Raise what still fits, dearest importance first; of equal ones the larger count."""
+        while True:
+            best: tuple[float, int, str] | None = None
+            for group, counts in steps.items():
+                higher = [c for c in counts if c > self.kept[group]]
+                for count in higher if jump else higher[-1:]:
+                    gain = -self.lost(group, count)
+                    if (best is None or (gain, count) > best[:2]) and self.fits(self.after({group: count})):
+                        best = (gain, count, group)
+            if best is None:
+                return
+            self.move(best[2], best[1])
+
+    @property
+    def total_lost(self) -> float:
+        """The importance that is lost in all."""
+        return sum(self.losses[g][k] for g, k in self.kept.items() if g in self.losses)
+
+
+def _cheapest(choice: Choice, steps: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The counts that lose least, of descents that weigh several limits in several proportions."""
+    dense = {g: counts[0] for g, counts in steps.items()}
+    choice.put(dense)
+    over = [m for m, limit in choice.limits.items() if choice.now[m] > limit]
+    weights: list[Mapping[str, float] | None] = [None]
     for k in range(1, WEIGHINGS if len(over) > 1 else 0):
         share = k / WEIGHINGS
         weights += [
             {m: share if m == first else (1 - share) / (len(over) - 1) for m in over} for first in over[:-1]
         ]
-    found = [_descend(losses, steps, costs, limits, weigh) for weigh in weights]
-    return min(found, key=lambda kept: sum(losses[g][k] for g, k in kept.items()))
-
-
-def _descend(
-    losses: dict[str, list[float]],
-    steps: dict[str, tuple[int, ...]],
-    costs: Costs,
-    limits: Mapping[str, float],
-    weights: Mapping[str, float],
-) -> dict[str, int]:
-    """Greedy: always the step with the least importance lost per (relative) cost saved, then what can be given back.
-
-    weights: metric -> what its saving counts, while any limit is exceeded; {}: of those that are exceeded, alike.
-    """
-    at = dict.fromkeys(steps, 0)
-    kept = {g: s[0] for g, s in steps.items()}
-    now = costs.cost(kept)
-    while not _fits(now, limits):
-        prices = weights or dict.fromkeys((m for m, limit in limits.items() if now[m] > limit), 1.0)
-        best: tuple[float, str, dict[str, float]] | None = None
-        for group, levels_ in steps.items():
-            if at[group] + 1 == len(levels_):
-                continue
-            after = costs.cost({**kept, group: levels_[at[group] + 1]})
-            saved = sum(weight * (now[m] - after[m]) / limits[m] for m, weight in prices.items())
-            lost = losses[group][levels_[at[group] + 1]] - losses[group][kept[group]]
-            price = lost / saved if saved > 0 else float("inf")
-            if best is None or price < best[0]:
-                best = (price, group, after)
-        assert best is not None, "the floor of every group was checked to fit"
-        _, group, now = best
-        at[group] += 1
-        kept[group] = steps[group][at[group]]
-    return _give_back(kept, at, steps, losses, (costs, limits))
-
-
-def _give_back(
-    kept: dict[str, int],
-    at: dict[str, int],
-    steps: dict[str, tuple[int, ...]],
-    losses: dict[str, list[float]],
-    fit: tuple[Costs, Mapping[str, float]],
-) -> dict[str, int]:
-    """The last step often saves more than was needed: undo what still fits, dearest importance first."""
-    costs, limits = fit
-    while True:
-        gains = []
-        for group, index in at.items():
-            if index and _fits(costs.cost({**kept, group: steps[group][index - 1]}), limits):
-                gains.append((losses[group][kept[group]] - losses[group][steps[group][index - 1]], group))
-        if not gains:
-            return kept
-        _, group = max(gains)
-        at[group] -= 1
-        kept = {**kept, group: steps[group][at[group]]}
-
-
-def _fill(
-    kept: dict[str, int], losses: Mapping[str, Tensor], multiple_of: int, fit: tuple[Costs, Rules]
-) -> dict[str, int]:
-    costs, rules = fit
-    steps = {g: levels(costs.channels[g], multiple_of, rules.floor) for g in kept}
-    steps = {g: s if kept[g] in s else (kept[g],) for g, s in steps.items()}
-    at = {g: s.index(kept[g]) for g, s in steps.items()}
-    lost = {g: values.tolist() for g, values in losses.items()}
-    return _give_back(kept, at, steps, lost, (costs, rules.limits))
+    found: list[tuple[float, dict[str, int]]] = []
+    for weigh in weights:
+        choice.put(dense)
+        choice.descend(steps, weights=weigh)
+        choice.give_back(steps)
+        found.append((choice.total_lost, dict(choice.kept)))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def by_shares(
