@@ -3,4 +3,4 @@
 # fmt: off
 from edgeprune.export.stage import RESULT_VERSION, check_reload, run, save_modules
 from edgeprune.export.tensorrt_support import check_for_tensorrt
-from edgeprune.export.torch_to_onnx import Exported, candidates, check_size, opset_of
+from edgeprune.export.torch_to_onnx import Exported, candidates, check_size

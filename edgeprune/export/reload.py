@@ -1,14 +1,10 @@
-"""Run in a fresh process: rebuild a compressed network from what a run leaves behind, and answer images.
-
-The program reads a request from stdin and writes its answer to a file; `export/stage.py` starts it. It
-proves that the files are enough: nothing of the process that made them is there.
-"""
+"""Run in a fresh process: rebuild a compressed network from the files of a run alone, and compute its logits."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +25,8 @@ PLAN, WEIGHTS, PROGRAM = "plan.json", "weights.safetensors", "model.pt2"
 class PlanFile:
     """`plan.json`: all that a pruned network needs besides its weights.
 
-    edgeprune: the version that wrote it. source: where the original network came from. input: what it eats.
-    plans: the cuts, to be replayed on the original in this order. labels: names of the classes.
+    edgeprune: the version that wrote it. source: where the original network came from. plans: the cuts, to be replayed
+    on the original in this order.
     """
 
     edgeprune: str
@@ -42,10 +38,10 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class Request:
-    """What to rebuild and ask.
+    """What to rebuild and run.
 
-    folder: where the run's files are. pixels: a safetensors file with `pixels` (M, C, H, W). out: where to
-    answer. ways: "plan" (original architecture, plan and weights), "program" (model.pt2 alone).
+    folder: of the run's files. pixels: a safetensors file with `pixels` (M, C, H, W). out: where the logits go.
+    ways: "plan" (original architecture, plan and weights), "program" (model.pt2 alone).
     """
 
     folder: str
@@ -56,14 +52,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What went wrong: way -> (message, hint). The others' logits (M, K) are in the file `out`."""
+class Response:
+    """Way -> (message, hint) of what failed. The others' logits (M, K) are in the file `out`."""
 
     errors: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def main() -> int:
-    """Serve one request; 0 when an answer was written."""
+    """Serve one request from stdin; 0 when a response was written."""
     request = serialization.from_json(Request, json.load(sys.stdin))
     # Importing a user's architecture may print; nobody reads it here.
     try:
@@ -75,38 +71,29 @@ def main() -> int:
     return 0
 
 
-def _serve(request: Request) -> Answer:
+def _serve(request: Request) -> Response:
     torch.set_num_threads(request.threads)
     pixels = load_tensors(Path(request.pixels))["pixels"]
     logits: dict[str, Tensor] = {}
     errors: dict[str, tuple[str, str]] = {}
     for way in request.ways:
         try:
-            logits[way] = _answer(_WAYS[way](Path(request.folder)), pixels)
+            network = deployed(_rebuild(way, Path(request.folder))).eval()
+            with torch.no_grad():
+                logits[way] = torch.cat([network(image[None]) for image in pixels])
         except NoRoom:
             raise
         except EdgepruneError as error:
             errors[way] = (error.message, error.hint)
     save_tensors(logits, Path(request.out))
-    return Answer(errors)
+    return Response(errors)
 
 
-def _from_plan(folder: Path) -> Bundle:
+def _rebuild(way: str, folder: Path) -> Bundle:
+    if way == "program":
+        return load_bundle(ModelTable(path=str(folder / PROGRAM)))
     known = serialization.read(PlanFile, folder / PLAN, ModelError)
     return rebuild(known.source, known.input, known.plans, folder / WEIGHTS)
-
-
-def _from_program(folder: Path) -> Bundle:
-    return load_bundle(ModelTable(path=str(folder / PROGRAM)))
-
-
-_WAYS: Mapping[str, Callable[[Path], Bundle]] = {"plan": _from_plan, "program": _from_program}
-
-
-def _answer(bundle: Bundle, pixels: Tensor) -> Tensor:
-    network = deployed(bundle).eval()
-    with torch.no_grad():
-        return torch.cat([network(image[None]) for image in pixels])
 
 
 if __name__ == "__main__":

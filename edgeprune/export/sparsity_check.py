@@ -1,8 +1,7 @@
-"""Which weights of an ONNX file hold the 2:4 pattern: of every four inputs in a row, at most two are not zero.
+"""Which weights of an ONNX file hold the 2:4 pattern: at most two of every four consecutive inputs are not zero.
 
-What counts is what a sparse kernel sees: blocks of four along the input channels, for each output and each position
-of the kernel by itself, as TensorRT asks for it. A weight is followed from where it is stored to the node that applies
-it, through transposes, reshapes and casts, so that it does not matter how an exporter or a simplifier laid it out.
+Blocks of four lie along the input channels, for each output and kernel position, as TensorRT takes them.
+A weight is followed through the transposes, reshapes and casts between its initializer and the node that applies it.
 """
 
 from __future__ import annotations
@@ -10,33 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from edgeprune.errors import ModelError, ParityError
-from edgeprune.onnx_graph import ONNX_ERRORS
+from edgeprune.errors import ParityError
+from edgeprune.onnx_graph import Array, attribute, subgraphs
 
 KEPT, BLOCK = 2, 4
 HINT = "please report this: the masks of the pattern and the file disagree"
 
-Array = npt.NDArray[Any]
-# What a constant value is made from: the name of the initializer, and the entries.
-_Origin = tuple[str, Array]
+# The name of the initializer that a constant comes from, and the entries.
+_Constant = tuple[str, Array]
+_LAYOUT = ("Transpose", "Reshape", "Identity", "Cast")
+_WEIGHT_INPUTS: Mapping[str, Sequence[int]] = {
+    "Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Weight:
     """One weight as one kind of node applies it.
 
-    name: of the initializer. op: of the node. shape: as the node gets it. inputs: products in one sum, of one group
-    and one position of the kernel. blocks: how many blocks of four there are along them; what is left over at the end
-    belongs to none. broken: how many of the blocks have more than two entries that are not zero. first: where the
-    first of those is.
+    shape: as the node reads it. inputs: products in one sum, of one group and one kernel position. blocks: of four
+    inputs; a remainder at the end belongs to none. first: where the first broken block is.
     """
 
     name: str
@@ -67,7 +63,7 @@ class PatternShare:
     @property
     def holding(self) -> tuple[Weight, ...]:
         """Those that a sparse kernel may take and that hold the pattern."""
-        return tuple(w for w in self.weights if w.eligible and w.holds)
+        return tuple(w for w in self.eligible if w.holds)
 
     @property
     def eligible(self) -> tuple[Weight, ...]:
@@ -75,40 +71,43 @@ class PatternShare:
         return tuple(w for w in self.weights if w.eligible)
 
 
-def pattern_share(model: ModelProto | Path) -> PatternShare:
-    """Look at the weight of every Conv, ConvTranspose, Gemm and MatMul of a model, those in branches included."""
-    found = _load(model) if isinstance(model, Path) else model
-    weights: dict[Weight, None] = {}
-    for node, constants in _applied(found.graph, {}):
-        for name, array, axis in _operands(node, constants):
-            groups = _attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
-            weights[_look(name, node.op_type, array, (axis, groups))] = None
-    return PatternShare(tuple(weights))
+def pattern_share(model: ModelProto) -> PatternShare:
+    """The weight of every Conv, ConvTranspose, Gemm and MatMul of a model, branches included."""
+    return PatternShare(tuple(dict.fromkeys(_weights(model.graph, {}))))
 
 
 def check_pattern(share: PatternShare, promised: Mapping[str, tuple[int, ...]], file: str) -> str:
-    """Hold a file against what a method promised.
+    """Check that a file holds the pattern in every promised weight.
 
-    A parameter is looked for under its name, which exporting keeps. One that an exporter renamed is looked for by its
-    number of entries: then as many other weights of this size must hold the pattern as were renamed.
+    Exporting keeps the names of parameters. For those that an exporter renamed, as many other weights with the same
+    number of entries must hold the pattern.
 
     Args:
         promised: parameter -> its shape, for every parameter whose mask holds the pattern.
+        file: its name, for messages.
 
     Returns:
-        One sentence: how many weights hold the pattern, of how many that a sparse kernel might take.
+        One sentence: how many weights hold the pattern, of how many that a sparse kernel may take.
+
+    Raises:
+        ParityError: a promised weight is not in the file, or breaks the pattern.
     """
     named = [w for w in share.weights if w.name in promised]
     broken = [w for w in named if not w.holds]
     if broken:
-        raise ParityError(_complaint(broken, len(promised), file), HINT)
+        raise ParityError(_describe_broken(broken, len(promised), file), HINT)
     renamed: dict[int, list[str]] = {}
     for name in sorted(set(promised) - {w.name for w in named}):
         renamed.setdefault(prod(promised[name]), []).append(name)
     for size, names in renamed.items():
         others = [w for w in share.weights if w.name not in promised and prod(w.shape) == size]
         if sum(w.holds for w in others) < len(names):
-            raise ParityError(_missing(names, others, size, file), HINT)
+            found = ", ".join(f"{w.name} ({w.broken} of {w.blocks} blocks broken)" for w in others) or "none"
+            raise ParityError(
+                f"{file} does not hold the 2:4 pattern that was promised for {', '.join(names)}: no weight has that "
+                f"name, and of other weights with {size} entries there are {found}",
+                HINT,
+            )
     blocks = sum(w.blocks for w in share.holding)
     rest = len(share.eligible) - len(share.holding)
     others = f"; {rest} that could hold it do{'es' if rest == 1 else ''} not" if rest else ""
@@ -118,14 +117,7 @@ def check_pattern(share: PatternShare, promised: Mapping[str, tuple[int, ...]], 
     )
 
 
-def _load(path: Path) -> ModelProto:
-    try:
-        return onnx.load(path)
-    except ONNX_ERRORS as error:
-        raise ModelError(f"{path} is not a readable ONNX model: {error}") from error
-
-
-def _complaint(broken: Sequence[Weight], promised: int, file: str) -> str:
+def _describe_broken(broken: Sequence[Weight], promised: int, file: str) -> str:
     worst = broken[0]
     what = (
         f"{worst.broken} of {worst.blocks} blocks of {worst.name} {worst.shape} have more than {KEPT} entries that are "
@@ -136,108 +128,66 @@ def _complaint(broken: Sequence[Weight], promised: int, file: str) -> str:
     return f"{file} breaks the 2:4 pattern in {len(broken)} of the {promised} promised weights: {what}"
 
 
-def _missing(names: Sequence[str], others: Sequence[Weight], size: int, file: str) -> str:
-    seen = ", ".join(f"{w.name} ({w.broken} of {w.blocks} blocks broken)" for w in others) or "none"
-    return (
-        f"{file} does not hold the 2:4 pattern that was promised for {', '.join(names)}: no weight has that name, and "
-        f"of other weights with {size} entries there are {seen}"
-    )
-
-
-def _applied(graph: GraphProto, outer: Mapping[str, _Origin]) -> Iterator[tuple[NodeProto, _Constants]]:
-    constants = _Constants(graph, outer)
+def _weights(graph: GraphProto, outer: Mapping[str, _Constant]) -> Iterator[Weight]:
+    constants = {**outer, **{t.name: (t.name, numpy_helper.to_array(t)) for t in graph.initializer}}
     for node in graph.node:
-        if node.op_type in _ROLES:
-            yield node, constants
-        for attribute in node.attribute:
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _applied(body, constants.origins)
+        for position in _WEIGHT_INPUTS.get(node.op_type, ()):
+            name, array = constants.get(node.input[position], ("", np.zeros(0)))
+            if array.ndim > 1:
+                yield _weight(name, array, node, position)
+        for body in subgraphs(node):
+            yield from _weights(body, constants)
+        made = _constant(node, constants)
+        if made is not None:
+            constants[node.output[0]] = made
 
 
-class _Constants:
-    """Values that no input of the model changes. origins: value -> (the initializer it comes from, its entries)."""
-
-    def __init__(self, graph: GraphProto, outer: Mapping[str, _Origin]) -> None:
-        arrays = ((item.name, numpy_helper.to_array(item)) for item in graph.initializer)
-        self.origins: dict[str, _Origin] = {**outer, **{name: (name, array) for name, array in arrays}}
-        for node in graph.node:
-            made = self._of(node)
-            if made is not None:
-                self.origins[node.output[0]] = made
-
-    def _of(self, node: NodeProto) -> _Origin | None:
-        if node.op_type == "Constant":
-            value = next((a.t for a in node.attribute if a.name == "value"), None)
-            return None if value is None else (node.output[0], numpy_helper.to_array(value))
-        data = [self.origins.get(name) for name in node.input]
-        if node.op_type not in _PASSING or not data or any(origin is None for origin in data):
-            return None
-        (name, array), *rest = [origin for origin in data if origin is not None]
-        return name, _passed(node, array, [extra for _, extra in rest])
-
-
-def _passed(node: NodeProto, array: Array, rest: Sequence[Array]) -> Array:
+def _constant(node: NodeProto, known: Mapping[str, _Constant]) -> _Constant | None:
+    """What a node makes of constants alone; None for anything else."""
+    if node.op_type == "Constant":
+        value = attribute(node, "value", None)
+        return None if value is None else (node.output[0], numpy_helper.to_array(value))
+    inputs = [known[name] for name in node.input if name in known]
+    if node.op_type not in _LAYOUT or not inputs or len(inputs) < len(node.input):
+        return None
+    (name, array), *rest = inputs
     if node.op_type == "Transpose":
-        return np.transpose(array, _attribute(node, "perm", None))
+        return name, np.transpose(array, attribute(node, "perm", None))
     if node.op_type == "Reshape":
-        wanted = [int(size) for size in rest[0]]
-        kept = [array.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
-        return array.reshape(wanted if _attribute(node, "allowzero", 0) else kept)
+        sizes = [int(size) for size in rest[0][1]]
+        copied = [array.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+        return name, array.reshape(sizes if attribute(node, "allowzero", 0) else copied)
     if node.op_type == "Cast":
         # It may round a small number to zero, and never makes a number of a zero.
-        return array.astype(helper.tensor_dtype_to_np_dtype(_attribute(node, "to", None)))
-    return array
+        return name, array.astype(helper.tensor_dtype_to_np_dtype(attribute(node, "to", None)))
+    return name, array
 
 
-_PASSING = ("Transpose", "Reshape", "Identity", "Cast")
-# Which operands may be weights, and the axis along which they are summed: a number, or how to find it.
-_ROLES: Mapping[str, Sequence[int]] = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 1)}
-
-
-def _operands(node: NodeProto, constants: _Constants) -> Iterator[tuple[str, Array, int]]:
-    """The weights of a node: (the initializer, what the node gets, the axis that it sums over)."""
-    for position in _ROLES[node.op_type]:
-        origin = constants.origins.get(node.input[position])
-        if origin is not None and origin[1].ndim > 1:
-            yield *origin, _axis(node, position)
-
-
-def _axis(node: NodeProto, position: int) -> int:
+def _summed_axis(node: NodeProto, position: int) -> int:
     if node.op_type == "Conv":
         return 1
     if node.op_type == "ConvTranspose":
         return 0
-    turned = bool(_attribute(node, ("transA", "transB")[position], 0))
-    # A (M, K) times B (K, N), with what batches them in front.
-    return (-2 if turned else -1) if position == 0 else (-1 if turned else -2)
+    transposed = bool(attribute(node, ("transA", "transB")[position], 0))
+    # A (M, K) times B (K, N), behind batch dimensions.
+    return -1 if (position == 0) != transposed else -2
 
 
-def _attribute(node: NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-def _look(name: str, op: str, array: Array, summed: tuple[int, int]) -> Weight:
-    axis, groups = summed
-    filled = np.moveaxis(array != 0, axis, -1)
+def _weight(name: str, array: Array, node: NodeProto, position: int) -> Weight:
+    groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
+    filled = np.moveaxis(array != 0, _summed_axis(node, position), -1)
     inputs = filled.shape[-1] // groups
-    # Of a grouped ConvTranspose the inputs of all groups lie along the axis, and no block reaches into the next.
+    # The axis of a grouped ConvTranspose holds the inputs of all groups, and no block reaches into the next group.
     filled = filled.reshape(*filled.shape[:-1], groups, inputs)
     blocks = inputs // BLOCK
     counts = filled[..., : blocks * BLOCK].reshape(*filled.shape[:-1], blocks, BLOCK).sum(-1)
     broken = np.argwhere(counts > KEPT)
-    return Weight(
-        name,
-        op,
-        tuple(array.shape),
-        inputs,
-        counts.size,
-        len(broken),
-        _place(broken, op) if len(broken) else "",
-    )
+    first = _place(broken, node.op_type) if len(broken) else ""
+    return Weight(name, node.op_type, tuple(array.shape), inputs, counts.size, len(broken), first)
 
 
 def _place(broken: Array, op: str) -> str:
-    """Where the first broken block is: which output, which inputs, which position of the kernel."""
+    """The output, the inputs and the kernel position of the first broken block."""
     *index, group, block = (int(i) for i in broken[0])
     kernel = f", kernel position {tuple(index[1:])}" if op.startswith("Conv") and index[1:] else ""
     batch = f", matrix {tuple(index[:-1])}" if op in ("Gemm", "MatMul") and index[:-1] else ""

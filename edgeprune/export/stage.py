@@ -1,4 +1,4 @@
-"""Write what ships, model.onnx and what rebuilds the network in torch, each proven before it is kept."""
+"""Write the files of a run, model.onnx and what rebuilds the network in torch, and verify each of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch.export import ExportedProgram
 import edgeprune
 from edgeprune import models, onnx_graph, serialization
 from edgeprune.errors import (
-    LESS,
     ROOM,
     EdgepruneError,
     ModelError,
@@ -28,17 +27,19 @@ from edgeprune.errors import (
     is_memory,
 )
 from edgeprune.export import sparsity_check, torch_to_onnx
-from edgeprune.export.reload import PLAN, PROGRAM, WEIGHTS, Answer, PlanFile, Request
+from edgeprune.export.reload import PLAN, PROGRAM, WEIGHTS, PlanFile, Request, Response
 from edgeprune.models import capture, check_logits, deployed, quiet
 from edgeprune.recipe import ExportTable
 from edgeprune.records import Artifact, Bundle, InputSpec, Reading
 
 RESULT_VERSION = 1
 SEED = 20
-# The reading of what holds the 2:4 pattern: a share of the file's weights.
+# The share of the file's weights that hold the 2:4 pattern.
 PATTERN = "pattern_2:4"
 RELOAD_TOLERANCE = 1e-5
 RELOAD_TIMEOUT_S = 1800
+_FILES = {"plan": f"{PLAN} and {WEIGHTS}", "program": PROGRAM}
+_HINT = "accept it with --set export.tolerance=..., or take another --set export.opset=..."
 
 
 def run(  # noqa: PLR0913
@@ -52,41 +53,45 @@ def run(  # noqa: PLR0913
     real: Tensor | None,
     pattern: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Artifact, tuple[Reading, ...], tuple[str, ...]]:
-    """Write the network as one ONNX file that answers as it does.
+    """Write the network as one ONNX file whose logits are those of the module.
 
     Args:
         module: pixels float32 (N, C, H, W) in [spec.low, spec.high] -> logits (N, K), in eval mode.
-        meta: what to add to the metadata that says version, input and normalization: "labels", "parent".
-        pattern: the bare network's parameters that keep two of every four inputs at most, and their shapes; None
-            when nothing of the kind was promised.
+        meta: metadata besides version, input and normalization: "labels", "parent".
+        real: images to compare on besides random ones.
+        pattern: parameter -> shape of those that hold the 2:4 pattern, which the file must hold then.
 
     Returns:
-        The file; how far its answers are from the module's, on random and on real images, and with a pattern the
-        share of the weights that hold it; notes for people.
+        The file; the differences of its logits from the module's on random and on real images, and with a pattern the
+        share of the weights that hold it; notes.
+
+    Raises:
+        UnsupportedModel: the network can't be exported, or not at that opset.
+        ParityError: the file's logits differ from the module's, or a weight breaks the pattern.
     """
     torch_to_onnx.check_size(module)
     check_logits(module, spec)
     job = _Job(module, spec, opset, table, _about(spec, meta), real, out.name, pattern)
-    model, readings, notes = _first_that_holds(job)
+    model, readings, notes = _first_valid(job)
     data = model.SerializeToString()
     with serialization.replace_file(out) as file:
         file.write(data)
     sha256 = hashlib.sha256(data).hexdigest()
-    artifact = Artifact(
-        str(out), "onnx", "fp32", spec, sha256, len(data), parent=meta.get("parent", ""), opset=opset
-    )
+    parent = meta.get("parent", "")
+    artifact = Artifact(str(out), "onnx", "fp32", spec, sha256, len(data), parent=parent, opset=opset)
     return artifact, readings, notes
 
 
 def save_modules(bundle: Bundle, folder: Path) -> None:
-    """Write what rebuilds the network in torch: model.pt2, weights.safetensors and plan.json.
+    """Write what rebuilds the network in torch.
 
     - model.pt2: the network with its normalization (pixels -> logits) as torch.export saves it, with an open
       batch dimension where the network allows one. Loading it needs nothing but torch.
-    - weights.safetensors: the state dict of the bare network, tensors that share memory written each.
-    - plan.json: the record export.reload.PlanFile: `edgeprune` (version), `source` (records.Source), `input`
-      (records.InputSpec), `labels`, and `plans`: a list of records.Plan to replay on the original network, in
-      this order, before the weights are loaded.
+    - weights.safetensors: the state dict of the bare network.
+    - plan.json: the record `PlanFile`.
+
+    Raises:
+        UnsupportedModel: the network can't be traced.
     """
     wrapped = deployed(bundle).eval()
     try:
@@ -102,16 +107,17 @@ def save_modules(bundle: Bundle, folder: Path) -> None:
 
 
 def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[Reading, ...]:
-    """Prove that a fresh process can rebuild the network from what `save_modules` wrote.
+    """Verify that a fresh process can rebuild the network from the files of `save_modules`.
 
-    It does so twice: from the original architecture, plan and weights (not for a network that came from
-    memory: then that reading has no value and says why), and from model.pt2 alone.
+    Once from the original architecture, plan and weights, and once from model.pt2 alone. The first has no value for a
+    network that came from memory.
 
     Args:
-        reference: the network itself, pixels -> logits, in eval mode.
+        reference: the network, pixels -> logits, in eval mode.
 
     Raises:
-        ModelError: a fresh process can't rebuild it; says why.
+        ModelError: a fresh process can't rebuild it.
+        ParityError: the logits of the rebuilt network differ.
     """
     source = serialization.read(PlanFile, folder / PLAN, ModelError).source
     ways = ("program",) if source.kind == "memory" else ("plan", "program")
@@ -120,17 +126,14 @@ def check_reload(folder: Path, spec: InputSpec, reference: nn.Module) -> tuple[R
         pixels, out = scratch / "pixels", scratch / "logits"
         models.save_tensors({"pixels": torch.cat(images)}, pixels)
         request = Request(str(folder.resolve()), str(pixels), str(out), ways, torch.get_num_threads())
-        answer = _ask_fresh_process(request)
-        for way, (message, hint) in answer.errors.items():
+        for way, (message, hint) in _run_fresh_process(request).errors.items():
             raise ModelError(f"a fresh process can't rebuild the network from {_FILES[way]}: {message}", hint)
         logits = models.load_tensors(out)
     readings = tuple(_reload_reading(way, logits[way], spec, reference) for way in ways)
     if "plan" in ways:
         return readings
-    why = "the network came from memory: there is no file to take its architecture from"
-    missing = Reading(
-        onnx_graph.METRIC, None, "fraction", 0, None, "not measured", _FILES["plan"], {"why": why}
-    )
+    why = {"why": "the network came from memory: there is no file to take its architecture from"}
+    missing = Reading(onnx_graph.METRIC, None, "fraction", 0, None, "not measured", _FILES["plan"], why)
     return (missing, *readings)
 
 
@@ -155,8 +158,7 @@ class _Job:
     pattern: Mapping[str, tuple[int, ...]] | None
 
 
-_Proven = tuple[ModelProto, tuple[Reading, ...], tuple[str, ...]]
-_FILES = {"plan": f"{PLAN} and {WEIGHTS}", "program": PROGRAM}
+_Verified = tuple[ModelProto, tuple[Reading, ...], tuple[str, ...]]
 
 
 def _about(spec: InputSpec, meta: Mapping[str, str]) -> dict[str, str]:
@@ -170,22 +172,22 @@ def _about(spec: InputSpec, meta: Mapping[str, str]) -> dict[str, str]:
     return {f"edgeprune.{key}": value for key, value in {**own, **meta}.items()}
 
 
-def _first_that_holds(job: _Job) -> _Proven:
+def _first_valid(job: _Job) -> _Verified:
     failures: list[EdgepruneError] = []
     dynamic_batch = job.table.dynamic_batch
-    for way in torch_to_onnx.candidates(job.module, job.spec, job.opset, dynamic_batch=dynamic_batch):
+    for export in torch_to_onnx.candidates(job.module, job.spec, job.opset, dynamic_batch=dynamic_batch):
         try:
-            return _prove(job, way())
+            return _simplified(job, export())
         except (UnsupportedModel, ParityError) as error:
             failures.append(error)
     if len(failures) == 1:
         raise failures[0]
-    said = "; ".join(dict.fromkeys(error.message for error in failures))
-    raise type(failures[0])(said, failures[0].hint) from failures[-1]
+    messages = "; ".join(dict.fromkeys(error.message for error in failures))
+    raise type(failures[0])(messages, failures[0].hint) from failures[-1]
 
 
-def _prove(job: _Job, exported: torch_to_onnx.Exported) -> _Proven:
-    """The simplified model if it holds, else the model as it was exported."""
+def _simplified(job: _Job, exported: torch_to_onnx.Exported) -> _Verified:
+    """The simplified model if it is valid, else the model as it was exported."""
     notes = (f"{job.name} was {exported.note}",) if exported.note else ()
     try:
         slimmed = onnx_graph.slim(exported.model)
@@ -197,57 +199,47 @@ def _prove(job: _Job, exported: torch_to_onnx.Exported) -> _Proven:
 
 def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
     onnx_graph.finish(model, job.about, producer="edgeprune", version=edgeprune.__version__)
-    got = torch_to_onnx.opset_of(model)
-    if got != job.opset:
+    opset = onnx_graph.opset_of(model)
+    if opset != job.opset:
         raise UnsupportedModel(
-            f"{job.name} has opset {got} where {job.opset} was asked for", f"--set export.opset={got}"
+            f"{job.name} has opset {opset} where {job.opset} was asked for", f"--set export.opset={opset}"
         )
-    if model.ByteSize() > torch_to_onnx.MAX_BYTES:
-        limit = f"{torch_to_onnx.MAX_BYTES / 1e9:.1f} GB"
-        raise UnsupportedModel(
-            f"{job.name} would have {model.ByteSize() / 1e9:.1f} GB; one ONNX file holds at most {limit}",
-            f"ask for a smaller network: --budget 'size={limit}'",
-        )
+    torch_to_onnx.check_bytes(model.ByteSize(), f"{job.name} would have {{:.1f}} GB")
     made, made_from = onnx_graph.open_onnx(model), onnx_graph.reference(job.module)
-    inputs = {"random": _random(job), "real": _real(job.real)}
-    readings = []
-    for kind, images in inputs.items():
+    readings: list[Reading] = []
+    for kind, images in (("random", _random_images(job)), ("real", _real_images(job))):
         difference = onnx_graph.compare(made_from, made, images, job.name)
         if difference.images:
+            tolerance = job.table.tolerance
             readings.append(
-                onnx_graph.check(
-                    difference, tolerance=job.table.tolerance, name=job.name, inputs=kind, hint=_HINT
-                )
+                onnx_graph.check(difference, tolerance=tolerance, name=job.name, inputs=kind, hint=_HINT)
             )
-    return (*readings, *_pattern(job, model))
+    if job.pattern is not None:
+        readings.append(_pattern_reading(model, job.pattern, job.name))
+    return tuple(readings)
 
 
-def _pattern(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
-    if job.pattern is None:
-        return ()
+def _pattern_reading(model: ModelProto, promised: Mapping[str, tuple[int, ...]], name: str) -> Reading:
     share = sparsity_check.pattern_share(model)
-    words = sparsity_check.check_pattern(share, job.pattern, job.name)
+    words = sparsity_check.check_pattern(share, promised, name)
     value = len(share.holding) / len(share.weights) if share.weights else 0.0
     without = [w.name for w in share.weights if w not in share.holding]
-    facts = {"pattern": "2:4", "promised": len(job.pattern), "words": words, "without": without}
-    return (Reading(PATTERN, value, "fraction", len(share.weights), None, "counted", job.name, facts),)
+    facts = {"pattern": "2:4", "promised": len(promised), "words": words, "without": without}
+    return Reading(PATTERN, value, "fraction", len(share.weights), None, "counted", name, facts)
 
 
-_HINT = "accept it with --set export.tolerance=..., or take another --set export.opset=..."
-
-
-def _random(job: _Job) -> Iterator[tuple[str, Tensor]]:
+def _random_images(job: _Job) -> Iterator[tuple[str, Tensor]]:
     yield from onnx_graph.probes(job.spec, SEED)
     if job.table.dynamic_batch:
         yield from onnx_graph.probes(job.spec, SEED, batch=3)
 
 
-def _real(images: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    for number, image in enumerate(() if images is None else images):
+def _real_images(job: _Job) -> Iterator[tuple[str, Tensor]]:
+    for number, image in enumerate(() if job.real is None else job.real):
         yield f"real image {number}", image[None]
 
 
-def _ask_fresh_process(request: Request) -> Answer:
+def _run_fresh_process(request: Request) -> Response:
     # -P: a file such as random.py in the user's directory must not take the place of the standard library's.
     program = "import sys; sys.path.insert(0, sys.argv[1]); from edgeprune.export.reload import main; sys.exit(main())"
     package = str(Path(edgeprune.__file__).resolve().parents[1])
@@ -264,26 +256,20 @@ def _ask_fresh_process(request: Request) -> Answer:
     except subprocess.TimeoutExpired as error:
         raise ModelError(f"a fresh process did not rebuild the network in {RELOAD_TIMEOUT_S} s") from error
     if done.returncode:
-        if is_memory(done.stderr):
-            raise NoRoom(
-                f"out of memory in a fresh process: {done.stderr.strip().splitlines()[-1]}",
-                "free some memory",
-            )
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        if done.returncode == NoRoom.exit_code or is_memory(done.stderr):
-            raise NoRoom(
-                f"a fresh process that rebuilds the network has no room: {last}",
-                LESS if is_memory(last) else ROOM,
-            )
+        if is_memory(done.stderr):
+            raise NoRoom(f"out of memory in a fresh process: {last}", "free some memory")
+        if done.returncode == NoRoom.exit_code:
+            raise NoRoom(f"a fresh process that rebuilds the network has no room: {last}", ROOM)
         raise ModelError(f"a fresh process that was to rebuild the network failed: {last}")
-    return serialization.read(Answer, Path(request.out + ".json"), ModelError)
+    return serialization.read(Response, Path(request.out + ".json"), ModelError)
 
 
 def _reload_reading(way: str, logits: Tensor, spec: InputSpec, reference: nn.Module) -> Reading:
-    answers = iter(logits)
+    rebuilt = iter(logits)
     difference = onnx_graph.compare(
         onnx_graph.reference(reference),
-        lambda _: next(answers)[None],
+        lambda _: next(rebuilt)[None],
         onnx_graph.probes(spec, SEED),
         _FILES[way],
     )

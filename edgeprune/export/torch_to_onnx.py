@@ -1,4 +1,4 @@
-"""A network as ONNX at exactly the opset asked for: torch's exporters, and what to do when they disobey."""
+"""A network as ONNX at exactly the requested opset, by torch's exporters and onnx's version converter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from edgeprune.errors import UnsupportedModel, UsageError
 from edgeprune.models import FORWARD_ERRORS, PREFIX, capture, example, quiet, reason, title
-from edgeprune.onnx_graph import ONNX_ERRORS, name_after_layers
+from edgeprune.onnx_graph import ONNX_ERRORS, name_after_layers, opset_of
 from edgeprune.records import InputSpec
 from edgeprune.serialization import scratch_folder
 
@@ -23,30 +23,31 @@ INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 # Protobuf stops at 2 GiB, and one file is what a device gets.
 MAX_BYTES = 1_900_000_000
 OLDEST_OPSET = 9
-# The dynamo exporter makes this when an older one is asked for, and says so in its log only.
+# The dynamo exporter makes this when an older one is requested, and reports it in its log only.
 OLDEST_DYNAMO_OPSET = 18
 DEFAULT_DYNAMO_OPSET = 20
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX model at the right opset, named after its layers, and how it came to be (a sentence, or "")."""
+    """An ONNX model at the right opset, named after its layers. note: how it was exported, "" for as usual."""
 
     model: ModelProto
     note: str = ""
 
 
 def check_size(module: nn.Module) -> None:
-    """Refuse a network that does not fit in one ONNX file.
-
-    Raises:
-        UnsupportedModel: its parameters and buffers take more than 1.9 GB.
-    """
+    """Refuse a network that does not fit in one ONNX file."""
     size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    check_bytes(size, "the network has {:.1f} GB of weights")
+
+
+def check_bytes(size: int, message: str) -> None:
+    """Refuse what has more bytes than one ONNX file holds; `message` has a place for the GB."""
     if size > MAX_BYTES:
         limit = f"{MAX_BYTES / 1e9:.1f} GB"
         raise UnsupportedModel(
-            f"the network has {size / 1e9:.1f} GB of weights; one ONNX file holds at most {limit}",
+            f"{message.format(size / 1e9)}; one ONNX file holds at most {limit}",
             f"ask for a smaller network: --budget 'size={limit}'",
         )
 
@@ -54,14 +55,14 @@ def check_size(module: nn.Module) -> None:
 def candidates(
     module: nn.Module, spec: InputSpec, opset: int, *, dynamic_batch: bool
 ) -> Iterator[Callable[[], Exported]]:
-    """The ways to an ONNX model at `opset`, best first: calls that give it or raise UnsupportedModel.
+    """Functions that export to an ONNX model at `opset` or raise UnsupportedModel, best first.
 
     Args:
         dynamic_batch: leave N open, named "batch"; else it is 1.
 
     Raises:
-        UsageError: no way leads to that opset.
-        UnsupportedModel: the network can't be traced; names the layer it stopped at.
+        UsageError: no exporter makes that opset.
+        UnsupportedModel: the network can't be traced.
     """
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
@@ -70,33 +71,27 @@ def candidates(
             "leave it away to get the one that suits the target",
         )
     modules = {path: _is_layer(part) for path, part in module.named_modules()}
-    # The TorchScript exporter would follow one branch of an `if` and say nothing; what torch.export took has none.
+    # The TorchScript exporter would silently follow one branch of an `if`; what torch.export took has none.
     program = capture(module, spec, dynamic_batch=dynamic_batch)
 
-    def dynamo(made_at: int) -> Exported:
-        model = _dynamo(program, made_at)
-        # Before any conversion: that drops the metadata which the names come from.
+    def named(model: ModelProto) -> ModelProto:
+        # Before any conversion, which drops the metadata that the names come from.
         name_after_layers(model, modules, PREFIX)
-        _state_shapes(model, spec, dynamic_batch)
-        return _at_opset(model, opset)
+        _set_shapes(model, spec, dynamic_batch)
+        return model
+
+    def dynamo(made_at: int) -> Exported:
+        return _at_opset(named(_dynamo(program, made_at)), opset)
 
     def torchscript() -> Exported:
-        model = _torchscript(module, spec, opset, dynamic_batch)
-        name_after_layers(model, modules, PREFIX)
-        _state_shapes(model, spec, dynamic_batch)
         note = f"exported by torch's TorchScript exporter: the current one makes no opset {opset}"
-        return Exported(model, note)
+        return Exported(named(_torchscript(module, spec, opset, dynamic_batch)), note)
 
     yield partial(dynamo, max(opset, OLDEST_DYNAMO_OPSET))
     if opset > DEFAULT_DYNAMO_OPSET:
         yield partial(dynamo, DEFAULT_DYNAMO_OPSET)
     if opset < OLDEST_DYNAMO_OPSET:
         yield torchscript
-
-
-def opset_of(model: ModelProto) -> int:
-    """The version of the standard operators that a model imports; 0 when it imports none."""
-    return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
 
 
 def _is_layer(part: nn.Module) -> bool:
@@ -154,7 +149,7 @@ def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: 
                 dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}} if dynamic_batch else None,
                 dynamo=False,
                 verbose=False,
-                # Else it merges batch-norms and turns weights round, and they lose their names; onnxslim does it too.
+                # Otherwise it merges batch-norms and transposes weights, which lose their names; onnxslim does it too.
                 training=torch.onnx.TrainingMode.PRESERVE,
                 do_constant_folding=False,
             )
@@ -165,8 +160,8 @@ def _torchscript(module: nn.Module, spec: InputSpec, opset: int, dynamic_batch: 
         ) from error
 
 
-def _state_shapes(model: ModelProto, spec: InputSpec, dynamic_batch: bool) -> None:
-    # One exporter calls the open dimension "s77", the other leaves shapes out of some graphs.
+def _set_shapes(model: ModelProto, spec: InputSpec, dynamic_batch: bool) -> None:
+    # One exporter names the open dimension "s77", the other omits the shapes of some graphs.
     batch = BATCH if dynamic_batch else 1
     for value, shape in ((model.graph.input[0], spec.shape), (model.graph.output[0], (spec.classes,))):
         stated = onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, (batch, *shape))
@@ -174,7 +169,7 @@ def _state_shapes(model: ModelProto, spec: InputSpec, dynamic_batch: bool) -> No
 
 
 def _untranslatable(program: ExportedProgram, error: BaseException) -> UnsupportedModel:
-    """Which operator of which layer has no ONNX form."""
+    """The operator without an ONNX form, and its layer."""
     match = re.search(
         r"Error when translating node %(\w+)[^\n]*?target=(?:torch\.ops\.)?([\w.]+)", str(error)
     )

@@ -18,9 +18,8 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.export import opset_of
 from edgeprune.models import CostModel, reason
-from edgeprune.onnx_graph import ONNX_ERRORS
+from edgeprune.onnx_graph import ONNX_ERRORS, opset_of
 
 Shape = tuple[int, ...]
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -4,8 +4,8 @@
 from edgeprune.onnx_graph.cleanup import WEIGHTED, finish, name_after_layers, slim
 from edgeprune.onnx_graph.index import Array, HINT, ONNX_ERRORS, View, add_constant, add_node, attribute, attributes
 from edgeprune.onnx_graph.index import batch_of, captured, consumers, copied, data_files, freed, initializers
-from edgeprune.onnx_graph.index import inputs_of, moved, one_hot, opened, operand, subgraphs, title, unique, unused
-from edgeprune.onnx_graph.index import value_names
+from edgeprune.onnx_graph.index import inputs_of, moved, one_hot, opened, operand, opset_of, subgraphs, title, unique
+from edgeprune.onnx_graph.index import unused, value_names
 from edgeprune.onnx_graph.qdq_constants import QuantizationParameters, dequantized, maker_of, parameters_of
 from edgeprune.onnx_graph.qdq_constants import quantized_constant
 from edgeprune.onnx_graph.session import METRIC, Network, ORT_ERRORS, check, compare, open_onnx

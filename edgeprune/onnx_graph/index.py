@@ -121,6 +121,11 @@ def batch_of(model: ModelProto) -> int | None:
     return first.type.tensor_type.shape.dim[0].dim_value or None
 
 
+def opset_of(model: ModelProto) -> int:
+    """The version of the standard operators that a model imports; 0 when it imports none."""
+    return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+
+
 HINT = "give an .onnx file or a finished run directory; `edgeprune compress` and `why` take PyTorch models"
 # Of a graph with its functions put in, and how deep they may call each other: as deep as onnx accepts.
 _MOST_NODES, _DEEPEST = 10**6, 100
@@ -320,6 +325,10 @@ class View:
     def uses(self, name: str) -> int:
         """How often a value is read, as an output of the model included."""
         return len(self.readers.get(name, ())) + self.outputs.count(name)
+
+    def only_reader(self, name: str) -> NodeProto | None:
+        """The node that reads a value, when there is exactly one and the value is no output of the model."""
+        return self.readers[name][0] if name in self.readers and self.uses(name) == 1 else None
 
     def constant(self, name: str) -> Array | None:
         """What an initializer or a Constant node holds; None for any other value."""

@@ -10,6 +10,7 @@ import zipfile
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,17 +74,15 @@ def run(bundle: Bundle, tmp_path: Path) -> Path:
     return folder
 
 
-def ask(request: reload.Request) -> reload.Answer:
-    """The program in this process: as fresh as the files are concerned, and quicker."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", io.StringIO(json.dumps(serialization.to_json(request))))
-        assert reload.main() == 0
-    return serialization.read(reload.Answer, Path(request.out + ".json"))
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "_ask_fresh_process", ask)
+    """The program in this process: as fresh as the files are concerned, and quicker."""
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(options["input"]))
+        return subprocess.CompletedProcess(command, reload.main(), "", "")
+
+    monkeypatch.setattr(stage.subprocess, "run", run)
 
 
 def values(readings: tuple[Reading, ...]) -> dict[str, float | None]:
