@@ -24,8 +24,8 @@ from edgeprune.quantities import suggest
 from edgeprune.quantize import observers
 from edgeprune.quantize.job import CalibrationSet, Job, Judgement
 from edgeprune.quantize.observers import Activations
+from edgeprune.quantize.placement import quantizable
 from edgeprune.quantize.prepare import prepare
-from edgeprune.quantize.qdq import quantizable
 from edgeprune.serialization import replace_file
 
 # The most images that a candidate is judged on, and the share of them that no range is taken from.

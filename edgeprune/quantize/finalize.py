@@ -20,8 +20,9 @@ from edgeprune.quantize.fp16 import half
 from edgeprune.quantize.fusion import block_float_fusion, check_floats
 from edgeprune.quantize.job import Built
 from edgeprune.quantize.observers import observe
+from edgeprune.quantize.placement import quantizable
 from edgeprune.quantize.prepare import prepare
-from edgeprune.quantize.qdq import quantizable, quantized
+from edgeprune.quantize.qdq import quantized
 from edgeprune.quantize.verification import Closeness, Verification, closeness, verify
 from edgeprune.records import Reading
 
@@ -187,4 +188,6 @@ def rough(exported: Path, precision: str, scheme: str) -> onnx.ModelProto:
     if precision == "fp16":
         return half(model, seen)[0]
     bounds = ranges(seen, "minmax", symmetric=scheme == "s8")
-    return block_float_fusion(quantized(model, bounds, scheme))
+    made = quantized(model, bounds, scheme)
+    block_float_fusion(made)
+    return made

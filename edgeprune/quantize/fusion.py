@@ -1,104 +1,130 @@
-"""Normalization and quantization of the input as one QuantizeLinear with a scale and a zero point for each channel.
-
-(x - mean) / std on a grid of step S and zero point z is q = round(x / (S std)) + z - mean / (S std): quantizing pixels
-with scale S std and that zero point does both at once. Zero points are whole numbers, so S is chosen, a few percent
-above the least one, where all of them nearly are; what is left is a known constant of each channel, which the biases
-of the convolutions behind take back.
-"""
+"""What ONNX Runtime must not fuse in a Q/DQ model, and the normalization of the input as part of its quantization."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from edgeprune.errors import ParityError
-from edgeprune.onnx_graph import View, initializers, layers, value_names
+from edgeprune.onnx_graph import Array, View, layers, unique, value_names
 from edgeprune.quantize.calibrators import Range
-from edgeprune.quantize.placement import PASSING, Graph, Plan, data_inputs
+from edgeprune.quantize.placement import PASSING, Plan, data_inputs
 from edgeprune.quantize.verification import in_integers
 
-_MATRIX = 2
+_MATRIX, _IMAGE_DIMENSIONS = 2, 4
+# ONNX Runtime's WeightBiasQuantization (1.21 and later, core/optimizer/qdq_transformer) quantizes these, and MatMul,
+# which becomes a Gemm with the bias after it.
+TAKEN = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# ONNX Runtime may move a DequantizeLinear through these (QDQPropagation).
+MOVING = frozenset((*PASSING, "Identity", "Dropout", "Expand", "Gather", "Tile"))
+# How much larger than the least step the input's may be, and how many steps are tried.
+_WIDEST, _TRIED = 1.05, 501
 
 
-def step_before(node: NodeProto, place: int, name: str, taken: set[str]) -> NodeProto:
-    """A Max of the single value that an input of a node is; the node reads that instead.
+def block_sum_fusion(model: ModelProto, floats: ModelProto) -> None:
+    """Keep int8 matrix products apart from the sums after them, in place.
 
-    Args:
-        node: changed in place.
-        name: that the step should have; it gets underscores until it is not in `taken`.
-    """
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    step = helper.make_node("Max", [node.input[place]], [name], name)
-    node.input[place] = name
-    return step
-
-
-def block_sum_fusion(made: ModelProto, floats: ModelProto) -> None:
-    """Keep int8 matrix products apart from the sums behind them, in place.
-
-    ONNX Runtime else makes one float Gemm of a MatMul and the Add of its bias (MatMulAddFusion), with a Reshape on
-    either side for more than two dimensions, before it looks for Q/DQ; the bias of that Gemm is float, and so it stays
-    float.
+    Otherwise ONNX Runtime first makes one float Gemm of a MatMul and the Add of its bias (MatMulAddFusion), with a
+    Reshape on either side for more than two dimensions; the bias of that Gemm is float, and so it stays float.
 
     Args:
-        made: Q/DQ, with unsigned activations.
+        model: Q/DQ, with unsigned activations.
+        floats: what it was made from, with the same names and with shapes.
     """
-    ranks = {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in (*floats.graph.value_info, *floats.graph.output)
-        if value.type.tensor_type.HasField("shape")
-    }
-    rank_of = {node.name: ranks.get(node.output[0], _MATRIX) for node in floats.graph.node}
-    known, taken = initializers(made.graph), value_names(made.graph)
-    restored = {node.output[0] for node in made.graph.node if node.op_type == "DequantizeLinear"}
+    shapes, view = View(floats), View(model)
+    outputs = {node.name: node.output[0] for node in floats.graph.node}
     products = {
         node.output[0]: node
-        for node in made.graph.node
-        if node.op_type == "MatMul" and node.input[1] in restored
+        for node in model.graph.node
+        if node.op_type == "MatMul" and _dequantized(view, node.input[1])
     }
-    nodes: list[NodeProto] = []
-    for node in made.graph.node:
+
+    def sums(node: NodeProto) -> Iterable[tuple[int, str]]:
         for place, name in enumerate(node.input if node.op_type == "Add" else ()):
-            if name in products and _becomes_gemm(
-                node.input[1 - place], rank_of.get(products[name].name, _MATRIX), known
-            ):
-                nodes.append(step_before(node, place, f"{products[name].name}.int8", taken))
+            if name in products:
+                product, other = products[name].name, view.constant(node.input[1 - place])
+                vector = other is not None and other.ndim == 1 and other.size > 1
+                if vector or len(shapes.shape(outputs.get(product, ""))) in (0, _MATRIX):
+                    yield place, f"{product}.int8"
+
+    _insert_steps(model, sums)
+
+
+def block_float_fusion(model: ModelProto) -> None:
+    """Keep each float layer apart from the DequantizeLinear that it reads from, if through pools too, in place.
+
+    Otherwise ONNX Runtime takes a float Conv, ConvTranspose or Gemm between a DequantizeLinear and a QuantizeLinear for
+    one whose weight was forgotten, and quantizes that with one scale for the whole tensor: a layer that went back to
+    float because int8 for each channel loses too much would lose more. It first moves a DequantizeLinear forward and a
+    QuantizeLinear backward over what only moves values, so such nodes in between make no difference.
+    """
+    floats = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    restored: set[str] = set()
+
+    def float_layers(node: NodeProto) -> Iterable[tuple[int, str]]:
+        if node.op_type == "DequantizeLinear" or (node.op_type in MOVING and node.input[0] in restored):
+            restored.update(name for name in node.output if name)
+        elif node.op_type in TAKEN and node.input[0] in restored and node.input[1] in floats:
+            yield 0, f"{node.name}.float"
+
+    _insert_steps(model, float_layers)
+
+
+def check_floats(model: ModelProto) -> None:
+    """Refuse a file whose float layers ONNX Runtime would quantize.
+
+    Raises:
+        ParityError: it would; names them.
+    """
+    floats = [layer for layer in layers(View(model), "int8") if layer.weights and not layer.low]
+    wrong = [layer.name for layer in in_integers(model, floats)] if floats else []
+    if wrong:
+        raise ParityError(
+            f"ONNX Runtime quantizes layers that were meant to stay float: {', '.join(wrong)}",
+            "this should not happen; please report it with the version of ONNX Runtime",
+        )
+
+
+def _dequantized(view: View, value: str) -> bool:
+    return value in view.producers and view.producers[value].op_type == "DequantizeLinear"
+
+
+def _insert_steps(model: ModelProto, inputs: Callable[[NodeProto], Iterable[tuple[int, str]]]) -> None:
+    """Insert a Max of one value, which changes nothing, before some inputs of nodes.
+
+    Args:
+        inputs: of a node: (position, name of the step).
+    """
+    taken, nodes = value_names(model.graph), list[NodeProto]()
+    for node in model.graph.node:
+        for position, name in inputs(node):
+            step = unique(name, taken)
+            nodes.append(helper.make_node("Max", [node.input[position]], [step], step))
+            node.input[position] = step
         nodes.append(node)
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del made.graph.node[:]
-    made.graph.node.extend(kept)
-
-
-def _becomes_gemm(other: str, rank: int, known: Mapping[str, np.ndarray]) -> bool:
-    """Whether ONNX Runtime makes a Gemm of a product of so many dimensions and the sum with another value."""
-    if rank == _MATRIX:
-        return True
-    return other in known and known[other].ndim == 1 and known[other].size > 1
-
-
-Array = npt.NDArray[Any]
-_WIDEST, _TRIED = 1.05, 501
-_IMAGE_DIMENSIONS = 4
+    copies = deepcopy(nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
 
 
 @dataclass(frozen=True, eq=False)
 class InputQuantizer:
-    """An input that is normalized by its quantization.
+    """An input that is normalized by its quantization: a QuantizeLinear with a scale and zero point for each channel.
 
-    value: the normalized input. gone: the names of the nodes that normalized it. scales: float32 (C,) and zeros:
-    uint8 (C,) quantize pixels. scale, zero: what the result is read with. shifts: float64 (C,), what is read there
-    minus what was meant, aside from rounding.
+    (x - mean) / std with step S and zero point z is q = round(x / (S std)) + z - mean / (S std). Zero points are whole
+    numbers, so S is chosen, a few percent above the least one, where all of them nearly are; the remainder is a known
+    constant of each channel, which the biases of the convolutions after it take back.
+
+    value: the normalized input. removed: the nodes that normalized it. scales: float32 (C,) and zeros: uint8 (C,)
+    quantize pixels. scale, zero: dequantize the result. shifts: float64 (C,), its offset aside from rounding.
     """
 
     value: str
-    gone: frozenset[str]
+    removed: frozenset[str]
     scales: Array
     zeros: Array
     scale: float
@@ -106,54 +132,56 @@ class InputQuantizer:
     shifts: Array
 
 
-def entry(view: Graph, plan: Plan, ranges: Mapping[str, Range]) -> InputQuantizer | None:
-    """How the input of a graph is normalized by quantizing it; None where float nodes need it, or it can't be."""
-    value, gone, factor, offset = _normalization(view)
-    read = view.readers.get(value, [])
-    inside = all(node.name in plan.nodes and value in data_inputs(node) for node in read)
-    if not gone or not inside or plan.pairs.get(value) != value or value not in ranges:
-        return None
-    if (factor <= 0).any():
+def input_quantizer(view: View, plan: Plan, ranges: Mapping[str, Range]) -> InputQuantizer | None:
+    """How the input is normalized by quantizing it; None where float nodes read it, or it can't be."""
+    value, removed, factor, offset = _normalization(view)
+    int8 = all(n.name in plan.nodes and value in data_inputs(n) for n in view.readers.get(value, ()))
+    if (
+        not removed
+        or not int8
+        or plan.pairs.get(value) != value
+        or value not in ranges
+        or (factor <= 0).any()
+    ):
         return None
     # A pixel of 0 must have a place on the grid of every channel: its zero point.
     low, high = min(ranges[value][0], offset.min()), max(ranges[value][1], offset.max())
     steps = (high - low) / 255 * np.linspace(1.0, _WIDEST, _TRIED)
     zero = np.rint(-low / steps)
-    wanted = zero[:, None] + offset / steps[:, None]
-    wrong = np.abs(wanted - np.rint(wanted)).max(axis=1)
-    wrong[(np.rint(wanted) < 0).any(axis=1) | (np.rint(wanted) > 255).any(axis=1)] = np.inf
-    best = int(np.argmin(wrong))
-    if not np.isfinite(wrong[best]):
+    exact = zero[:, None] + offset / steps[:, None]
+    error = np.abs(exact - np.rint(exact)).max(axis=1)
+    error[(np.rint(exact) < 0).any(axis=1) | (np.rint(exact) > 255).any(axis=1)] = np.inf
+    best = int(np.argmin(error))
+    if not np.isfinite(error[best]):
         return None
     step = float(np.float32(steps[best]))
     exact = zero[best] + offset / step
     zeros = np.rint(exact)
     return InputQuantizer(
-        value, gone, (step / factor).astype(np.float32), zeros.astype(np.uint8), step, int(zero[best]),
+        value, removed, (step / factor).astype(np.float32), zeros.astype(np.uint8), step, int(zero[best]),
         step * (zeros - exact),
     )  # fmt: skip
 
 
 def shifted_bias(bias: Array, weight: Array, groups: int, shifts: Array) -> Array:
-    """The bias of a convolution that gives for an input moved by `shifts` what it gave for the input itself.
+    """The bias (O,) with which a convolution gives the same output for an input shifted by `shifts` (C,).
 
     Args:
-        shifts: (C,), one for each input channel.
+        weight: (O, C / groups, ...).
     """
     sums = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:]))).sum(axis=3)
     return bias - np.einsum("goc,gc->go", sums, shifts.reshape(groups, -1)).ravel()
 
 
-def _normalization(view: Graph) -> tuple[str, frozenset[str], Array, Array]:
-    """The value at the end of the sums and products with constants that the input goes through, their names, and
-    the factor and the offset (C,) that they come to."""
+def _normalization(view: View) -> tuple[str, frozenset[str], Array, Array]:
+    """The value after the sums and products with constants at the input, their names, their factor and offset (C,)."""
     source = view.graph.input[0]
     dims = [d.dim_value for d in source.type.tensor_type.shape.dim]
     channels = dims[1] if len(dims) == _IMAGE_DIMENSIONS else 0
     factor, offset = np.ones(channels), np.zeros(channels)
-    value, gone = source.name, set[str]()
+    value, removed = source.name, set[str]()
     while channels and (node := view.only_reader(value)) is not None:
-        constant = _constant(view, node, value, channels)
+        constant = _per_channel(view, node, value, channels)
         if constant is None:
             break
         if node.op_type in ("Add", "Sub"):
@@ -162,18 +190,18 @@ def _normalization(view: Graph) -> tuple[str, frozenset[str], Array, Array]:
             times = constant if node.op_type == "Mul" else 1 / constant
             factor, offset = factor * times, offset * times
         value = node.output[0]
-        gone.add(node.name)
-    return value, frozenset(gone), factor, offset
+        removed.add(node.name)
+    return value, frozenset(removed), factor, offset
 
 
-def _constant(view: Graph, node: Any, value: str, channels: int) -> Array | None:
-    """The other operand, (C,), of a sum or product that `value` goes through; None for any other node."""
+def _per_channel(view: View, node: NodeProto, value: str, channels: int) -> Array | None:
+    """The constant operand, (C,), of a sum or product with `value`; None for any other node."""
     if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.output[0] in view.outputs:
         return None
     first, second = node.input
     if first != value and node.op_type in ("Sub", "Div"):
         return None
-    other = view.constants.get(second if first == value else first)
+    other = view.constant(second if first == value else first)
     if other is None or other.ndim > _IMAGE_DIMENSIONS:
         return None
     shape = (1,) * (_IMAGE_DIMENSIONS - other.ndim) + other.shape
@@ -182,49 +210,3 @@ def _constant(view: Graph, node: Any, value: str, channels: int) -> Array | None
     if node.op_type == "Div" and (other == 0).any():
         return None
     return np.broadcast_to(other.reshape(-1).astype(np.float64), (channels,))
-
-
-# What ONNX Runtime's WeightBiasQuantization (1.21 and later, core/optimizer/qdq_transformer) looks at, and MatMul,
-# which becomes a Gemm with the bias behind it.
-TAKEN = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# What only moves values, or chooses among them: ONNX Runtime may move a DequantizeLinear through (QDQPropagation).
-MOVING = frozenset((*PASSING, "Identity", "Dropout", "Expand", "Gather", "Tile"))
-
-
-def block_float_fusion(model: ModelProto) -> ModelProto:
-    """The model with a step between each float layer and the DequantizeLinear that it reads from, if through pools too.
-
-    ONNX Runtime would else take a float Conv, ConvTranspose or Gemm that reads from a DequantizeLinear and is read by a
-    QuantizeLinear for one whose weight was forgotten, and quantize that with one scale for the whole tensor: a layer
-    that went back to float because 8 bits for each channel lose too much would lose more. It moves a DequantizeLinear
-    forward and a QuantizeLinear backward over what only moves values before it looks, so what lies between counts for
-    nothing; a layer with the step in front is safe whatever is behind it.
-    """
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
-    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    taken = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
-    restored: set[str] = set()
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" or (node.op_type in MOVING and node.input[0] in restored):
-            restored.update(name for name in node.output if name)
-        elif node.op_type in TAKEN and node.input[0] in restored and node.input[1] in floats:
-            nodes.append(step_before(node, 0, f"{node.name}.float", taken))
-        nodes.append(node)
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
-    return copy
-
-
-def check_floats(model: ModelProto) -> None:
-    """Refuse a file whose float layers ONNX Runtime would quantize."""
-    floats = [layer for layer in layers(View(model), "int8") if layer.weights and not layer.low]
-    wrong = [layer.name for layer in in_integers(model, floats)] if floats else []
-    if wrong:
-        raise ParityError(
-            f"ONNX Runtime quantizes layers that were meant to stay float: {', '.join(wrong)}",
-            "this should not happen; please report it with the version of ONNX Runtime",
-        )

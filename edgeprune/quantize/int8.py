@@ -133,7 +133,10 @@ class _Maker:
         model, seen = self.nets[option.equalized]
         limits = self.limits[option.equalized, option.calibrator]
         made = quantized(model, limits, self.scheme, skip=(*self.skipped, *skip))
-        return block_float_fusion(corrected(made, model, seen) if option.corrected else made)
+        if option.corrected:
+            made = corrected(made, model, seen)
+        block_float_fusion(made)
+        return made
 
 
 def build(floats: FloatBaseline, job: Job) -> Built:

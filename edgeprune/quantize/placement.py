@@ -1,24 +1,21 @@
-"""Which nodes of an ONNX model compute on 8 bits, and which of its values are quantized for that."""
+"""Which nodes of a prepared ONNX model compute on 8 bits, and which of its values are quantized for that."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 
-from edgeprune.onnx_graph import attributes, consumers, initializers
+from edgeprune.onnx_graph import View, attribute, operand
 from edgeprune.quantize.calibrators import Range, grid
 
-Array = npt.NDArray[Any]
-# What has a weight that can be int8, and the axis of the weight that counts its outputs.
+# Their weights can be int8.
 WEIGHTED = ("Conv", "Gemm", "MatMul")
-# What ONNX Runtime has 8-bit kernels for, each with a grid of its own for what it gives.
+# ONNX Runtime has 8-bit kernels for these, with a grid of their own for the output.
 COMPUTING = ("Add", "Mul", "GlobalAveragePool", "AveragePool", "Concat", "Sigmoid", "LeakyRelu")
-# What only moves values, or chooses among them: the grid stays.
+# These only move or select values: the grid stays.
 PASSING = (
     "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "DepthToSpace",
     "SpaceToDepth", "Pad",
@@ -32,22 +29,21 @@ _MATRIX = 2
 class Plan:
     """What becomes of each node and value.
 
-    nodes: the names of the nodes that compute on 8 bits. pairs: value -> the value whose range it shares; each gets a
-    QuantizeLinear and a DequantizeLinear. made: the values of `pairs` that an 8-bit node makes, which everybody reads
-    in their 8-bit form. gone: name of an activation -> the value that goes on in its place; clipping to the 8-bit
-    range does what it did.
+    nodes: those that compute on 8 bits. pairs: value -> the value whose range it shares; each gets a QuantizeLinear and
+    a DequantizeLinear. made: the values of `pairs` that an 8-bit node makes; every reader gets their 8-bit form.
+    fused: activation -> its output, which the node before it makes then; clipping to the 8-bit range does the same.
     """
 
     nodes: frozenset[str]
     pairs: Mapping[str, str]
     made: frozenset[str]
-    gone: Mapping[str, str]
+    fused: Mapping[str, str]
 
 
 def quantizable(model: ModelProto) -> tuple[str, ...]:
     """The names of the nodes whose weights can be int8, in order: Conv, Gemm and MatMul with constant weights."""
-    known = initializers(model.graph)
-    return tuple(node.name for node in model.graph.node if _has_int8_form(node, known))
+    view = View(model)
+    return tuple(node.name for node in model.graph.node if _has_int8_form(view, node))
 
 
 def data_inputs(node: NodeProto) -> tuple[str, ...]:
@@ -55,32 +51,15 @@ def data_inputs(node: NodeProto) -> tuple[str, ...]:
     return tuple(node.input) if node.op_type in _EVERY_INPUT else tuple(node.input[:1])
 
 
-class Graph:
-    """A prepared graph with what one asks of it again and again."""
-
-    def __init__(self, graph: GraphProto) -> None:
-        self.graph = graph
-        self.constants = initializers(graph)
-        self.producers = {name: node for node in graph.node for name in node.output if name}
-        self.readers = consumers(graph)
-        self.outputs = {value.name for value in graph.output}
-
-    def only_reader(self, value: str) -> NodeProto | None:
-        """The node that reads a value, if it is one alone."""
-        found = self.readers.get(value, [])
-        alone = len(found) == 1 and value not in self.outputs
-        return found[0] if alone else None
-
-
 def unsigned(model: ModelProto, ranges: Mapping[str, Range], skip: Collection[str]) -> Plan:
-    """The plan for ONNX Runtime: all that lies between 8-bit nodes stays on 8 bits, and activations are clippings."""
-    view = Graph(model.graph)
+    """The plan for ONNX Runtime: what lies between 8-bit nodes stays on 8 bits, and activations become clipping."""
+    view = View(model)
     weighted = set(quantizable(model)) - set(skip)
     fused = _fused(view, ranges, weighted, skip)
-    nodes = _settle(view, weighted, fused, skip)
+    nodes = _int8_nodes(view, weighted, fused, skip)
     pairs: dict[str, str] = {}
     made: set[str] = set()
-    gone: dict[str, str] = {}
+    removed: dict[str, str] = {}
     for node in view.graph.node:
         if node.name not in nodes:
             continue
@@ -92,21 +71,20 @@ def unsigned(model: ModelProto, ranges: Mapping[str, Range], skip: Collection[st
             # Its kernel gives float as well, which is exact.
             continue
         if activation is not None:
-            gone[activation.name] = out
+            removed[activation.name] = out
         # The second output of a MaxPool is indices.
         for value in node.output if node.op_type == "Split" else (out,):
-            passes = node.op_type in PASSING
-            pairs[value] = pairs[node.input[0]] if passes else value
+            pairs[value] = pairs[node.input[0]] if node.op_type in PASSING else value
             made.add(value)
-    return Plan(frozenset(nodes), pairs, frozenset(made), gone)
+    return Plan(frozenset(nodes), pairs, frozenset(made), removed)
 
 
 def signed(model: ModelProto, skip: Collection[str]) -> Plan:
-    """The plan for TensorRT: what weighted nodes and pools read, and the branch of a sum that no convolution ends.
+    """The plan for TensorRT: the inputs of weighted nodes and pools, and the branch of a sum that no convolution ends.
 
-    A convolution's own output stays float, so that it fuses with the sum and the activation behind it.
+    A convolution's own output stays float, so that it fuses with the sum and the activation after it.
     """
-    view = Graph(model.graph)
+    view = View(model)
     weighted = set(quantizable(model)) - set(skip)
     nodes, pairs = set(weighted), dict[str, str]()
     for node in view.graph.node:
@@ -117,34 +95,47 @@ def signed(model: ModelProto, skip: Collection[str]) -> Plan:
         elif node.op_type in ("GlobalAveragePool", "AveragePool") and _from(view, node.input[0], nodes):
             pairs[node.input[0]] = node.input[0]
             nodes.add(node.name)
-        elif node.op_type == "Add" and not any(value in view.constants for value in node.input):
-            ends = [value for value in node.input if _ends(view, value, weighted)]
+        elif node.op_type == "Add" and not any(value in view.initializers for value in node.input):
+            ends = [value for value in node.input if _ends_in(view, value, weighted)]
             if ends:
                 pairs.update({value: value for value in node.input if value != ends[-1]})
                 nodes.add(node.name)
     return Plan(frozenset(nodes), pairs, frozenset(), {})
 
 
-def _has_int8_form(node: NodeProto, known: Mapping[str, Array]) -> bool:
-    if node.op_type not in WEIGHTED or len(node.input) < 2 or node.input[0] in known:
+def clip_bounds(view: View, node: NodeProto) -> Range:
+    """The bounds of a Clip; NaN for one that is computed."""
+    bounds: list[float] = []
+    for position, (name, default) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
+        given = view.constant(operand(node, position))
+        computed = bool(operand(node, position)) and given is None
+        bounds.append(
+            np.nan if computed else float(attribute(node, name, default) if given is None else given)
+        )
+    return bounds[0], bounds[1]
+
+
+def _has_int8_form(view: View, node: NodeProto) -> bool:
+    if node.op_type not in WEIGHTED or node.input[0] in view.initializers:
         return False
-    weight = known.get(node.input[1])
-    if weight is None or weight.dtype != np.float32 or not weight.size:
+    weight, bias = view.initializers.get(operand(node, 1)), operand(node, 2)
+    if weight is None or weight.data_type != TensorProto.FLOAT or 0 in weight.dims:
         return False
-    if len(node.input) > 2 and node.input[2] and node.input[2] not in known:
+    if bias and bias not in view.initializers:
         return False
-    given = attributes(node)
     if node.op_type == "Gemm" and (
-        given.get("alpha", 1.0) != 1 or given.get("beta", 1.0) != 1 or given.get("transA", 0)
+        attribute(node, "alpha", 1.0) != 1
+        or attribute(node, "beta", 1.0) != 1
+        or attribute(node, "transA", 0)
     ):
         return False
-    return weight.ndim > _MATRIX if node.op_type == "Conv" else weight.ndim == _MATRIX
+    return len(weight.dims) > _MATRIX if node.op_type == "Conv" else len(weight.dims) == _MATRIX
 
 
 def _fused(
-    view: Graph, ranges: Mapping[str, Range], weighted: Collection[str], skip: Collection[str]
+    view: View, ranges: Mapping[str, Range], weighted: Collection[str], skip: Collection[str]
 ) -> dict[str, NodeProto]:
-    """Node -> the activation behind it that clipping to the 8-bit range does as well."""
+    """Node -> the activation after it whose effect clipping to the 8-bit range has as well."""
     found: dict[str, NodeProto] = {}
     for node in view.graph.node:
         if node.name in skip or not (node.name in weighted or node.op_type in COMPUTING):
@@ -152,76 +143,60 @@ def _fused(
         after = view.only_reader(node.output[0])
         if after is None or after.op_type not in ACTIVATIONS or after.name in skip:
             continue
-        if after.input[0] == node.output[0] and _is_clipping(
-            after, ranges.get(after.output[0]), view.constants
-        ):
+        bounds = ranges.get(after.output[0])
+        if bounds and after.input[0] == node.output[0] and _is_clipping(view, after, bounds):
             found[node.name] = after
     return found
 
 
-def _is_clipping(node: NodeProto, bounds: Range | None, known: Mapping[str, Array]) -> bool:
-    """Whether what an activation clips away is clipped away by the 8-bit range of its output, to the bit."""
-    limits = _limits(node, known)
-    if bounds is None or limits is None:
-        return False
-    scale, zero = grid(*bounds, symmetric=False)
-    return np.rint(limits[0] / scale) + zero <= 0 and np.rint(limits[1] / scale) + zero >= 255
+def _is_clipping(view: View, activation: NodeProto, output: Range) -> bool:
+    """Whether the 8-bit range of an activation's output clips to the bit what the activation does."""
+    low, high = (0.0, np.inf) if activation.op_type == "Relu" else clip_bounds(view, activation)
+    scale, zero = grid(*output, symmetric=False)
+    return bool(np.rint(low / scale) + zero <= 0 and np.rint(high / scale) + zero >= 255)
 
 
-def _limits(node: NodeProto, known: Mapping[str, Array]) -> Range | None:
-    if node.op_type == "Relu":
-        return 0.0, np.inf
-    given = attributes(node)
-    limits = [float(given.get("min", -np.inf)), float(given.get("max", np.inf))]
-    for place, name in enumerate(node.input[1:3]):
-        if name and name not in known:
-            return None
-        if name:
-            limits[place] = float(known[name])
-    return limits[0], limits[1]
-
-
-def _settle(
-    view: Graph, weighted: Collection[str], fused: Mapping[str, NodeProto], skip: Collection[str]
+def _int8_nodes(
+    view: View, weighted: Collection[str], fused: Mapping[str, NodeProto], skip: Collection[str]
 ) -> set[str]:
-    """All nodes on 8 bits: the weighted ones, and those between them that have kernels. The largest such set."""
+    """The weighted nodes, and the largest set of nodes with 8-bit kernels between 8-bit nodes."""
     able = {
         node.name: node
         for node in view.graph.node
         if node.op_type in (*COMPUTING, *PASSING)
         and node.name not in skip
-        and not any(value in view.constants for value in data_inputs(node))
-        and (node.op_type != "Pad" or _pads_zeros(node, view.constants))
+        and not any(value in view.initializers for value in data_inputs(node))
+        and (node.op_type != "Pad" or _pads_zeros(view, node))
     }
-    behind = {activation.output[0]: name for name, activation in fused.items()}
+    maker = {activation.output[0]: name for name, activation in fused.items()}
     nodes = set(weighted) | set(able)
 
-    def gets(value: str) -> bool:
+    def is_int8(value: str) -> bool:
         producer = view.producers.get(value)
-        return behind.get(value) in nodes or (producer is not None and producer.name in nodes)
+        return maker.get(value) in nodes or (producer is not None and producer.name in nodes)
 
     def stays(node: NodeProto) -> bool:
-        activation = fused.get(node.name)
-        given = activation.output if activation else node.output
-        return any(map(gets, data_inputs(node))) and any(_feeds(view, value, nodes) for value in given)
+        outputs = fused[node.name].output if node.name in fused else node.output
+        return any(map(is_int8, data_inputs(node))) and any(_feeds(view, value, nodes) for value in outputs)
 
     while leaving := {name for name, node in able.items() if name in nodes and not stays(node)}:
         nodes -= leaving
     return nodes
 
 
-def _pads_zeros(node: NodeProto, known: Mapping[str, Array]) -> bool:
-    if attributes(node).get("mode", b"constant") != b"constant":
+def _pads_zeros(view: View, node: NodeProto) -> bool:
+    """Whether what a Pad adds is zero or a copy."""
+    if attribute(node, "mode", b"constant") != b"constant" or not operand(node, 2):
         return True
-    name = node.input[2] if len(node.input) > 2 else ""
-    return not name or (name in known and not known[name].any())
+    value = view.constant(node.input[2])
+    return value is not None and not value.any()
 
 
-def _feeds(view: Graph, value: str, nodes: Collection[str]) -> bool:
+def _feeds(view: View, value: str, nodes: Collection[str]) -> bool:
     return any(node.name in nodes and value in data_inputs(node) for node in view.readers.get(value, ()))
 
 
-def _from(view: Graph, value: str, nodes: Collection[str]) -> bool:
+def _from(view: View, value: str, nodes: Collection[str]) -> bool:
     """Whether a node of `nodes` makes a value, perhaps with activations and moves in between."""
     producer = view.producers.get(value)
     while producer is not None and producer.name not in nodes:
@@ -231,6 +206,6 @@ def _from(view: Graph, value: str, nodes: Collection[str]) -> bool:
     return producer is not None
 
 
-def _ends(view: Graph, value: str, weighted: Collection[str]) -> bool:
+def _ends_in(view: View, value: str, weighted: Collection[str]) -> bool:
     producer = view.producers.get(value)
     return producer is not None and producer.name in weighted and view.only_reader(value) is not None

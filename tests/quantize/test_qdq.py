@@ -28,8 +28,9 @@ from edgeprune.onnx_graph.index import attributes, initializers
 from edgeprune.onnx_graph.session import open_onnx
 from edgeprune.quantize.calibrators import ranges
 from edgeprune.quantize.observers import observe
+from edgeprune.quantize.placement import quantizable
 from edgeprune.quantize.prepare import prepare
-from edgeprune.quantize.qdq import quantizable, quantized
+from edgeprune.quantize.qdq import quantized
 from edgeprune.quantize.verification import optimized, verify
 from edgeprune.records import Bundle, InputSpec, Source
 from edgeprune.robustness.onnx_module.module import to_torch
