@@ -278,8 +278,8 @@ def _tune_words(run: Context) -> str:
     if not run.trainable:
         return "nothing (the data is for evaluation only)"
     epochs = run.lesson.epochs
-    remembers = run.lesson.recalibrate and train.remembers(run.bundle.module)
-    words = ["recalibrate batch-norm"] if remembers else []
+    recalibrates = run.lesson.recalibrate and train.normalizers(run.bundle.module)
+    words = ["recalibrate batch-norm"] if recalibrates else []
     if epochs:
         words.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of fine-tuning")
     return ", ".join(words) or "nothing"

@@ -2,9 +2,10 @@
 
 # fmt: off
 from edgeprune.train.adversarial import Ball, PGD_REACH, crafting, cross_entropy, pgd
-from edgeprune.train.batchnorm import normalizers, remembers
+from edgeprune.train.augmentation import decide
+from edgeprune.train.batchnorm import normalizers
 from edgeprune.train.evaluation import accuracy, reading, robust_accuracy
-from edgeprune.train.job import Hooks, TrainingJob, chance, decide, momentum, share_of_lr
+from edgeprune.train.job import Hooks, TrainingJob, chance, momentum, share_of_lr
 from edgeprune.train.loop import fit
 from edgeprune.train.objectives import Objective, of_table
 from edgeprune.train.placement import CPU, ExecutionConfig, fastest_config, restored_device

@@ -1,4 +1,4 @@
-"""Adversarial images by gradient: FGSM, PGD and TRADES' own, in an Linf or L2 ball; pixels are in [0, 1]."""
+"""Adversarial images by projected gradient steps, in an Linf or L2 ball; pixels are in [0, 1]."""
 
 from __future__ import annotations
 
@@ -23,19 +23,10 @@ PGD_REACH = 2.5
 # Standard deviation of the noise at which TRADES starts; at the image itself its gradient is 0.
 TRADES_NOISE = 0.001
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Ball:
-    """What an attack may change: every image within `eps` of the given one in `norm`, with pixels in [0, 1].
-
-    norm: "Linf" (largest change of a value) or "L2" (Euclidean length of the change of one image).
-    eps: radius > 0 in units of pixels in [0, 1].
-
-    Raises:
-        UsageError: an unknown norm, or a radius that is not finite and more than 0.
-    """
+    """Every image within `eps` (in units of pixels in [0, 1]) of a given one in `norm`, "Linf" or "L2"."""
 
     norm: str
     eps: float
@@ -49,7 +40,7 @@ class Ball:
             raise UsageError(f"eps = {self.eps} must be finite and more than 0", "for example 8/255")
 
     def project(self, found: Tensor, x: Tensor) -> Tensor:
-        """The nearest images in the ball around `x`, then clipped to [0, 1], which leaves no ball around a legal x."""
+        """The nearest images in the ball around `x`, clipped to [0, 1]: still in the ball, as `x` is in [0, 1]."""
         if self.norm == "Linf":
             return torch.clamp(found, x - self.eps, x + self.eps).clamp(0, 1)
         change = found - x
@@ -72,17 +63,14 @@ class Ball:
         return found + size * (usable.sign() if self.norm == "Linf" else _direction(usable))
 
 
-def cross_entropy(answer: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     """Summed over the images, so that no image's gradient depends on how many others there are."""
-    return functional.cross_entropy(answer, y, reduction="sum")
+    return functional.cross_entropy(output, y, reduction="sum")
 
 
 @contextmanager
 def crafting(module: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode and without gradients for its parameters; afterwards all is as it was.
-
-    In evaluation mode batch-norm's statistics stay untouched and dropout draws no chance.
-    """
+    """The network in evaluation mode and without gradients for its parameters; both are restored."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with modes(None, module):
         for parameter in trained:
@@ -92,47 +80,6 @@ def crafting(module: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-
-
-def perturb(  # noqa: PLR0913
-    module: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    ball: Ball,
-    *,
-    steps: int,
-    step: float,
-    generator: torch.Generator | None,
-    loss: Loss = cross_entropy,
-) -> Tensor:
-    """Climb the loss by projected gradient steps (Madry et al. 2018).
-
-    Modes of all layers, `requires_grad` of all parameters and what is in `.grad` are afterwards as they were, also
-    when the network fails. Chance comes from the generator alone.
-
-    Args:
-        loss: (logits (N, K), y) to the scalar sum over the images that is to become large.
-
-    Returns:
-        Like `x`, in the ball and in [0, 1], detached.
-    """
-    x = x.detach()
-    start = x if generator is None else ball.start(x, generator)
-    with crafting(module):
-        return _climb(lambda at: loss(full(logits(module, at)), y), start, x, ball, steps, step)
-
-
-def fgsm(
-    module: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """One step on the cross-entropy, of `eps` from `x` itself (Goodfellow et al. 2015).
-
-    With a generator it is a step of 1.25 eps from a random point, which is what to train against: networks do not
-    learn to stop just this attack so easily (Wong et al. 2020).
-    Arguments, result and errors are those of `perturb`.
-    """
-    step = ball.eps if generator is None else FGSM_REACH * ball.eps
-    return perturb(module, x, y, ball, steps=1, step=step, generator=generator)
 
 
 def pgd(  # noqa: PLR0913
@@ -145,17 +92,27 @@ def pgd(  # noqa: PLR0913
     step: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`steps` steps on the cross-entropy; `step` 0 takes 2.5 eps / steps."""
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018); a `step` of 0 is 2.5 eps / steps.
+
+    Modes of all layers, `requires_grad` of all parameters and what is in `.grad` are restored, also when the network
+    fails. All random numbers come from the generator; without one the start is `x` itself.
+
+    Returns:
+        Like `x`, in the ball and in [0, 1], detached.
+    """
+    x = x.detach()
+    start = x if generator is None else ball.start(x, generator)
     size = step or PGD_REACH * ball.eps / max(1, steps)
-    return perturb(module, x, y, ball, steps=steps, step=size, generator=generator)
+    with crafting(module):
+        return _climb(lambda at: cross_entropy(full(logits(module, at)), y), start, x, ball, steps, size)
 
 
 def trades(
     module: nn.Module, x: Tensor, ball: Ball, *, steps: int, step: float, generator: torch.Generator
 ) -> Tensor:
-    """Climb KL(softmax(f(x)) || softmax(f(x'))) from x' = x + 0.001 N(0, 1): the inner problem of TRADES.
+    """Ascent on KL(softmax(f(x)) || softmax(f(x'))) from x' = x + 0.001 N(0, 1); otherwise as `pgd`.
 
-    Zhang et al. 2019, algorithm 1. No labels. Arguments, result and errors are those of `perturb`.
+    The inner problem of TRADES (Zhang et al. 2019, algorithm 1).
     """
     x = x.detach()
     noise = torch.randn(x.shape, generator=generator).to(x)
@@ -163,8 +120,8 @@ def trades(
         clean = functional.log_softmax(full(logits(module, x)), dim=1)
 
         def divergence(at: Tensor) -> Tensor:
-            answer = functional.log_softmax(full(logits(module, at)), dim=1)
-            return functional.kl_div(answer, clean, reduction="sum", log_target=True)
+            moved = functional.log_softmax(full(logits(module, at)), dim=1)
+            return functional.kl_div(moved, clean, reduction="sum", log_target=True)
 
         return _climb(divergence, ball.project(x + TRADES_NOISE * noise, x), x, ball, steps, step)
 
@@ -184,7 +141,7 @@ def _gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     found = torch.autograd.grad(value, point, allow_unused=True)[0] if value.requires_grad else None
     if found is None:
         raise ModelError(
-            "the attack finds no gradient: the network's answer is cut off from its input",
+            "the attack finds no gradient: the network's output does not depend on its input",
             "look for detach(), no_grad() or argmax in its forward, or train with --objective natural",
         )
     return found

@@ -1,4 +1,4 @@
-"""Batch-norm statistics set anew from images, which need no labels."""
+"""Recalibration of batch-norm statistics on images without labels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from edgeprune.progress import bar
 def recalibrate_bn(module: nn.Module, images: Tensor, batch: int = 256) -> int:
     """Set the statistics of each batch-norm to mean and variance of its input over all images, in place.
 
-    Earlier layers normalize batch by batch meanwhile; everything but batch-norm is in evaluation mode.
-
-    Returns:
-        How many batch-norm layers were set.
+    Earlier layers normalize batch by batch meanwhile; everything but batch-norm is in evaluation mode. Returns the
+    number of batch-norm layers that were set.
     """
     layers = {name: layer for name, layer in module.named_modules() if _has_statistics(layer)}
     if not layers:
@@ -28,7 +26,7 @@ def recalibrate_bn(module: nn.Module, images: Tensor, batch: int = 256) -> int:
     if len(images) < 2:
         raise UsageError(f"{len(images)} calibration image, batch-norm statistics need at least 2")
     sums = {name: _Moments() for name in layers}
-    hooks = [layer.register_forward_pre_hook(sums[name].see) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(sums[name].add) for name, layer in layers.items()]
     try:
         with modes(None, module), torch.no_grad():
             for layer in layers.values():
@@ -55,8 +53,8 @@ class _Moments:
     mean: Tensor | float = 0.0
     squares: Tensor | float = 0.0
 
-    def see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Take in one batch (N, C, ...), as a forward pre-hook."""
+    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook: add one batch (N, C, ...)."""
         x = inputs[0].detach()
         variance, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
         added, mean = x.numel() // x.shape[1], mean.double()
@@ -67,13 +65,8 @@ class _Moments:
         self.count, self.batches = total, self.batches + 1
 
 
-def remembers(module: nn.Module) -> bool:
-    """Whether any layer keeps statistics of its inputs, which can be recalibrated."""
-    return bool(normalizers(module))
-
-
 def normalizers(module: nn.Module) -> list[nn.Module]:
-    """The layers that keep statistics of their inputs."""
+    """The batch-norm layers that have running statistics."""
     return [layer for layer in module.modules() if _has_statistics(layer)]
 
 

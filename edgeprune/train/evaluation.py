@@ -1,4 +1,4 @@
-"""How right a network is: accuracy, accuracy under the attack it was trained against, and mean loss."""
+"""Accuracy, accuracy under the attack of an objective, and mean loss of a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH_UNDER_ATTACK = 250
 
 
 def accuracy(module: nn.Module, split: Split, batch: int = 500) -> tuple[int, int]:
-    """How many images of a part are classified right, and how many there are; what isn't finite is wrong."""
+    """Images of a split that are classified right, and all of them; an output that is not finite is wrong."""
     return int(right(module, split, torch.arange(len(split)), batch=batch).sum()), len(split)
 
 
@@ -48,16 +48,14 @@ def right(
 def robust_accuracy(
     module: nn.Module, split: Split, objective: Objective, *, seed: int, limit: int = 0
 ) -> tuple[int, int]:
-    """How many images are classified right under the objective's own attack, and how many were tried."""
+    """Images that are classified right under the objective's own attack, and all that were tried."""
     with _ready(module, split) as device:
-        rows = some(len(split), limit, seed)
-        return attacked(
-            module, split, rows, (objective, seed), ExecutionConfig(device, torch.contiguous_format)
-        )
+        placement = ExecutionConfig(device, torch.contiguous_format)
+        return attacked(module, split, some(len(split), limit, seed), (objective, seed), placement)
 
 
 def some(count: int, limit: int, seed: int) -> Tensor:
-    """Which of `count` images are tried: all, or `limit` chosen by chance; int64, ascending."""
+    """Rows of `count` images that are tried: all, or a random `limit` of them; int64, ascending."""
     if not 0 < limit < count:
         return torch.arange(count)
     return torch.randperm(count, generator=chance(seed, "some"))[:limit].sort().values
@@ -66,9 +64,9 @@ def some(count: int, limit: int, seed: int) -> Tensor:
 def attacked(
     module: nn.Module, split: Split, rows: Tensor, attack: tuple[Objective, int], placement: ExecutionConfig
 ) -> tuple[int, int]:
-    """Right answers among the images `rows` (n,) under an objective's attack with a seed, and n.
+    """Images among `rows` (n,) that are classified right under an objective's attack with a seed, and n.
 
-    The network is on the placement's device. Modes are put back.
+    The network is on the placement's device; the modes of its layers are restored.
     """
     objective, seed = attack
     correct = 0
@@ -89,29 +87,25 @@ def mean_loss(module: nn.Module, images: Tensor, labels: Tensor, batch: int = 25
     device = device_of(module)
     with modes(None, module), torch.no_grad():
         for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-            answer = logits(module, x.to(device))
-            total += float(functional.cross_entropy(answer, y.to(device), reduction="sum"))
+            output = logits(module, x.to(device))
+            total += float(functional.cross_entropy(output, y.to(device), reduction="sum"))
     return total / len(images)
 
 
 @contextmanager
 def _ready(module: nn.Module, split: Split) -> Iterator[torch.device]:
-    """The network in evaluation mode on the fastest device that it takes; afterwards as and where it was."""
+    """The network in evaluation mode on the fastest device that runs it; mode and device are restored."""
     with restored_device([module]), modes(None, module):
         yield fastest_config([module], split.take(torch.arange(min(2, len(split))))).device
 
 
 def _right(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    answer = logits(module, x)
-    return (answer.argmax(1) == y) & answer.isfinite().all(1)
+    output = logits(module, x)
+    return (output.argmax(1) == y) & output.isfinite().all(1)
 
 
 def reading(network: nn.Module, split: Split, stage: str, used: Mapping[str, Any]) -> Reading:
-    """The accuracy of a network on held-out images, with its exact binomial 95 % interval.
-
-    Args:
-        network: pixels in [0, 1] to logits. stage: the step that it was measured after. used: what the step used.
-    """
+    """The accuracy on held-out images after a `stage` with its exact binomial 95 % interval; used: by the stage."""
     correct, total = accuracy(network, split)
     return Reading(
         metric="clean_accuracy",

@@ -19,14 +19,13 @@ from edgeprune.models import Checkpoint, Progress, modes
 from edgeprune.progress import bar
 from edgeprune.quantities import suggest
 from edgeprune.recipe import KEEPS
+from edgeprune.train.augmentation import KINDS, augment
 from edgeprune.train.evaluation import attacked, some
 from edgeprune.train.job import (
-    KINDS,
     NO_HOOKS,
     History,
     Hooks,
     TrainingJob,
-    augment,
     chance,
     optimizer_of,
     seed_of,
@@ -44,18 +43,16 @@ from edgeprune.train.placement import (
 
 MAX_GRAD_NORM = 5.0
 CHECKPOINT = "training.pt"
-# Within an epoch: what a kill may cost. At the end of an epoch there is a checkpoint anyway.
+# Between checkpoints within an epoch.
 CHECKPOINT_SECONDS = 120.0
-# Validation images under attack; 1,000 tell accuracies apart that differ by 3 points.
+# Validation images under attack; 1,000 separate accuracies that differ by 3 points.
 VALIDATED = 1000
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """What every step needs."""
-
     module: nn.Module
-    course: TrainingJob
+    job: TrainingJob
     hooks: Hooks
     placement: ExecutionConfig
     objective: Objective
@@ -63,37 +60,34 @@ class _Loop:
 
     @property
     def batch(self) -> int:
-        """Images of a step, of all processes."""
-        return min(self.course.table.batch, len(self.course.split))
+        """Images of a step, over all processes."""
+        return min(self.job.table.batch, len(self.job.split))
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch; a rest that fills no batch waits for another epoch's order."""
-        return len(self.course.split) // self.batch
+        """Steps of an epoch; a last incomplete batch is dropped."""
+        return len(self.job.split) // self.batch
 
 
-def fit(module: nn.Module, course: TrainingJob, hooks: Hooks = NO_HOOKS) -> History:
+def fit(module: nn.Module, job: TrainingJob, hooks: Hooks = NO_HOOKS) -> History:
     """Train in place by SGD or AdamW, with warm-up and cosine; the last or the best epoch's weights stay.
 
-    On a GPU when there is one. In a team every process works on its share of each batch, and all end with the same
-    weights. The state goes to `course.scratch` after each epoch and every two minutes. Called again with the same
-    arguments after an interruption, also in the middle of an epoch, the weights become bit for bit those of an
-    undisturbed run (same machine, same number of threads and processes).
-
-    Args:
-        module: pixels in [0, 1] to logits (N, K); parameters that ask for no gradient stay as they are.
+    On a GPU when there is one. Every process of `distributed` works on its share of each batch, and all end with the
+    same weights. Checkpoints go to `job.scratch` after each epoch and every two minutes. Called again with the same
+    arguments after an interruption, the weights become bit for bit those of an uninterrupted run (same machine, same
+    number of threads and processes). Parameters that require no gradient are not changed.
     """
-    _check(course)
-    with _prepared(module, course, hooks) as loop:
-        saved = Checkpoint(course.scratch / CHECKPOINT, _key(loop))
+    _check(job)
+    with _prepared(module, job, hooks) as loop:
+        saved = Checkpoint(job.scratch / CHECKPOINT, _key(loop))
         found = saved.restore(module, loop.optimizer, loop.placement.device)
         progress, state = found or (Progress(), {})
         if found:
             hooks.restore(state)
         resumed = progress.epoch
-        with modes(module, course.teacher), bar(course.table.epochs * loop.steps, "training") as advance:
+        with modes(module, job.teacher), bar(job.table.epochs * loop.steps, "training") as advance:
             advance(resumed * loop.steps + progress.step)
-            while progress.epoch < course.table.epochs:
+            while progress.epoch < job.table.epochs:
                 _epoch(loop, progress, saved, advance)
                 saved.save(module, loop.optimizer, progress, hooks.state())
         if progress.best not in {-1, progress.epoch - 1}:
@@ -105,8 +99,8 @@ def fit(module: nn.Module, course: TrainingJob, hooks: Hooks = NO_HOOKS) -> Hist
     return History(tuple(progress.losses), resumed, tuple(progress.validation), best)
 
 
-def _check(course: TrainingJob) -> None:
-    split, table = course.split, course.table
+def _check(job: TrainingJob) -> None:
+    split, table = job.split, job.table
     if len(split) < 2:
         raise UsageError(f"{split.name} has {len(split)} image, training needs at least 2")
     least, batch = 2 * distributed.size(), min(table.batch, len(split))
@@ -117,7 +111,7 @@ def _check(course: TrainingJob) -> None:
         raise UsageError(
             f"tune.keep = {table.keep!r} is not one of {', '.join(KEEPS)}", suggest(table.keep, KEEPS)
         )
-    if table.keep == "best" and not course.validation:
+    if table.keep == "best" and not job.validation:
         raise UsageError(
             'tune.keep = "best" chooses an epoch by its accuracy on validation images, and there are none',
             '--set tune.keep="last"',
@@ -125,62 +119,65 @@ def _check(course: TrainingJob) -> None:
 
 
 @contextmanager
-def _prepared(module: nn.Module, course: TrainingJob, hooks: Hooks) -> Iterator[_Loop]:
-    """Networks on the device on which they train; they go back, and the global chance is left alone."""
-    table, teacher = course.table, course.teacher
+def _prepared(module: nn.Module, job: TrainingJob, hooks: Hooks) -> Iterator[_Loop]:
+    """Networks on their training device; it, their memory format and the global random state are restored."""
+    table, teacher = job.table, job.teacher
     objective = of_table(table, teacher if table.distill > 0 else None)
-    networks = _networks(module, course)
+    networks = _networks(module, job)
     with restored_device(networks):
         for tensor in (*module.parameters(), *module.buffers()):
             distributed.broadcast_(tensor)
-        placement = fastest_config(networks, course.split.take(torch.arange(2)), table.mixed)
+        placement = fastest_config(networks, job.split.take(torch.arange(2)), table.mixed)
         for network in networks:
             set_memory_format(network, placement.memory_format)
         try:
             with repeatable(placement.device):
                 optimizer = optimizer_of(module, table)
-                yield _Loop(module, course, hooks, placement, objective, optimizer)
+                yield _Loop(module, job, hooks, placement, objective, optimizer)
         finally:
             for network in networks:
                 set_memory_format(network, torch.contiguous_format)
 
 
 def _epoch(loop: _Loop, progress: Progress, saved: Checkpoint, advance: Callable[..., None]) -> None:
-    """The steps of an epoch that are not done yet, and what comes after them."""
-    course, epoch = loop.course, progress.epoch
-    order = torch.randperm(len(course.split), generator=chance(course.seed, epoch, "order"))
+    job, epoch = loop.job, progress.epoch
+    order = torch.randperm(len(job.split), generator=chance(job.seed, epoch, "order"))
     last = time.monotonic()
     for step in range(progress.step, loop.steps):
         progress.total += _step(loop, epoch, step, order[step * loop.batch : (step + 1) * loop.batch])
         progress.step = step + 1
         mean = progress.total / progress.step
-        advance(1, f"training, epoch {epoch + 1} of {course.table.epochs}, loss {mean:.3f}")
-        # Not after the last step: what the hooks do then may look at its gradients, which no checkpoint has.
+        advance(1, f"training, epoch {epoch + 1} of {job.table.epochs}, loss {mean:.3f}")
+        # Not after the last step: `after_epoch` may use its gradients, which no checkpoint has.
         if progress.step < loop.steps and time.monotonic() - last >= CHECKPOINT_SECONDS:
             saved.save(loop.module, loop.optimizer, progress, loop.hooks.state())
             last = time.monotonic()
     loop.hooks.after_epoch(epoch, loop.optimizer)
     progress.losses.append(progress.total / loop.steps)
-    if course.table.keep == "best" and course.validation is not None:
-        _validate(loop, progress, course.validation)
+    if job.table.keep == "best" and job.validation is not None:
+        _validate(loop, progress, job.validation)
     progress.epoch, progress.step, progress.total = epoch + 1, 0, 0.0
 
 
 def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
-    """One step on the images `rows` of all processes; gives their loss.
+    """One step on the images `rows` of all processes; returns their mean loss.
 
-    Chance depends on the seed, the epoch, the step and, but for augmentation, the process.
+    Random numbers depend on the seed, the epoch, the step and, but for augmentation, the process.
     """
-    table, rank, size = loop.course.table, distributed.rank(), distributed.size()
+    table, rank, size = loop.job.table, distributed.rank(), distributed.size()
     mine = slice(rank, None, size)
-    seed = (loop.course.seed, epoch, step)
-    x, y = loop.course.split.take(rows[mine]), loop.course.split.labels[rows[mine]]
-    # "auto" that nobody decided about (`augmenting.decide`) is nothing: no image is changed unseen.
+    seed = (loop.job.seed, epoch, step)
+    x, y = loop.job.split.take(rows[mine]), loop.job.split.labels[rows[mine]]
+    # An "auto" that `augmentation.decide` has not replaced changes no image.
     kinds = KINDS.get(table.augment, ())
     if kinds:
         x = augment(x, chance(*seed, "augment"), count=len(rows), part=mine, kinds=kinds)
     torch.manual_seed(seed_of(*seed, rank, "dropout"))
-    loss = _loss(loop, loop.placement.images(x), y.to(loop.placement.device), chance(*seed, rank, "attack"))
+    images, labels = loop.placement.images(x), y.to(loop.placement.device)
+    with loop.placement.autocast():
+        loss = (loop.hooks.loss or loop.objective)(loop.module, images, labels, chance(*seed, rank, "attack"))
+    if loop.hooks.penalty is not None:
+        loss = loss + loop.hooks.penalty()
     loop.optimizer.zero_grad(set_to_none=True)
     # A process may have one image more than another.
     share = len(y) * size / len(rows)
@@ -200,12 +197,6 @@ def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
     return value
 
 
-def _loss(loop: _Loop, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    with loop.placement.autocast():
-        loss = (loop.hooks.loss or loop.objective)(loop.module, x, y, generator)
-    return loss if loop.hooks.penalty is None else loss + loop.hooks.penalty()
-
-
 def _backward(loss: Tensor, shape: tuple[int, ...]) -> None:
     try:
         loss.backward()
@@ -217,10 +208,7 @@ def _backward(loss: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _shared(module: nn.Module) -> list[Tensor]:
-    """What processes hold in common besides weights: gradients, and statistics of normalization.
-
-    The latter after every step: attacks look at them, and a checkpoint may come after any.
-    """
+    """Gradients, and batch-norm statistics: attacks use these, and any step may be followed by a checkpoint."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
     statistics = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
@@ -232,13 +220,13 @@ def _check_finite(loop: _Loop, found: tuple[float, float], where: str) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    hint = f"lower the learning rate: --set tune.lr={loop.course.table.lr / 10:g}"
+    hint = f"lower the learning rate: --set tune.lr={loop.job.table.lr / 10:g}"
     raise ModelError(f"training diverged: {what} in {where}", hint)
 
 
 def _validate(loop: _Loop, progress: Progress, split: Split) -> None:
-    """Accuracy after an epoch, of all processes together; of two best epochs the later one is kept."""
-    seed = loop.course.seed
+    """Accuracy after an epoch, over all processes; of two equal best epochs the later one is kept."""
+    seed = loop.job.seed
     rows = some(len(split), VALIDATED if loop.objective.attacks else 0, seed)
     mine = rows[distributed.rank() :: distributed.size()]
     counts = attacked(loop.module, split, mine, (loop.objective, seed), loop.placement)
@@ -252,20 +240,14 @@ def _validate(loop: _Loop, progress: Progress, split: Split) -> None:
 
 
 def _key(loop: _Loop) -> str:
-    """What tells trainings apart: settings, seed, all weights, the hooks' state, how many images, and where."""
-    course = loop.course
-    held = len(course.validation) if course.validation else 0
-    where = (
-        loop.placement.device.type,
-        loop.placement.memory_format,
-        loop.placement.mixed,
-        distributed.size(),
-    )
-    settings = repr((course.table, course.seed, len(course.split), held, where))
-    return distributed.broadcast_object(
-        models.key(settings, _networks(loop.module, course), loop.hooks.state())
-    )
+    """The key of a checkpoint: settings, seed, all weights, the hooks' state, numbers of images, device."""
+    job, placement = loop.job, loop.placement
+    held = len(job.validation) if job.validation else 0
+    where = (placement.device.type, placement.memory_format, placement.mixed, distributed.size())
+    settings = repr((job.table, job.seed, len(job.split), held, where))
+    key = models.key(settings, _networks(loop.module, job), loop.hooks.state())
+    return distributed.broadcast_object(key)
 
 
-def _networks(module: nn.Module, course: TrainingJob) -> list[nn.Module]:
-    return [module] if course.teacher is None else [module, course.teacher]
+def _networks(module: nn.Module, job: TrainingJob) -> list[nn.Module]:
+    return [module] if job.teacher is None else [module, job.teacher]

@@ -1,9 +1,8 @@
-"""What training makes small: the loss on labels, on adversarial images, and the distance to a teacher's answers."""
+"""Training losses: on labels, on adversarial images, and the divergence from a teacher's output."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +13,20 @@ from edgeprune.errors import UsageError
 from edgeprune.models import full, logits, modes
 from edgeprune.quantities import eps_of, suggest
 from edgeprune.recipe import OBJECTIVES, TuneTable
-from edgeprune.train import adversarial
-from edgeprune.train.adversarial import Ball
+from edgeprune.train.adversarial import FGSM_REACH, PGD_REACH, Ball, pgd, trades
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one batch, as a recipe's `tune` table decides it; call it with a network in training mode.
+    """The loss of one batch, as a recipe's `tune` table sets it; call it with a network in training mode.
 
     kind: "natural": CE(f(x), y).
         "fgsm", "pgd": beta CE(f(x), y) + (1 - beta) CE(f(x'), y), with x' made by one or by several gradient steps;
         beta 1 makes no attack, and with beta 0 only x' goes through the network.
         "trades": CE(f(x), y) + trades KL(softmax(f(x)) || softmax(f(x'))), Zhang et al. 2019.
-    ball, steps, step: how x' is made (`train.adversarial`).
     distill, temperature, teacher: with a teacher t each CE becomes `distillation` from t(x), on the same image as
-        the CE; t sees the clean image always. TRADES' whole loss gets weight 1 - distill, and the teacher's part
-        is on x' (Goldblum et al. 2020).
-
-    Raises:
-        UsageError: an unknown kind, or a number out of its range.
+        the CE; the input of t is always the clean image. TRADES' whole loss gets weight 1 - distill, and the
+        teacher's part is on x' (Goldblum et al. 2020).
     """
 
     kind: str
@@ -68,50 +62,51 @@ class Objective:
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch; gradients pass."""
-        wanted = self._wanted(x)
-        adversarial = self.attack(module, x, y, generator)
+        target = self._teacher_logits(x)
+        moved = self.attack(module, x, y, generator)
+        beta = self.beta if self.attacks else 1.0
+        if self.kind != "trades" and beta in (0, 1):
+            return self._supervised(full(logits(module, x if beta else moved)), target, y)
+        # In one batch, so that batch-norm sees both.
+        output = full(logits(module, torch.cat([x, moved])))
+        on_clean, on_moved = output[: len(x)], output[len(x) :]
         if self.kind == "trades":
-            return self._trades(_together(module, x, adversarial), y, wanted)
-
-        def part(answer: Tensor) -> Tensor:
-            if wanted is None:
-                return functional.cross_entropy(answer, y)
-            return distillation(answer, wanted, y, self.distill, self.temperature)
-
-        return _hybrid(module, (x, adversarial), self.beta if self.attacks else 1.0, part)
+            return self._trades(on_clean, on_moved, target, y)
+        clean_loss = self._supervised(on_clean, target, y)
+        return beta * clean_loss + (1 - beta) * self._supervised(on_moved, target, y)
 
     def attack(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """The adversarial images that it trains on, made in evaluation mode; `x` itself where it makes none."""
         if not self.attacks:
             return x
         if self.kind == "trades":
-            return adversarial.trades(
-                module, x, self.ball, steps=self.steps, step=self.step, generator=generator
-            )
-        return adversarial.perturb(
-            module, x, y, self.ball, steps=self.steps, step=self.step, generator=generator
-        )
+            return trades(module, x, self.ball, steps=self.steps, step=self.step, generator=generator)
+        return pgd(module, x, y, self.ball, steps=self.steps, step=self.step, generator=generator)
 
-    def _wanted(self, x: Tensor) -> Tensor | None:
+    def _teacher_logits(self, x: Tensor) -> Tensor | None:
         if self.teacher is None or self.distill == 0:
             return None
         with modes(None, self.teacher), torch.no_grad():
             return full(logits(self.teacher, x))
 
-    def _trades(self, answers: tuple[Tensor, Tensor], y: Tensor, wanted: Tensor | None) -> Tensor:
-        clean, moved = answers
+    def _supervised(self, output: Tensor, target: Tensor | None, y: Tensor) -> Tensor:
+        if target is None:
+            return functional.cross_entropy(output, y)
+        return distillation(output, target, y, self.distill, self.temperature)
+
+    def _trades(self, clean: Tensor, moved: Tensor, target: Tensor | None, y: Tensor) -> Tensor:
         loss = functional.cross_entropy(clean, y) + self.trades * _divergence(clean, moved, 1.0)
-        if wanted is None:
+        if target is None:
             return loss
-        taught = self.temperature**2 * _divergence(wanted, moved, self.temperature)
-        return (1 - self.distill) * loss + self.distill * taught
+        distilled = self.temperature**2 * _divergence(target, moved, self.temperature)
+        return (1 - self.distill) * loss + self.distill * distilled
 
 
 def of_table(table: TuneTable, teacher: nn.Module | None) -> Objective:
-    """The objective that a recipe asks for; the teacher counts where `table.distill` is more than 0."""
+    """The objective of a recipe; the teacher counts where `table.distill` is more than 0."""
     ball = Ball(table.norm, eps_of(table.eps, table.norm))
     steps = 1 if table.objective == "fgsm" else table.attack_steps
-    usual = adversarial.FGSM_REACH if table.objective == "fgsm" else adversarial.PGD_REACH / max(1, steps)
+    usual = FGSM_REACH if table.objective == "fgsm" else PGD_REACH / max(1, steps)
     return Objective(
         kind=table.objective,
         ball=ball,
@@ -125,16 +120,6 @@ def of_table(table: TuneTable, teacher: nn.Module | None) -> Objective:
     )
 
 
-def hybrid_loss(module: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
-    """beta CE(f(x), y) + (1 - beta) CE(f(x'), y), each the mean over its own images; both in one batch.
-
-    With beta 1 or 0 the images without weight do not go through the network, so batch-norm does not see them.
-    """
-    if not 0 <= beta <= 1:
-        raise UsageError(f"beta = {beta} must be between 0 and 1")
-    return _hybrid(module, (x, x_adv), beta, lambda answer: functional.cross_entropy(answer, y))
-
-
 def distillation(
     student_logits: Tensor, teacher_logits: Tensor, y: Tensor, weight: float, temperature: float
 ) -> Tensor:
@@ -146,26 +131,11 @@ def distillation(
     return (1 - weight) * functional.cross_entropy(student_logits, y) + weight * temperature**2 * divergence
 
 
-def _hybrid(
-    module: nn.Module, images: tuple[Tensor, Tensor], beta: float, part: Callable[[Tensor], Tensor]
-) -> Tensor:
-    clean, adversarial = images
-    if beta in (0, 1):
-        return part(full(logits(module, clean if beta else adversarial)))
-    on_clean, on_adversarial = _together(module, clean, adversarial)
-    return beta * part(on_clean) + (1 - beta) * part(on_adversarial)
-
-
-def _together(module: nn.Module, clean: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
-    answer = full(logits(module, torch.cat([clean, adversarial])))
-    return answer[: len(clean)], answer[len(clean) :]
-
-
-def _divergence(wanted: Tensor, answer: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(wanted / T) || softmax(answer / T)), mean over the images; gradients flow into both."""
+def _divergence(target: Tensor, output: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(target / T) || softmax(output / T)), mean over the images; gradients flow into both."""
     return functional.kl_div(
-        functional.log_softmax(answer / temperature, dim=1),
-        functional.log_softmax(wanted / temperature, dim=1),
+        functional.log_softmax(output / temperature, dim=1),
+        functional.log_softmax(target / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )

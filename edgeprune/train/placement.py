@@ -1,4 +1,4 @@
-"""Where and how a network trains: on a GPU when there is one, channels last and in bfloat16 where that works."""
+"""Device, memory format and precision of training: GPU, channels last and bfloat16 where these work."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """A device, how weights and images lie in its memory, and whether layers compute in bfloat16."""
+    """mixed: layers compute in bfloat16."""
 
     device: torch.device = CPU
     memory_format: torch.memory_format = torch.channels_last
     mixed: bool = False
 
     def images(self, x: Tensor) -> Tensor:
-        """A batch (N, C, H, W) on the device, laid out as the network likes it."""
+        """A batch (N, C, H, W) on the device in the memory format."""
         return x.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
 
     def autocast(self) -> torch.autocast:
-        """The block in which losses and attacks are computed.
+        """The context of losses and attacks.
 
-        Weights that were cast where no gradient is wanted (a teacher, an attack) must not be used again where one is,
-        so casts are not kept.
+        Without a cache of casts: weights that were cast without gradients (for a teacher, an attack) have none later.
         """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=False)
 
@@ -46,20 +45,19 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def fastest_config(networks: Sequence[nn.Module], example: Tensor, mixed: str = "fp32") -> ExecutionConfig:
-    """The first placement, from fast to slow, in which all networks answer; they are on that device afterwards.
+    """The first configuration, from fast to slow, in which all networks run; they are on its device afterwards.
 
     Channels last is a third faster on CPUs; networks that call `view` on feature maps fail with it. A network that
-    makes tensors on the CPU fails on a GPU. One that answers nowhere gets the slowest and says why when it is used.
+    makes tensors on the CPU fails on a GPU. One that runs nowhere gets the slowest and raises when it is used.
 
     Args:
-        networks: each takes pixels in [0, 1] to logits.
-        mixed: "fp32", "bf16", or "auto": bfloat16 on a GPU, where the network takes it, and float32 on a CPU.
-            CPUs with AVX-512 BF16 train convolutions in half the time with "bf16" (benchmarks/mixed.py); CPUs
-            without it only emulate it, and results would depend on which one it is.
+        mixed: "fp32", "bf16", or "auto": bfloat16 on a GPU and float32 on a CPU.
+            CPUs with AVX-512 BF16 train convolutions in half the time with "bf16" (benchmarks/mixed.py); others
+            emulate it, and results would depend on the CPU.
     """
     *tried, last = _candidates(mixed)
     for placement in tried:
-        if all(_answers(network, example, placement) for network in networks):
+        if all(_runs(network, example, placement) for network in networks):
             return placement
     for network in networks:
         network.to(last.device)
@@ -68,7 +66,7 @@ def fastest_config(networks: Sequence[nn.Module], example: Tensor, mixed: str = 
 
 @contextmanager
 def restored_device(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Networks that come back afterwards to the devices on which they were."""
+    """Move the networks back to their devices afterwards."""
     before = [(network, device_of(network)) for network in networks]
     try:
         yield
@@ -78,7 +76,7 @@ def restored_device(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay out kernels in memory; their values stay."""
+    """Convert the kernels in place."""
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
@@ -86,7 +84,7 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """The global chance is afterwards as it was, and cuDNN takes algorithms that give the same bits each time."""
+    """Restore the global random state afterwards; cuDNN uses deterministic algorithms meanwhile."""
     before = torch.backends.cudnn.deterministic
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.backends.cudnn.deterministic = True
@@ -96,7 +94,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
             torch.backends.cudnn.deterministic = before
 
 
-def _answers(network: nn.Module, example: Tensor, placement: ExecutionConfig) -> bool:
+def _runs(network: nn.Module, example: Tensor, placement: ExecutionConfig) -> bool:
     network.to(placement.device)
     try:
         with modes(None, network), torch.no_grad(), placement.autocast():

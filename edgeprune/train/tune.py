@@ -1,4 +1,4 @@
-"""tune: batch-norm statistics anew and fine-tuning for a pruned network, and the accuracy after each step."""
+"""tune: batch-norm recalibration and fine-tuning of a pruned network, and the accuracy after each step."""
 
 from __future__ import annotations
 
@@ -19,38 +19,36 @@ from edgeprune.records import Bundle, Reading
 from edgeprune.train import batchnorm, evaluation, job, loop
 from edgeprune.train.job import Hooks
 
+TUNE_VERSION = 3
 
-def holding(network: nn.Module, stays: Mapping[str, Tensor]) -> Hooks:
+
+def holding(network: nn.Module, masks: Mapping[str, Tensor]) -> Hooks:
     """Hooks that keep entries of a network at zero while it trains.
 
     Gradients are masked before they are clipped: those of pruned weights would shrink the step of the others.
 
     Args:
-        network: the one that trains. stays: parameter -> bool like it, False is zero and stays zero.
+        masks: parameter -> bool of its shape; False is zero and stays zero.
     """
 
+    def masked() -> list[tuple[Tensor, Tensor]]:
+        named = models.tensors(network)
+        return [(named[name], keep.to(named[name].device)) for name, keep in masks.items()]
+
     def mask_gradients() -> None:
-        for parameter, keep in _pairs(network, stays):
+        for parameter, keep in masked():
             if parameter.grad is not None:
                 parameter.grad.mul_(keep)
 
     def mask_weights(optimizer: torch.optim.Optimizer, lr: float) -> None:
         with torch.no_grad():
-            for parameter, keep in _pairs(network, stays):
+            for parameter, keep in masked():
                 parameter.mul_(keep)
                 for value in optimizer.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         value.mul_(keep)
 
     return Hooks(before_step=mask_gradients, after_step=mask_weights)
-
-
-def _pairs(network: nn.Module, stays: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    named = models.tensors(network)
-    return [(named[name], keep.to(named[name].device)) for name, keep in stays.items()]
-
-
-TUNE_VERSION = 3
 
 
 def run(  # noqa: PLR0913
@@ -67,17 +65,17 @@ def run(  # noqa: PLR0913
 ) -> tuple[Bundle, tuple[Reading, ...]]:
     """Tune a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
 
-    Nothing is learned from held-out images; without training images only the accuracy before is measured.
+    Held-out images only measure; without training images only the accuracy before is measured.
 
     Args:
-        calibration: the recipe of `calibration/` whose images set the batch-norm statistics. Where the old
-            statistics give a smaller loss on those images, they stay, and the reading says so.
-        scratch: a folder for the state after each epoch; an interrupted run goes on from there.
-        measured: the stage before this one has measured the accuracy of `bundle` already.
+        calibration: the recipe of `calibration/` whose images set the batch-norm statistics. The old statistics stay
+            where their loss on those images is smaller.
+        scratch: a folder for checkpoints, from which an interrupted run goes on.
+        measured: an earlier stage has measured the accuracy of `bundle`.
 
     Returns:
-        The tuned bundle, and readings of clean_accuracy with `conditions["stage"]` pruned (unless it was measured
-        already), bn recalibrated and tuned (those that took place).
+        The tuned bundle, and readings of clean_accuracy, one for each `conditions["stage"]`: pruned, bn recalibrated,
+        tuned.
     """
     copy = replace(bundle, module=deepcopy(bundle.module))
     network = models.deployed(copy)
@@ -94,8 +92,8 @@ def run(  # noqa: PLR0913
         split, validation = data.train, None
         if table.keep == "best":
             split, validation = divide(data.train, table.val_share, seed)
-        course = job.TrainingJob(split, table, seed, scratch, dense, validation)
-        history = loop.fit(network, course, holding(copy.module, masks or {}))
+        training = job.TrainingJob(split, table, seed, scratch, dense, validation)
+        history = loop.fit(network, training, holding(copy.module, masks or {}))
         used = {
             "epochs": table.epochs, "training images": len(split), "loss": history.losses[-1],
             "objective": table.objective,
@@ -105,10 +103,10 @@ def run(  # noqa: PLR0913
 
 
 def _recalibrate(network: nn.Module, data: Data, labels: Tensor, calibration: str) -> dict[str, Any]:
-    """What was done, for the reading; {} when there is no batch-norm.
+    """The conditions of the reading; {} without batch-norm.
 
     A network that lost little may have been trained on other statistics than those of plain images (such as
-    with black borders); new ones make it worse. So both are tried on the images that the new ones come from.
+    with black borders); new ones make it worse. So the loss of both is compared on the calibration images.
     """
     images = calibration_images(data, calibration)
     chosen = labels[calibration_indices(labels, calibration)]

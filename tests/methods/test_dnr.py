@@ -23,7 +23,7 @@ from edgeprune.models import surgery
 from edgeprune.models.costs import total_params
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.structure.allocation import Rules
-from edgeprune.train import adversarial, evaluation, loop
+from edgeprune.train import evaluation, loop
 from edgeprune.train.job import History, Hooks, TrainingJob
 
 NORMLESS = "groupnormed"
@@ -161,7 +161,7 @@ def test_with_clean_images_alone_and_no_dynamic_term_it_is_sparse_momentum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, wanted = sparse_momentum(tmp_path / "a", TABLE)
-    monkeypatch.setattr(adversarial, "perturb", lambda *_, **__: pytest.fail("an attack was made"))
+    monkeypatch.setattr("edgeprune.train.objectives.pgd", lambda *_, **__: pytest.fail("an attack was made"))
     network = build("plain")
     masks = flat(
         DNR(beta=1.0, rho=0.0, rate=0.5)(network, task_of(network, "weight", tmp_path / "b", ROBUST))

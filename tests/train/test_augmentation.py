@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgeprune import api
 from edgeprune.data.collection import Data, in_memory
 from edgeprune.recipe.schema import TuneTable
-from edgeprune.train.job import augment, decide
+from edgeprune.train.augmentation import augment, decide
 
 AUTO = TuneTable(epochs=1)
 
