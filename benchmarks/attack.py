@@ -131,10 +131,10 @@ def attacked(setting: Setting, folder: Path, number: int, side: str, place: str)
     rows = torch.arange(number, len(split), count)
     pixels = (split.take(rows) * 255).round().to(torch.uint8)
     images = in_memory(f"batch {number}", pixels, split.labels[rows])
-    say(f"batch {number + 1} of {count}: {side} attacks {len(images)} images")
+    log(f"batch {number + 1} of {count}: {side} attacks {len(images)} images")
     result = reference(bundle, images, setting) if side == "reference" else ours(bundle, images, setting)
     (folder / f"{number:03d}-{side}.json").write_text(json.dumps({**asdict(result), "rows": rows.tolist()}))
-    say(f"batch {number + 1} of {count}: {side} leaves {sum(result.survived)}, {result.wall:.0f} s")
+    log(f"batch {number + 1} of {count}: {side} leaves {sum(result.survived)}, {result.wall:.0f} s")
 
 
 def reference(bundle: Bundle, part: Split, setting: Setting) -> Result:
@@ -167,7 +167,7 @@ def ours(bundle: Bundle, part: Split, setting: Setting) -> Result:
     table = AttackTable("standard", setting.eps, setting.norm, batch=len(part))
     job = attack_job(table, seed=setting.seed, data=part.name)
     with tempfile.TemporaryDirectory() as scratch:
-        found = stage.run(victim, part, job, scratch=Path(scratch), say=say)
+        found = stage.run(victim, part, job, scratch=Path(scratch), log=log)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Result(
         [], list(found.clean_right), list(found.survived), wall, cpu, dict(found.broken), dict(found.seconds)
@@ -263,7 +263,7 @@ def line(name: str, cells: Sequence[str]) -> None:
     print(f"| {name} | {' | '.join(cells)} |")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """To stderr, at once."""
     print(text, file=sys.stderr, flush=True)
 

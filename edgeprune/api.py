@@ -90,7 +90,7 @@ def compress(
         flags["data"] = {"path": str(data), **more.get("data", {})}
     bundle = models.from_module(model, example_inputs, mean=mean, std=std)
     built = recipe.build({}, flags)
-    result = pipeline.compress(built, output, say=_quiet, bundle=bundle, trust_run=trust_run)
+    result = pipeline.compress(built, output, log=_quiet, bundle=bundle, trust_run=trust_run)
     if result.trouble is not None:
         raise result.trouble
     if result.exit_code:

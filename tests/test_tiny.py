@@ -15,8 +15,11 @@ import onnxruntime
 import pytest
 import typer
 from tiny import COMPRESS, GOLDEN, MODEL, edgeprune, masked, prepare, report
+from torch import nn
 
 from edgeprune.cli.app import app
+from edgeprune.models import surgery
+from edgeprune.records import Plan
 
 COMMANDS = ["", *sorted(getattr(typer.main.get_command(app), "commands"))]  # noqa: B009
 FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration")
@@ -116,3 +119,18 @@ def test_a_second_start_does_nothing_again(folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (folder / "run").glob("[0-9]*/*/record.json")}
     assert before and edgeprune(folder, *COMPRESS).exit_code == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_run_puts_its_cut_network_together_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts: list[object] = []
+    replay = surgery.replay
+
+    def counted(network: nn.Module, plan: Plan) -> None:
+        cuts.append(plan)
+        replay(network, plan)
+
+    monkeypatch.setattr(surgery, "replay", counted)
+    prepare(tmp_path)
+    done = edgeprune(tmp_path, *COMPRESS, "--set", "attack.name=fgsm", "--set", "tune.epochs=1")
+    assert done.exit_code == 0, done.output
+    assert len(cuts) == 1

@@ -44,11 +44,11 @@ from edgeprune.cli.output import (
     echo,
     echo_json,
     guard,
+    log,
     print_error,
     print_interrupted,
     print_lines,
     print_table,
-    say,
     show_readings,
     show_run,
     show_table,
@@ -110,7 +110,7 @@ def compress(
     def work() -> int:
         wishes = {"budget": pipeline.budget_pairs(budget)} if budget else {}
         built = pipeline.recipe_from(recipe_file, {**flags, **wishes}, sets or [])
-        result = pipeline.compress(built, output, force=force, trust_run=trust_run, say=say)
+        result = pipeline.compress(built, output, force=force, trust_run=trust_run, log=log)
         show_run(result, as_json)
         return result.exit_code
 
@@ -152,9 +152,9 @@ def profile(
     def work() -> int:
         built = recipe.build({}, flags, sets or [])
         if table:
-            show_table(pipeline.table(built, say=say), as_json)
+            show_table(pipeline.table(built, log=log), as_json)
             return 0
-        found = pipeline.profile(built, limit=limit, output=output or "", say=say, trust_run=trust_run)
+        found = pipeline.profile(built, limit=limit, output=output or "", log=log, trust_run=trust_run)
         show_readings(found.readings, as_json, found.trouble)
         if not as_json:
             print_lines(pipeline.warnings(found.readings))
@@ -193,7 +193,7 @@ def evaluate(
 
     def work() -> int:
         built = recipe.build({}, flags, sets or [])
-        readings = pipeline.evaluate(built, limit=limit, output=output or "", say=say, trust_run=trust_run)
+        readings = pipeline.evaluate(built, limit=limit, output=output or "", log=log, trust_run=trust_run)
         show_readings(readings, as_json)
         if not as_json:
             print_lines(pipeline.warnings(readings))
@@ -245,7 +245,7 @@ def why(
     )  # fmt: skip
 
     def work() -> int:
-        rows, lines = pipeline.why(recipe.build({}, flags, sets or []), say=say)
+        rows, lines = pipeline.why(recipe.build({}, flags, sets or []), log=log)
         if as_json:
             echo_json({"layers": to_json(rows), "notes": lines})
             return 0
@@ -305,7 +305,7 @@ def demo(
     """Train a small network on real digits and compress it for this machine; nothing to download."""
 
     def work() -> int:
-        result = pipeline.demo(output, say=say)
+        result = pipeline.demo(output, log=log)
         show_run(result, as_json)
         return result.exit_code
 

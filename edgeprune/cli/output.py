@@ -94,7 +94,7 @@ def shown(record: logging.LogRecord) -> bool:
     return True
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line about progress, on stderr."""
     echo(line(text), err=True)
 

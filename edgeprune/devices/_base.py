@@ -138,11 +138,11 @@ class Device(ABC):
 
     @contextmanager
     def exclusively(
-        self, *, wait_s: float = 0.0, say: Callable[[str], None] = lambda message: None
+        self, *, wait_s: float = 0.0, log: Callable[[str], None] = lambda message: None
     ) -> Iterator[None]:
         """Be the only one who measures on the device; whoever is killed gives it free. Not to be nested."""
         if isinstance(self, ShellDevice):
-            with self.line.alone(wait_s, say):
+            with self.line.alone(wait_s, log):
                 yield
             return
         yield
@@ -224,7 +224,7 @@ class ShellDevice(Device):
         with_agent = agent.line() if argv[-1] == agent.START else ""
         data = f"{with_agent}{json.dumps(dict(request))}\n".encode()
         with self.line.talk(argv, "(agent)") as talk:
-            talk.say(data, START_S + len(data) / SLOWEST)
+            talk.send(data, START_S + len(data) / SLOWEST)
             yield talk
 
 

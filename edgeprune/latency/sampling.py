@@ -55,7 +55,7 @@ class TimingBackend:
     nodes: Callable[[Path], Sequence[tuple[str, float]]]
     place: str
     folder: Path
-    say: Callable[[str], None] = lambda _line: None
+    log: Callable[[str], None] = lambda _line: None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def survey(
     for start in range(0, len(wanted), BATCH):
         batch = [kept for kept in wanted[start : start + BATCH] if not _has(table, network.key, kept)]
         if batch:
-            bench.say(f"table: time {len(batch)} cuts on {bench.place}")
+            bench.log(f"table: time {len(batch)} cuts on {bench.place}")
             table = _learn(table, network, batch, bench)
             save(table, path)
         if start + BATCH >= LEAST and _good(table, network.key):

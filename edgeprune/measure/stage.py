@@ -54,7 +54,7 @@ class MeasureRequest:
     table: MeasureTable
     target: Target
     images: Any
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     engines: Path | None = None
     sparse: bool = False
     wait_s: float = WAIT_S
@@ -85,7 +85,7 @@ def run(
         counted: more that was counted of the networks behind the files, by the same names (`measure_densities`).
     """
     with (
-        wanted.device.exclusively(wait_s=wanted.wait_s, say=wanted.say),
+        wanted.device.exclusively(wait_s=wanted.wait_s, log=wanted.log),
         scratch_folder() as folder,
     ):
         return _run(wanted, _subject(wanted, files, wanted.engines or folder), plan, counted or {})
@@ -96,7 +96,7 @@ def _subject(wanted: MeasureRequest, files: Mapping[str, Path], folder: Path) ->
     runtime, notes = choose(wanted.target, wanted.device)
     if runtime != TENSORRT:
         return _Subject(files, files, runtime, notes)
-    wanted.say(f"measure: build engines on {wanted.device.where()}")
+    wanted.log(f"measure: build engines on {wanted.device.where()}")
     place = Place(wanted.device, wanted.target, folder, wanted.sparse)
     engines = built_engines({name: wanted.judged or path for name, path in files.items()}, place)
     images = _few_images(wanted)
@@ -237,7 +237,7 @@ def _with_answers(
         return {name: (*rows, *_absent(wanted.device, subject, name)) for name, rows in readings.items()}
     out, logits = {}, {}
     for name, path in subject.files.items():
-        wanted.say(f"measure: accuracy of {path.name} on {len(wanted.images)} held-out images")
+        wanted.log(f"measure: accuracy of {path.name} on {len(wanted.images)} held-out images")
         judged = path if path != subject.onnx[name] else wanted.judged or path
         accuracy, logits[name] = answers.accuracy(
             artifact(judged, wanted.spec), wanted.images, wanted.device, name=name, runtime=subject.runtime

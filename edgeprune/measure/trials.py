@@ -31,7 +31,7 @@ class Trials:
 
     device: Device
     target: Target
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     wait_s: float | None
     sparse: bool = False
     _engines: dict[str, engines.Engine] = field(default_factory=dict, repr=False)
@@ -41,7 +41,7 @@ class Trials:
         """What runs the files there."""
         runtime, notes = engines.choose(self.target, self.device)
         for note in notes:
-            self.say(note)
+            self.log(note)
         return runtime
 
     @cached_property
@@ -77,7 +77,7 @@ class Trials:
         if self.wait_s is None:
             yield
             return
-        with self.device.exclusively(wait_s=self.wait_s, say=self.say):
+        with self.device.exclusively(wait_s=self.wait_s, log=self.log):
             yield
 
     def _ready(self, files: Mapping[str, Path], *, keep: bool = False) -> dict[str, Path]:
@@ -89,7 +89,7 @@ class Trials:
             self._engines.pop(key).path.unlink(missing_ok=True)
         missing = {key: files[name] for name, key in keys.items() if key not in self._engines}
         if missing:
-            self.say(f"build {len(missing)} engines on {self.device.where()}")
+            self.log(f"build {len(missing)} engines on {self.device.where()}")
             spot = engines.Place(self.device, self.target, self._folder, self.sparse)
             self._engines.update(engines.built_engines(missing, spot))
         return {name: self._engines[key].path for name, key in keys.items()}

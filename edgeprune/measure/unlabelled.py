@@ -44,7 +44,7 @@ def measure_unlabelled(
     files: Mapping[str, Path],
     pictures: Pictures | None,
     device: Device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Reading, ...]:
     """Everything that is said without labels.
 
@@ -60,11 +60,11 @@ def measure_unlabelled(
         missing = (absent(metric, unit, device, "compressed") for metric, unit in units.items())
         readings = tuple(replace(r, conditions={**about, **r.conditions}) for r in missing)
     elif pictures is not None:
-        say(f"measure: dense and compressed on {len(pictures.images)} synthetic images")
+        log(f"measure: dense and compressed on {len(pictures.images)} synthetic images")
         try:
             readings = answers(files, spec, pictures, device)
         except MissingDependency:
-            say(f"measure: {device.where()} has no ONNX Runtime: asked on this machine")
+            log(f"measure: {device.where()} has no ONNX Runtime: asked on this machine")
             readings = answers(files, spec, pictures, device_from_url("local"))
     return readings
 

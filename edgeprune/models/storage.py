@@ -48,17 +48,28 @@ def save_network(network: nn.Module, path: Path) -> None:
     save_tensors(dict(network.state_dict()), path)
 
 
-def restore(dense: Bundle, plans: tuple[Plan, ...], weights: Path) -> Bundle:
-    """The smaller bundle again: the dense network cut as the plans say, with the weights of a file.
+class CutNetwork:
+    """The cut network of a run: it is put together once, and afterwards only given the weights of another stage."""
 
-    Args:
-        dense: not changed. plans: those that were made after `dense` was loaded.
-    """
-    network = deepcopy(dense.module)
-    for plan in plans:
-        surgery.replay(network, plan)
+    def __init__(self) -> None:
+        self._last: tuple[Path, Bundle] | None = None
+
+    def at(self, dense: Bundle, plan: Path, weights: Path) -> Bundle:
+        """The bundle with the weights of a file; it is shared, and not to be changed."""
+        if self._last is None:
+            made = load_plan(plan)
+            network = deepcopy(dense.module)
+            surgery.replay(network, made)
+            self._last = weights, _with_weights(replace(dense, plans=(*dense.plans, made)), network, weights)
+        elif self._last[0] != weights:
+            bundle = self._last[1]
+            self._last = weights, _with_weights(bundle, deepcopy(bundle.module), weights)
+        return self._last[1]
+
+
+def _with_weights(bundle: Bundle, network: nn.Module, weights: Path) -> Bundle:
     network.load_state_dict(load_tensors(weights), strict=True)
-    return replace(dense, module=network.eval(), plans=(*dense.plans, *plans))
+    return replace(bundle, module=network.eval())
 
 
 def save_plan(plan: Plan, path: Path) -> None:

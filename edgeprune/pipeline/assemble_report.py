@@ -116,7 +116,7 @@ def _why_float(run: Context) -> str:
     others = [p for p in run.target.precisions if p != "fp32"]
     if not others:
         return f"The file is fp32, the only precision that {run.target.title} takes."
-    if not run.on_target:
+    if not run.decisions.on_target:
         return (
             f"The file is fp32: whether {' or '.join(others)} is faster on {run.target.title} shows only there. "
             f"Give --device, or name it with --precision {others[-1]}."
@@ -138,9 +138,9 @@ def _notes(run: Context, plan: Plan) -> list[str]:
             "in another order then, and training gives other weights; OMP_NUM_THREADS sets the number."
         )
     if run.recipe.prune.method == "auto":
-        why = "there are training images" if run.trainable else "there is no training data"
-        notes.append(f"The method is {run.method}, because {why}.")
-    if run.recipe.export.precision == "auto" and not run.quantizes:
+        why = "there are training images" if run.decisions.trainable else "there is no training data"
+        notes.append(f"The method is {run.decisions.method}, because {why}.")
+    if run.recipe.export.precision == "auto" and not run.decisions.quantizes:
         notes.append(_why_float(run))
     if plan.left_out:
         named = ", ".join(list(plan.left_out)[:3])

@@ -104,7 +104,7 @@ def compress(
     output: Path | None,
     *,
     force: str | None = None,
-    say: Log,
+    log: Log,
     bundle: Bundle | None = None,
     trust_run: bool = False,
 ) -> Result:
@@ -126,16 +126,16 @@ def compress(
         or Path("runs") / f"{Path(recipe.model.path).stem or 'model'}-{recipe.target.replace('/', '-')}"
     )
     if bundle is None:
-        say(f"load: {recipe.model.path}")
+        log(f"load: {recipe.model.path}")
     dense: Bundle = bundle or load(recipe.model)
     data = open_data(recipe.data, dense.input, recipe.seed) if recipe.data.path else None
     if data is not None:
         check_bundle(dense, data.held_out)
     with Workdir(folder, torch.get_num_threads(), trusted=trust_run) as work:
-        run = Context(recipe, target, budget, work, dense, data, device, say)
+        run = Context(recipe, target, budget, work, dense, data, device, log)
         keys = work.agree(stage_keys(run))
-        if "." not in run.method:
-            plugins.check_options("methods", run.method, recipe.prune.options)
+        if "." not in run.decisions.method:
+            plugins.check_options("methods", run.decisions.method, recipe.prune.options)
         if work.leads:
             work.claim(run.identity, lock_facts(run), again=force == "load")
             with serialization.replace_file(work.root / "recipe.toml") as file:
@@ -167,7 +167,11 @@ def _run(run: Context, keys: Mapping[str, str]) -> Result:
 
 
 def _trains(run: Context, name: str) -> bool:
-    return run.trains if name == "prune" else name == "tune" and run.trainable and run.lesson.epochs > 0
+    return (
+        run.decisions.trains
+        if name == "prune"
+        else name == "tune" and run.decisions.trainable and run.decisions.tuning.epochs > 0
+    )
 
 
 def _doing(
@@ -178,39 +182,39 @@ def _doing(
 
 
 def _dense(step: Step) -> None:
-    step.run.say("dense: export the network as it is")
+    step.run.log("dense: export the network as it is")
     export_onnx(step.run, step.run.bundle, step.out / "dense.onnx", parent="")
 
 
 def _synthesize(step: Step) -> None:
     run = step.run
-    run.say("synthesize: make images from the network itself")
+    run.log("synthesize: make images from the network itself")
     made = data.run(run.bundle, run.recipe.synthesize, run.recipe.seed, step.scratch)
-    run.say(f"synthesize: {len(made.images)} images")
+    run.log(f"synthesize: {len(made.images)} images")
     data.write(made, step.out)
 
 
 def _prune(step: Step) -> None:
     run = step.run
-    words = f"{run.recipe.tune.epochs} epochs of training, " if run.trains else ""
-    run.say(f"prune: {run.method}, {words}{_budget_words(run)}")
-    if run.quantizes:
+    words = f"{run.recipe.tune.epochs} epochs of training, " if run.decisions.trains else ""
+    run.log(f"prune: {run.decisions.method}, {words}{_budget_words(run)}")
+    if run.decisions.quantizes:
         quantize.check_skipped(step.folders["dense"] / "dense.onnx", run.recipe.quantize.skip)
     images = labels = None
     train = run.data.train if run.data is not None else None
     if run.data is not None and train is not None:
         images, labels = data.calibration_set(run.data, run.recipe.data.calibration)
-    trials = shared_probes if run.trains else measured_limits
-    lesson, notes = _lesson(run, run.recipe.tune) if run.trains else (run.recipe.tune, ())
+    trials = shared_probes if run.decisions.trains else measured_limits
+    lesson, notes = _lesson(run, run.recipe.tune) if run.decisions.trains else (run.recipe.tune, ())
     material = prune.PruningInputs(
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
-        unlabelled=images if run.looks_at_data else _synthetic(step),
+        unlabelled=images if run.decisions.looks_at_data else _synthetic(step),
         train=train, table=lesson, scratch=step.scratch,
-        clock=latency_model(run, step.folders["dense"] / "dense.onnx"), file_share=run.file_share,
+        clock=latency_model(run, step.folders["dense"] / "dense.onnx"), file_share=run.decisions.file_share,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     chosen = replace(chosen, notes=(*chosen.notes, *notes))
-    if run.quantizes and "size" in run.budget.limits and run.recipe.export.precision == "auto":
+    if run.decisions.quantizes and "size" in run.budget.limits and run.recipe.export.precision == "auto":
         chosen = replace(chosen, notes=(*chosen.notes, SIZE_OF_FLOATS))
     prune.write(chosen, step.out)
 
@@ -223,7 +227,7 @@ def _synthetic(step: Step) -> Tensor | None:
 def _cut(step: Step) -> None:
     run = step.run
     channels = run.recipe.prune.granularity == "channel"
-    run.say("cut: remove the channels and prove it" if channels else "cut: count what the zeros leave")
+    run.log("cut: remove the channels and prove it" if channels else "cut: count what the zeros leave")
     chosen = prune.read(step.folders["prune"])
     example = models.normalized_example(run.bundle.input, run.recipe.seed + 1)
     plan, small = prune.run_cut(
@@ -239,8 +243,8 @@ def _repair(step: Step) -> None:
     if images is None:
         assert run.data is not None, "stage_keys has refused such a run"
         images = data.calibration_images(run.data, run.recipe.data.calibration)
-    kind = {"synthetic": "synthesized", "data": "calibration"}[run.repair]
-    run.say(f"repair: solve the layers after each cut anew on {len(images)} {kind} images")
+    kind = {"synthetic": "synthesized", "data": "calibration"}[run.decisions.repair]
+    run.log(f"repair: solve the layers after each cut anew on {len(images)} {kind} images")
     held_out = run.data.held_out if run.data else None
     repaired, ledger = repair.run(run.bundle, small, images, held_out=held_out, seed=run.recipe.seed)
     models.save_network(repaired.bundle.module, step.out / "weights.safetensors")
@@ -252,9 +256,9 @@ def _tune(step: Step) -> None:
     ledger: tuple[Reading, ...] = ()
     notes: tuple[str, ...] = ()
     if run.data is not None:
-        run.say(f"tune: {_tune_words(run)}")
-        lesson, notes = _lesson(run, run.lesson)
-        teacher = run.bundle if run.lesson.distill > 0 and run.lesson.epochs else None
+        run.log(f"tune: {_tune_words(run)}")
+        lesson, notes = _lesson(run, run.decisions.tuning)
+        teacher = run.bundle if run.decisions.tuning.distill > 0 and run.decisions.tuning.epochs else None
         small, ledger = train.run(
             small, run.data, lesson, calibration=run.recipe.data.calibration, teacher=teacher,
             seed=run.recipe.seed, scratch=step.scratch, measured="repair" in step.folders,
@@ -270,24 +274,24 @@ def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]
     dense = models.deployed(run.bundle).eval()
     found, notes = train.decide(dense, run.data, table, run.recipe.seed)
     for note in notes:
-        run.say(f"augment: {note}")
+        run.log(f"augment: {note}")
     return found, notes
 
 
 def _tune_words(run: Context) -> str:
-    if not run.trainable:
+    if not run.decisions.trainable:
         return "nothing (the data is for evaluation only)"
-    epochs = run.lesson.epochs
-    recalibrates = run.lesson.recalibrate and train.normalizers(run.bundle.module)
+    tuning = run.decisions.tuning
+    recalibrates = tuning.recalibrate and train.normalizers(run.bundle.module)
     words = ["recalibrate batch-norm"] if recalibrates else []
-    if epochs:
-        words.append(f"{epochs} epoch{'s' if epochs > 1 else ''} of fine-tuning")
+    if tuning.epochs:
+        words.append(f"{tuning.epochs} epoch{'s' if tuning.epochs > 1 else ''} of fine-tuning")
     return ", ".join(words) or "nothing"
 
 
 def _export(step: Step) -> None:
     run, out = step.run, step.out
-    run.say("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
+    run.log("export: model.onnx, model.pt2, weights and plan; read them back in a fresh process")
     small = current_bundle(run, step.folders)
     pattern = None
     if run.recipe.prune.granularity == "2:4":
@@ -303,7 +307,7 @@ def _export(step: Step) -> None:
 
 def _quantize(step: Step) -> None:
     run = step.run
-    run.say(f"quantize: {run.recipe.export.precision}")
+    run.log(f"quantize: {run.recipe.export.precision}")
     job = quantize_job(run, step.folders, step.scratch)
     made = quantize.run(step.folders["export"] / "model.onnx", step.out, job)
     if made.file:
@@ -318,13 +322,13 @@ def _attack(step: Step) -> None:
     images = run.data.held_out
     if table.limit:
         images = balanced(images, table.limit, run.recipe.seed)
-    run.say(f"attack: {table.name} on {len(images)} held-out images, after every stage")
+    run.log(f"attack: {table.name} on {len(images)} held-out images, after every stage")
     data = f"{run.data.fingerprint} {images.name} {len(images)}"
     job = robustness.attack_job(table, seed=run.recipe.seed, data=data)
     found = victims(run, step.folders, step.scratch)
     serialization.write(
         step.out / "attacked.json",
-        robustness.run_stages(found, images, job, scratch=step.scratch, say=run.say),
+        robustness.run_stages(found, images, job, scratch=step.scratch, log=run.log),
     )
 
 

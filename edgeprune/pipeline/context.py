@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,58 @@ class OtherDevices:
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """What follows from the recipe, the target, the data and the device; decided once, when a run starts.
+
+    trainable: there are images that may be learned from. method: its name, with "auto" decided. trains: it trains the
+    network while it chooses. repair: the images that the network is repaired on: synthetic, data or none.
+    tuning: what the tune stage does: nothing more when the method has trained. synthesizes: images are made from the
+    network itself, to repair it on, or for data-free to look at. on_target: what is timed here is timed on the target.
+    quantizes: another precision than fp32 is tried. file_share: PruneTable.int8_file where it counts: int8 was asked
+    for by name, and channels go for MACs; else 0. minds_attacks: accuracy under attack matters to who runs this.
+    looks_at_data: the method's unlabelled images are the calibration images.
+    """
+
+    trainable: bool
+    method: str
+    trains: bool
+    repair: str
+    tuning: TuneTable
+    synthesizes: bool
+    on_target: bool
+    quantizes: bool
+    file_share: float
+    minds_attacks: bool
+    looks_at_data: bool
+
+
+def decide(recipe: Recipe, target: Target, budget: Budget, data: Data | None, device: Device) -> Decisions:
+    """The decisions of a run."""
+    table, precision = recipe.prune, recipe.export.precision
+    trainable = data is not None and data.train is not None
+    method = prune.method_name(table, trainable)
+    trains = prune.trains(table, method)
+    source = repair.source_of(table, method, trainable)
+    channels, named = table.granularity == "channel", precision in ("int8", "fp16")
+    chooses = not channels and method == "data-free"
+    synthesizes = source == "synthetic" or (not trainable and (chooses or named))
+    on_target = measure.on_target(target, device)
+    quantizes = precision not in ("auto", "fp32")
+    if precision == "auto" and (trainable or synthesizes):
+        quantizes = quantize.wants_images(
+            precision, target.precisions, timed=on_target, limits=tuple(budget.limits)
+        )
+    return Decisions(
+        trainable, method, trains, source,
+        tuning=replace(recipe.tune, epochs=0, recalibrate=False) if trains else recipe.tune,
+        synthesizes=synthesizes, on_target=on_target, quantizes=quantizes,
+        file_share=table.int8_file if precision == "int8" and channels and prune.minds_macs(budget) else 0.0,
+        minds_attacks=recipe.tune.objective != "natural" or "robust_accuracy" in budget.limits,
+        looks_at_data=source == "data" or (not channels and trainable),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Context:
     """What every stage of one run is given. data: None where there is none."""
 
@@ -96,7 +149,13 @@ class Context:
     bundle: Bundle
     data: Data | None
     device: Device
-    say: Log
+    log: Log
+    cut: models.CutNetwork = field(default_factory=models.CutNetwork, compare=False)
+
+    @cached_property
+    def decisions(self) -> Decisions:
+        """What follows from all of these."""
+        return decide(self.recipe, self.target, self.budget, self.data, self.device)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,79 +178,7 @@ class Context:
         if not self.data:
             return None
         calibration = digest(targets.resolve("calibration", self.recipe.data.calibration))
-        return [
-            data.VERSION,
-            self.data.fingerprint,
-            recipe.to_dict(self.recipe)["data"],
-            calibration,
-        ]
-
-    @property
-    def trainable(self) -> bool:
-        """Whether there are images that may be learned from."""
-        return self.data is not None and self.data.train is not None
-
-    @property
-    def method(self) -> str:
-        """The method's name, with "auto" decided."""
-        return prune.method_name(self.recipe.prune, self.trainable)
-
-    @property
-    def trains(self) -> bool:
-        """Whether the method trains the network while it chooses."""
-        return prune.trains(self.recipe.prune, self.method)
-
-    @property
-    def synthesizes(self) -> bool:
-        """Whether images are made from the network itself: to repair it on, or for data-free to look at."""
-        if self.repair == "synthetic":
-            return True
-        finer = self.recipe.prune.granularity != "channel"
-        chooses = finer and self.method == "data-free"
-        return not self.trainable and (chooses or self.recipe.export.precision in ("int8", "fp16"))
-
-    @property
-    def on_target(self) -> bool:
-        """Whether what is timed here is timed on the target: see `measure.place.on_target`."""
-        return measure.on_target(self.target, self.device)
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether another precision than fp32 is tried: it is asked for, or there is a choice and a way to choose."""
-        precision, table = self.recipe.export.precision, self.target.precisions
-        if precision != "auto":
-            return precision != "fp32"
-        pictures = self.trainable or self.synthesizes
-        limits = tuple(self.budget.limits)
-        return pictures and quantize.wants_images(precision, table, timed=self.on_target, limits=limits)
-
-    @property
-    def file_share(self) -> float:
-        """PruneTable.int8_file where it counts: int8 was asked for by name, and channels go for MACs; else 0."""
-        named = self.recipe.export.precision == "int8" and self.recipe.prune.granularity == "channel"
-        return self.recipe.prune.int8_file if named and prune.minds_macs(self.budget) else 0.0
-
-    @property
-    def minds_attacks(self) -> bool:
-        """Whether accuracy under attack matters to who runs this."""
-        return self.recipe.tune.objective != "natural" or "robust_accuracy" in self.budget.limits
-
-    @property
-    def looks_at_data(self) -> bool:
-        """Whether the method's unlabelled images are the calibration images."""
-        finer = self.recipe.prune.granularity != "channel"
-        return self.repair == "data" or (finer and self.trainable)
-
-    @property
-    def lesson(self) -> TuneTable:
-        """What the tune stage does: nothing more when the method has trained."""
-        table = self.recipe.tune
-        return replace(table, epochs=0, recalibrate=False) if self.trains else table
-
-    @property
-    def repair(self) -> str:
-        """Which images the network is repaired on: synthetic, data or none."""
-        return repair.source_of(self.recipe.prune, self.method, self.trainable)
+        return [data.VERSION, self.data.fingerprint, recipe.to_dict(self.recipe)["data"], calibration]
 
 
 @dataclass(frozen=True)
@@ -251,9 +238,9 @@ def stage_keys(run: Context) -> dict[str, str]:
 
     Images are synthesized, and the network is repaired, only where the recipe's `prune.repair` comes to that.
     """
-    repair, table = run.repair, run.recipe
+    repair, table = run.decisions.repair, run.recipe
     keys = {"dense": dense_key(run)}
-    if run.synthesizes:
+    if run.decisions.synthesizes:
         # Not the budget and not the opset: another one finds the same images.
         keys["synthesize"] = _key(run, "synthesize", run.identity, run.code_key, table.synthesize, table.seed)
     keys["prune"] = _prune_key(run, keys)
@@ -262,10 +249,10 @@ def stage_keys(run: Context) -> dict[str, str]:
         images = keys.get("synthesize", run.data_key)
         keys["repair"] = _key(run, "repair", keys["cut"], repair, images, run.data_key, table.seed)
     pruned = keys.get("repair", keys["cut"])
-    keys["tune"] = _key(run, "tune", pruned, run.lesson, run.data_key, table.seed)
+    keys["tune"] = _key(run, "tune", pruned, run.decisions.tuning, run.data_key, table.seed)
     keys["export"] = _key(run, "export", keys["tune"], _float(run), run.target)
     where, attack = run.device.where(), recipe.attack(table)
-    if run.quantizes:
+    if run.decisions.quantizes:
         keys["quantize"] = _quantize_key(run, keys, where)
     shipped = keys.get("quantize", keys["export"])
     keys["measure"] = _key(run, "measure", shipped, _timing(run), run.data_key, where)
@@ -309,23 +296,27 @@ def _timing(run: Context) -> dict[str, Any]:
 
 def _quantize_key(run: Context, keys: dict[str, str], where: str) -> str:
     table = run.recipe
-    images = run.data_key if run.trainable else keys.get("synthesize")
-    clock = [_timing(run), where] if run.on_target and table.export.precision == "auto" else None
+    images = run.data_key if run.decisions.trainable else keys.get("synthesize")
+    clock = [_timing(run), where] if run.decisions.on_target and table.export.precision == "auto" else None
     ball = replace(recipe.attack(table), name="pgd", limit=0, batch=0)
-    crafted = [ball, table.seed] if run.trainable and run.minds_attacks else None
+    crafted = [ball, table.seed] if run.decisions.trainable and run.decisions.minds_attacks else None
     wanted = (table.quantize, table.export.precision, run.target.precisions, run.target.int8, run.budget)
     return _key(run, "quantize", keys["export"], *wanted, images, clock, crafted)
 
 
 def _prune_key(run: Context, keys: dict[str, str]) -> str:
     timed = any(m.startswith("latency") for m in run.budget.limits)
-    seen = run.data_key if run.trainable else None
+    seen = run.data_key if run.decisions.trainable else None
     clock = [_timing(run), run.device.where()] if timed else None
     # "auto" and the word that it comes to are the same. A method may look at the images that the repair will use.
-    table = replace(run.recipe.prune, repair=run.repair)
+    table = replace(run.recipe.prune, repair=run.decisions.repair)
     images = keys.get("synthesize")
-    lesson = run.recipe.tune if run.trains else None
-    built = run.recipe.export.precision if timed or "size" in run.budget.limits or run.file_share else ""
+    lesson = run.recipe.tune if run.decisions.trains else None
+    built = (
+        run.recipe.export.precision
+        if timed or "size" in run.budget.limits or run.decisions.file_share
+        else ""
+    )
     chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson, built)
     return _key(run, "prune", keys["dense"], *chosen_by)
 

@@ -20,9 +20,9 @@ from edgeprune.serialization import replace_file
 from edgeprune.train import TrainingJob, fit
 
 
-def demo(output: Path, *, say: Log) -> Result:
+def demo(output: Path, *, log: Log) -> Result:
     """Train a small network on scikit-learn's digits and compress it for this machine."""
-    say("demo: train a small network on 1,797 real digits")
+    log("demo: train a small network on 1,797 real digits")
     files = prepare(output)
     recipe = recipe_module.build(
         {},
@@ -34,7 +34,7 @@ def demo(output: Path, *, say: Log) -> Result:
             "tune": {"epochs": 2, "augment": "off"},
         },
     )
-    return compress(recipe, output / "run", say=say)
+    return compress(recipe, output / "run", log=log)
 
 
 SIZE = 16

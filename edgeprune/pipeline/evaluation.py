@@ -21,7 +21,7 @@ from edgeprune.serialization import scratch_folder
 
 
 def evaluate(
-    recipe: Recipe, *, limit: int | None, say: Log, output: str = "", trust_run: bool = False
+    recipe: Recipe, *, limit: int | None, log: Log, output: str = "", trust_run: bool = False
 ) -> tuple[Reading, ...]:
     """The accuracy of a file or a model on held-out images, without and, where the recipe says so, under attack.
 
@@ -49,18 +49,18 @@ def evaluate(
         )
     with scratch_folder() as folder:
         subject = look(onnx_of(path), folder, recipe.model.input) if is_file else load(recipe.model)
-        return _evaluated(recipe, subject, (wanted, output, trust_run), say)
+        return _evaluated(recipe, subject, (wanted, output, trust_run), log)
 
 
 def _evaluated(
-    recipe: Recipe, subject: Bundle | OnnxFile, asked: tuple[int, str, bool], say: Log
+    recipe: Recipe, subject: Bundle | OnnxFile, asked: tuple[int, str, bool], log: Log
 ) -> tuple[Reading, ...]:
     """As `evaluate`. asked: limit, output, trust_run."""
     path, (limit, output, trust_run) = Path(recipe.model.path), asked
     spec = subject.input if isinstance(subject, Bundle) else subject.spec(output)
     found, split = images(recipe, spec, limit)
     for note in found.notes:
-        say(f"data: {note}")
+        log(f"data: {note}")
     attacks = recipe.attack.name not in ("none", "auto")
     file: Judged | None = None
     if isinstance(subject, Bundle):
@@ -71,7 +71,7 @@ def _evaluated(
         spec = file.spec
     if attacks:
         scratch = (path if file and path.is_dir() else Path("runs")) / "scratch"
-        place = _Place(limit, found.fingerprint, scratch, say, trust_run)
+        place = _Place(limit, found.fingerprint, scratch, log, trust_run)
         clean, *rest = _attacked(recipe, _victim(path, judged, recipe, place), split, place)
     else:
         clean, rest = _clean(path, judged, split, _device(recipe)), []
@@ -122,7 +122,7 @@ def _victim(path: Path, subject: Bundle | Judged, recipe: Recipe, place: _Place)
         victim = robustness.of_file(path.name, subject.path, place.scratch, here)
     if not robustness.elsewhere(device):
         return victim
-    there = robustness.OnDevice(device, targets.target(recipe.target), place.scratch, place.say)
+    there = robustness.OnDevice(device, targets.target(recipe.target), place.scratch, place.log)
     return robustness.on_device(victim, subject.path, subject.spec, there)
 
 
@@ -147,7 +147,7 @@ class _Place:
     limit: int
     data: str
     scratch: Path
-    say: Log
+    log: Log
     trust_run: bool
 
 
@@ -155,12 +155,12 @@ def _attacked(recipe: Recipe, victim: ModelUnderAttack, images: Split, place: _P
     """Readings of an attack; what lets it go on after a kill is deleted when it is done."""
     table = replace(attack(recipe), limit=place.limit)
     job = robustness.attack_job(table, seed=recipe.seed, data=f"{place.data} {images.name} {len(images)}")
-    place.say(f"attack: {table.name}, {table.norm} eps {table.eps}, {len(images)} images of {victim.name}")
-    victim = robustness.proven(victim, images, say=place.say)
+    place.log(f"attack: {table.name}, {table.norm} eps {table.eps}, {len(images)} images of {victim.name}")
+    victim = robustness.proven(victim, images, log=place.log)
     scratch = place.scratch / f"attack-{job.key(victim)}"
     own_scratch(scratch)
-    verdicts = robustness.run(victim, images, job, scratch=scratch, say=place.say)
-    place.say("attack: look for signs that the gradients mislead")
+    verdicts = robustness.run(victim, images, job, scratch=scratch, log=place.log)
+    place.log("attack: look for signs that the gradients mislead")
     found = robustness.flags(victim, images, job, verdicts)
     rows = robustness.readings_of(victim, job, verdicts, part=images.name, flags=found)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -11,16 +11,16 @@ from edgeprune.recipe import Recipe
 from edgeprune.serialization import scratch_folder
 
 
-def why(recipe: Recipe, *, say: Log) -> tuple[Any, list[str]]:
+def why(recipe: Recipe, *, log: Log) -> tuple[Any, list[str]]:
     """What every layer costs, its share of the time here, how compressible it looks, and why it can't be pruned."""
-    say(f"load: {recipe.model.path}")
+    log(f"load: {recipe.model.path}")
     bundle = load(recipe.model)
     target = targets.target(recipe.target)
     notes: list[str] = []
     times: dict[str, float] = {}
     device = devices.device_from_url("local")
     with scratch_folder() as folder:
-        say(f"why: time every layer on {device.where()}")
+        log(f"why: time every layer on {device.where()}")
         path = folder / "model.onnx"
         try:
             export.run(

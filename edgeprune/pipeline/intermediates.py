@@ -49,10 +49,9 @@ WEIGHTS = ("tune", "repair", "cut")
 
 
 def current_bundle(run: Context, folders: Mapping[str, Path]) -> Bundle:
-    """The cut network with the newest weights that a stage of this run has left."""
+    """The cut network with the newest weights that a stage of this run has left; not to be changed."""
     newest = next(folders[name] for name in WEIGHTS if name in folders)
-    plan = models.load_plan(folders["cut"] / "plan.json")
-    return models.restore(run.bundle, (plan,), newest / "weights.safetensors")
+    return run.cut.at(run.bundle, folders["cut"] / "plan.json", newest / "weights.safetensors")
 
 
 def shipped(folders: Mapping[str, Path]) -> Path:
@@ -65,7 +64,7 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> qu
     """What the quantize stage is given: images, a way to time files where the target is at hand, and limits."""
     return quantize.Job(
         table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
-        scheme=run.target.int8, material=_material(run, folders), scratch=scratch, say=run.say,
+        scheme=run.target.int8, material=_material(run, folders), scratch=scratch, log=run.log,
         timer=_timer(run), limits=run.budget.limits,
         dense=folders["dense"] / "dense.onnx",
     )  # fmt: skip
@@ -74,12 +73,12 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> qu
 def timing_trials(run: Context) -> Trials:
     """How files are timed while the run decides."""
     sparse = run.recipe.prune.granularity == "2:4"
-    return Trials(run.device, run.target, run.say, WAIT_S, sparse)
+    return Trials(run.device, run.target, run.log, WAIT_S, sparse)
 
 
 def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] | None:
     """What times files to choose among them; None where the target is not at hand or only emulated."""
-    if not run.on_target:
+    if not run.decisions.on_target:
         return None
     there = timing_trials(run)
     if there.emulated:
@@ -102,14 +101,14 @@ def _material(run: Context, folders: Mapping[str, Path]) -> CalibrationSet | Non
             return None
         return CalibrationSet(data.read(folders["synthesize"]).images, None, "synthesized")
     images, labels = data.calibration_set(run.data, run.recipe.data.calibration)
-    adversarial = _crafted(run, folders, images, labels) if run.minds_attacks else None
+    adversarial = _crafted(run, folders, images, labels) if run.decisions.minds_attacks else None
     return CalibrationSet(images, labels, "calibration", adversarial)
 
 
 def _crafted(run: Context, folders: Mapping[str, Path], images: Tensor, labels: Tensor) -> Tensor:
     table = replace(recipe.attack(run.recipe), name="pgd")
     count = quantize.judged(len(images))
-    run.say(f"quantize: attack {count} calibration images, to judge by")
+    run.log(f"quantize: attack {count} calibration images, to judge by")
     job = robustness.attack_job(table, seed=run.recipe.seed, data="")
     network = models.deployed(current_bundle(run, folders))
     chance = train.chance(run.recipe.seed, "quantize")
@@ -124,9 +123,9 @@ def _crafted(run: Context, folders: Mapping[str, Path], images: Tensor, labels: 
 
 def estimates(run: Context, files: Mapping[str, Path]) -> tuple[dict[str, Reading], tuple[str, ...]]:
     """Estimated latencies on a target that is not at hand, by a roofline of its facts, and a sentence about it."""
-    if run.on_target:
+    if run.decisions.on_target:
         return {}, ()
-    run.say(f"measure: estimate the time on {run.target.title}")
+    run.log(f"measure: estimate the time on {run.target.title}")
     fit, unheld = measure.validated({"dense": files["dense"]}, run.device, run.recipe.measure)
     found = {
         name: replace(
@@ -153,12 +152,13 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
     # A file like the other one: what differs then is the network.
     original = folders["dense"] / "dense.onnx"
     found = {"dense": _file_victim(run, original, scratch, dense, {})}
-    plan = models.load_plan(folders["cut"] / "plan.json")
-    last = "tuned" if run.lesson.epochs else "bn recalibrated"
+    last = "tuned" if run.decisions.tuning.epochs else "bn recalibrated"
     for name, label in (("cut", "pruned"), ("repair", "repaired"), ("tune", last)):
-        if name in folders and (name != "tune" or run.lesson.epochs or run.lesson.recalibrate):
+        if name in folders and (
+            name != "tune" or run.decisions.tuning.epochs or run.decisions.tuning.recalibrate
+        ):
             weights = folders[name] / "weights.safetensors"
-            module = deployed(models.restore(run.bundle, (plan,), weights))
+            module = deployed(run.cut.at(run.bundle, folders["cut"] / "plan.json", weights))
             found[label] = robustness.of_network(label, module, digest(weights), others={"dense": dense})
     twin = deployed(current_bundle(run, folders))
     exported = folders["export"] / "model.onnx"
@@ -175,7 +175,7 @@ def _file_victim(
     victim = robustness.of_file(path.name, path, scratch, local.where(), twin=twin, others=others)
     if not robustness.elsewhere(run.device):
         return victim
-    there = robustness.OnDevice(run.device, run.target, scratch, run.say, WAIT_S)
+    there = robustness.OnDevice(run.device, run.target, scratch, run.log, WAIT_S)
     return robustness.on_device(victim, path, run.bundle.input, there)
 
 
@@ -203,7 +203,7 @@ def export_onnx(
         pattern=pattern,
     )  # fmt: skip
     for note in notes:
-        run.say(f"export: {note}")
+        run.log(f"export: {note}")
     return artifact, parity
 
 
@@ -224,7 +224,7 @@ def engine_script(run: Context, artifact: Artifact, out: Path) -> None:
 def measured_limits(run: Context, dense: Path) -> dict[str, Probe]:
     """Readings that are only had by building the file: its size, and its time on the device."""
     found: dict[str, Probe] = {}
-    if "size" in run.budget.limits or run.file_share:
+    if "size" in run.budget.limits or run.decisions.file_share:
         found["size"] = Probe(
             float((dense / "dense.onnx").stat().st_size), lambda net: float(_built_size(run, net))
         )
@@ -291,5 +291,5 @@ def _built_time(
     else:
         value = {name: seconds_of(rows, metric) for name, rows in timed.readings.items()}
         share = value["compressed"] / value["dense"]
-    run.say(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
+    run.log(f"prune: tried a cut that takes {100 * share:.0f} % of the dense model's time")
     return share * reference

@@ -47,7 +47,7 @@ class Written:
 AS_EXPORTED = Written()
 
 
-def bench(trials: Trials, table: MeasureTable, say: Log, written: Written = AS_EXPORTED) -> TimingBackend:
+def bench(trials: Trials, table: MeasureTable, log: Log, written: Written = AS_EXPORTED) -> TimingBackend:
     """A device as what times files. Tables are shared by all runs of a user: ~/.cache/edgeprune/tables."""
     folder = _folder()
     facts = trials.device.facts()
@@ -64,7 +64,7 @@ def bench(trials: Trials, table: MeasureTable, say: Log, written: Written = AS_E
         with written.files({"model": file}) as there:
             return [(node.name, node.seconds) for node in trials.nodes(there["model"], quick)]
 
-    return TimingBackend(seconds, nodes, place, folder, say)
+    return TimingBackend(seconds, nodes, place, folder, log)
 
 
 def medians(timed: Latency) -> dict[str, float]:
@@ -84,13 +84,13 @@ def latency_model(run: Context, file: Path) -> Callable[[CostModel], Predictor] 
     the budget or where the method trains.
     """
     timed = any(metric in run.budget.limits for metric in TIMED)
-    if not timed or run.trains or run.device.name == "fake":
+    if not timed or run.decisions.trains or run.device.name == "fake":
         return None
 
     def predictor(costs: CostModel) -> Predictor:
         there = timing_trials(run)
         written = _written(run)
-        bench_ = bench(there, run.recipe.measure, run.say, written)
+        bench_ = bench(there, run.recipe.measure, run.log, written)
         floor = run.recipe.prune.floor
         found = latency.survey(
             latency.subject(file, costs), bench_, multiple_of=multiple_of(run), floor=floor

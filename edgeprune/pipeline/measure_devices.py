@@ -28,7 +28,7 @@ MEASURED, SITE = "measured.json", "device.json"
 def measure(step: Step) -> None:
     """Measure the dense and the shipped file on the device that decides."""
     run, small, files = step.run, current_bundle(step.run, step.folders), _files(step.folders)
-    run.say(f"measure: dense and compressed in turn on {run.device.where()}")
+    run.log(f"measure: dense and compressed in turn on {run.device.where()}")
     networks = {"dense": run.bundle.module, "compressed": small.module}
     counted = densities(networks)
     measured = measure_stage.run(_wanted(run, run.device, step.out), files, small.plans[-1], counted=counted)
@@ -59,7 +59,7 @@ def look_ahead(run: Context, keys: Mapping[str, str]) -> None:
         try:
             future.result()
         except DeviceError as error:
-            run.say(
+            run.log(
                 f"measure: {url} does not answer now, and is asked again when it is its turn: {error.message}"
             )
 
@@ -106,13 +106,13 @@ def _on(
     def work(out: Path) -> None:
         url, device = there
         site = DeviceResult(url, device.where(), device.facts())
-        run.say(f"measure: dense and compressed in turn on {site.where}")
+        run.log(f"measure: dense and compressed in turn on {site.where}")
         plan = models.load_plan(folders["cut"] / "plan.json")
 
-        def say(text: str) -> None:
-            run.say(f"measure: {site.where}: {text.removeprefix('measure: ')}")
+        def log(text: str) -> None:
+            run.log(f"measure: {site.where}: {text.removeprefix('measure: ')}")
 
-        wanted = replace(_wanted(run, device, out), say=say)
+        wanted = replace(_wanted(run, device, out), log=log)
         serialization.write(out / MEASURED, measure_stage.run(wanted, _files(folders), plan))
         serialization.write(out / SITE, site)
 
@@ -128,7 +128,7 @@ def _files(folders: Mapping[str, Path]) -> dict[str, Path]:
 def _wanted(run: Context, device: Device, out: Path) -> MeasureRequest:
     """What is to be read on a device. out: where its engines are kept."""
     return MeasureRequest(
-        run.bundle.input, device, run.recipe.measure, run.target, run.data.held_out if run.data else None, run.say,
+        run.bundle.input, device, run.recipe.measure, run.target, run.data.held_out if run.data else None, run.log,
         engines=out, sparse=run.recipe.prune.granularity == "2:4",
     )  # fmt: skip
 
@@ -147,7 +147,7 @@ def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tup
         pictures = Pictures(made.images, facts, fitted="repair" in step.folders)
     elif run.data is not None:
         return ()
-    return measure_unlabelled(run.bundle.input, files, pictures, run.device, run.say)
+    return measure_unlabelled(run.bundle.input, files, pictures, run.device, run.log)
 
 
 # Of their own kind, these are counted once and not read on a device.

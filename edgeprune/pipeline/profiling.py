@@ -32,7 +32,7 @@ class Profiled:
 
 
 def profile(
-    recipe: Recipe, *, limit: int | None, say: Log, output: str = "", trust_run: bool = False
+    recipe: Recipe, *, limit: int | None, log: Log, output: str = "", trust_run: bool = False
 ) -> Profiled:
     """Time an ONNX file, and read its memory, size and, with data, its accuracy, on each of the recipe's devices.
 
@@ -46,7 +46,7 @@ def profile(
         evaluation.check_attack(recipe)
     with scratch_folder() as folder:
         file = measure.look(path, folder, recipe.model.input)
-        job = _job(recipe, file, (limit, output), say)
+        job = _job(recipe, file, (limit, output), log)
         found = _measured(recipe, job)
     noted = (
         evaluation.with_notes(r, job.notes) if r.metric == "clean_accuracy" else r for r in found.readings
@@ -54,22 +54,22 @@ def profile(
     found = replace(found, readings=tuple(noted))
     if not attacked:
         return found
-    rows = evaluation.evaluate(recipe, limit=limit, say=say, output=output, trust_run=trust_run)
+    rows = evaluation.evaluate(recipe, limit=limit, log=log, output=output, trust_run=trust_run)
     return replace(found, readings=(*found.readings, *(r for r in rows if r.metric != "clean_accuracy")))
 
 
-def _job(recipe: Recipe, file: OnnxFile, asked: tuple[int | None, str], say: Log) -> _Job:
+def _job(recipe: Recipe, file: OnnxFile, asked: tuple[int | None, str], log: Log) -> _Job:
     """What is measured of a file. asked: the limit and the output."""
     (limit, output), spec = asked, file.spec(asked[1])
-    say(f"profile: outputs of {file.path.name}: {file.said}")
+    log(f"profile: outputs of {file.path.name}: {file.said}")
     if not recipe.data.path:
-        return _Job(recipe, file.timed, spec, say, whole=file.alone)
+        return _Job(recipe, file.timed, spec, log, whole=file.alone)
     found, images = evaluation.images(recipe, spec, limit or 0)
     judged = file.judged(images, len(found.labels), wanted=output)
     for note in judged.notes:
-        say(f"profile: {note}")
+        log(f"profile: {note}")
     return _Job(
-        recipe, file.timed, judged.spec, say, whole=judged.path, images=images, judged=judged, notes=found.notes
+        recipe, file.timed, judged.spec, log, whole=judged.path, images=images, judged=judged, notes=found.notes
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _measured(recipe: Recipe, job: _Job) -> Profiled:
     return Profiled(readings, concurrency.told(failed, len(there)) if failed else None)
 
 
-def table(recipe: Recipe, *, say: Log) -> LatencyTable:
+def table(recipe: Recipe, *, log: Log) -> LatencyTable:
     """Time the layers of a model over their channel counts on the recipe's device.
 
     Raises:
@@ -109,12 +109,12 @@ def table(recipe: Recipe, *, say: Log) -> LatencyTable:
             f"profile --table times the layers of a model on one device, but {' and '.join(named)} was given",
             "ask for the table of each device by itself, and leave out --data and --attack",
         )
-    say(f"load: {recipe.model.path}")
+    log(f"load: {recipe.model.path}")
     bundle, target = load(recipe.model), targets.target(recipe.target)
     device = devices.device_from_url(recipe.measure.device, target.setup)
     # The device is held from the first file to the last: layers of one table are timed by one who is alone.
-    trials = measure.Trials(device, target, say, None)
-    there = bench(trials, recipe.measure, say)
+    trials = measure.Trials(device, target, log, None)
+    there = bench(trials, recipe.measure, log)
     prune = recipe.prune
     wish = latency.SurveyOptions(
         prune.multiple_of or target.multiple_of["fp32"], prune.floor, prune.skip, recipe.seed
@@ -125,7 +125,7 @@ def table(recipe: Recipe, *, say: Log) -> LatencyTable:
             models.deployed(bundle), bundle.input, file, opset=recipe.export.opset or target.opset,
             table=recipe.export, meta={}, real=None,
         )  # fmt: skip
-        with device.exclusively(wait_s=PATIENCE_S, say=say):
+        with device.exclusively(wait_s=PATIENCE_S, log=log):
             return latency.run(bundle, file, there, wish)
 
 
@@ -140,7 +140,7 @@ class _Job:
     recipe: Recipe
     path: Path
     spec: InputSpec
-    say: Log
+    log: Log
     whole: Path | None
     images: Split | None = None
     judged: Judged | None = None
@@ -149,10 +149,10 @@ class _Job:
     def on(self, device: Device) -> tuple[str, tuple[Reading, ...]]:
         """Where a device is, as its readings name the place, and what it read."""
         where = device.where()
-        self.say(f"profile: {self.path} on {where}")
+        self.log(f"profile: {self.path} on {where}")
         target = targets.target(self.recipe.target)
         wanted = measure.MeasureRequest(
-            self.spec, device, self.recipe.measure, target, self.images, self.say, wait_s=PATIENCE_S,
+            self.spec, device, self.recipe.measure, target, self.images, self.log, wait_s=PATIENCE_S,
             judged=self.whole,
         )  # fmt: skip
         measured = measure.run(wanted, {self.path.stem: self.path}, None)
@@ -160,5 +160,5 @@ class _Job:
             if self.judged is not None and self.images is not None and reading.metric == "clean_accuracy":
                 measure.check(reading, self.judged, self.images)
         for note in measured.notes:
-            self.say(note)
+            self.log(note)
         return where, measured.after

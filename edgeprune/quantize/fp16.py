@@ -309,10 +309,10 @@ def build(floats: FloatBaseline, job: Job) -> Built:
     def made(skip: tuple[str, ...]) -> ModelProto:
         return half(floats.model, seen, skip=(*floats.skipped, *skip))[0]
 
-    job.say(f"quantize: to fp16, judged on {floats.panel.clean} images")
+    job.log(f"quantize: to fp16, judged on {floats.panel.clean} images")
     judgement, fallback = floats.judge(NAME, (), lambda: made(())), dict[str, float]()
     if judgement.loss > job.table.tolerance and len(floats.layers) > 1:
-        job.say(f"quantize: fp16 loses {100 * judgement.loss:.2f} points; find the layers that do")
+        job.log(f"quantize: fp16 loses {100 * judgement.loss:.2f} points; find the layers that do")
         fallback, judgement = fall_back(floats, NAME, made, job.table.tolerance)
     model, kept = half(floats.model, seen, skip=(*floats.skipped, *fallback))
     kept = {node: reason for node, reason in kept.items() if node not in fallback}

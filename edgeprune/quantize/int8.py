@@ -152,7 +152,7 @@ def build(floats: FloatBaseline, job: Job) -> Built:
         )
     maker = _maker(floats, job)
     options = _options(job.table, tuple(maker.nets))
-    job.say(f"quantize: {len(options)} ways to int8, judged on {floats.panel.clean} images")
+    job.log(f"quantize: {len(options)} ways to int8, judged on {floats.panel.clean} images")
     judgements = []
     with bar(len(options), "quantize: int8 candidates") as advance:
         for option in options:
@@ -162,7 +162,7 @@ def build(floats: FloatBaseline, job: Job) -> Built:
     option, judgement = options[chosen], judgements[chosen]
     fallback: dict[str, float] = {}
     if judgement.loss > job.table.tolerance and len(floats.layers) > 1:
-        job.say(f"quantize: {option.words} loses {_points(judgement.loss)}; find the layers that do")
+        job.log(f"quantize: {option.words} loses {_points(judgement.loss)}; find the layers that do")
         fallback, judgement = fall_back(
             floats, option.words, lambda skip: maker.build(option, skip), job.table.tolerance
         )
@@ -184,7 +184,7 @@ def _maker(floats: FloatBaseline, job: Job) -> _Maker:
     if table.equalize != "off":
         model, pairs = equalized(floats.model, floats.seen(floats.model, "the network"))
         if pairs:
-            job.say(f"quantize: {pairs} pairs of layers are equalized")
+            job.log(f"quantize: {pairs} pairs of layers are equalized")
             nets[True] = (model, floats.seen(model, "the equalized network"))
     if table.equalize != "on" or not pairs:
         nets[False] = (floats.model, floats.seen(floats.model, "the network"))

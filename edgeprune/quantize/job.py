@@ -48,7 +48,7 @@ class Job:
     scheme: str
     material: CalibrationSet | None
     scratch: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     timer: Timer | None = None
     limits: Mapping[str, Limit] = field(default_factory=dict)
     dense: Path | None = None

@@ -166,7 +166,7 @@ def timed(exported: Path, made: Mapping[str, Shipped], job: Job) -> Mapping[str,
         files[precision].write_bytes(ships.data)
     if job.dense is not None and "latency_p50" in job.limits and job.limits["latency_p50"].kind != "absolute":
         files[DENSE] = job.dense
-    job.say(f"quantize: time {', '.join(files)} in turn")
+    job.log(f"quantize: time {', '.join(files)} in turn")
     return job.timer(files)
 
 

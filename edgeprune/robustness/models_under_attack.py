@@ -182,13 +182,13 @@ def of_file(
 class OnDevice:
     """Where a file is judged: a device, and the target whose runtime it should have (None: ONNX Runtime).
 
-    scratch: a folder for engines that are built there. say, wait_s: as of `Device.exclusively`.
+    scratch: a folder for engines that are built there. log, wait_s: as of `Device.exclusively`.
     """
 
     device: Device
     target: Target | None
     scratch: Path
-    say: Callable[[str], None] = lambda message: None
+    log: Callable[[str], None] = lambda message: None
     wait_s: float = WAIT_S
 
 
@@ -217,7 +217,7 @@ def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDe
 
     judged = replace(victim, where=device.where(), notes=(*victim.notes, *notes))
     if isinstance(device, ShellDevice) and device.talks:
-        asked = Asked(AskedPlace(device, runtime, cache(file), there.wait_s, there.say))
+        asked = Asked(AskedPlace(device, runtime, cache(file), there.wait_s, there.log))
         note = f"Square asked the device: a session of {runtime} that stayed open on {device.name}."
         return replace(judged, answers=asked, fast=None, asked=asked.open, notes=(*judged.notes, note))
     artifact = Artifact(str(path), "onnx", "", spec, victim.sha256, path.stat().st_size)
@@ -236,7 +236,7 @@ def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDe
 def _engine(victim: ModelUnderAttack, path: Path, there: OnDevice) -> Path:
     """The engine of a file, built on the device once and brought here; each session opens it without building."""
     assert there.target is not None
-    there.say(f"attack: build an engine of {path.name} on {there.device.name}")
+    there.log(f"attack: build an engine of {path.name} on {there.device.name}")
     there.scratch.mkdir(parents=True, exist_ok=True)
     name = victim.sha256[:16]
     return built_engines({name: path}, BuildPlace(there.device, there.target, there.scratch))[name].path

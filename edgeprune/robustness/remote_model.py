@@ -29,14 +29,14 @@ Pixels = npt.NDArray[np.float32]
 class Place:
     """A file on a device, as it is asked there. runtime: the device's. file: the ONNX file, or the engine of it.
 
-    wait_s: how long to wait for somebody else who is alone on the device. say: told once that it waits.
+    wait_s: how long to wait for somebody else who is alone on the device. log: called once when it waits.
     """
 
     device: ShellDevice
     runtime: str
     file: Callable[[], Path]
     wait_s: float
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Asked:
         place = self.place
         file = place.file()
         with (
-            place.device.exclusively(wait_s=place.wait_s, say=place.say),
+            place.device.exclusively(wait_s=place.wait_s, log=place.log),
             held(place.device, {"model": file}) as paths,
             place.device.talking({"op": "serve", "runtime": place.runtime, "model": paths["model"]}) as talk,
         ):
@@ -93,13 +93,13 @@ class Asked:
                     f"{place.device.name} began with {ready[:80]!r} and not its runtime"
                 ) from error
             if not self.images:
-                place.say(f"attack: {file.name} answers on {place.device.name} ({runtime})")
+                place.log(f"attack: {file.name} answers on {place.device.name} ({runtime})")
             yield talk
 
     def _answers(self, talk: InteractiveCommand, x: Pixels) -> Pixels:
         message = agent.packed(*agent.images(x, self._last))
         limit_s = START_S + len(message) / SLOWEST
-        talk.say(message, limit_s)
+        talk.send(message, limit_s)
         self._last = x.copy()
         body = self._heard(talk, agent.LOGITS, limit_s + IMAGE_S * len(x))
         answer = agent.read_logits(agent.LOGITS, body)

@@ -48,7 +48,7 @@ class _State:
     done: int
 
 
-def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, say: Log) -> Verdicts:
+def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log: Log) -> Verdicts:
     """Attack every image until something breaks it on the artifact; the cheapest attacks first.
 
     Gradients come from `victim.twin` and, for a quantized file, then from `victim.straight`, and what they find
@@ -76,7 +76,7 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, say:
             none = Verdicts(("",) * len(split), {}, {}, {}, how_words(victim, reach), batch, names)
             state = _State(job.key(victim), none, 0, tuple(range(len(split))), 0)
         else:
-            say(
+            log(
                 f"attack: goes on at {steps[state.step].name}"
                 if state.step < len(steps)
                 else "attack: all done"
@@ -85,13 +85,13 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, say:
             step = steps[state.step]
             state = _attacked(state, step, (victim, split, job), scratch)
             if state.todo:
-                say(_said(state.verdicts, step.name))
+                log(_said(state.verdicts, step.name))
             state = _next(state)
     return state.verdicts
 
 
 def run_stages(
-    victims: Mapping[str, ModelUnderAttack], split: Split, job: Job, *, scratch: Path, say: Log
+    victims: Mapping[str, ModelUnderAttack], split: Split, job: Job, *, scratch: Path, log: Log
 ) -> Attacked:
     """Attack a network after every stage of a run on the same images, to see where robustness was lost.
 
@@ -100,10 +100,10 @@ def run_stages(
     """
     found: dict[str, Verdicts] = {}
     lines: list[Reading] = []
-    victims = {stage: proven(victim, split, say=say) for stage, victim in victims.items()}
+    victims = {stage: proven(victim, split, log=log) for stage, victim in victims.items()}
     for stage, victim in victims.items():
-        say(f"attack: {stage}")
-        found[stage] = run(victim, split, job, scratch=scratch / stage, say=say)
+        log(f"attack: {stage}")
+        found[stage] = run(victim, split, job, scratch=scratch / stage, log=log)
         lines += ledger(stage, victim, job, found[stage], part=split.name)
     first, last = next(iter(victims)), list(victims)[-1]
     rows = {}

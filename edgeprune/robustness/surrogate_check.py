@@ -32,7 +32,7 @@ class Alike:
     images: int
 
 
-def proven(victim: ModelUnderAttack, split: Split, *, say: Log) -> ModelUnderAttack:
+def proven(victim: ModelUnderAttack, split: Split, *, log: Log) -> ModelUnderAttack:
     """The victim, without networks from its file that answer otherwise than the file does; notes say so then.
 
     ONNX Runtime may compute quantized graphs in another order than the file says, and a rounding that goes the other
@@ -53,17 +53,17 @@ def proven(victim: ModelUnderAttack, split: Split, *, say: Log) -> ModelUnderAtt
         with placed(victim, split) as placement, torch.no_grad():
             found = _answers(network, placement.images(x))
     except ModelError as error:
-        return _doubted(victim, f"it fails on images ({error.message})", say)
+        return _doubted(victim, f"it fails on images ({error.message})", log)
     if found.shape != wanted.shape:
-        return _doubted(victim, f"it answers {tuple(found.shape)}, the file {tuple(wanted.shape)}", say)
+        return _doubted(victim, f"it answers {tuple(found.shape)}, the file {tuple(wanted.shape)}", log)
     alike = compared(wanted, found, tolerance)
     if alike.same < SAME or not alike.apart <= tolerance:
         words = (
             f"on {alike.images} images it names the same class on {100 * alike.same:.1f} %, its logits are "
             f"{100 * alike.apart:.2g} % of the largest one away"
         )
-        return _doubted(victim, words, say)
-    say(
+        return _doubted(victim, words, log)
+    log(
         f"attack: gradients from the graph of {victim.name}; on {alike.images} images it agrees with the file on "
         f"{100 * alike.same:.1f} %"
     )
@@ -83,13 +83,13 @@ def _answers(network: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([logits(network, part).float().cpu() for part in x.split(32)])
 
 
-def _doubted(victim: ModelUnderAttack, why: str, say: Log) -> ModelUnderAttack:
+def _doubted(victim: ModelUnderAttack, why: str, log: Log) -> ModelUnderAttack:
     note = f"The network that was read from {victim.name} does not answer as the file does: {why}. "
     if victim.own:
         note += "Its gradients were not used; the file was only asked, which overstates robustness."
     else:
         note += "Attacks that see the quantization were not tried, which overstates robustness."
-    say(f"attack: {note}")
+    log(f"attack: {note}")
     return replace(
         victim,
         twin=None if victim.own else victim.twin,

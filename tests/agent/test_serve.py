@@ -95,9 +95,9 @@ class Agent:
             [sys.executable, "-m", "edgeprune.agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, cwd=Path(edgeprune.__file__).parent.parent,
         )  # fmt: skip
-        self.say(json.dumps(request).encode() + b"\n")
+        self.send(json.dumps(request).encode() + b"\n")
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(data)
         self.process.stdin.flush()
@@ -141,7 +141,7 @@ def test_it_answers_message_for_message_until_its_input_ends(
         x = rng.random((count, 3, 8, 8), dtype=np.float32)
         if last is not None and last.shape == x.shape:
             x[1:] = last[1:]
-        agent.say(protocol.packed(*protocol.images(x, last)))
+        agent.send(protocol.packed(*protocol.images(x, last)))
         kind, body = agent.hear()
         np.testing.assert_allclose(protocol.read_logits(kind, body), session(x), atol=1e-4)
         last = x
@@ -173,7 +173,7 @@ def test_what_goes_wrong_is_said_in_words_and_ends_it(tmp_path: Path, agents: li
         assert agent.hear()[0] == protocol.READY
         size = (2, 3, 8, 8) if how == "damaged" else (2, 1, 8, 8)
         message = protocol.packed(*protocol.images(np.ones(size, np.float32), None))
-        agent.say(message[:-1] + b"\x00" if how == "damaged" else message)
+        agent.send(message[:-1] + b"\x00" if how == "damaged" else message)
     out, errors = agent.end()
     answer = json.loads(out)
     expected = {"no file": "ModelError", "damaged": "DeviceError"}.get(how, "UsageError")
@@ -195,9 +195,9 @@ def test_it_ends_with_its_input_even_in_the_middle_of_a_batch(tmp_path: Path, ag
     agent = Agent.__new__(Agent)
     agent.process = process
     agents.append(agent)
-    agent.say(json.dumps({**ORT, "model": str(write_net(tmp_path / "net.onnx", 4))}).encode() + b"\n")
+    agent.send(json.dumps({**ORT, "model": str(write_net(tmp_path / "net.onnx", 4))}).encode() + b"\n")
     assert agent.hear()[0] == protocol.READY
-    agent.say(protocol.packed(*protocol.images(np.ones((1, 3, 8, 8), np.float32), None)))
+    agent.send(protocol.packed(*protocol.images(np.ones((1, 3, 8, 8), np.float32), None)))
     assert process.stderr is not None and process.stderr.readline() == b"busy\n"
     agent.end()
     assert process.returncode == DeviceError.exit_code
@@ -209,6 +209,6 @@ def test_it_ends_quietly_when_nobody_listens_any_more(tmp_path: Path, agents: li
     assert agent.hear()[0] == protocol.READY
     assert agent.process.stdout is not None
     agent.process.stdout.close()
-    agent.say(protocol.packed(*protocol.images(np.ones((1, 3, 8, 8), np.float32), None)))
+    agent.send(protocol.packed(*protocol.images(np.ones((1, 3, 8, 8), np.float32), None)))
     assert agent.process.wait(60) == 0
     assert agent.process.stderr is not None and b"Traceback" not in agent.process.stderr.read()

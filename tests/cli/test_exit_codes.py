@@ -267,7 +267,7 @@ def test_control_characters_leave_as_escapes_on_every_way(
 ) -> None:
     assert visible(HOSTILE) == SEEN and visible("two\nlines\tand é ✅") == "two\nlines\tand é ✅"
     assert str(UsageError(HOSTILE)) == SEEN and UsageError("x", HOSTILE).hint == SEEN
-    output.say(HOSTILE)
+    output.log(HOSTILE)
     output.print_lines([HOSTILE])
     table = Table(title=HOSTILE)
     table.add_column("name", no_wrap=True)

@@ -16,7 +16,7 @@ NAME = "a\x1b[2J\x07\x9b\u202e\nerror: forged\r"
 def test_every_message_is_one_line_that_orders_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     record = logging.LogRecord("edgeprune", logging.WARNING, "", 0, "%s", (NAME,), None)
     output.shown(record)
-    output.say(NAME)
+    output.log(NAME)
     output.print_lines([NAME])
     output.print_error(NAME, "", 2, False)
     out, err = capsys.readouterr()

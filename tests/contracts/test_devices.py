@@ -179,7 +179,7 @@ def test_one_may_wait_for_the_other(device: ShellDevice) -> None:
     first.__enter__()
     # It is told to wait before it waits: then the other one leaves.
     with device.exclusively(
-        wait_s=60, say=lambda line: (said.append(line), first.__exit__(None, None, None))[0]
+        wait_s=60, log=lambda line: (said.append(line), first.__exit__(None, None, None))[0]
     ):
         pass
     assert len(said) == 1

@@ -62,7 +62,7 @@ def folders(tmp_path: Path) -> Path:
 def compressed(data: Path, out: Path, use: str, said: list[str], **tables: object) -> Result:
     flags = {**TABLES, "data": {"path": str(data), "use": use}, **tables}
     bundle = from_module(nets.build("residual"), nets.example())
-    return compression.compress(parse.build({}, flags), out, say=said.append, bundle=bundle)
+    return compression.compress(parse.build({}, flags), out, log=said.append, bundle=bundle)
 
 
 def check(result: Result, said: Sequence[str]) -> None:

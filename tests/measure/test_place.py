@@ -165,5 +165,5 @@ def test_an_estimate_that_can_not_be_validated_says_so_and_costs_nothing(
 def test_the_target_itself_needs_no_estimate(tmp_path: Path) -> None:
     board = Here("NVIDIA Jetson Orin Nano Developer Kit")
     run = run_of(tmp_path, targets.target("jetson"), board)
-    assert run.on_target and intermediates.estimates(run, {}) == ({}, ())
-    assert not run_of(tmp_path, targets.target("jetson"), Here()).on_target
+    assert run.decisions.on_target and intermediates.estimates(run, {}) == ({}, ())
+    assert not run_of(tmp_path, targets.target("jetson"), Here()).decisions.on_target

@@ -99,12 +99,12 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def victim(
-    net: Path, device: Device, scratch: Path, say: Callable[[str], None] = lambda _: None
+    net: Path, device: Device, scratch: Path, log: Callable[[str], None] = lambda _: None
 ) -> job.ModelUnderAttack:
     """The file, judged by the device; only asked, so that nothing but Square runs."""
     here = replace(models_under_attack.of_file("net.onnx", net, scratch, "here"), twin=None)
     return models_under_attack.on_device(
-        here, net, input_of(net), models_under_attack.OnDevice(device, None, scratch, say, 0.0)
+        here, net, input_of(net), models_under_attack.OnDevice(device, None, scratch, log, 0.0)
     )
 
 
@@ -123,7 +123,7 @@ def square(batch: int = 0) -> job.Job:
 
 
 def run(found: job.ModelUnderAttack, split: Split, scratch: Path, batch: int = 0) -> job.Verdicts:
-    return stage.run(found, split, square(batch), scratch=scratch, say=lambda _: None)
+    return stage.run(found, split, square(batch), scratch=scratch, log=lambda _: None)
 
 
 def left(board: Board) -> list[str]:
@@ -242,7 +242,7 @@ with device.exclusively(), device.holding({"model": Path(sys.argv[1])}) as there
         while True:
             talk.hear(frames.head(talk.hear(frames.HEAD_BYTES, 60)).size, 60)
             print("answered", flush=True)
-            talk.say(frames.packed(*frames.images(x, None)), 60)
+            talk.send(frames.packed(*frames.images(x, None)), 60)
 """
 
 

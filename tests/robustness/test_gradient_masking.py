@@ -102,7 +102,7 @@ def said(
     }  # fmt: skip
     job = replace(job, attacks={n: build("attacks", n, few[n]) for n in job.attacks})
     victim = models_under_attack.of_network("net", network.eval(), "s")
-    found = stage.run(victim, split, job, scratch=tmp_path / name, say=lambda _: None)
+    found = stage.run(victim, split, job, scratch=tmp_path / name, log=lambda _: None)
     return " ".join(gradient_masking.flags(victim, split, job, found))
 
 

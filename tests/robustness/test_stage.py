@@ -95,7 +95,7 @@ def quick(table: AttackTable | None = None, seed: int = 0, queries: int = 60) ->
 
 
 def run(victim: ModelUnderAttack, job: job.Job, scratch: Path, split: Split | None = None) -> Verdicts:
-    return stage.run(victim, images() if split is None else split, job, scratch=scratch, say=lambda _: None)
+    return stage.run(victim, images() if split is None else split, job, scratch=scratch, log=lambda _: None)
 
 
 def test_the_verdicts_on_a_linear_network_are_those_of_the_closed_form(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_a_masked_file_is_called_robust_by_pgd_and_flagged_and_broken_by_standar
     )
     split, said = images(), list[str]()
     victim = surrogate_check.proven(
-        models_under_attack.of_file("net.onnx", path, tmp_path, "here"), split, say=said.append
+        models_under_attack.of_file("net.onnx", path, tmp_path, "here"), split, log=said.append
     )
     assert victim.own and "agrees with the file on 100.0 %" in said[0]
     job = quick(AttackTable(name="pgd", eps="2/255"))
@@ -357,7 +357,7 @@ def test_of_a_quantized_file_the_attacks_that_see_the_quantization_come_after_th
         "net.onnx", path, tmp_path, "here", twin=Linear(seed=2), others={"dense": Linear(seed=3)}
     )
     assert not victim.own and victim.straight is not None
-    victim = surrogate_check.proven(victim, split, say=lambda _: None)
+    victim = surrogate_check.proven(victim, split, log=lambda _: None)
     verdicts = run(victim, quick(), tmp_path / "a", split)
     assert list(verdicts.steps) == [
         "apgd-ce", "apgd-ce-to-the-end", "apgd-ce-from-dense", "apgd-t", "fab-t",
@@ -421,19 +421,19 @@ def test_what_was_read_from_a_file_is_only_used_when_it_answers_as_the_file_does
         (nn.Flatten(), "(60, 192)"),
     ):
         found = surrogate_check.proven(
-            ModelUnderAttack("f.onnx", "s", answers, twin, own=True), split, say=said.append
+            ModelUnderAttack("f.onnx", "s", answers, twin, own=True), split, log=said.append
         )
         assert found.twin is None and not found.own
         assert says in found.notes[0] and "was only asked, which overstates" in found.notes[0]
     victim = ModelUnderAttack("f.onnx", "s", answers, network, straight=other)
-    found = surrogate_check.proven(victim, split, say=said.append)
+    found = surrogate_check.proven(victim, split, log=said.append)
     assert found.twin is network and found.straight is None
     assert "see the quantization were not tried" in found.notes[0]
     assert len(said) == 4
     right = ModelUnderAttack("f.onnx", "s", answers, network, own=True)
-    assert surrogate_check.proven(right, split, say=said.append) is right
+    assert surrogate_check.proven(right, split, log=said.append) is right
     given = ModelUnderAttack("f.onnx", "s", answers, other)
-    assert surrogate_check.proven(given, split, say=said.append) is given, (
+    assert surrogate_check.proven(given, split, log=said.append) is given, (
         "a network that was given is not looked at"
     )
     keys = {quick().key(v) for v in (right, given, victim, found)}
@@ -554,7 +554,7 @@ def test_a_run_is_attacked_after_every_stage_and_its_ends_are_compared_in_pairs(
     }
     job = replace(quick(), attacks={"pgd": build("attacks", "pgd", {"steps": 5})})
     said: list[str] = []
-    found = stage.run_stages(victims, images(), job, scratch=tmp_path, say=said.append)
+    found = stage.run_stages(victims, images(), job, scratch=tmp_path, log=said.append)
     stages = [(r.conditions["stage"], r.metric) for r in found.ledger]
     metrics = ("clean_accuracy", "robust_accuracy")
     assert stages == [(stage, metric) for stage in victims for metric in metrics]

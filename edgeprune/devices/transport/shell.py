@@ -152,7 +152,7 @@ class Shell:
                 process.wait()
 
     @contextmanager
-    def alone(self, wait_s: float, say: Callable[[str], None]) -> Iterator[None]:
+    def alone(self, wait_s: float, log: Callable[[str], None]) -> Iterator[None]:
         """Be the only one of those who ask for it; what one who is killed held is free at once."""
         until, told = time.monotonic() + wait_s, False
         with contextlib.ExitStack() as stack:
@@ -164,7 +164,7 @@ class Shell:
                     if time.monotonic() >= until:
                         raise
                     if not told:
-                        say(f"{held.message}; waiting up to {wait_s:g} s")
+                        log(f"{held.message}; waiting up to {wait_s:g} s")
                     told = True
                     time.sleep(POLL_S)
             yield

@@ -186,7 +186,7 @@ class InteractiveCommand:
             what, fix = self.explain(text(self.errors))
         raise DeviceError(f"{self.name} can't be reached: {what}", fix)
 
-    def say(self, data: bytes, timeout_s: float) -> None:
+    def send(self, data: bytes, timeout_s: float) -> None:
         """Tell it something. Where it has ended already, the next `hear` says so."""
         try:
             self.pipes.send(data, timeout_s)
