@@ -64,7 +64,7 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> qu
     """What the quantize stage is given: images, a way to time files where the target is at hand, and limits."""
     return quantize.Job(
         table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
-        scheme=run.target.int8, material=_material(run, folders), scratch=scratch, log=run.log,
+        scheme=run.target.int8, calibration=_calibration(run, folders), scratch=scratch, log=run.log,
         timer=_timer(run), limits=run.budget.limits,
         dense=folders["dense"] / "dense.onnx",
     )  # fmt: skip
@@ -94,7 +94,7 @@ def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] |
     return times
 
 
-def _material(run: Context, folders: Mapping[str, Path]) -> CalibrationSet | None:
+def _calibration(run: Context, folders: Mapping[str, Path]) -> CalibrationSet | None:
     """The images that ranges are taken from; where accuracy under attack matters, attacked ones too."""
     if run.data is None or run.data.train is None:
         if "synthesize" not in folders:

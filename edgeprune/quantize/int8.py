@@ -1,18 +1,19 @@
-"""int8: every calibrator, with and without equalization and bias correction, judged; layers fall back as needed."""
+"""int8: every calibrator, with and without equalization and bias correction; layers go back to float as needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from onnx import ModelProto
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.progress import bar
 from edgeprune.quantize.bias_correction import corrected
-from edgeprune.quantize.calibrators import CALIBRATORS, ranges
+from edgeprune.quantize.calibrators import CALIBRATORS, Range, ranges
 from edgeprune.quantize.equalization import equalized
-from edgeprune.quantize.evaluation import FloatBaseline, answers, best, sqnr_db, worse
+from edgeprune.quantize.evaluation import FloatBaseline, best, logits_of, sqnr_db, worse
 from edgeprune.quantize.fusion import block_float_fusion
 from edgeprune.quantize.job import Built, Job, Judgement, row
 from edgeprune.quantize.observers import Activations
@@ -27,44 +28,45 @@ FEW = 64
 def fall_back(
     floats: FloatBaseline, name: str, build: Callable[[Skip], ModelProto], tolerance: float
 ) -> tuple[dict[str, float], Judgement]:
-    """Put layers of a candidate back to float until its loss is tolerated, or as good as it gets.
+    """Put layers of a candidate back to float until its loss is tolerated, or as small as it gets.
 
     Args:
-        name: the candidate's. build: makes it with these layers in float. tolerance: the largest loss that is accepted.
+        build: builds the candidate with these layers in float.
 
     Returns:
         Layer that went back -> its output error: the power of the logits' error over that of the logits when it
-        alone is quantized. And how the file answers then.
+        alone is quantized. And the judgement then.
     """
-    pixels, wanted = floats.panel.pixels[:FEW], floats.panel.logits[:FEW]
+    evaluation = floats.evaluation
+    images, reference = evaluation.images[:FEW], evaluation.logits[:FEW]
 
-    def alone(layer: str) -> float:
+    def error_of(layer: str) -> np.ndarray:
         model = build(tuple(other for other in floats.layers if other != layer))
-        return 10.0 ** (-sqnr_db(wanted, answers(model, pixels, free=floats.panel.free)) / 10.0)
-
-    def attempt(skip: Skip) -> Judgement:
-        return floats.judge(name, skip, lambda: build(skip))
+        logits = logits_of(model, images, free=evaluation.free)
+        return np.array(10.0 ** (-sqnr_db(reference, logits) / 10.0))
 
     errors: dict[str, float] = {}
     with bar(len(floats.layers), "quantize: output error of each layer alone") as advance:
         for layer in floats.layers:
-            errors[layer] = floats.kept.number(f"alone {name} {layer}", lambda layer=layer: alone(layer))
+            found = floats.cache.array(f"alone {name} {layer}", lambda layer=layer: error_of(layer))
+            errors[layer] = float(found)
             advance()
-    back, judgement = fewest(errors, attempt, tolerance)
+    back, judgement = fewest(errors, lambda skip: floats.judge(name, skip, lambda: build(skip)), tolerance)
     return {layer: errors[layer] for layer in back}, judgement
 
 
 def fewest(
     errors: Mapping[str, float], attempt: Callable[[Skip], Judgement], tolerance: float
 ) -> tuple[Skip, Judgement]:
-    """The layers that go back to float, and how the file answers then.
+    """The layers that go back to float, and the judgement then.
 
     The most sensitive layers go back, twice as many at each step until the loss is tolerated; then as many fewer as
-    halving finds; then each of them, the least sensitive first, is quantized again where that is tolerated too. One
+    bisection finds; then each of them, the least sensitive first, is quantized again where that is tolerated too. One
     layer at least stays quantized.
 
     Args:
-        errors: layer -> its output error when it alone is quantized. attempt: judges a file with these layers in float.
+        errors: layer -> its output error when it alone is quantized.
+        attempt: judges a file with these layers in float.
 
     Returns:
         The layers and the judgement; where nothing is tolerated, those of the smallest loss.
@@ -86,12 +88,7 @@ def fewest(
     while count - failed > 1:
         middle = (failed + count) // 2
         failed, count = (failed, middle) if first(middle).loss <= tolerance else (middle, count)
-    return _thinned(tuple(order[:count]), first(count), attempt, tolerance)
-
-
-def _thinned(
-    layers: Skip, judgement: Judgement, attempt: Callable[[Skip], Judgement], tolerance: float
-) -> tuple[Skip, Judgement]:
+    layers, judgement = tuple(order[:count]), first(count)
     for layer in reversed(layers[:-1]):
         fewer = tuple(name for name in layers if name != layer)
         found = attempt(fewer)
@@ -102,35 +99,35 @@ def _thinned(
 
 @dataclass(frozen=True)
 class Option:
-    """One way to make an int8 file."""
+    """One way to build an int8 file."""
 
     calibrator: str
     equalized: bool
     corrected: bool
 
     @property
-    def words(self) -> str:
+    def name(self) -> str:
         """For people: "int8 entropy, equalized, bias-corrected"."""
         more = (", equalized" if self.equalized else "", ", bias-corrected" if self.corrected else "")
         return f"int8 {self.calibrator}{''.join(more)}"
 
 
 @dataclass(frozen=True, eq=False)
-class _Maker:
-    """Makes candidates.
+class _Builder:
+    """Builds candidates.
 
-    nets: equalized or not -> the float model and what its activations are. limits: that and the calibrator -> their
-    ranges.
+    models: equalized or not -> the float model and its activations. limits: that and the calibrator -> their ranges.
+    pairs: of equalized layers.
     """
 
-    nets: Mapping[bool, tuple[ModelProto, Activations]]
-    limits: Mapping[tuple[bool, str], Mapping[str, tuple[float, float]]]
+    models: Mapping[bool, tuple[ModelProto, Activations]]
+    limits: Mapping[tuple[bool, str], Mapping[str, Range]]
     pairs: int
     scheme: str
     skipped: tuple[str, ...]
 
     def build(self, option: Option, skip: Sequence[str] = ()) -> ModelProto:
-        model, seen = self.nets[option.equalized]
+        model, seen = self.models[option.equalized]
         limits = self.limits[option.equalized, option.calibrator]
         made = quantized(model, limits, self.scheme, skip=(*self.skipped, *skip))
         if option.corrected:
@@ -138,90 +135,84 @@ class _Maker:
         block_float_fusion(made)
         return made
 
+    def describe(self, option: Option) -> dict[str, object]:
+        pairs = self.pairs if option.equalized else 0
+        return {
+            "calibrator": option.calibrator, "equalized": option.equalized, "pairs": pairs,
+            "corrected": option.corrected,
+        }  # fmt: skip
+
 
 def build(floats: FloatBaseline, job: Job) -> Built:
     """The best int8 file that the recipe allows; its loss may still be above the tolerance."""
     if not floats.layers:
-        found = (
-            f"{len(floats.skipped)} skipped layers"
-            if floats.skipped
-            else "no Conv, Gemm or MatMul with weights"
-        )
+        none = "no Conv, Gemm or MatMul with weights"
+        found = f"{len(floats.skipped)} skipped layers" if floats.skipped else none
         raise UnsupportedModel(
             f"no layer of the network can be int8: it has {found}", "ask for --precision fp32"
         )
-    maker = _maker(floats, job)
-    options = _options(job.table, tuple(maker.nets))
-    job.log(f"quantize: {len(options)} ways to int8, judged on {floats.panel.clean} images")
-    judgements = []
+    builder = _builder(floats, job)
+    corrections = {"auto": (False, True), "on": (True,), "off": (False,)}[job.table.bias_correction]
+    options = [
+        Option(c, e, b) for e in sorted(builder.models) for b in corrections for c in _calibrators(job.table)
+    ]
+    job.log(f"quantize: {len(options)} ways to int8, judged on {floats.evaluation.clean} images")
+    judgements: list[Judgement] = []
     with bar(len(options), "quantize: int8 candidates") as advance:
         for option in options:
-            judgements.append(floats.judge(option.words, (), lambda option=option: maker.build(option)))
+            judgements.append(floats.judge(option.name, (), lambda option=option: builder.build(option)))
             advance()
     chosen = best(judgements, job.table.tolerance)
     option, judgement = options[chosen], judgements[chosen]
-    fallback: dict[str, float] = {}
-    if judgement.loss > job.table.tolerance and len(floats.layers) > 1:
-        job.log(f"quantize: {option.words} loses {_points(judgement.loss)}; find the layers that do")
-        fallback, judgement = fall_back(
-            floats, option.words, lambda skip: maker.build(option, skip), job.table.tolerance
-        )
     others = tuple(
-        row("int8", o.words, j, why_not=_why_not(option, judgements[chosen], j), options=_facts(o, maker))
+        row("int8", o.name, j, why_not=_why_not(option, judgement, j), options=builder.describe(o))
         for o, j in zip(options, judgements, strict=True)
         if o is not option
     )
-    made = maker.build(option, tuple(fallback))
-    options_of = {"scheme": maker.scheme, **_facts(option, maker)}
+    fallback: dict[str, float] = {}
+    if judgement.loss > job.table.tolerance and len(floats.layers) > 1:
+        job.log(f"quantize: {option.name} loses {_points(judgement.loss)}; find the layers that do")
+        fallback, judgement = fall_back(
+            floats, option.name, lambda skip: builder.build(option, skip), job.table.tolerance
+        )
+    made = builder.build(option, tuple(fallback))
+    described = {"scheme": builder.scheme, **builder.describe(option)}
     kept = dict.fromkeys(floats.skipped, "asked for with quantize.skip")
-    return Built("int8", option.words, made, floats.model, judgement, options_of, fallback, kept, others)
+    return Built("int8", option.name, made, floats.model, judgement, described, fallback, kept, others)
 
 
-def _maker(floats: FloatBaseline, job: Job) -> _Maker:
+def _builder(floats: FloatBaseline, job: Job) -> _Builder:
     table = job.table
-    nets: dict[bool, tuple[ModelProto, Activations]] = {}
+    models: dict[bool, tuple[ModelProto, Activations]] = {}
     pairs = 0
     if table.equalize != "off":
         model, pairs = equalized(floats.model, floats.seen(floats.model, "the network"))
         if pairs:
             job.log(f"quantize: {pairs} pairs of layers are equalized")
-            nets[True] = (model, floats.seen(model, "the equalized network"))
+            models[True] = (model, floats.seen(model, "the equalized network"))
     if table.equalize != "on" or not pairs:
-        nets[False] = (floats.model, floats.seen(floats.model, "the network"))
+        models[False] = (floats.model, floats.seen(floats.model, "the network"))
     scheme = job.scheme if table.scheme == "auto" else table.scheme
     limits = {
         (equal, calibrator): ranges(seen, calibrator, symmetric=scheme == "s8")
-        for equal, (_, seen) in nets.items()
+        for equal, (_, seen) in models.items()
         for calibrator in _calibrators(table)
     }
-    return _Maker(nets, limits, pairs, scheme, floats.skipped)
+    return _Builder(models, limits, pairs, scheme, floats.skipped)
 
 
 def _calibrators(table: QuantizeTable) -> Sequence[str]:
     return CALIBRATORS if table.calibrator == "auto" else (table.calibrator,)
 
 
-def _options(table: QuantizeTable, nets: Sequence[bool]) -> list[Option]:
-    corrections = {"auto": (False, True), "on": (True,), "off": (False,)}[table.bias_correction]
-    return [Option(c, e, b) for e in sorted(nets) for b in corrections for c in _calibrators(table)]
-
-
-def _facts(option: Option, maker: _Maker) -> dict[str, object]:
-    pairs = maker.pairs if option.equalized else 0
-    return {
-        "calibrator": option.calibrator, "equalized": option.equalized, "pairs": pairs,
-        "corrected": option.corrected,
-    }  # fmt: skip
-
-
-def _why_not(best_option: Option, chosen: Judgement, other: Judgement) -> str:
-    name = best_option.words
+def _why_not(option: Option, chosen: Judgement, other: Judgement) -> str:
     if worse(other, chosen):
         fewer = sum(chosen.right) - sum(other.right)
-        return f"{name} classifies {fewer} more of {len(chosen.right)} images right"
+        return f"{option.name} classifies {fewer} more of {len(chosen.right)} images right"
     if other.sqnr_db <= chosen.sqnr_db:
-        return f"{name} has the smaller output error: SQNR {chosen.sqnr_db:.1f} dB, this one {other.sqnr_db:.1f} dB"
-    return f"{name} loses less: {_points(chosen.loss)}, this one {_points(other.loss)}"
+        errors = f"SQNR {chosen.sqnr_db:.1f} dB, this one {other.sqnr_db:.1f} dB"
+        return f"{option.name} has the smaller output error: {errors}"
+    return f"{option.name} loses less: {_points(chosen.loss)}, this one {_points(other.loss)}"
 
 
 def _points(loss: float) -> str:

@@ -1,9 +1,9 @@
-"""The nouns of the quantize stage: what it is given, what it hands on, and one precision that was built."""
+"""The records of the quantize stage: its job, its result, and one precision that was built."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ Timer = Callable[[Mapping[str, Path]], Mapping[str, Reading]]
 class CalibrationSet:
     """The images that ranges are taken from and choices are made on.
 
-    images: float32 (N, C, H, W). labels: int64 (N,), or None where nobody knows them. kind: "calibration" (of the
+    images: float32 (N, C, H, W). labels: int64 (N,), or None where they are unknown. kind: "calibration" (of the
     training part) or "synthesized" (from the network itself). adversarial: float32 (M, C, H, W), the first M images
     attacked on the float network, where robust accuracy matters.
     """
@@ -34,19 +34,18 @@ class CalibrationSet:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is asked for.
+    """What to quantize for.
 
-    precision: auto, fp32, fp16 or int8. precisions: what the target takes. scheme: the target's, of int8. scratch:
-    where what was computed is kept until the stage is done. timer: times files alternately on the target's device,
-    name -> its latency_p50; None where that device is not there. limits: the run's budget. dense: the unpruned file,
-    which relative limits speak of.
+    precision: auto, fp32, fp16 or int8. precisions, scheme: what the target takes. scratch: of results that are kept
+    until the stage is done. timer: times files alternately on the target's device, name -> its latency_p50; None where
+    that device is not there. limits: the run's budget. dense: the unpruned file, for relative limits.
     """
 
     table: QuantizeTable
     precision: str
     precisions: tuple[str, ...]
     scheme: str
-    material: CalibrationSet | None
+    calibration: CalibrationSet | None
     scratch: Path
     log: Callable[[str], None]
     timer: Timer | None = None
@@ -56,10 +55,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What came out; `quantized.json` is this record (docs/precision.md documents each field).
+    """The result; `quantized.json` is this record (docs/precision.md documents each field).
 
-    precision: of what ships. file: the name of the file in the stage's folder; empty when the exported one ships.
-    choice: how it was made; empty for fp32. candidates: every one that was built, and why it does not ship.
+    precision: of what ships. file: its name in the stage's folder; empty when the exported one ships. choice: how it
+    was made; empty for fp32. candidates: every one that was built, and why it does not ship.
     """
 
     precision: str
@@ -72,13 +71,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a file answers the judged images.
+    """The quality of a file on the evaluation set.
 
-    clean_accuracy, robust_accuracy: None without labels, or without attacked images. agreement: share of the judged
-    images classified as by the float file. sqnr_db: signal-to-quantization-noise ratio of the logits. right: for each
-    judged image, with labels: whether it is classified right; of the attacked ones, right as by the float file.
-    loss: what is held against the tolerance: accuracy lost, clean or under attack, whichever is more; without labels
-    1 - agreement.
+    clean_accuracy, robust_accuracy: None without labels, or without attacked images. agreement: share of the images
+    classified as by the float file. sqnr_db: signal-to-quantization-noise ratio of the logits. loss: accuracy lost,
+    clean or under attack, whichever is more; without labels 1 - agreement. right: for each image, with labels: whether
+    it is classified right; for an attacked one, right as by the float file.
     """
 
     clean_accuracy: float | None
@@ -93,9 +91,9 @@ class Judgement:
 class Built:
     """One precision, built as well as it could be.
 
-    name: for people ("int8 entropy, equalized"). model: not finished yet. floats: the float model it was made from,
-    with the same node names. options: how. fallback: layer that went back to float -> its measured output error.
-    kept: node that stays float for another reason -> the reason. tried: the other candidates.
+    name: for people ("int8 entropy, equalized"). floats: the float model it was made from, with the same node names.
+    fallback: layer that went back to float -> its measured output error. kept: node that stays float for another reason
+    -> the reason. tried: rows of the other candidates.
     """
 
     precision: str
@@ -116,9 +114,9 @@ def row(
     *,
     why_not: str,
     options: Mapping[str, Any],
-    fallback: tuple[str, ...] = (),
+    fallback: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A candidate as `Quantized.candidates` lists it; size and time are None until the file was written and timed."""
+    """A candidate in `Quantized.candidates`, neither written nor timed yet."""
     return {
         "precision": precision,
         "name": name,

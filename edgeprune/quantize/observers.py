@@ -1,51 +1,48 @@
-"""What flows through an ONNX model: ranges, histograms and channel means of all activations from one pass over images.
+"""Ranges, histograms and channel means of all activations of an ONNX model, from one pass over images.
 
 The bins of a histogram lie on a grid of powers of two, bin i of width 2**k being [i * 2**k, (i + 1) * 2**k). When a
-value falls outside of what is counted so far and the bins do not suffice, k grows by one and neighbours are merged,
-which is exact. So memory is bounded, one pass is enough, and a histogram is the same for any order and any batch size.
+value falls outside of the bins and they do not suffice, k grows by one and neighbours are merged, which is exact. So
+memory is bounded, one pass is enough, and a histogram is the same for any order and any batch size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 
 from edgeprune.data import BROKEN_NPZ
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.models import reason
-from edgeprune.onnx_graph import ORT_ERRORS, open_session
+from edgeprune.onnx_graph import ORT_ERRORS, Array, batch_of, copied, freed, inputs_of, open_session
 from edgeprune.progress import bar
 from edgeprune.serialization import replace_file
 
-Array = npt.NDArray[Any]
 BINS = 4096
-# Finer bins than a 2**20-th of the largest value tell nothing that an 8-bit grid could use.
+# Finer bins than a 2**20-th of the largest value are of no use to an 8-bit grid.
 _FINEST = 20
 _SMALLEST_EXPONENT = -100
-# What all activations of one batch may take, and how many images are asked at once at most.
+# The most bytes of all activations of one batch, and the largest batch.
 _BATCH_BYTES, _MOST_IMAGES = 64_000_000, 64
 # So many values fit into the cache of a core while they are counted.
 _CHUNK = 1 << 15
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
-_PARTS = ("low", "high", "counts", "edge_low", "edge_high", "mean", "count")
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one tensor was seen to be.
+    """The observed values of one tensor.
 
-    low, high: the smallest and the largest value. counts: int64 (B,), how many values lie in each of B bins of equal
-    width between edge_low and edge_high, B <= 4096; zero is an edge if it lies between. mean: float64 (C,), of each
-    channel (axis 1); of all values (1,) where there is no such axis. count: how many values there were.
+    counts: int64 (B,), how many values lie in each of B bins of equal width between edge_low and edge_high, B <= 4096;
+    zero is an edge if it lies between. mean: float64 (C,), of each channel (axis 1); of all values (1,) where there is
+    no such axis. count: of values.
     """
 
     low: float
@@ -58,21 +55,29 @@ class Seen:
 
 
 Activations = Mapping[str, Seen]
+_PARTS = tuple(part.name for part in fields(Seen))
 
 
 def observe(model: ModelProto, images: Tensor, *, label: str = "") -> dict[str, Seen]:
-    """Look at every float activation of a model, its input included, in ONE pass over images.
+    """Observe every float activation of a model, its input included, in one pass over images.
 
     Returns:
-        Value name -> what it was, the input first, then in the order of the nodes. What nodes with bodies compute
-        inside is not seen.
+        Value name -> observation, the input first, then in the order of the nodes. What nodes with bodies compute
+        inside is not observed.
     """
-    _check_images(model, images)
-    names = _float_values(model)
-    watched = _watched(model, names)
+    check_images(model, images)
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*model.graph.value_info, *model.graph.output)
+        if value.type.HasField("tensor_type")
+    }
+    names = [name for node in model.graph.node for name in node.output if kinds.get(name) in _FLOATS]
+    watched = copied(model)
+    del watched.graph.value_info[:], watched.graph.output[:]
+    watched.graph.output.extend(helper.make_tensor_value_info(name, kinds[name], None) for name in names)
     session, size = _open(watched, names, images)
     entry = model.graph.input[0].name
-    tallies = {name: _Tally(name) for name in (entry, *names)}
+    tallies = {name: Tally(name) for name in (entry, *names)}
     with bar(len(images), label or "activations") as advance:
         for batch in images.split(size):
             pixels = batch.contiguous().numpy()
@@ -99,30 +104,21 @@ def load(path: Path) -> dict[str, Seen]:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = [str(name) for name in file["names"]]
-            parts = {
-                part: np.split(file[part], np.cumsum(file[f"{part}_sizes"])[:-1]) if names else []
-                for part in _PARTS
-            }
+            columns = [np.split(file[part], np.cumsum(file[f"{part}_sizes"])[:-1]) for part in _PARTS]
     except BROKEN_NPZ as error:
         raise UsageError(
             f"{path} holds no observed activations: {reason(error)}", "delete it; it is made again"
         ) from error
-    return {name: _seen({part: parts[part][i] for part in _PARTS}) for i, name in enumerate(names)}
+    found: dict[str, Seen] = {}
+    for name, *values in zip(names, *columns, strict=False):
+        low, high, counts, edge_low, edge_high, mean, count = values
+        found[name] = Seen(
+            low.item(), high.item(), counts, edge_low.item(), edge_high.item(), mean, count.item()
+        )
+    return found
 
 
-def _seen(part: dict[str, Array]) -> Seen:
-    return Seen(
-        low=float(part["low"][0]),
-        high=float(part["high"][0]),
-        counts=part["counts"].astype(np.int64),
-        edge_low=float(part["edge_low"][0]),
-        edge_high=float(part["edge_high"][0]),
-        mean=part["mean"].astype(np.float64),
-        count=int(part["count"][0]),
-    )
-
-
-class _Tally:
+class Tally:
     """The running observation of one tensor."""
 
     def __init__(self, name: str) -> None:
@@ -202,10 +198,11 @@ def _exponent(low: float, high: float) -> int:
     return exponent
 
 
-def _check_images(model: ModelProto, images: Tensor) -> None:
+def check_images(model: ModelProto, images: Tensor) -> None:
+    """Refuse calibration images that are none, do not fit the model, or hold NaN or infinity."""
     if not len(images):
         raise UsageError("there are no calibration images", "give at least one; 128 or more are better")
-    wanted = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    wanted = [d.dim_value for d in inputs_of(model)[0].type.tensor_type.shape.dim][1:]
     if images.dtype != torch.float32 or list(images.shape[1:]) != wanted:
         raise UsageError(
             f"calibration images are {images.dtype} {tuple(images.shape)}, the model takes float32 (N, "
@@ -220,68 +217,35 @@ def _check_images(model: ModelProto, images: Tensor) -> None:
         )
 
 
-def _float_values(model: ModelProto) -> list[str]:
-    kinds = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*model.graph.value_info, *model.graph.output)
-        if value.type.HasField("tensor_type")
-    }
-    made = (name for node in model.graph.node for name in node.output if name)
-    return [name for name in made if kinds.get(name) in _FLOATS]
-
-
-def _watched(model: ModelProto, names: list[str]) -> ModelProto:
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
-    del graph.value_info[:]
-    kinds = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
-    del graph.output[:]
-    graph.output.extend(_of_any_size(kinds[name]) for name in names)
-    return copy
-
-
-def _of_any_size(value: ValueInfoProto) -> ValueInfoProto:
-    return helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, None)
-
-
 def _open(watched: ModelProto, names: list[str], images: Tensor) -> tuple[Any, int]:
-    dims = watched.graph.input[0].type.tensor_type.shape.dim
-    entry, fixed = watched.graph.input[0].name, dims[0].dim_value
-    image = images[: max(1, fixed)].contiguous().numpy()
+    """A session, and the batch size to run it with."""
+    entry, fixed = watched.graph.input[0].name, batch_of(watched) or 0
     if fixed > 1 and len(images) % fixed:
         raise UsageError(
             f"the model takes {fixed} images at a time, which {len(images)} calibration images are no multiple of"
         )
-    if fixed:
-        dims[0].Clear()
-        dims[0].dim_param = "batch"
+    image = images[: fixed or 1].contiguous().numpy()
     try:
-        session = open_session(watched)
+        session = open_session(freed(watched) if fixed else watched)
         alone = _run(session, names, {entry: image})
-        size = max(1, min(_MOST_IMAGES, _BATCH_BYTES * len(image) // max(1, sum(v.nbytes for v in alone))))
         if not fixed or _is_free(session, names, entry, image):
-            return session, size
+            size = _BATCH_BYTES * len(image) // max(1, sum(value.nbytes for value in alone))
+            return session, max(1, min(_MOST_IMAGES, size))
     except UnsupportedModel:
         if not fixed:
             raise
-    dims[0].Clear()
-    dims[0].dim_value = fixed
     return open_session(watched), fixed
 
 
 def _is_free(session: Any, names: list[str], entry: str, image: Array) -> bool:
+    """Whether the activations of each image of a larger batch are those of the image alone."""
     pair = np.concatenate([image, image[..., ::-1]])
-    try:
-        together = _run(session, names, {entry: pair})
-        parts = [_run(session, names, {entry: np.ascontiguousarray(half)}) for half in np.split(pair, 2)]
-    except UnsupportedModel:
-        return False
+    together = _run(session, names, {entry: pair})
+    parts = [_run(session, names, {entry: np.ascontiguousarray(half)}) for half in np.split(pair, 2)]
     return all(
         v.shape[:1] == (len(pair),) and np.allclose(v, np.concatenate([a, b]), rtol=1e-3, atol=1e-5)
         for v, a, b in zip(together, *parts, strict=True)
-        if v.ndim
-    ) and all(v.ndim for v in together)
+    )
 
 
 def _run(session: Any, names: list[str], feed: dict[str, Array]) -> list[Array]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgeprune.errors import UsageError
 from edgeprune.quantize.calibrators import CALIBRATORS, divergence, grid, ranges, squared_error
-from edgeprune.quantize.observers import Seen, _Tally
+from edgeprune.quantize.observers import Seen, Tally
 
 
 def binned(counts: list[int], low: float, high: float) -> Seen:
@@ -21,7 +21,7 @@ def binned(counts: list[int], low: float, high: float) -> Seen:
 
 
 def seen(values: np.ndarray) -> Seen:
-    tally = _Tally("x")
+    tally = Tally("x")
     tally.add(values.astype(np.float32))
     return tally.seen()
 

@@ -113,7 +113,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     )
 )
 def test_any_values_in_any_batches_are_counted_as_all_at_once(batches: list[list[float]]) -> None:
-    parts, whole = observers._Tally("x"), observers._Tally("x")
+    parts, whole = observers.Tally("x"), observers.Tally("x")
     for batch in batches:
         parts.add(np.float32(batch))
     whole.add(np.float32([value for batch in batches for value in batch]))

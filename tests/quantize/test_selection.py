@@ -14,7 +14,7 @@ from edgeprune.quantities import limit
 from edgeprune.quantize.evaluation import best, judged, sqnr_db
 from edgeprune.quantize.int8 import fewest
 from edgeprune.quantize.job import Judgement
-from edgeprune.quantize.selection import Entry, missed_limits, pick, seconds_of
+from edgeprune.quantize.selection import Candidate, missed_limits, pick, seconds_of
 from edgeprune.records import Reading
 
 
@@ -119,8 +119,8 @@ def test_wall_times_count_unless_other_work_ran() -> None:
     assert seconds_of({**busy, "fp16": timed(1e-3)}) == {"fp32": 2e-3, "int8": 3e-3, "fp16": 1e-3}
 
 
-def entry(precision: str, seconds: float | None, *, why_not: str = "", **facts: float) -> Entry:
-    return Entry(precision, facts, seconds, why_not)
+def entry(precision: str, seconds: float | None, *, why_not: str = "", **facts: float) -> Candidate:
+    return Candidate(precision, facts, seconds, why_not)
 
 
 def test_the_fastest_ships() -> None:

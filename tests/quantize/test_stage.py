@@ -24,7 +24,7 @@ from edgeprune.quantities import limit
 from edgeprune.quantize import evaluation, fusion, int8, observers, qdq
 from edgeprune.quantize import job as job_module
 from edgeprune.quantize import stage as stage_module
-from edgeprune.quantize.evaluation import answers, frees, panel
+from edgeprune.quantize.evaluation import can_free_batch, evaluation_set, logits_of
 from edgeprune.quantize.job import CalibrationSet, Quantized
 from edgeprune.quantize.stage import check_asked, shipped, wants_images
 from edgeprune.recipe.schema import ExportTable, QuantizeTable
@@ -200,8 +200,10 @@ def test_other_images_in_the_same_scratch_start_anew(residual: Path, tmp_path: P
     first = job(tmp_path, labelled(residual))
     stage_module.run(residual, tmp_path / "a", first)
     brighter = CalibrationSet(images() * 0.5, None, "calibration")
-    stage_module.run(residual, tmp_path / "b", replace(first, material=brighter))
-    stage_module.run(residual, tmp_path / "c", replace(first, material=brighter, scratch=tmp_path / "other"))
+    stage_module.run(residual, tmp_path / "b", replace(first, calibration=brighter))
+    stage_module.run(
+        residual, tmp_path / "c", replace(first, calibration=brighter, scratch=tmp_path / "other")
+    )
     a, b, c = ((tmp_path / name / "model.onnx").read_bytes() for name in "abc")
     assert b == c != a
 
@@ -423,10 +425,10 @@ def test_a_network_without_any_layer_for_int8_says_so(tmp_path: Path) -> None:
     ("spoil", "says"),
     [
         (lambda m: replace(m, images=m.images[:0], labels=None), "no calibration images"),
-        (lambda m: replace(m, images=m.images.double()), r"must be float32 \(N, 3, 8, 8\)"),
-        (lambda m: replace(m, images=m.images[:, :, :4]), r"got torch.float32 \(40, 3, 4, 8\)"),
+        (lambda m: replace(m, images=m.images.double()), r"the model takes float32 \(N, 3, 8, 8\)"),
+        (lambda m: replace(m, images=m.images[:, :, :4]), r"are torch.float32 \(40, 3, 4, 8\)"),
         (lambda m: replace(m, labels=m.labels[:3]), "40 calibration images have 3 labels"),
-        (lambda m: replace(m, images=torch.where(m.images > 0.99, torch.nan, m.images)), "NaN or infinite"),
+        (lambda m: replace(m, images=torch.where(m.images > 0.99, torch.nan, m.images)), "hold NaN or infinity"),
         (lambda m: replace(m, labels=None, adversarial=m.images), "attacked images .* no labels"),
     ],
 )
@@ -474,9 +476,9 @@ def test_what_was_left_must_be_readable(tmp_path: Path) -> None:
 
 def test_a_batch_of_one_is_freed_for_judging_and_gives_the_same_answers(residual: Path) -> None:
     model, pixels = onnx.load(residual), images(7)
-    assert frees(model, pixels)
+    assert can_free_batch(model, pixels)
     np.testing.assert_allclose(
-        answers(model, pixels, free=True), answers(model, pixels, free=False), rtol=1e-4, atol=1e-5
+        logits_of(model, pixels, free=True), logits_of(model, pixels), rtol=1e-4, atol=1e-5
     )
 
 
@@ -509,7 +511,7 @@ def test_a_layer_that_went_back_is_float_in_the_runtime_too(loud: Path, tmp_path
     assert layer.name == "loud"
     layer.input[0] = step.input[0]
     bare.graph.node.remove(step)
-    assert (answers(bare, pixels, free=False).argmax(1) == wanted).mean() < 0.5
+    assert (logits_of(bare, pixels).argmax(1) == wanted).mean() < 0.5
     with pytest.raises(ParityError, match="quantizes layers that were meant to stay float: loud"):
         fusion.check_floats(bare)
 
@@ -574,7 +576,7 @@ def test_linear_layers_of_three_dimensions_ship_in_int8(dynamic_batch: bool, tmp
 
 def test_a_loss_of_exactly_the_tolerance_is_accepted(residual: Path) -> None:
     model, pixels = onnx.load(residual), images(100)
-    seen = panel(CalibrationSet(pixels, None, "calibration"), model)
+    seen = evaluation_set(CalibrationSet(pixels, None, "calibration"), model)
     other = seen.logits.copy()
     other[0] = -other[0]
     assert seen.judge(other).agreement == 0.99 and seen.judge(other).loss == 0.01

@@ -48,7 +48,7 @@ def test_answers_to_a_float_model_that_gives_zeros_are_all_noise(tmp_path: Path)
 
 
 def test_closeness_refuses_answers_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="the quantized model answers 2 of 2 images with NaN or infinity"):
+    with pytest.raises(ParityError, match="the logits of the quantized model are NaN or infinite for 2 of 2 images"):
         closeness(mirror(tmp_path, [1] * 4), mirror(tmp_path, [math.nan] * 4), torch.ones(2, 4, 1, 1))
     with pytest.raises(UsageError, match="at least one image"):
         closeness(mirror(tmp_path, [1] * 4), mirror(tmp_path, [1] * 4), torch.ones(0, 4, 1, 1))
@@ -60,6 +60,6 @@ def test_closeness_refuses_answers_that_are_none(tmp_path: Path) -> None:
     wider.graph.output[0].name = "wide"
     wider.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
     with pytest.raises(
-        ParityError, match=r"the quantized model answers with shape \(1, 8\), the float one with \(1, 4"
+        ParityError, match=r"quantized model have shape \(1, 8\), those of the float one \(1, 4"
     ):
         closeness(mirror(tmp_path, [1] * 4), wider, torch.ones(1, 4, 1, 1))
