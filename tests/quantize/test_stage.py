@@ -428,7 +428,10 @@ def test_a_network_without_any_layer_for_int8_says_so(tmp_path: Path) -> None:
         (lambda m: replace(m, images=m.images.double()), r"the model takes float32 \(N, 3, 8, 8\)"),
         (lambda m: replace(m, images=m.images[:, :, :4]), r"are torch.float32 \(40, 3, 4, 8\)"),
         (lambda m: replace(m, labels=m.labels[:3]), "40 calibration images have 3 labels"),
-        (lambda m: replace(m, images=torch.where(m.images > 0.99, torch.nan, m.images)), "hold NaN or infinity"),
+        (
+            lambda m: replace(m, images=torch.where(m.images > 0.99, torch.nan, m.images)),
+            "hold NaN or infinity",
+        ),
         (lambda m: replace(m, labels=None, adversarial=m.images), "attacked images .* no labels"),
     ],
 )

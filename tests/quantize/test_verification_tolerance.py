@@ -48,7 +48,9 @@ def test_answers_to_a_float_model_that_gives_zeros_are_all_noise(tmp_path: Path)
 
 
 def test_closeness_refuses_answers_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="the logits of the quantized model are NaN or infinite for 2 of 2 images"):
+    with pytest.raises(
+        ParityError, match="the logits of the quantized model are NaN or infinite for 2 of 2 images"
+    ):
         closeness(mirror(tmp_path, [1] * 4), mirror(tmp_path, [math.nan] * 4), torch.ones(2, 4, 1, 1))
     with pytest.raises(UsageError, match="at least one image"):
         closeness(mirror(tmp_path, [1] * 4), mirror(tmp_path, [1] * 4), torch.ones(0, 4, 1, 1))
