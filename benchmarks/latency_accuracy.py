@@ -65,7 +65,7 @@ def row(
     labels = images.train.labels[collection.calibration_indices(images.train.labels, "default")]
     more: dict[str, Any] = {"images": seen, "labels": labels}
     if way == MACS:
-        more["clock"] = None
+        more["latency_model"] = None
     small = ours(it, share, WAYS[way], material(it, seed, **more))
     time = seconds({"dense": it.network.file, "cut": write(small, it.bundle, file)}, THOROUGH)
     torch.set_num_threads(given.threads)

@@ -81,7 +81,7 @@ def case(name: str, bundle: Bundle, image: Tensor, folder: Path) -> Case:
 
 
 def material(it: Case, seed: int = 0, **more: Any) -> PruningInputs:
-    """What prune is given: the device, and the table unless `clock` is None."""
+    """What prune is given: the device, and the table unless `latency_model` is None."""
     dense = seconds({"dense": it.network.file}, THOROUGH)["dense"]
 
     def read(module: nn.Module) -> float:
@@ -93,7 +93,7 @@ def material(it: Case, seed: int = 0, **more: Any) -> PruningInputs:
         return dense / found[1].value
 
     probes = {"latency_p50": budget_search.Probe(dense, read)}
-    given: dict[str, Any] = {"clock": lambda _costs: it.clock, **more}
+    given: dict[str, Any] = {"latency_model": lambda _costs: it.clock, **more}
     images, labels = given.pop("images", None), given.pop("labels", None)
     return PruningInputs(images, labels, probes, MULTIPLE, seed, **given)
 

@@ -1,9 +1,9 @@
-"""How many channels each group keeps under a limit on predicted time: a knapsack over measured staircases.
+"""Allocation under a limit on predicted time: a knapsack over measured staircases.
 
-Time goes in steps, so a step down may save nothing and the next one much: from any count every other one is a
-candidate. Choices come from a greedy descent (the least importance lost per second saved) and from a price of time
-(Lagrange: each group in turn takes its best count, since what it reads and makes costs with its neighbours); what they
-leave over is given back, and pairs are exchanged as long as less importance is lost. Channels that cost no time stay.
+Time is a step function of the counts, so from any count every other one is a candidate. Starts come from a greedy
+descent (the least importance lost per second saved) and from a price of time (a Lagrange multiplier; each group in turn
+takes its best count, since a layer's time depends on two groups). Then counts are raised while they fit, and pairs are
+exchanged while less importance is lost. Channels that cost no time stay.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ from edgeprune.latency.table import TIME, TimedCosts
 from edgeprune.progress import bar
 from edgeprune.structure import Allocation, Choice, Rules, by_shares, fitting_levels, levels
 
-# Exchanges of two groups' steps; each takes the best of all there are.
 EXCHANGES = 60
-# Networks of no more groups than this try every step of a group against every one of another, not just the next one.
+# Up to this many groups every step of a group is tried against every one of another, else only the next one.
 FEW = 16
-# Halvings of the price of time, sweeps over the groups at one price, and starts that are improved.
+# Bisections of the price of time, sweeps over the groups at one price, and starts that are improved.
 PRICES, SWEEPS, STARTS = 14, 6, 2
 
 
 def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules) -> Allocation:
-    """Choose how many channels each group keeps, `rules.limits` naming the most seconds as "latency".
-
-    Args:
-        losses: as for `allocate`.
-    """
+    """`structure.allocate` with a limit in seconds on "latency" in `rules.limits`."""
     multiple, steps = fitting_levels(losses, costs, rules, timed=rules.cuts is None)
     if rules.cuts is not None:
         kept = by_shares(steps, costs, rules.limits, rules.cuts)
         return Allocation(kept, costs.cost(kept), multiple)
     state = TimedChoice({}, {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
-    finer = {g: _finer(costs.channels[g], s, multiple, rules.floor) for g, s in steps.items()}
+    finer = {}
+    for group, counts in steps.items():
+        halves = levels(costs.channels[group], max(1, multiple // 2), rules.floor)
+        finer[group] = tuple(sorted({*counts, *(k for k in halves if k >= counts[-1])}, reverse=True))
     best: tuple[float, dict[str, int]] | None = None
     for start in _starts(state, steps):
         state.put(start)
@@ -49,7 +47,7 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
 
 
 def _starts(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
-    """Choices that fit, to be improved: by a greedy descent, and by prices of time that are just high enough."""
+    """Choices that fit: of a greedy descent, and of prices of time that are just high enough."""
     dense = {g: counts[0] for g, counts in steps.items()}
     state.put(dense)
     state.descend(steps, jump=True)
@@ -61,7 +59,7 @@ def _starts(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[di
         for _ in range(PRICES):
             price = (low + high) / 2
             state.put(first)
-            # A price from 0 to infinity, over the middle of which importance and time are alike.
+            # From 0 to infinity.
             _relax(state, steps, price / (1 - price))
             if not state.fits(state.now):
                 low = price
@@ -90,20 +88,20 @@ def _relax(state: TimedChoice, steps: Mapping[str, tuple[int, ...]], price: floa
 
 
 class TimedChoice(Choice):
-    """Counts that are being chosen; of a change only the parts that it touches are timed anew."""
+    """Predicts anew only the segments that a change touches."""
 
     def after(self, changes: Mapping[str, int]) -> dict[str, float]:
-        """The costs when these groups keep so many."""
+        """The costs when these groups keep these counts."""
         assert isinstance(self.costs, TimedCosts)
-        clock = self.costs.clock
+        model = self.costs.model
         new = {**self.kept, **changes}
         out = {}
         if any(metric != TIME for metric in self.limits):
             counted = self.costs.counted.cost(new)
             out = {metric: counted[metric] for metric in self.limits if metric != TIME}
         if TIME in self.limits:
-            touched = dict.fromkeys(p for g in changes for p in clock.touched[g])
-            out[TIME] = self.now[TIME] + sum(clock.of(p, new) - clock.of(p, self.kept) for p in touched)
+            touched = dict.fromkeys(p for g in changes for p in model.touched[g])
+            out[TIME] = self.now[TIME] + sum(model.of(p, new) - model.of(p, self.kept) for p in touched)
         return out
 
 
@@ -128,7 +126,7 @@ def _exchange(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> None:
 def _cheapest(
     state: TimedChoice, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
 ) -> tuple[float, str, int] | None:
-    """What another group can give so that the raised one fits: importance lost in all (< 0), group, count."""
+    """The cheapest reduction of another group with which the raised one fits: total loss (< 0), group, count."""
     best: tuple[float, str, int] | None = None
     up, more = raised
     for down, counts in steps.items():
@@ -144,43 +142,38 @@ def _cheapest(
     return best
 
 
-def _finer(channels: int, steps: tuple[int, ...], multiple_of: int, floor: float) -> tuple[int, ...]:
-    halves = levels(channels, max(1, multiple_of // 2), floor)
-    return tuple(sorted({*steps, *(k for k in halves if k >= steps[-1])}, reverse=True))
-
-
-# Steps that a group goes up at once, and exchanges that are measured in vain before it is enough.
+# Steps that a group is raised at once, and exchanges without improvement before the search stops.
 UP = 2
-IN_VAIN = 12
+PATIENCE = 12
 
 
 def refine(
     start: Mapping[str, int],
     problem: tuple[Mapping[str, Tensor], TimedCosts, Rules],
-    together: Callable[[Mapping[str, int]], float],
+    joint_loss: Callable[[Mapping[str, int]], float],
     tries: int,
 ) -> dict[str, int]:
-    """Counts within the same limits that cost less together than those of the start, or the start.
+    """Improve counts by exchanges whose joint loss is measured.
 
     Args:
         start: group -> count, within the limits. problem: as for `allocate_timed`; `rules.cuts` is None.
-        together: counts -> what they cost together, measured. tries: how often it is measured at most.
+        joint_loss: of counts, measured. tries: the most measurements.
     """
     losses, costs, rules = problem
     _, steps = fitting_levels(losses, costs, rules, timed=True)
     state = TimedChoice(dict(start), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
-    best, vain, left = together(state.kept), 0, tries
-    with bar(tries, "what layers can miss together") as advance:
+    best, failures, left = joint_loss(state.kept), 0, tries
+    with bar(tries, "joint loss of layers") as advance:
         moves = _moves(state, steps)
-        while moves and left > 0 and vain < IN_VAIN:
+        while moves and left > 0 and failures < PATIENCE:
             changes = moves.pop(0)
-            value = together({**state.kept, **changes})
-            left, vain = left - 1, vain + 1
+            value = joint_loss({**state.kept, **changes})
+            left, failures = left - 1, failures + 1
             advance()
             if value < best:
                 for group, count in changes.items():
                     state.move(group, count)
-                best, vain = value, 0
+                best, failures = value, 0
                 moves = _moves(state, steps)
         advance(left)
     return dict(state.kept)

@@ -1,9 +1,7 @@
-"""A file's operators at other channel counts: the same graph with constant weights, for timing cuts nobody made yet.
+"""An ONNX graph at other channel counts with constant weights, on which the time of an operator does not depend.
 
-What an operator costs does not depend on its weights, so a cut can be timed without cutting: every weight is the same
-number, and the shapes follow from the counts that the groups keep, operator by operator, by onnx's own inference.
-The weights are in the file as they are in a real one. (Made by the runtime when it opens the file, they lie elsewhere
-in memory: 7.4 instead of 9.4 ms for a VGG-16 whose weights do not fit into the cache.)
+The weights are stored in the file: made by the runtime when it opens the file, they lie elsewhere in memory (7.4
+instead of 9.4 ms for a VGG-16 whose weights do not fit into the cache).
 """
 
 from __future__ import annotations
@@ -26,15 +24,11 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PER_CHANNEL = ("BatchNormalization", "InstanceNormalization", "GroupNormalization")
 CHANNEL = 1
 IMAGE_DIMS = 4
-# Where onnx has no rule or the shapes do not fit, and what numpy says of a reshape that can't be.
 
 
 @dataclass(frozen=True)
 class Resizer:
-    """A file's graph, and how wide each of its layers is for given counts.
-
-    model: as exported. shapes: value -> shape in it. costs: which group owns which axis of which weight.
-    """
+    """An exported graph that can be resized. shapes: value -> shape. costs: the group of each axis of each weight."""
 
     model: ModelProto
     shapes: Mapping[str, Shape]
@@ -46,7 +40,7 @@ class Resizer:
         return Resized(self, kept).shapes
 
     def file(self, kept: Mapping[str, int]) -> ModelProto:
-        """The graph at those counts with constant weights; nodes and values are called as in the model."""
+        """The graph at those counts with constant weights and the names of the model."""
         resized = Resized(self, kept)
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -57,11 +51,11 @@ class Resizer:
         return _checked(model)
 
     def layer(self, kept: Mapping[str, int], name: str) -> ModelProto:
-        """One layer of the graph at those counts as a file of its own, with nothing that may be fused into it."""
+        """One node of the graph at those counts in a graph by itself, with nothing that may be fused into it."""
         resized = Resized(self, kept)
         node = next(n for n in resized.nodes if n.name == name)
         shape = resized.shapes[node.input[0]]
-        # Runtimes here are fed with images: features come in as an image of one pixel.
+        # Timing programs feed images: features arrive as an image of one pixel.
         image = shape if len(shape) == IMAGE_DIMS else (1, math.prod(shape), 1, 1)
         given = helper.make_tensor_value_info("input", TensorProto.FLOAT, image)
         made = helper.make_tensor_value_info(
@@ -87,7 +81,7 @@ def _checked(model: ModelProto) -> ModelProto:
 
 
 def resizer(model: ModelProto, costs: CostModel) -> Resizer:
-    """Read a file that `export` wrote: nodes are called after their layers, and batch-norms are folded."""
+    """For a file that `export` wrote: nodes have the names of their layers, and batch-norms are folded."""
     copy = ModelProto()
     copy.CopyFrom(model)
     for value in (*copy.graph.input, *copy.graph.output):
@@ -133,7 +127,7 @@ class Resized:
                 self._add(node)
 
     def constants(self) -> list[TensorProto]:
-        """What the nodes read besides data: every weight is one number."""
+        """The inputs of the nodes besides data; all entries of a weight are one number."""
         filled = [
             numpy_helper.from_array(np.full(shape, value, helper.tensor_dtype_to_np_dtype(kind)), name)
             for name, (kind, shape, value) in self.fills.items()
@@ -166,33 +160,35 @@ class Resized:
         self.nodes.append(node)
 
     def _weighted(self, node: NodeProto) -> None:
-        weight, arrives = self.source.shapes[node.input[1]], self.shapes[node.input[0]]
+        weight, data = self.source.shapes[node.input[1]], self.shapes[node.input[0]]
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        made = self._made(node, attributes)
+        outputs = self._outputs(node, attributes)
         shape: Shape
         if node.op_type in ("Conv", "ConvTranspose"):
             groups = int(attributes.get("group", 1))
-            comes = arrives[CHANNEL]
+            inputs = data[CHANNEL]
             if groups > 1 and groups == self.source.shapes[node.input[0]][CHANNEL]:
-                # One filter bank a channel: it goes with its channel.
-                made, groups = comes * (made_before(weight, node, groups) // groups), comes
-                _set(node, "group", groups)
-            ends = (made, comes // groups) if node.op_type == "Conv" else (comes, made // groups)
+                # Depthwise: one filter bank per input channel.
+                outputs, groups = inputs * (_output_channels(weight, node, groups) // groups), inputs
+                next(a for a in node.attribute if a.name == "group").i = groups
+            ends = (outputs, inputs // groups) if node.op_type == "Conv" else (inputs, outputs // groups)
             shape = (*ends, *weight[2:])
         elif node.op_type == "Gemm":
-            shape = (made, arrives[-1]) if attributes.get("transB") else (arrives[-1], made)
+            shape = (outputs, data[-1]) if attributes.get("transB") else (data[-1], outputs)
         else:
-            shape = (*weight[:-2], arrives[-1], made)
-        self._fill(node, 1, shape, 1.0 / max(1, math.prod(shape) // max(1, made)))
+            shape = (*weight[:-2], data[-1], outputs)
+        self._fill(node, 1, shape, 1.0 / max(1, math.prod(shape) // max(1, outputs)))
         for position in range(2, len(node.input)):
             if node.input[position]:
                 old = self.source.shapes[node.input[position]]
-                self._fill(node, position, (*old[:-1], made), 0.1)
+                self._fill(node, position, (*old[:-1], outputs), 0.1)
 
-    def _made(self, node: NodeProto, attributes: Mapping[str, Any]) -> int:
+    def _outputs(self, node: NodeProto, attributes: Mapping[str, Any]) -> int:
         name = f"{node.name.partition('@')[0]}.weight"
         weight = self.source.shapes[node.input[1]]
-        before = made_before(weight, node, int(attributes.get("group", 1)), bool(attributes.get("transB")))
+        before = _output_channels(
+            weight, node, int(attributes.get("group", 1)), bool(attributes.get("transB"))
+        )
         costs = self.source.costs
         if name not in costs.sizes:
             return before
@@ -204,7 +200,7 @@ class Resized:
         return before - round(gone)
 
     def _other(self, node: NodeProto) -> None:
-        """Constants beside the data: scales and shifts as wide as the data, sizes and places in proportion."""
+        """Resize constants: scales and shifts as wide as the data, sizes and positions in proportion."""
         source = self.source
         data = [name for name in node.input if name and name not in source.constants]
         before = source.shapes[data[0]] if data else ()
@@ -239,8 +235,7 @@ class Resized:
         self._know(name, helper.make_tensor_type_proto(item.data_type, tuple(item.dims)))
 
 
-def made_before(weight: Shape, node: NodeProto, groups: int, transposed: bool = False) -> int:
-    """The channels or features that a weighted node makes in the file as it is."""
+def _output_channels(weight: Shape, node: NodeProto, groups: int, transposed: bool = False) -> int:
     if node.op_type == "Conv":
         return weight[0]
     if node.op_type == "ConvTranspose":
@@ -250,16 +245,12 @@ def made_before(weight: Shape, node: NodeProto, groups: int, transposed: bool = 
     return weight[-1]
 
 
-def _set(node: NodeProto, name: str, value: int) -> None:
-    next(a for a in node.attribute if a.name == name).i = value
-
-
 def _fitted(shape: Shape, before: Shape, after: Shape, op: str) -> Shape:
     if len(before) <= CHANNEL:
         return shape
     if op in PER_CHANNEL and len(shape) == 1:
         return (after[CHANNEL],) if shape[0] == before[CHANNEL] else shape
-    # Broadcasting lines shapes up at their ends.
+    # Broadcasting aligns shapes at their last axes.
     offset = len(before) - len(shape)
     return tuple(
         after[i + offset] if i + offset >= 0 and size == before[i + offset] else size
@@ -268,7 +259,7 @@ def _fitted(shape: Shape, before: Shape, after: Shape, op: str) -> Shape:
 
 
 def _sizes(node: NodeProto, position: int, constant: TensorProto, data: tuple[Shape, Shape]) -> TensorProto:
-    """An integer constant (a shape, sizes of parts, places along the channels) for other channel counts."""
+    """A constant shape, sizes of a split or positions along the channels, at other channel counts."""
     before, after = data
     if before == after or position == 0:
         return constant

@@ -1,9 +1,9 @@
-"""Filling a latency table: which cuts of a network are timed, in which order, and when it is enough.
+"""Sampling a latency table: which cuts of a network are timed, in which order, and when to stop.
 
-Every cut of the network is timed twice: whole, in turn with the dense file and by the same clock, and node by node,
-which says how the time is shared out among its parts with all that the runtime fuses, at their place in the network,
-with its caches and memory layouts. One file times every layer at one pair of widths, so a few dozen files are enough.
-Each batch is predicted before it is learned from; when the predictions are good the survey ends.
+Every cut is timed twice: whole, in turn with the dense file and by the same clock, and node by node, which divides
+the time among its segments as the runtime fuses them, in the network with its caches and memory layouts. One file times
+every layer at one pair of widths, so a few dozen are enough. Each batch is predicted before it is added; when the
+predictions are good the survey ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import onnx
 
 from edgeprune.errors import DeviceError, ModelError, NoLayerTimes
 from edgeprune.latency.resized_graph import Resizer, resizer
-from edgeprune.latency.segments import Segment, attribute_times, network_key, parts
+from edgeprune.latency.segments import Segment, attribute_times, network_key, segments_of
 from edgeprune.latency.table import Predictor, Table, Whole, load, predictor, save, table_path
 from edgeprune.models import CostModel
 from edgeprune.onnx_graph import ONNX_ERRORS
@@ -32,11 +32,11 @@ LEAST = 16
 MOST = 32
 # The survey ends when, of a batch, the median error and the largest but one are below these.
 GOOD, STRAY = 0.03, 0.07
-# Of what the counts of one cut after the other are multiples. Most are aligned, as the cuts are that gain time; some
-# have the finer steps between, and some are multiples of nothing: such cuts exist, and cost more.
+# Step of the counts of successive cuts. Most are aligned, as the cuts that save time are; some have finer steps, and
+# some any count: such cuts exist, and are slower.
 ALIGNED, FINE, ANY = "aligned", "fine", "any"
 KINDS = (ALIGNED, ALIGNED, FINE, ANY, ALIGNED, ALIGNED, FINE, ANY)
-# Two sessions of one file differ by up to 2 %, and all cuts of a batch are compared with the dense one.
+# Two sessions of one file differ by up to 2 %, so the dense file is timed twice with each batch.
 DENSE = ("dense", "dense again")
 _SEED = 3
 _GOLDEN = 0.618034
@@ -46,9 +46,10 @@ _GOLDEN = 0.618034
 class TimingBackend:
     """A device to time on.
 
-    time: name -> file to name -> seconds of one image, all in turn in one process, by the clock to be believed there.
-    nodes: file -> name and seconds of each node in the order in which they ran. place: device, processor, runtime,
-    version, threads, precision: whatever makes times differ. folder: where tables are kept.
+    time: name -> file to name -> seconds of one image, all in turn in one process.
+    nodes: file -> name and seconds of each node, in order of execution.
+    place: device, processor, runtime, version, threads, precision: all that times depend on.
+    folder: of the tables.
     """
 
     time: Callable[[Mapping[str, Path]], Mapping[str, float]]
@@ -60,11 +61,11 @@ class TimingBackend:
 
 @dataclass(frozen=True)
 class ProfiledNetwork:
-    """A network whose cuts can be timed. file: the dense one, as exported."""
+    """A network whose cuts can be timed. file: the dense network, as exported."""
 
     file: Path
     resizer: Resizer
-    parts: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
     key: str
 
     @property
@@ -74,43 +75,37 @@ class ProfiledNetwork:
 
 
 def subject(file: Path, costs: CostModel) -> ProfiledNetwork:
-    """Read the file of a dense network.
-
-    Raises:
-        ModelError: not an ONNX file. UnsupportedModel: its shapes at other counts can't be told.
-    """
+    """Read the file of a dense network."""
     try:
         model = onnx.load(file)
     except ONNX_ERRORS as error:
         raise ModelError(f"{file} is not a readable ONNX file: {error}") from error
     source = resizer(model, costs)
-    found = parts(source)
+    found = segments_of(source)
     return ProfiledNetwork(file, source, found, network_key(found, costs.channels))
 
 
 def survey(
-    network: ProfiledNetwork, bench: TimingBackend, *, multiple_of: int = 1, floor: float = 0.1
+    network: ProfiledNetwork, backend: TimingBackend, *, multiple_of: int = 1, floor: float = 0.1
 ) -> Predictor:
-    """Time cuts until the table predicts this network, and give what predicts it.
+    """Time cuts until the table predicts this network.
 
-    What was timed is kept after every batch, so that a survey that was interrupted goes on where it was.
+    The table is saved after every batch, so an interrupted survey resumes.
     """
-    path = table_path(bench.folder, bench.place)
-    table = load(path, bench.place)
-    wanted = list(islice(_designs(network.channels, multiple_of, floor), MOST))
-    for start in range(0, len(wanted), BATCH):
-        batch = [kept for kept in wanted[start : start + BATCH] if not _has(table, network.key, kept)]
+    path = table_path(backend.folder, backend.place)
+    table = load(path, backend.place)
+    designs = list(islice(_designs(network.channels, multiple_of, floor), MOST))
+    for start in range(0, len(designs), BATCH):
+        known = table.networks.get(network.key)
+        timed = [dict(whole.kept) for whole in known.wholes] if known else []
+        batch = [kept for kept in designs[start : start + BATCH] if kept not in timed]
         if batch:
-            bench.log(f"table: time {len(batch)} cuts on {bench.place}")
-            table = _learn(table, network, batch, bench)
+            backend.log(f"table: time {len(batch)} cuts on {backend.place}")
+            table = _learn(table, network, batch, backend)
             save(table, path)
         if start + BATCH >= LEAST and _good(table, network.key):
             break
-    return replace(predictor(table, network.parts, network.key, network.channels), path=str(path))
-
-
-def _has(table: Table, key: str, kept: Mapping[str, int]) -> bool:
-    return key in table.networks and any(dict(w.kept) == dict(kept) for w in table.networks[key].wholes)
+    return replace(predictor(table, network.segments, network.key, network.channels), path=str(path))
 
 
 def _good(table: Table, key: str) -> bool:
@@ -121,7 +116,7 @@ def _good(table: Table, key: str) -> bool:
 
 
 def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Iterator[dict[str, int]]:
-    """The dense network, then cuts: shares around a common one and shares drawn freely, in turn."""
+    """The dense network, then cuts: alternately with shares around a common one and with random shares."""
     draw = random.Random(_SEED)
     seen = {tuple(channels.values())}
     yield dict(channels)
@@ -130,60 +125,59 @@ def _designs(channels: Mapping[str, int], multiple_of: int, floor: float) -> Ite
         kept = {}
         for group, count in channels.items():
             share = min(1.0, max(floor, common + spread * draw.uniform(-1, 1)))
-            steps = _steps(KINDS[number % len(KINDS)], count, multiple_of, floor)
+            kind = KINDS[number % len(KINDS)]
+            if kind == FINE:
+                steps = timed_levels(count, multiple_of, floor)
+            else:
+                steps = levels(count, multiple_of if kind == ALIGNED else 1, floor)
             kept[group] = min(steps, key=lambda k, s=share * count: abs(k - s))
-        # Small networks have few cuts, and twice the same tells nothing.
         if tuple(kept.values()) not in seen:
             seen.add(tuple(kept.values()))
             yield kept
 
 
-def _steps(kind: str, count: int, multiple_of: int, floor: float) -> tuple[int, ...]:
-    if kind == FINE:
-        return timed_levels(count, multiple_of, floor)
-    return levels(count, multiple_of if kind == ALIGNED else 1, floor)
-
-
 def _learn(
-    table: Table, network: ProfiledNetwork, batch: Sequence[Mapping[str, int]], bench: TimingBackend
+    table: Table, network: ProfiledNetwork, batch: Sequence[Mapping[str, int]], backend: TimingBackend
 ) -> Table:
     known = table.networks.get(network.key)
-    before = predictor(table, network.parts, network.key, network.channels) if known else None
+    before = predictor(table, network.segments, network.key, network.channels) if known else None
     with scratch_folder() as folder:
         cuts = [folder / f"cut{number}.onnx" for number in range(len(batch))]
         for kept, path in zip(batch, cuts, strict=True):
             onnx.save(network.resizer.file(kept), path)
-        seconds, nodes = _timed(network, cuts, bench)
+        seconds, nodes = _timed(network, cuts, backend)
     dense = statistics.mean(seconds[name] for name in DENSE)
-    # The machine may be faster or slower than it was at first; the dense file says by how much.
+    # The speed of the machine may have changed since the first batch; the dense file measures by how much.
     speed = known.dense / dense if known else 1.0
     first = known.dense if known else dense
     for kept, path, spent in zip(batch, cuts, nodes, strict=True):
         whole = seconds[path.stem] * speed
-        shares = [(part, whole * s / sum(spent)) for part, s in zip(network.parts, spent, strict=True)]
+        shares = [
+            (segment, whole * s / sum(spent)) for segment, s in zip(network.segments, spent, strict=True)
+        ]
         predicted = before.seconds(kept) if before else 0.0
         table = table.learn(network.key, first, Whole(dict(kept), whole, predicted), shares)
     return table
 
 
 def _timed(
-    network: ProfiledNetwork, cuts: Sequence[Path], bench: TimingBackend
+    network: ProfiledNetwork, cuts: Sequence[Path], backend: TimingBackend
 ) -> tuple[dict[str, float], list[list[float]]]:
-    # The first one before anything is timed for minutes: not every device tells the times of layers.
-    nodes = [_layers(network, cuts[0], bench)]
+    # First, before minutes of timing: not every device reports the times of layers.
+    nodes = [_layers(network, cuts[0], backend)]
     files = {DENSE[0]: network.file, **{path.stem: path for path in cuts}, DENSE[1]: network.file}
-    first = bench.time(files)
+    first = backend.time(files)
     _check(first, files)
-    nodes += [_layers(network, path, bench) for path in track(cuts[1:], len(cuts) - 1, "time every layer")]
-    again = bench.time(files)
+    nodes += [_layers(network, path, backend) for path in track(cuts[1:], len(cuts) - 1, "time every layer")]
+    again = backend.time(files)
     _check(again, files)
     return {name: min(first[name], again[name]) for name in files}, nodes
 
 
-def _layers(network: ProfiledNetwork, path: Path, bench: TimingBackend) -> list[float]:
-    seconds = attribute_times(network.parts, bench.nodes(path))
+def _layers(network: ProfiledNetwork, path: Path, backend: TimingBackend) -> list[float]:
+    seconds = attribute_times(network.segments, backend.nodes(path))
     if sum(seconds) <= 0:
-        raise NoLayerTimes(f"{bench.place} says of no layer of {network.file.name} how long it takes")
+        raise NoLayerTimes(f"{backend.place} reports no time of any layer of {network.file.name}")
     return seconds
 
 

@@ -1,8 +1,8 @@
-"""The parts of a file that are timed as one: a layer with what runtimes fuse into it, and how wide each part is.
+"""The segments of a file that are timed together: a layer with the operators that runtimes fuse into it.
 
-A part begins at a convolution, a product, a pooling, a concatenation; what follows it and works entry by entry
-(activation, residual sum) belongs to it, whether or not the runtime fuses the two. Parts of the same signature (kind,
-kernel, stride, image size, what follows) cost the same at the same widths, in this network and in any other one.
+A segment begins at a convolution, a product, a pooling, a concatenation; elementwise operators after it (activation,
+residual sum) belong to it, fused or not. Segments of the same signature (kind, kernel, stride, image size, what
+follows) take the same time at the same widths, in any network.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from onnx import NodeProto, helper
 from edgeprune.errors import UnsupportedModel
 from edgeprune.latency.resized_graph import CHANNEL, WEIGHTED, Resizer, Shape
 
-# What works entry by entry, so that it can be done where its input is made.
-ENTRYWISE = frozenset(
+ELEMENTWISE = frozenset(
     (
         "Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Selu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish",
         "Tanh", "Softplus", "Mish", "Add", "Sub", "Mul", "Div", "Min", "Max", "Exp", "Sqrt", "Erf", "Pow", "Neg",
         "Abs", "Cast", "Identity", "BatchNormalization",
     )
 )  # fmt: skip
-# Attributes that say how much work an operator is, in the order in which they are written.
+# Attributes on which an operator's time depends, in the order of a signature.
 SHAPING = (
     "kernel_shape",
     "strides",
@@ -45,7 +44,7 @@ _SEED = 7
 
 @dataclass(frozen=True)
 class Width:
-    """A count of channels that follows what groups keep: constant + the sum of per[g] for each channel kept of g."""
+    """A count of channels: constant + the sum over groups g of per[g] for each channel kept of g."""
 
     constant: float
     per: Mapping[str, float]
@@ -57,74 +56,77 @@ class Width:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One thing that is timed. layer: the node it begins with. nodes: all of them. reads, makes: its channels."""
+    """layer: the node that it begins with. nodes: all of them."""
 
     signature: str
     layer: str
     nodes: tuple[str, ...]
-    reads: Width
-    makes: Width
+    in_channels: Width
+    out_channels: Width
 
     def widths(self, kept: Mapping[str, int]) -> tuple[int, int]:
-        """Channels that it reads and that it makes."""
-        return self.reads.at(kept), self.makes.at(kept)
+        """Input and output channels."""
+        return self.in_channels.at(kept), self.out_channels.at(kept)
 
     @property
     def groups(self) -> frozenset[str]:
         """The groups on whose counts its time depends."""
-        return frozenset((*self.reads.per, *self.makes.per))
+        return frozenset((*self.in_channels.per, *self.out_channels.per))
 
 
-def parts(source: Resizer) -> tuple[Segment, ...]:
-    """The parts of a file in the order of its nodes."""
+def segments_of(source: Resizer) -> tuple[Segment, ...]:
+    """In the order of the nodes."""
     clusters = _clusters(source)
     channels = dict(source.costs.channels)
     dense = _widths(source, clusters, {})
     slopes: list[tuple[dict[str, float], dict[str, float]]] = [({}, {}) for _ in clusters]
     for group, count in channels.items():
         fewer = count // 2
-        for slope, before, after in zip(
-            slopes, dense, _widths(source, clusters, {group: fewer}), strict=True
-        ):
+        halved = _widths(source, clusters, {group: fewer})
+        for slope, before, after in zip(slopes, dense, halved, strict=True):
             for side in (0, 1):
                 if before[side] != after[side]:
                     slope[side][group] = (before[side] - after[side]) / (count - fewer)
     found = []
     for cluster, slope, widths in zip(clusters, slopes, dense, strict=True):
-        reads, makes = (
-            Width(widths[i] - sum(rate * channels[g] for g, rate in slope[i].items()), slope[i])
-            for i in (0, 1)
+        inputs, outputs = (
+            Width(width - sum(rate * channels[g] for g, rate in per.items()), per)
+            for width, per in zip(widths, slope, strict=True)
         )
-        found.append(
-            Segment(
-                _signature(source, cluster), cluster[0].name, tuple(n.name for n in cluster), reads, makes
-            )
-        )
-    _check(source, clusters, tuple(found))
+        names = tuple(node.name for node in cluster)
+        found.append(Segment(_signature(source, cluster), names[0], names, inputs, outputs))
+    _check(source, clusters, found)
     return tuple(found)
 
 
 def network_key(found: Sequence[Segment], channels: Mapping[str, int]) -> str:
-    """The same for networks whose timings are the same: their parts and the groups on which these depend."""
-    text = repr(sorted(channels.items())) + repr(
-        [(p.signature, p.reads.constant, sorted(p.reads.per.items()), p.makes.constant, sorted(p.makes.per.items()))
-         for p in found]
-    )  # fmt: skip
+    """Equal for networks with equal segments and groups, whose timings are the same."""
+    rows = [
+        (
+            segment.signature,
+            segment.in_channels.constant,
+            sorted(segment.in_channels.per.items()),
+            segment.out_channels.constant,
+            sorted(segment.out_channels.per.items()),
+        )
+        for segment in found
+    ]
+    text = repr(sorted(channels.items())) + repr(rows)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def attribute_times(found: Sequence[Segment], nodes: Iterable[tuple[str, float]]) -> list[float]:
-    """Seconds of each part from those of the nodes that ran.
+    """Seconds of each segment.
 
     Args:
-        nodes: name and seconds in the order in which they ran. What the runtime put in by itself, to change the
-            layout in memory, goes to the part that comes after it.
+        nodes: name and seconds in order of execution. Nodes that the runtime added, such as changes of the memory
+            layout, count for the segment after them.
     """
-    owner = {name: i for i, part in enumerate(found) for name in part.nodes}
+    owner = {name: i for i, segment in enumerate(found) for name in segment.nodes}
     seconds = [0.0] * len(found)
     waiting, last = 0.0, 0
     for name, spent in nodes:
-        # Runtimes add words to the names of nodes that they rewrote: "norm_bn_nchwc".
+        # Runtimes append to the names of nodes that they rewrote: "norm_bn_nchwc".
         while name not in owner and "_" in name:
             name = name.rpartition("_")[0]  # noqa: PLW2901
         if name not in owner:
@@ -147,9 +149,9 @@ def _clusters(source: Resizer) -> list[list[NodeProto]]:
     home: dict[str, int] = {}
     clusters: list[list[NodeProto]] = []
     for node in nodes:
-        # Of a residual sum, the branch that ends last is the one that it can be fused into.
+        # A residual sum can be fused into the branch that ends last.
         homes = [home[name] for name in node.input if name in home and readers[name] == 1]
-        if node.op_type in ENTRYWISE and homes:
+        if node.op_type in ELEMENTWISE and homes:
             place = max(homes)
             clusters[place].append(node)
         else:
@@ -190,13 +192,9 @@ def _signature(source: Resizer, cluster: Sequence[NodeProto]) -> str:
         value = attributes.get(name)
         if value is not None:
             words.append(f"{name}={_text(value)}")
-    words += [_image(source.shapes[name]) for name in (*_data(source, first), cluster[-1].output[0])]
+    for name in (*_data(source, first), cluster[-1].output[0]):
+        words.append("x".join(map(str, source.shapes[name][CHANNEL + 1 :])) or "vector")
     return " ".join([*words, *(node.op_type for node in cluster[1:])])
-
-
-def _image(shape: Shape) -> str:
-    """The size without the channels."""
-    return "x".join(str(s) for i, s in enumerate(shape) if i > CHANNEL) or "vector"
 
 
 def _text(value: Any) -> str:
@@ -208,9 +206,9 @@ def _text(value: Any) -> str:
 def _check(source: Resizer, clusters: Sequence[Sequence[NodeProto]], found: Sequence[Segment]) -> None:
     draw = random.Random(_SEED)
     kept = {group: draw.randint(1, count) for group, count in source.costs.channels.items()}
-    for part, widths in zip(found, _widths(source, clusters, kept), strict=True):
-        if part.widths(kept) != widths:
+    for segment, widths in zip(found, _widths(source, clusters, kept), strict=True):
+        if segment.widths(kept) != widths:
             raise UnsupportedModel(
-                f"{part.layer} is {widths} channels wide where {part.widths(kept)} were expected, so its time can't "
-                "be told from the counts of the groups"
+                f"{segment.layer} is {widths} channels wide where {segment.widths(kept)} were expected, so its time "
+                "can't be predicted from the counts of the groups"
             )

@@ -1,8 +1,8 @@
-"""Measured times of layer shapes on one device, kept between runs and models, and what they predict for a network.
+"""Measured times of layer shapes on one device, kept between runs and models, and the times predicted from them.
 
-A table holds, for each signature (`latency_parts`), the seconds at each pair of widths that was timed, and for each
-network the whole files that were. Everything is scaled to the speed that the machine had when the network was first
-timed: the dense file is timed beside every other one.
+A table holds the seconds of each signature (`segments`) at each pair of widths that was timed, and for each network
+the whole files that were. All times are scaled to the speed of the machine when the network was first timed, by the
+dense file that is timed beside every other one.
 """
 
 from __future__ import annotations
@@ -26,87 +26,83 @@ from edgeprune.latency.segments import Segment
 from edgeprune.models import CostModel
 
 Array = npt.NDArray[np.float64]
-READ_BLOCKS = (1, 4, 8, 16)
-MADE_BLOCKS = (1, 4, 8, 16, 32)
+INPUT_BLOCKS = (1, 4, 8, 16)
+OUTPUT_BLOCKS = (1, 4, 8, 16, 32)
 # Widths that are no multiple of these may take a slower path.
 VECTORS = (4, 8, 16)
-# A factor must earn its place: it costs so much of the mean square of the relative error.
-THRIFT = 1e-4
-# Widths this many octaves apart have little to say about each other, and a timing counts as much as this.
-REACH = 0.2
-DOUBT = 0.3
+# The L1 penalty on the factors, relative to the mean square of the relative error.
+PENALTY = 1e-4
+# A kernel regression of the residuals: the bandwidth in octaves of width, and the weight of the prior 0.
+BANDWIDTH = 0.2
+PRIOR_WEIGHT = 0.3
 _ROUNDS = 4
 _RIDGE = 1e-6
-# Errors count relative to the time, but below this share of the longest time of its kind they count alike.
+# Errors are relative to the time, but at least to this share of the longest time.
 _SMALL = 0.01
 _LEAST_S = 1e-8
 
 
 @dataclass(frozen=True)
 class Staircase:
-    """Time as a sum of terms, and what it leaves of the timings.
+    """Time as a sum of terms, corrected by the residuals of timings at similar widths.
 
-    factors: of `_terms`, >= 0. seen: float64 (n, 2), the widths that were timed. rest: float64 (n,), the log of what
-    the sum misses there.
+    factors: of `_terms`, >= 0. widths: float64 (n, 2), the timed ones. residuals: float64 (n,), log(measured / sum).
     """
 
     factors: Array
-    seen: Array
-    rest: Array
+    widths: Array
+    residuals: Array
 
-    def at(self, reads: int, makes: int) -> float:
+    def at(self, inputs: int, outputs: int) -> float:
         """Seconds at these widths."""
-        base = max(_LEAST_S, float(_terms(np.array([[reads, makes]], np.float64))[0] @ self.factors))
-        gap = np.log2(self.seen / np.array([max(1, reads), max(1, makes)], np.float64))
-        weight = np.exp(-((gap / REACH) ** 2).sum(1))
-        return base * math.exp(float(weight @ self.rest) / (float(weight.sum()) + DOUBT))
+        base = max(_LEAST_S, float(_terms(np.array([[inputs, outputs]], np.float64))[0] @ self.factors))
+        gap = np.log2(self.widths / np.array([max(1, inputs), max(1, outputs)], np.float64))
+        weight = np.exp(-((gap / BANDWIDTH) ** 2).sum(1))
+        return base * math.exp(float(weight @ self.residuals) / (float(weight.sum()) + PRIOR_WEIGHT))
 
 
 def fit(timed: Sequence[tuple[int, int, float]]) -> Staircase:
-    """The staircase through timings.
-
-    Args:
-        timed: (channels read, channels made, seconds >= 0), at least one, in any order, repeats allowed.
-    """
+    """The staircase through at least one timing (input channels, output channels, seconds >= 0)."""
     widths = np.array([(max(1, r), max(1, m)) for r, m, _ in timed], np.float64)
     seconds = np.array([s for _, _, s in timed], np.float64)
     scale = np.maximum(seconds, max(_LEAST_S, _SMALL * float(seconds.max())))
     terms = _terms(widths)
-    trust = np.ones(len(timed))
+    weights = np.ones(len(timed))
     factors = np.zeros(terms.shape[1])
+    # Iteratively reweighted (Huber's weights), against timings that were disturbed.
     for _ in range(_ROUNDS):
-        factors = _nonnegative(terms / scale[:, None] * trust[:, None], seconds / scale * trust)
-        # A timing that something disturbed is far off; it counts less then (Huber's weights).
-        off = np.abs(terms @ factors - seconds) / scale
-        usual = max(0.01, float(np.median(off)))
-        trust = np.sqrt(np.minimum(1.0, 2 * usual / np.maximum(off, 1e-12)))
+        factors = _nonnegative(terms / scale[:, None] * weights[:, None], seconds / scale * weights)
+        errors = np.abs(terms @ factors - seconds) / scale
+        usual = max(0.01, float(np.median(errors)))
+        weights = np.sqrt(np.minimum(1.0, 2 * usual / np.maximum(errors, 1e-12)))
     base = terms @ factors
-    rest = np.log((seconds + 0.1 * scale) / (base + 0.1 * scale))
-    limit = 3 * max(0.02, float(np.median(np.abs(rest))))
-    return Staircase(factors, widths, np.clip(rest, -limit, limit))
+    residuals = np.log((seconds + 0.1 * scale) / (base + 0.1 * scale))
+    limit = 3 * max(0.02, float(np.median(np.abs(residuals))))
+    return Staircase(factors, widths, np.clip(residuals, -limit, limit))
 
 
 def _terms(widths: Array) -> Array:
-    """(n, terms): what time may be a sum of, from (n, 2) channels read and made."""
-    reads, makes = widths[:, 0], widths[:, 1]
-    read = [np.ceil(reads / b) * b for b in READ_BLOCKS]
-    made = [np.ceil(makes / b) * b for b in MADE_BLOCKS]
-    columns = [np.ones(len(widths)), *read, *made, *(r * m for r in read for m in made)]
-    for width in (reads, makes):
+    """(n, terms) of the time at (n, 2) input and output channels."""
+    inputs, outputs = widths[:, 0], widths[:, 1]
+    blocked_inputs = [np.ceil(inputs / b) * b for b in INPUT_BLOCKS]
+    blocked_outputs = [np.ceil(outputs / b) * b for b in OUTPUT_BLOCKS]
+    products = [i * o for i in blocked_inputs for o in blocked_outputs]
+    columns = [np.ones(len(widths)), *blocked_inputs, *blocked_outputs, *products]
+    for width in (inputs, outputs):
         for vector in VECTORS:
             odd = (np.mod(width, vector) > 0).astype(np.float64)
-            columns += [odd, odd * width, odd * reads * makes]
+            columns += [odd, odd * width, odd * inputs * outputs]
     return np.stack(columns, 1)
 
 
 def _nonnegative(a: Array, b: Array) -> Array:
-    """x >= 0 with the least |a x - b|^2 + THRIFT times the sum of x, on columns of length 1."""
+    """Least squares with x >= 0 and an L1 penalty, on columns of length 1."""
     length = np.maximum(np.linalg.norm(a, axis=0), 1e-30)
-    # Columns are nearly alike (blocks of 4 and 8 at aligned widths), so a little is added to the diagonal.
+    # Columns are nearly collinear (blocks of 4 and 8 at aligned widths): ridge regression.
     ridge = math.sqrt(_RIDGE)
     rows = np.concatenate([a / length, ridge * np.eye(a.shape[1])])
-    # The price of each entry goes into the right-hand side: it lowers rows^T target by THRIFT sqrt(n).
-    target = np.concatenate([b, np.full(a.shape[1], -THRIFT * math.sqrt(len(b)) / ridge)])
+    # The penalty goes into the right-hand side: it lowers rows^T target by PENALTY sqrt(n).
+    target = np.concatenate([b, np.full(a.shape[1], -PENALTY * math.sqrt(len(b)) / ridge)])
     return optimize.nnls(rows, target)[0] / length
 
 
@@ -116,7 +112,7 @@ TIME = "latency"
 
 @dataclass(frozen=True)
 class Entry:
-    """Seconds at one pair of widths: the mean of n timings, the lowest and the highest."""
+    """Mean, lowest and highest of n timings at one pair of widths."""
 
     seconds: float
     n: int
@@ -124,7 +120,7 @@ class Entry:
     high: float
 
     def with_another(self, seconds: float) -> Entry:
-        """The entry after one more timing."""
+        """With one more timing."""
         n = self.n + 1
         mean = self.seconds + (seconds - self.seconds) / n
         return Entry(mean, n, min(self.low, seconds), max(self.high, seconds))
@@ -132,7 +128,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Whole:
-    """One file that was timed whole. kept: group -> channels. predicted: before it was learned from; 0 is not."""
+    """A file that was timed whole. kept: group -> channels. predicted: seconds before it was added, 0 for none."""
 
     kept: Mapping[str, int]
     seconds: float
@@ -141,7 +137,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Known:
-    """What was timed of one network: the dense file's seconds when that began, and the others."""
+    """The timings of one network. dense: seconds of the dense file in the first batch."""
 
     dense: float
     wholes: tuple[Whole, ...] = ()
@@ -149,9 +145,9 @@ class Known:
 
 @dataclass(frozen=True)
 class Table:
-    """All that was timed at one place: a device with its processor, runtime, version and threads.
+    """The timings at one place: a device with its processor, runtime, version and threads.
 
-    entries: signature -> "read>made" -> entry. networks: key -> what was timed of it.
+    entries: signature -> "input channels>output channels" -> entry. networks: by key.
     """
 
     place: str
@@ -162,50 +158,44 @@ class Table:
     def learn(
         self, network: str, dense: float, whole: Whole, shares: Sequence[tuple[Segment, float]]
     ) -> Table:
-        """The table with one more file in it.
-
-        Args:
-            network: its key. dense: seconds of the dense file at the speed of the table. whole: the file, at that
-                speed. shares: each part with its seconds, which add up to the file's.
-        """
-        rows = [(part.signature, part.widths(whole.kept), seconds) for part, seconds in shares]
+        """With one more file of a network. shares: segments and their seconds, which add up to the file's."""
+        rows = [(segment.signature, segment.widths(whole.kept), seconds) for segment, seconds in shares]
         before = self.networks.get(network, Known(dense))
         networks = {**self.networks, network: replace(before, wholes=(*before.wholes, whole))}
         return replace(self.note(rows), networks=networks)
 
     def note(self, rows: Sequence[tuple[str, tuple[int, int], float]]) -> Table:
-        """The table with more timings: signature, channels read and made, seconds."""
+        """With more timings: signature, input and output channels, seconds."""
         entries = {signature: dict(known) for signature, known in self.entries.items()}
-        for signature, (reads, makes), seconds in rows:
+        for signature, (inputs, outputs), seconds in rows:
             known = entries.setdefault(signature, {})
-            name = f"{reads}>{makes}"
+            name = f"{inputs}>{outputs}"
             first = Entry(seconds, 1, seconds, seconds)
             known[name] = known[name].with_another(seconds) if name in known else first
         return replace(self, entries=entries)
 
     def entry(self, signature: str, widths: tuple[int, int]) -> Entry | None:
-        """What was timed at exactly these widths."""
+        """The timings at exactly these widths."""
         return self.entries.get(signature, {}).get(f"{widths[0]}>{widths[1]}")
 
     def timed(self, signature: str) -> list[tuple[int, int, float]]:
-        """(channels read, channels made, seconds) of a signature."""
+        """(input channels, output channels, seconds) of a signature."""
         found = []
         for widths, entry in self.entries.get(signature, {}).items():
-            reads, _, makes = widths.partition(">")
-            found.append((int(reads), int(makes), entry.seconds))
+            inputs, _, outputs = widths.partition(">")
+            found.append((int(inputs), int(outputs), entry.seconds))
         return found
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Seconds of a network at any counts that its groups keep.
+    """Predicts the seconds of a network at any channel counts of its groups.
 
-    dense: measured seconds of the dense file. wholes: files that were timed; those with a prediction made before they
-    were learned from say how good it is. path: where the table is kept. of_dense: what the dense file in the precision
-    of the table takes, over the file that budgets are shares of.
+    dense: measured seconds of the dense file. wholes: the timed files. path: of the table. of_dense: time of the dense
+    file in the precision of the table over the time of the file that budgets are shares of.
     """
 
-    parts: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
     fits: Mapping[str, Staircase]
     channels: Mapping[str, int]
     dense: float
@@ -220,42 +210,45 @@ class Predictor:
 
     @cached_property
     def scale(self) -> float:
-        """What the sum of the parts is multiplied with: the middle of what whole files took over their sums."""
-        sums = [sum(self._raw(part, {**self.channels, **w.kept}) for part in self.parts) for w in self.wholes]
+        """Median of the times of whole files over the sums of their segments."""
+        sums = [
+            sum(self._raw(segment, {**self.channels, **w.kept}) for segment in self.segments)
+            for w in self.wholes
+        ]
         ratios = [w.seconds / total for w, total in zip(self.wholes, sums, strict=True) if total > 0]
         return statistics.median(ratios) if ratios else 1.0
 
     @cached_property
     def touched(self) -> dict[str, tuple[Segment, ...]]:
-        """Group -> the parts whose time depends on it."""
-        return {g: tuple(p for p in self.parts if g in p.groups) for g in self.channels}
+        """Group -> segments whose time depends on it."""
+        return {g: tuple(p for p in self.segments if g in p.groups) for g in self.channels}
 
     def seconds(self, kept: Mapping[str, int]) -> float:
-        """The whole network's time; groups that are missing keep all of their channels."""
+        """Of the whole network; missing groups keep all of their channels."""
         full = {**self.channels, **kept}
-        return sum(self.of(part, full) for part in self.parts)
+        return sum(self.of(segment, full) for segment in self.segments)
 
-    def of(self, part: Segment, kept: Mapping[str, int]) -> float:
-        """The time of one part; `kept` names every group."""
-        return self.scale * self._raw(part, kept)
+    def of(self, segment: Segment, kept: Mapping[str, int]) -> float:
+        """Seconds of one segment; `kept` has every group."""
+        return self.scale * self._raw(segment, kept)
 
     def errors(self) -> list[float]:
-        """Predicted over measured - 1, of the files that were predicted before they were learned from."""
+        """Predicted over measured time - 1, of the files that were predicted before they were added."""
         return [w.predicted / w.seconds - 1 for w in self.wholes if w.predicted > 0]
 
-    def _raw(self, part: Segment, kept: Mapping[str, int]) -> float:
-        key = (part.signature, *part.widths(kept))
+    def _raw(self, segment: Segment, kept: Mapping[str, int]) -> float:
+        key = (segment.signature, *segment.widths(kept))
         if key not in self._memory:
-            self._memory[key] = self.fits[part.signature].at(key[1], key[2])
+            self._memory[key] = self.fits[segment.signature].at(key[1], key[2])
         return self._memory[key]
 
 
 @dataclass(frozen=True)
 class TimedCosts:
-    """Counted costs and predicted seconds of the same counts, for an allocation under a limit on time."""
+    """Counted costs and predicted seconds, for an allocation under a limit on time."""
 
     counted: CostModel
-    clock: Predictor
+    model: Predictor
 
     @property
     def channels(self) -> Mapping[str, int]:
@@ -264,24 +257,28 @@ class TimedCosts:
 
     def cost(self, kept: Mapping[str, int]) -> dict[str, float]:
         """macs, params, and seconds as "latency"."""
-        return {**self.counted.cost(kept), TIME: self.clock.seconds(kept)}
+        return {**self.counted.cost(kept), TIME: self.model.seconds(kept)}
 
 
-def predictor(table: Table, parts: tuple[Segment, ...], key: str, channels: Mapping[str, int]) -> Predictor:
-    """Fit what the table knows of the parts of a network that it has timings of."""
-    fits = {signature: fit(table.timed(signature)) for signature in dict.fromkeys(p.signature for p in parts)}
+def predictor(
+    table: Table, segments: tuple[Segment, ...], key: str, channels: Mapping[str, int]
+) -> Predictor:
+    """Fit the timings of a network's segments."""
+    fits = {
+        signature: fit(table.timed(signature)) for signature in dict.fromkeys(p.signature for p in segments)
+    }
     known = table.networks[key]
-    return Predictor(parts, fits, dict(channels), known.dense, known.wholes, table.place)
+    return Predictor(segments, fits, dict(channels), known.dense, known.wholes, table.place)
 
 
 def table_path(folder: Path, place: str) -> Path:
-    """The file of a place: readable, and different for different places."""
+    """The file of a place, with a readable name."""
     readable = "".join(c if c.isalnum() or c in "-." else "-" for c in place)[:80].strip("-")
     return folder / f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}.json"
 
 
 def load(path: Path, place: str) -> Table:
-    """The table of a place; empty where there is none yet."""
+    """The table of a place; empty where no file exists."""
     if not path.exists():
         return Table(place)
     table = serialization.read(Table, path, WorkdirError)
@@ -296,12 +293,12 @@ def load(path: Path, place: str) -> Table:
         for e in known.values()
     )
     if not good:
-        raise WorkdirError(f"{path} holds times that are none", hint)
+        raise WorkdirError(f"{path} holds times that are negative or not finite", hint)
     return table
 
 
 def save(table: Table, path: Path) -> None:
-    """Write a table, whole or not at all."""
+    """Write a table atomically."""
     serialization.sweep(path.parent, serialization.LEFT_FILES)
     with serialization.replace_file(path) as file:
         file.write((json.dumps(serialization.to_json(table)) + "\n").encode())

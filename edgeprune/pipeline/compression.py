@@ -210,7 +210,8 @@ def _prune(step: Step) -> None:
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
         unlabelled=images if run.decisions.looks_at_data else _synthetic(step),
         train=train, table=lesson, scratch=step.scratch,
-        clock=latency_model(run, step.folders["dense"] / "dense.onnx"), file_share=run.decisions.file_share,
+        latency_model=latency_model(run, step.folders["dense"] / "dense.onnx"),
+        file_share=run.decisions.file_share,
     )  # fmt: skip
     chosen = prune.run(run.bundle, run.recipe.prune, run.budget, material)
     chosen = replace(chosen, notes=(*chosen.notes, *notes))

@@ -42,7 +42,7 @@ class Tools:
     """What tells what a cut comes to. probes: metric -> Probe. clock: costs -> what predicts its time, or None."""
 
     probes: Mapping[str, Probe]
-    clock: Callable[[CostModel], Predictor] | None = None
+    latency_model: Callable[[CostModel], Predictor] | None = None
 
 
 def absolute(limit: Limit, dense: float) -> float:
@@ -59,7 +59,7 @@ def search(
     if isinstance(method, SurveyMethod) and task.weights is None:
         survey = method.survey(network, task)
     kept, notes, best = None, (), task.rules.limits
-    if targets and survey is not None and tools.clock is not None:
+    if targets and survey is not None and tools.latency_model is not None:
         kept, notes = _by_table(network, task, survey, targets, tools)
     if targets and kept is None:
         best, more = _bisect(network, task, _chooser(network, method, task, survey), (targets, tools.probes))
@@ -96,10 +96,10 @@ def _by_table(
     network: nn.Module, task: PruneTask, survey: Survey, targets: Mapping[str, float], tools: Tools
 ) -> tuple[dict[str, int] | None, tuple[str, ...]]:
     """Counts that a latency table led to, or None with the reason where it can't."""
-    if tools.clock is None or not any(m in latency_search.LATENCIES for m in targets):
+    if tools.latency_model is None or not any(m in latency_search.LATENCIES for m in targets):
         return None, ()
     try:
-        clock = tools.clock(task.costs)
+        model = tools.latency_model(task.costs)
     except UnsupportedModel as error:
         return None, (f"No latency table for this network ({error.message}): searched by trying shares.",)
     except NoLayerTimes as error:
@@ -109,7 +109,7 @@ def _by_table(
     def read(kept: Mapping[str, int]) -> dict[str, float]:
         return _read(network, task.groups, first(task.groups, kept), tools.probes, targets)
 
-    found = latency_search.search(task, survey, clock, wanted, read)
+    found = latency_search.search(task, survey, model, wanted, read)
     task.record["latency"] = found.record
     return dict(found.kept), found.notes
 

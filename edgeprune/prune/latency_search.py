@@ -58,12 +58,12 @@ class _Trial:
 
 
 @dataclass
-class _Hunt:
+class _Search:
     """What is known while searching. correction: measured over predicted. params: a limit that stands for the size."""
 
     task: PruneTask
     survey: Survey
-    clock: Predictor
+    model: Predictor
     wanted: Mapping[str, LatencyLimits]
     read: Callable[[Mapping[str, int]], Mapping[str, float]]
     correction: float = 1.0
@@ -94,7 +94,7 @@ class _Hunt:
         """Counts that are predicted to be just within the limits, and were measured to cost little together."""
         survey = self.survey
         assert survey.together is not None, "it was asked"
-        problem = survey.losses, TimedCosts(self.task.costs, self.clock), self._rules()
+        problem = survey.losses, TimedCosts(self.task.costs, self.model), self._rules()
         start = self._allocated()
         if not all(problem[1].cost(start)[m] <= limit for m, limit in problem[2].limits.items()):
             return start
@@ -103,7 +103,7 @@ class _Hunt:
     def dense_fits(self) -> bool:
         """Whether all channels were tried last, and that is within the budget."""
         last = self.trials[-1]
-        whole = all(last.kept[g] == c for g, c in self.clock.channels.items() if g in last.kept)
+        whole = all(last.kept[g] == c for g, c in self.model.channels.items() if g in last.kept)
         return whole and last.worst[1] <= 1.0
 
     def lost(self, kept: Mapping[str, int]) -> float:
@@ -114,14 +114,14 @@ class _Hunt:
 
     def _rules(self) -> Rules:
         rules = self.task.rules
-        limits = {**rules.limits, TIME: AIM * self._tightest() * self.clock.dense / self.correction}
+        limits = {**rules.limits, TIME: AIM * self._tightest() * self.model.dense / self.correction}
         if self.params < float("inf"):
             limits["params"] = min(self.params, limits.get("params", float("inf")))
         return Rules(limits, rules.multiple_of, rules.floor, rules.cuts)
 
     def _allocated(self) -> dict[str, int]:
         try:
-            costs = TimedCosts(self.task.costs, self.clock)
+            costs = TimedCosts(self.task.costs, self.model)
             return allocate_timed(self.survey.losses, costs, self._rules()).kept
         except InfeasibleBudget:
             # The prediction may err; whether the least that is allowed is fast enough is for the device to say.
@@ -134,7 +134,7 @@ class _Hunt:
             {g: levels(c, multiple, rules.floor)[-1] for g, c in channels.items()}
             for multiple in {1, max(1, rules.multiple_of // 2), max(1, rules.multiple_of)}
         ]
-        return min(least, key=self.clock.seconds)
+        return min(least, key=self.model.seconds)
 
     def attempt(self, kept: Mapping[str, int]) -> _Trial:
         """Build and measure a cut, and learn from it.
@@ -147,13 +147,13 @@ class _Hunt:
             readings = {m: (value + again[m]) / 2 for m, value in readings.items()}
         fills = {m: readings[m] / w.target for m, w in self.wanted.items()}
         worst = max(fills, key=lambda m: fills[m])
-        predicted = self.clock.seconds(kept)
+        predicted = self.model.seconds(kept)
         trial = _Trial(dict(kept), predicted, readings, (worst, fills[worst]))
         self.trials.append(trial)
         slowest = max(
             readings[m] / self.wanted[m].target * self._tightest() for m in self.wanted if m in LATENCIES
         )
-        self.correction = slowest * self.clock.dense / predicted
+        self.correction = slowest * self.model.dense / predicted
         for metric, fill in fills.items():
             if metric not in LATENCIES and fill > HIGH:
                 params = self.task.costs.cost(kept)["params"]
@@ -167,7 +167,7 @@ class _Hunt:
 def search(
     task: PruneTask,
     survey: Survey,
-    clock: Predictor,
+    model: Predictor,
     wanted: Mapping[str, LatencyLimits],
     read: Callable[[Mapping[str, int]], Mapping[str, float]],
 ) -> Found:
@@ -178,31 +178,31 @@ def search(
             at least one latency, others are metrics that shrink with the parameters. read: counts -> each of these
             metrics of the cut network, measured.
     """
-    hunt = _Hunt(task, survey, clock, wanted, read, correction=clock.of_dense)
+    state = _Search(task, survey, model, wanted, read, correction=model.of_dense)
     for _ in range(ROUNDS):
-        kept = hunt.propose()
+        kept = state.propose()
         if kept is None:
             break
-        trial = hunt.attempt(kept)
-        if LOW <= trial.worst[1] <= HIGH or hunt.dense_fits():
+        trial = state.attempt(kept)
+        if LOW <= trial.worst[1] <= HIGH or state.dense_fits():
             break
-    if survey.together is not None and survey.tries and not hunt.dense_fits():
-        _refine(hunt)
-    fitting = [t for t in hunt.trials if t.worst[1] <= 1.0]
+    if survey.together is not None and survey.tries and not state.dense_fits():
+        _refine(state)
+    fitting = [t for t in state.trials if t.worst[1] <= 1.0]
     if not fitting:
-        nearest = min(hunt.trials, key=lambda t: t.worst[1])
+        nearest = min(state.trials, key=lambda t: t.worst[1])
         raise infeasible(nearest.readings, {m: w.target for m, w in wanted.items()})
     safe = [t for t in fitting if t.worst[1] <= HIGH]
-    best = min(safe or fitting, key=lambda t: hunt.lost(t.kept))
-    return Found(best.kept, _notes(best, hunt), _record(hunt))
+    best = min(safe or fitting, key=lambda t: state.lost(t.kept))
+    return Found(best.kept, _notes(best, state), _record(state))
 
 
-def _refine(hunt: _Hunt) -> None:
+def _refine(state: _Search) -> None:
     for _ in range(REFINED):
-        if all(t.worst[1] > HIGH for t in hunt.trials):
+        if all(t.worst[1] > HIGH for t in state.trials):
             return
-        kept = hunt.refined()
-        if any(t.kept == kept for t in hunt.trials) or hunt.attempt(kept).worst[1] <= HIGH:
+        kept = state.refined()
+        if any(t.kept == kept for t in state.trials) or state.attempt(kept).worst[1] <= HIGH:
             return
 
 
@@ -223,15 +223,15 @@ def shown(metric: str, value: float | None) -> str:
     return f"{metric} {show(value, METRICS[metric].unit)}"
 
 
-def _notes(best: _Trial, hunt: _Hunt) -> tuple[str, ...]:
-    said = [about(hunt.clock)]
-    for metric, wanted in hunt.wanted.items():
+def _notes(best: _Trial, state: _Search) -> tuple[str, ...]:
+    said = [about(state.model)]
+    for metric, wanted in state.wanted.items():
         words = f"{shown(metric, best.readings[metric])} measured"
         if metric in LATENCIES:
-            words += f", {show(_predicted(best, hunt, metric), 's')} predicted"
+            words += f", {show(_predicted(best, state, metric), 's')} predicted"
         limit = show(wanted.target, METRICS[metric].unit)
-        said.append(f"{words}, at most {limit} asked for, after {_times(len(hunt.trials))}.")
-    if best.worst[1] < LOW and not hunt.dense_fits():
+        said.append(f"{words}, at most {limit} asked for, after {_times(len(state.trials))}.")
+    if best.worst[1] < LOW and not state.dense_fits():
         said.append(
             f"The cut takes {100 * best.worst[1]:.0f} % of what the budget allows: between this one and the next "
             "step of the device no other was found."
@@ -239,10 +239,10 @@ def _notes(best: _Trial, hunt: _Hunt) -> tuple[str, ...]:
     return tuple(said)
 
 
-def about(clock: Predictor) -> str:
+def about(model: Predictor) -> str:
     """What a table is made of and how well it predicted what it had not seen, in a sentence."""
-    errors = [abs(e) for e in clock.errors()]
-    text = f"Channels were shared out by a latency table: {len(clock.wholes)} cuts timed on {clock.place}"
+    errors = [abs(e) for e in model.errors()]
+    text = f"Channels were shared out by a latency table: {len(model.wholes)} cuts timed on {model.place}"
     if not errors:
         return text + "."
     within = sum(e <= 0.1 for e in errors)
@@ -252,20 +252,20 @@ def about(clock: Predictor) -> str:
     )
 
 
-def _predicted(trial: _Trial, hunt: _Hunt, metric: str) -> float:
-    return trial.predicted / hunt.clock.dense * hunt.clock.of_dense * hunt.wanted[metric].dense
+def _predicted(trial: _Trial, state: _Search, metric: str) -> float:
+    return trial.predicted / state.model.dense * state.model.of_dense * state.wanted[metric].dense
 
 
-def _record(hunt: _Hunt) -> dict[str, Any]:
-    metric = next(m for m in LATENCIES if m in hunt.wanted)
-    trials: Sequence[_Trial] = hunt.trials
+def _record(state: _Search) -> dict[str, Any]:
+    metric = next(m for m in LATENCIES if m in state.wanted)
+    trials: Sequence[_Trial] = state.trials
     return {
         "iterations": list(range(1, len(trials) + 1)),
-        "predicted": [_predicted(t, hunt, metric) for t in trials],
+        "predicted": [_predicted(t, state, metric) for t in trials],
         "measured": [t.readings[metric] for t in trials],
         "metric": metric,
-        "budget": hunt.wanted[metric].target,
-        "table": hunt.clock.path,
+        "budget": state.wanted[metric].target,
+        "table": state.model.path,
     }
 
 

@@ -82,7 +82,7 @@ class PruningInputs:
     train: Split | None = None
     table: TuneTable = field(default_factory=TuneTable)
     scratch: Path = Path()
-    clock: Callable[[CostModel], Predictor] | None = None
+    latency_model: Callable[[CostModel], Predictor] | None = None
     file_share: float = 0.0
 
 
@@ -141,7 +141,7 @@ def _search(
 ) -> tuple[Masks, tuple[str, ...]]:
     """The choice that keeps the second budget, where there is one and it can be kept; else the first."""
     given, light = budgets
-    tools = Tools(material.probes, material.clock)
+    tools = Tools(material.probes, material.latency_model)
     if light is None:
         return search(network, method, task, given, tools)
     limit = light.limits["size"].text

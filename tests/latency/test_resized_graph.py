@@ -16,7 +16,7 @@ from torch import nn
 from edgeprune.errors import ModelError, UnsupportedModel
 from edgeprune.latency.resized_graph import resizer
 from edgeprune.latency.sampling import subject
-from edgeprune.latency.segments import attribute_times, network_key, parts
+from edgeprune.latency.segments import attribute_times, network_key, segments_of
 from edgeprune.models import costs, surgery
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 
@@ -75,22 +75,22 @@ def test_each_node_is_in_one_part_and_times_are_charged_whole(name: str) -> None
     model = network.resizer.model
     constants = set(network.resizer.constants)
     nodes = [n.name for n in model.graph.node if not set(n.output) & constants]
-    assert sorted(n for part in network.parts for n in part.nodes) == sorted(nodes)
+    assert sorted(n for part in network.segments for n in part.nodes) == sorted(nodes)
     ran = [(name_, 1.0 + i) for i, name_ in enumerate(nodes)]
     with_reorders = [row for pair in ran for row in (("ReorderInput_token_3", 0.25), pair)]
-    spent = attribute_times(network.parts, [*with_reorders, ("ReorderOutput", 0.5)])
+    spent = attribute_times(network.segments, [*with_reorders, ("ReorderOutput", 0.5)])
     assert sum(spent) == pytest.approx(sum(s for _, s in ran) + 0.25 * len(ran) + 0.5)
 
 
 def test_what_a_runtime_puts_in_is_charged_to_the_part_behind_it_and_renamed_nodes_to_their_own() -> None:
-    found = latency_files.subject_of("residual").parts
+    found = latency_files.subject_of("residual").segments
     place = {part.layer: i for i, part in enumerate(found)}
     spent = attribute_times(found, [("stem.0_nchwc", 1.0), ("ReorderOutput", 2.0), ("one.0_bn_nchwc", 4.0)])
     assert spent[place["stem.0"]] == 1.0 and spent[place["one.0"]] == 6.0 and sum(spent) == 7.0
 
 
 def test_a_residual_sum_belongs_to_the_branch_that_ends_last() -> None:
-    found = {part.layer: part for part in latency_files.subject_of("residual").parts}
+    found = {part.layer: part for part in latency_files.subject_of("residual").segments}
     assert found["two"].nodes == ("two", "Add", "Relu")
     assert found["one.0"].nodes == ("one.0", "one.2.Relu")
     assert found["two"].signature.endswith("8x8 8x8 Add Relu")
@@ -98,7 +98,7 @@ def test_a_residual_sum_belongs_to_the_branch_that_ends_last() -> None:
 
 def test_widths_follow_all_groups_that_are_joined() -> None:
     network = latency_files.subject_of("concat")
-    part = next(p for p in network.parts if p.layer == "c.0")
+    part = next(p for p in network.segments if p.layer == "c.0")
     kept = dict(network.channels)
     assert part.widths(kept) == (16, 8)
     (first, second, third) = (g for g in kept)
@@ -107,7 +107,7 @@ def test_widths_follow_all_groups_that_are_joined() -> None:
 
 def test_networks_that_cost_the_same_have_one_key_and_others_have_not() -> None:
     network, other = latency_files.subject_of("residual"), latency_files.subject_of("concat")
-    again = parts(network.resizer)
+    again = segments_of(network.resizer)
     assert network_key(again, network.channels) == network.key != other.key
 
 

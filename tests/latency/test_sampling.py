@@ -60,7 +60,7 @@ def test_a_survey_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_layers_that_another_network_timed_are_known_already(tmp_path: Path) -> None:
     survey(latency_files.subject_of("residual"), MadeUp().bench(tmp_path))
     table = load(table_path(tmp_path, "made-up"), "made-up")
-    signature = latency_files.subject_of("concat").parts[0].signature
+    signature = latency_files.subject_of("concat").segments[0].signature
     assert signature in table.entries and len(table.networks) == 1
 
 
@@ -115,7 +115,7 @@ def test_times_below_zero_are_no_times(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     next(iter(next(iter(data["entries"].values())).values()))["seconds"] = -1.0
     path.write_text(json.dumps(data))
-    with pytest.raises(WorkdirError, match="times that are none"):
+    with pytest.raises(WorkdirError, match="times that are negative or not finite"):
         load(path, "made-up")
 
 
@@ -130,7 +130,7 @@ def test_a_device_that_tells_no_times_is_an_error(tmp_path: Path) -> None:
 
 def test_a_device_that_tells_no_times_of_layers_is_known_before_anything_is_timed(tmp_path: Path) -> None:
     device = MadeUp()
-    with pytest.raises(NoLayerTimes, match="made-up says of no layer of residual.onnx"):
+    with pytest.raises(NoLayerTimes, match="made-up reports no time of any layer of residual.onnx"):
         survey(latency_files.subject_of("residual"), replace(device.bench(tmp_path), nodes=lambda _: []))
     assert device.calls == 0
 

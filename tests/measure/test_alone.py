@@ -99,4 +99,8 @@ def test_a_run_without_data_and_with_a_latency_budget_gets_to_its_end(
     absent = {r["metric"]: r["conditions"]["why"] for r in report["after"] if r["value"] is None}
     assert absent["synthetic_agreement"] == absent["synthetic_kl"] == WHY
     notes = " ".join(report["notes"])
-    assert "No latency table (" in notes and "says of no layer" in notes and "Searched by building" in notes
+    assert (
+        "No latency table (" in notes
+        and "reports no time of any layer" in notes
+        and "Searched by building" in notes
+    )

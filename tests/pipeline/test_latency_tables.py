@@ -101,8 +101,8 @@ def test_files_are_timed_in_the_precision_that_is_asked_for_and_every_layer_is_t
     assert found.time({"dense": network.file})["dense"] > 0
     spent = dict(
         zip(
-            (p.layer for p in network.parts),
-            attribute_times(network.parts, found.nodes(network.file)),
+            (p.layer for p in network.segments),
+            attribute_times(network.segments, found.nodes(network.file)),
             strict=True,
         )
     )

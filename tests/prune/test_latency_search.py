@@ -45,7 +45,7 @@ def material(folder: Path, read: Read | None = None, **probes: budget_search.Pro
     reader = read or (lambda net: latency_files.seconds_of(NAME, net))
     clock = latency_files.latency_model(latency_files.exported(NAME), MadeUp().bench(folder), multiple_of=1)
     probes = {"latency_p50": budget_search.Probe(dense_seconds(), reader), **probes}
-    return stage.PruningInputs(None, None, probes, 1, 0, clock=clock)
+    return stage.PruningInputs(None, None, probes, 1, 0, latency_model=clock)
 
 
 def chosen(
@@ -141,8 +141,8 @@ def test_a_table_of_another_precision_knows_what_that_alone_saves(
     """In int8 the whole network takes 40 %: what is left to save decides how many channels go."""
     dense = dense_seconds()
     given = material(tmp_path, lambda net: 0.4 * latency_files.seconds_of(NAME, net))
-    clock: Any = given.clock
-    given = replace(given, clock=lambda counted: replace(clock(counted), of_dense=0.4))
+    clock: Any = given.latency_model
+    given = replace(given, latency_model=lambda counted: replace(clock(counted), of_dense=0.4))
     found = chosen(given, latency_p50=f"{share} %")
     assert 0.9 * min(share, 40) / 100 * dense <= measured(found)[0] <= share / 100 * dense
     assert found.record["latency"]["predicted"][0] == pytest.approx(measured(found)[0], rel=0.1)
@@ -223,7 +223,7 @@ def test_without_a_table_for_the_network_shares_are_tried_and_it_is_said(tmp_pat
     def none(_costs: object) -> Any:
         raise UnsupportedModel("the reshape has no rule")
 
-    found = chosen(replace(material(tmp_path), clock=none), latency_p50="60 %")
+    found = chosen(replace(material(tmp_path), latency_model=none), latency_p50="60 %")
     assert any("No latency table" in n and "the reshape has no rule" in n for n in found.notes)
     assert any("Searched by building the file" in n for n in found.notes)
 
@@ -231,10 +231,10 @@ def test_without_a_table_for_the_network_shares_are_tried_and_it_is_said(tmp_pat
 def test_on_a_device_without_times_of_layers_shares_are_tried_and_it_is_said(tmp_path: Path) -> None:
     bench = replace(MadeUp().bench(tmp_path), nodes=lambda _: [])
     given = replace(
-        material(tmp_path), clock=latency_files.latency_model(latency_files.exported(NAME), bench)
+        material(tmp_path), latency_model=latency_files.latency_model(latency_files.exported(NAME), bench)
     )
     found = chosen(given, latency_p50="60 %")
-    assert found.notes[0].startswith("No latency table (made-up says of no layer")
+    assert found.notes[0].startswith("No latency table (made-up reports no time of any layer")
     assert "Searched by building" in " ".join(found.notes)
 
 
