@@ -6,8 +6,7 @@ from edgeprune.onnx_graph.index import Array, HINT, ONNX_ERRORS, View, add_const
 from edgeprune.onnx_graph.index import batch_of, captured, consumers, copied, data_files, freed, initializers
 from edgeprune.onnx_graph.index import inputs_of, moved, one_hot, opened, operand, opset_of, subgraphs, title, unique
 from edgeprune.onnx_graph.index import unused, value_names
-from edgeprune.onnx_graph.qdq_constants import QuantizationParameters, dequantized, maker_of, parameters_of
-from edgeprune.onnx_graph.qdq_constants import quantized_constant
+from edgeprune.onnx_graph.qdq_constants import QuantizationParameters, maker_of, parameters_of, quantized_constant
 from edgeprune.onnx_graph.session import METRIC, Network, ORT_ERRORS, check, compare, open_onnx
 from edgeprune.onnx_graph.session import open_session, probes, reference
 from edgeprune.onnx_graph.work import INT8_OPERATORS, Layer, WIDTH, Work, layers, work_of

@@ -23,10 +23,6 @@ class QuantizationParameters:
     zero: Array
     axis: int
 
-    def real(self, array: Array) -> npt.NDArray[np.float64]:
-        """What quantized entries stand for."""
-        return (array.astype(np.float64) - self._along(array, self.zero)) * self._along(array, self.scale)
-
     def whole(self, array: Array) -> Array:
         """Entries as QuantizeLinear rounds them: to even, saturated; of the type of `zero`."""
         limits: Any = np.iinfo(self.zero.dtype)
@@ -66,15 +62,6 @@ def quantized_constant(view: View, node: NodeProto) -> Array | None:
         return stored
     floats, step = view.constant(rounding.input[0]), parameters_of(view, rounding)
     return None if floats is None or step is None else step.whole(floats)
-
-
-def dequantized(view: View, value: str) -> npt.NDArray[np.float64] | None:
-    """What a constant is that comes through a DequantizeLinear, exactly; None for any other value."""
-    node = maker_of(view, value, "DequantizeLinear")
-    if node is None:
-        return None
-    whole, step = quantized_constant(view, node), parameters_of(view, node)
-    return None if whole is None or step is None else step.real(whole)
 
 
 def _no_zero(view: View, node: NodeProto) -> Array:

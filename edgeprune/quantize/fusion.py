@@ -10,7 +10,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from edgeprune.errors import ParityError
-from edgeprune.onnx_graph import Array, View, layers, unique, value_names
+from edgeprune.onnx_graph import Array, View, layers, maker_of, unique, value_names
 from edgeprune.quantize.calibrators import Range
 from edgeprune.quantize.placement import PASSING, Plan, data_inputs
 from edgeprune.quantize.verification import in_integers
@@ -40,7 +40,7 @@ def block_sum_fusion(model: ModelProto, floats: ModelProto) -> None:
     products = {
         node.output[0]: node
         for node in model.graph.node
-        if node.op_type == "MatMul" and _dequantized(view, node.input[1])
+        if node.op_type == "MatMul" and maker_of(view, node.input[1], "DequantizeLinear")
     }
 
     def sums(node: NodeProto) -> Iterable[tuple[int, str]]:
@@ -87,10 +87,6 @@ def check_floats(model: ModelProto) -> None:
             f"ONNX Runtime quantizes layers that were meant to stay float: {', '.join(wrong)}",
             "this should not happen; please report it with the version of ONNX Runtime",
         )
-
-
-def _dequantized(view: View, value: str) -> bool:
-    return value in view.producers and view.producers[value].op_type == "DequantizeLinear"
 
 
 def _insert_steps(model: ModelProto, inputs: Callable[[NodeProto], Iterable[tuple[int, str]]]) -> None:

@@ -10,7 +10,6 @@ from onnx import ModelProto
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.progress import bar
-from edgeprune.quantize.bias_correction import corrected
 from edgeprune.quantize.calibrators import CALIBRATORS, Range, ranges
 from edgeprune.quantize.equalization import equalized
 from edgeprune.quantize.evaluation import FloatBaseline, best, logits_of, sqnr_db, worse
@@ -129,9 +128,8 @@ class _Builder:
     def build(self, option: Option, skip: Sequence[str] = ()) -> ModelProto:
         model, seen = self.models[option.equalized]
         limits = self.limits[option.equalized, option.calibrator]
-        made = quantized(model, limits, self.scheme, skip=(*self.skipped, *skip))
-        if option.corrected:
-            made = corrected(made, model, seen)
+        means = {name: item.mean for name, item in seen.items()} if option.corrected else None
+        made = quantized(model, limits, self.scheme, skip=(*self.skipped, *skip), means=means)
         block_float_fusion(made)
         return made
 

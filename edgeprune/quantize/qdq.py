@@ -11,9 +11,10 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from edgeprune.errors import UnsupportedModel, UsageError
-from edgeprune.onnx_graph import Array, View, attribute, copied, operand, opset_of, value_names
+from edgeprune.onnx_graph import Array, View, attribute, copied, operand, opset_of, unused, value_names
 from edgeprune.quantities import suggest
 from edgeprune.quantize import placement
+from edgeprune.quantize.bias_correction import mean_correction
 from edgeprune.quantize.calibrators import Range, grid
 from edgeprune.quantize.fusion import block_sum_fusion, input_quantizer, shifted_bias
 from edgeprune.quantize.placement import Plan, data_inputs
@@ -36,7 +37,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def quantized(
-    model: ModelProto, ranges: Mapping[str, Range], scheme: str, *, skip: Collection[str] = ()
+    model: ModelProto,
+    ranges: Mapping[str, Range],
+    scheme: str,
+    *,
+    skip: Collection[str] = (),
+    means: Mapping[str, Array] | None = None,
 ) -> ModelProto:
     """A prepared model as a Q/DQ model that computes on 8 bits.
 
@@ -44,6 +50,7 @@ def quantized(
         ranges: value -> (low, high), of those that 8-bit nodes read and make.
         scheme: "u8": unsigned activations, int32 biases; "s8": signed with zero point 0, float biases.
         skip: names of nodes that stay float.
+        means: value -> (C,) of its channels, for bias correction; None for no correction.
 
     Returns:
         The model; nodes, weights and biases keep their names. Other values get short ones. What computes in float,
@@ -54,11 +61,10 @@ def quantized(
         UnsupportedModel: no node can be int8, the opset is below 13, a weight is not finite, or a range is missing.
     """
     _check(model, scheme, skip)
-    made = copied(model)
-    if scheme == "s8":
-        _Writer(made, placement.signed(model, skip), ranges, symmetric=True).run()
-    else:
-        _Writer(made, placement.unsigned(model, ranges, skip), ranges, symmetric=False).run()
+    made, symmetric = copied(model), scheme == "s8"
+    plan = placement.signed(model, skip) if symmetric else placement.unsigned(model, ranges, skip)
+    _Writer(made, plan, ranges, means or {}, symmetric=symmetric).run()
+    if not symmetric:
         block_sum_fusion(made, model)
     return made
 
@@ -90,9 +96,16 @@ class _Writer:
     """
 
     def __init__(
-        self, model: ModelProto, plan: Plan, ranges: Mapping[str, Range], *, symmetric: bool
+        self,
+        model: ModelProto,
+        plan: Plan,
+        ranges: Mapping[str, Range],
+        means: Mapping[str, Array],
+        *,
+        symmetric: bool,
     ) -> None:
-        self.model, self.plan, self.ranges, self.symmetric = model, plan, ranges, symmetric
+        self.model, self.plan, self.symmetric = model, plan, symmetric
+        self.ranges, self.means = ranges, means
         self.view = View(model)
         self.fresh = _short_names(value_names(model.graph) | {node.name for node in model.graph.node})
         self.nodes: list[NodeProto] = []
@@ -220,13 +233,21 @@ class _Writer:
         # A channel of zeros without a bias may have any scale that float32 can hold.
         any_scale = max(scales.max(initial=0.0), 2.0**-20)
         scales = np.where(scales > _SMALLEST_SCALE, scales, any_scale).astype(np.float32)
-        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-        rounded = np.clip(np.rint(weight / scales.reshape(shape)), -127, 127).astype(np.int8)
+        along = scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        rounded = np.clip(np.rint(weight / along), -127, 127).astype(np.int8)
         node.input[1] = self._dequantized(original.input[1], rounded, scales, axis)
-        if bias is not None and not self.symmetric:
+        mean, correction = self.means.get(original.input[0]), None
+        if mean is not None:
+            correction = mean_correction(original, weight - rounded * along.astype(np.float64), mean)
+        if correction is not None:
+            bias = correction + (0.0 if bias is None else np.broadcast_to(bias, scales.shape))
+        name = operand(original, 2) or unused(self.view, f"{node.name}.bias")
+        if self.symmetric and correction is not None:
+            node.input[2:] = [self._replace(name, np.asarray(bias, np.float32))]
+        elif not self.symmetric and bias is not None:
             steps = scales * np.float32(input_scale)
             whole = np.rint(np.broadcast_to(bias, scales.shape) / steps.astype(np.float64)).astype(np.int32)
-            node.input[2] = self._dequantized(original.input[2], whole, steps, 0)
+            node.input[2:] = [self._dequantized(name, whole, steps, 0)]
 
     def _bias(self, node: NodeProto, weight: Array) -> Array:
         bias = self._finite(node.input[2])
@@ -249,11 +270,9 @@ class _Writer:
         """The name of a float value that is `value` times `scales` along an axis."""
         key = (name, value.tobytes() + scales.tobytes())
         if key not in self.weights:
-            # Other readers, perhaps as float, must not find something else under its name.
-            stored = name if self.view.uses(name) == 1 else next(self.fresh)
-            self.constants[stored] = value
+            inputs = [self._replace(name, value)]
             self.weights[key] = next(self.fresh)
-            inputs = [stored, self._store(scales)]
+            inputs.append(self._store(scales))
             if value.dtype == np.int8:
                 # All are zero and could be omitted, but then ONNX Runtime makes no QGemm of a Gemm.
                 inputs.append(self._store(np.zeros(scales.shape, np.int8)))
@@ -261,6 +280,12 @@ class _Writer:
             if axis != 1:
                 self.nodes[-1].attribute.append(helper.make_attribute("axis", axis))
         return self.weights[key]
+
+    def _replace(self, name: str, value: Array) -> str:
+        """The name of what a constant becomes: its own, unless others read it, perhaps as float."""
+        stored = name if self.view.uses(name) <= 1 else next(self.fresh)
+        self.constants[stored] = value
+        return stored
 
     def _store(self, value: Any) -> str:
         """The name of a constant; equal ones are stored once."""

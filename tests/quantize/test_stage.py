@@ -398,8 +398,8 @@ def test_a_layer_that_became_float_in_silence_is_exit_5(
 ) -> None:
     real = qdq.quantized
 
-    def forgetful(model: ModelProto, ranges: object, scheme: str, *, skip: tuple[str, ...]) -> ModelProto:
-        return real(model, ranges, scheme, skip=(*skip, "two"))
+    def forgetful(*given: object, skip: tuple[str, ...], **more: object) -> ModelProto:
+        return real(*given, skip=(*skip, "two"), **more)
 
     monkeypatch.setattr(int8, "quantized", forgetful)
     with pytest.raises(ParityError, match="two") as error:
