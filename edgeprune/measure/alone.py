@@ -45,7 +45,7 @@ def check(path: Path, x: Tensor, classes: int) -> None:
         return
     # A fixed batch is filled up with the same images again; of an image that is alone, with itself.
     x = x if batch is None else x[torch.arange(batch) % len(x)]
-    parts = _parts(x, batch)
+    parts = [image.repeat(batch or 1, 1, 1, 1) for image in x[:IMAGES].split(1)]
     alone = torch.cat([torch.from_numpy(session(part.numpy()))[:1] for part in parts])
     together, shaken = (torch.from_numpy(session(whole.numpy()))[: len(parts)] for whole in (x, nudged(x)))
     if together.shape != alone.shape or differs(together, alone, shaken):
@@ -54,10 +54,6 @@ def check(path: Path, x: Tensor, classes: int) -> None:
             "mixes the images of a batch",
             HINT,
         )
-
-
-def _parts(x: Tensor, batch: int | None) -> list[Tensor]:
-    return [image.repeat(batch or 1, 1, 1, 1) for image in x[:IMAGES].split(1)]
 
 
 def _first(model: onnx.ModelProto, x: Tensor, alone: list[Tensor]) -> str:

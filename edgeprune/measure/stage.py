@@ -145,9 +145,10 @@ def _run(
         known = replace(known, nothing_removed=_nothing_removed(plan, subject))
         notes.insert(0, f"Speed: {latency.speed_words(timed, known)}.")
     names = list(subject.files)
+    # Every k-th sample, so that an hour of timing does not make a report of a gigabyte.
     return Measured(
         before=readings[names[0]], after=readings[names[-1]],
-        samples={n: _thinned(v) for n, v in timed.samples.items()},
+        samples={n: v[:: -(-len(v) // MOST_SAMPLES) or 1] for n, v in timed.samples.items()},
         times={n: _by_layer(rows) for n, rows in nodes.items()}, notes=tuple(notes),
     )  # fmt: skip
 
@@ -169,11 +170,6 @@ def _by_layer(nodes: Any) -> dict[str, float]:
     for node in nodes:
         seconds[node.name] = seconds.get(node.name, 0.0) + node.seconds
     return seconds
-
-
-def _thinned(samples: tuple[float, ...]) -> tuple[float, ...]:
-    """Every k-th sample, so that an hour of timing does not make a report of a gigabyte."""
-    return samples[:: -(-len(samples) // MOST_SAMPLES) or 1]
 
 
 def _counted(plan: Plan, name: str) -> tuple[Reading, ...]:

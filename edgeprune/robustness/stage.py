@@ -86,7 +86,8 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log:
             state = _attacked(state, step, (victim, split, job), scratch)
             if state.todo:
                 log(_said(state.verdicts, step.name))
-            state = _next(state)
+            left = tuple(row for row, by in enumerate(state.verdicts.by) if not by)
+            state = replace(state, step=state.step + 1, todo=left, done=0)
     return state.verdicts
 
 
@@ -153,11 +154,6 @@ def _counted(verdicts: Verdicts, name: str, images: tuple[Tensor, int], cost: tu
         queries={**verdicts.queries, name: verdicts.queries.get(name, 0) + cost[0]},
         seconds={**verdicts.seconds, name: verdicts.seconds.get(name, 0.0) + cost[1]},
     )
-
-
-def _next(state: _State) -> _State:
-    left = tuple(row for row, by in enumerate(state.verdicts.by) if not by)
-    return replace(state, step=state.step + 1, todo=left, done=0)
 
 
 def _pixels(split: Split, rows: Tensor) -> Tensor:

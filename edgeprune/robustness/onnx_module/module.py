@@ -77,10 +77,6 @@ class _OnnxModule(nn.Module):
         filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
         return torch.cat([self._at_once(part) for part in filled.split(self.batch)])[: len(x)]
 
-    def _values(self, x: Tensor) -> dict[str, Tensor]:
-        numbers = {name: self.get_buffer(place) for name, place in self.places.items()}
-        return {self.plan.input: x, **self.sizes, **numbers}
-
     def _given(self, step: Step, values: Mapping[str, Tensor], images: int) -> list[Tensor | None]:
         given = [values[name] if name else None for name in step.inputs]
         if self._is_scaled(step):
@@ -88,7 +84,8 @@ class _OnnxModule(nn.Module):
         return given
 
     def _at_once(self, x: Tensor) -> Tensor:
-        values = self._values(x)
+        numbers = {name: self.get_buffer(place) for name, place in self.places.items()}
+        values = {self.plan.input: x, **self.sizes, **numbers}
         for step, layer in zip(self.plan.steps, self.layers, strict=True):
             made = layer(*self._given(step, values, len(x)))
             values.update(zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False))

@@ -86,7 +86,9 @@ def plan(model: ModelProto, *, rounding: bool) -> Plan:
     steps: list[Step] = []
     for proto in _ordered(graph.node, {images[0].name, *numbers}):
         step = _step(proto, opset, kinds)
-        _check_scale(step, numbers)
+        scale = numbers.get(step.inputs[1]) if step.node.op == "QuantizeLinear" else None
+        if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+            raise refuse(step.node, f"its scale {step.inputs[1]!r} is not finite and more than 0")
         if all(name in numbers for name in step.inputs if name):
             made = compute(step.node, [numbers[name] if name else None for name in step.inputs])
             numbers.update(zip(step.outputs, (tensor.contiguous() for tensor in made), strict=False))
@@ -197,12 +199,6 @@ def _step(proto: NodeProto, opset: int, kinds: Mapping[str, int]) -> Step:
         zero = proto.input[2] if len(proto.input) > 2 else ""
         node = limited(node, kinds.get(zero, 0) or int(node.get("output_dtype", 0)) or TensorProto.UINT8)
     return Step(node, tuple(proto.input), outputs)
-
-
-def _check_scale(step: Step, numbers: Mapping[str, Tensor]) -> None:
-    scale = numbers.get(step.inputs[1]) if step.node.op == "QuantizeLinear" else None
-    if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-        raise refuse(step.node, f"its scale {step.inputs[1]!r} is not finite and more than 0")
 
 
 def _option(name: str, given: AttributeProto) -> Any:
