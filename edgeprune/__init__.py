@@ -1,7 +1,5 @@
 """edgeprune: make a trained vision network small, fast and still right on the device it ships to."""
 
-from __future__ import annotations
-
 import os
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,5 @@
 """The same stages on a module in memory, for those who write Python."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

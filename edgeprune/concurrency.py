@@ -1,7 +1,5 @@
 """Work for several devices at the same time, one thread each, so that one that fails costs the others nothing."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Progress bars with the time left, on stderr and only when somebody looks at it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

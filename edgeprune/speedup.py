@@ -1,7 +1,5 @@
 """Whether a compressed model is faster than the dense one: one rule for the report's words and for the gate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How to perturb an input so that the model errs: the contract of an attack; one file per attack."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ algorithm 1, with one target class (section 4 of their AutoAttack). The projecti
 instead of by sorting.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A network's answers by ONNX Runtime, where nobody wants gradients: it fuses what torch does step by step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -4,8 +4,6 @@ F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ense
 attacks, ICML 2020. The defaults are those of AutoAttack's standard evaluation.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -6,8 +6,6 @@ or three classes, where it is undefined, the bare margin between the logits take
 of AutoAttack's standard evaluation.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar

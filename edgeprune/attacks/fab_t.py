@@ -5,8 +5,6 @@ the targeted version of AutoAttack, whose parameters are the defaults. It does n
 the logits are scaled. It draws no chance.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar

@@ -4,8 +4,6 @@ I. Goodfellow, J. Shlens and C. Szegedy, Explaining and harnessing adversarial e
 attack: what it leaves standing says little, what it breaks is broken.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

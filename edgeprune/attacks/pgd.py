@@ -4,8 +4,6 @@ A. Madry, A. Makelov, L. Schmidt, D. Tsipras and A. Vladu, Towards deep learning
 attacks, ICLR 2018. An image is broken by any point of its walk, not by the last alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -5,8 +5,6 @@ via random search, ECCV 2020. The defaults are those of AutoAttack's standard ev
 as in the paper; the reference's never touches the last row and column.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -5,8 +5,6 @@ slope that f has in between (mean value theorem), and slopes have their extremes
 For clamps (ReLU and its relatives) the extremes of f(x + d) - f(x) are known exactly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Over a center c and a radius r, a weight W gives W c and |W| r. Where an image i
 convolution is the matrix of its weights summed over the taps (the radius: of their magnitudes).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

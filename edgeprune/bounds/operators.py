@@ -4,8 +4,6 @@ Linear operators pass a change on without their bias. Products: a'b' - ab = a'(b
 more than what they are taken over, activation functions by no more than their slopes allow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

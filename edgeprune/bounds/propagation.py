@@ -1,7 +1,5 @@
 """Walks over a traced network: bounds of every call from those before it, and of every change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ The same rule serves bounds of values and of changes. An axis that is a hull ove
 operator allows; else it is spread out first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line: parse, call the pipeline, print, exit code. No logic, no heavy import."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -4,8 +4,6 @@ Held-out images are never among those that train or calibrate: the parts share n
 that are copies of a held-out one are left out.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Image files to uint8 pixels of the size and channels that a model eats, and the two ways to keep them."""
 
-from __future__ import annotations
-
 import io
 import os
 import struct

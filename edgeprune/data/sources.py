@@ -1,7 +1,5 @@
 """The image files in a folder or a tar: listed or read into memory, never unpacked to disk."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import hashlib

@@ -5,8 +5,6 @@ layers keep of their inputs. A network without batch-norm gives only its classes
 are no photographs, and no accuracy is measured on them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """What a device has, and what stands in the way of measuring on it, with the command that helps."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Nothing heavy is imported: versions are read from the installed packages' record
 loads is tried in a child process, so that a broken one can't take this one down.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

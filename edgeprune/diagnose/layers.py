@@ -1,7 +1,5 @@
 """why: what every layer costs, how much of it looks superfluous, and for each that can't be pruned the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

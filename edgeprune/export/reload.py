@@ -1,7 +1,5 @@
 """Run in a fresh process: rebuild a compressed network from the files of a run alone, and compute its logits."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

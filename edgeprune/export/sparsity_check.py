@@ -4,8 +4,6 @@ Blocks of four lie along the input channels, for each output and kernel position
 A weight is followed through the transposes, reshapes and casts between its initializer and the node that applies it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod

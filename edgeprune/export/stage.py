@@ -1,7 +1,5 @@
 """Write the files of a run, model.onnx and what rebuilds the network in torch, and verify each of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

@@ -4,8 +4,6 @@ The rules are those of NVIDIA's ONNX parser for explicitly quantized, strongly t
 docs/operators.md): scales are constants, zero points are 0, 8-bit types are signed, and a bias is not quantized.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

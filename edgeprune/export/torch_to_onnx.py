@@ -1,7 +1,5 @@
 """A network as ONNX at exactly the requested opset, by torch's exporters and onnx's version converter."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

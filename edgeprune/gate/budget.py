@@ -1,7 +1,5 @@
 """Where the limits of a budget come from: flags, TOML files, and the pyproject.toml of the current folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

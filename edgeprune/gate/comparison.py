@@ -1,7 +1,5 @@
 """What two readings of one run say of each other: times taken in turn, and accuracies on the same images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

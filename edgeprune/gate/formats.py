@@ -1,7 +1,5 @@
 """A verdict as text for people, JSON for programs, Markdown for pull requests and JUnit XML for CI servers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Hold a report against a budget: every limit passes, fails, misses its reading, or can't be told."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

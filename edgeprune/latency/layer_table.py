@@ -1,7 +1,5 @@
 """table: the time of each prunable layer on a device at each channel count, alone and in its network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

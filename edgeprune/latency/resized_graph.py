@@ -4,8 +4,6 @@ The weights are stored in the file: made by the runtime when it opens the file, 
 instead of 9.4 ms for a VGG-16 whose weights do not fit into the cache).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

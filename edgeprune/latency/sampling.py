@@ -6,8 +6,6 @@ every layer at one pair of widths, so a few dozen are enough. Each batch is pred
 predictions are good the survey ends.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence

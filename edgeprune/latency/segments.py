@@ -5,8 +5,6 @@ residual sum) belong to it, fused or not. Segments of the same signature (kind, 
 follows) take the same time at the same widths, in any network.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Whether an ONNX file gives an image the same output in a batch as alone, and at which node that ends."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx

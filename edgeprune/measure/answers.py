@@ -1,7 +1,5 @@
 """What a file answers on a device: its logits on held-out images, their accuracy, and how far two files agree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import prod

@@ -1,7 +1,5 @@
 """What share of the dense network's weights and parameters is left and not zero, and in which layers."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path

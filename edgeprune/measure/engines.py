@@ -1,7 +1,5 @@
 """Engines for a device: built there from the ONNX files, brought back, and held against ONNX Runtime's answers."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import tempfile

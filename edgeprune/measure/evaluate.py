@@ -1,7 +1,5 @@
 """Signs that an accuracy was measured on the wrong images, or on images that were prepared in another way."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Measure what ships: time, memory, size and accuracy of the files themselves, in child processes on a device."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

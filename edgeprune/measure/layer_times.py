@@ -1,7 +1,5 @@
 """Time of each layer: what the runtime really ran, called by the names that the ONNX file has for it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a bare ONNX file takes and gives, and which of its outputs are the logits; and a plain file of just that."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Where something was measured: the device's name and processor, and whether that processor is only emulated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Memory and energy of one file on a device: what its process adds, and what its power sensors see."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ No kernel reaches both peaks, so the same formula is held against layers that we
 machine's own peaks; what it is wrong by here is said beside every estimate, and is its interval.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

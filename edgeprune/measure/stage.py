@@ -1,7 +1,5 @@
 """measure: everything that is read off the dense and the compressed file of one run, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Timing trials: files that are timed while a run still decides, by the runtime that it measures with in the end."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

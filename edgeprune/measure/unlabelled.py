@@ -1,7 +1,5 @@
 """What is said of two files without labels: how alike their outputs for synthetic images are (no accuracy)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

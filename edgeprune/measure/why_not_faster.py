@@ -1,7 +1,5 @@
 """What two latencies say in plain words: how many times faster, or not faster and why not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

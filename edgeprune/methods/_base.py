@@ -1,7 +1,5 @@
 """How to choose what goes: the contract of a pruning method; one file per method."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

@@ -8,8 +8,6 @@ read them can do without them, and the counts follow the measured change of the 
 directions of a pair are tried, the bounds are sound, and the two parts of the score are ranked before they are mixed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

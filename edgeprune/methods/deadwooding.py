@@ -11,8 +11,6 @@ and on images of the objective's attack; its epoch with the best accuracy under 
 stays. There is no early end of stage A: methods are compared at the same number of epochs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace

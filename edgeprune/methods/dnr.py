@@ -8,8 +8,6 @@ anchor is detached), a weight that is traded for itself starts at zero too, and 
 the network that is cut. Channels and the 2:4 pattern are rewired within what the target is fast with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

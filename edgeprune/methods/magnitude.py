@@ -6,8 +6,6 @@ share of the group's sum, so that it says how much of a group goes, whatever its
 the score is |w| (Han et al., "Learning both Weights and Connections", 2015), over all layers together.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

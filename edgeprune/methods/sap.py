@@ -7,8 +7,6 @@ can go on from the weights there are (`variant` tune), when it stops by the inde
 makes the weights more even, rises when only what matters is left, and falls again when the network collapses.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable, Mapping

@@ -10,8 +10,6 @@ Scores of single channels do not say what many of them are worth together. In a 
 each group is thinned alone to a few widths, and the rise of the loss is what its channels cost there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Keep channels or weights drawn at random: the baseline that every other method must beat; needs no data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

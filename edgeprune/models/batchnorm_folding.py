@@ -4,8 +4,6 @@ In evaluation mode a batch-norm scales and shifts each channel by constants, whi
 layer before it can take over (Jacob et al. 2018, section 3.2), if nothing else reads what that layer makes.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

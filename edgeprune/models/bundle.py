@@ -1,7 +1,5 @@
 """Loading, wrapping and rebuilding a Bundle: a network with all that is needed to prune it and to have it again."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

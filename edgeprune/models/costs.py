@@ -1,7 +1,5 @@
 """What a network costs, counted: parameters and multiply-accumulates, per layer and as a function of kept channels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ input on, by running the program with more images; a size that it reaches is rep
 are 1 leave choices, so the result is kept only if every image of a larger batch gets the answer that it gets alone.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from copy import deepcopy

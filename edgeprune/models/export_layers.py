@@ -3,8 +3,6 @@
 Only operators that own parameters, or behave differently in training, become modules; the rest needs none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ again, at the place in the tree that the parameters' names tell; dropout becomes
 everything else stays a call of the operator. Same parameters, same operators: same outputs, to the bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What a network answers to images: run once on noise, its classes counted, and its failures told by layer."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Under weight_norm, spectral_norm, orthogonal, a pruning mask or another parametr
 of the network. Its output depends on all channels together, so none can be taken out of the tensors that it is made of.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

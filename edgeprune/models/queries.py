@@ -1,7 +1,5 @@
 """Asking a classifier about images: its logits, whether they are wrong, and how a loss rises with the pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 

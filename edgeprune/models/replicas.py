@@ -5,8 +5,6 @@ once for the whole network. On two cores that is a tenth faster on an idle machi
 that does something else too.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Weights without structure: finding the state dict in a checkpoint, and fitting it to an architecture."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

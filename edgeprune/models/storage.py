@@ -1,7 +1,5 @@
 """The state of a training, in one file that is whole or absent."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

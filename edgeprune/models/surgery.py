@@ -4,8 +4,6 @@ Cutting a group must give the same outputs as masking it: zeroing everything its
 shifts and the consumers' input slices included. The proof compares the two in float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 

@@ -1,7 +1,5 @@
 """A network as an ExportedProgram, or the layer it stopped at and the reason in torch's own words."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

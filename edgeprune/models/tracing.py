@@ -1,7 +1,5 @@
 """A network as a list of operator calls without side effects: what bounds, matching and repair walk over."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field

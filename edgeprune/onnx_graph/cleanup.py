@@ -1,7 +1,5 @@
 """An ONNX model made fit to ship: named after the layers, private, simplified, described, checked."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import Counter

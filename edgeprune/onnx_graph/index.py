@@ -1,7 +1,5 @@
 """An ONNX graph as maps: who makes a value, who reads it, which are constant, what shape and type each has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod

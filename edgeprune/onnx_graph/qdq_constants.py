@@ -1,7 +1,5 @@
 """The constants of QuantizeLinear and DequantizeLinear nodes, and what a quantized constant stands for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

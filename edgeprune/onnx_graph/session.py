@@ -1,7 +1,5 @@
 """Whether a file answers like the network it was made from, on random and on real images."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Every convolution and matrix product of an ONNX graph: its work, its weights, and the precision it is written in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod

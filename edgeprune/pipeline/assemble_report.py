@@ -1,7 +1,5 @@
 """Putting a finished run's report together: what the stages left in their folders, and the notes a reader must see."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command `doctor`: what works here and on each device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from edgeprune import diagnose, targets

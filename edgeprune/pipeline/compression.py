@@ -10,8 +10,6 @@ repaired is decided by the recipe's `prune.repair`; where nothing is, those two 
 Under torchrun every process comes through here. What trains is done by all of them, the rest by the first alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """What one run is: its context, what one stage of it is given, its result, and how a stage's module is had."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property

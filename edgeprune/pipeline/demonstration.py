@@ -1,7 +1,5 @@
 """The command `demo`: train a small network on real digits and compress it for this machine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

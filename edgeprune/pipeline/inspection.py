@@ -1,7 +1,5 @@
 """The command `why`: what every layer costs, and why it can not be pruned."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from edgeprune import devices, diagnose, export, measure, models, targets

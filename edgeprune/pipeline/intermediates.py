@@ -1,7 +1,5 @@
 """Building: a network from the folders of its run, its file, and readings that are only had by building a trial."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The latency table of a device: where it is kept, how its files are timed, and what predicts a network by it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The command `list`: the members of a family."""
 
-from __future__ import annotations
-
 from edgeprune import plugins, targets
 from edgeprune.errors import UsageError
 from edgeprune.quantities import suggest

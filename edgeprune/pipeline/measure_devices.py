@@ -4,8 +4,6 @@ The readings of each further device lie in a folder of their own, so that one th
 a second start measures only what is missing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial

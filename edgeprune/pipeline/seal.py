@@ -3,8 +3,6 @@
 A run directory may come from anybody, with a record that fits its files. Who does not have the key can't make the seal.
 """
 
-from __future__ import annotations
-
 import hmac
 import os
 import secrets

@@ -4,8 +4,6 @@ Where a latency table predicts the time of a cut (`prune_latency`), it is tried 
 the multiply-accumulates that fits is found by halving.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace

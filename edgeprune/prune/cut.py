@@ -1,7 +1,5 @@
 """cut: remove the chosen channels, and prove that the result answers as the masked network does."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace

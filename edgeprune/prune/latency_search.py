@@ -4,8 +4,6 @@ The table is right within some per cent, and for a network and its neighbours th
 cut took over what was predicted corrects the next. A cut is taken when its measured time is just below the budget.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """prune: decide which channels go, so that every limit of the budget that can be known now holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace

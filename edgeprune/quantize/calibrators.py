@@ -10,8 +10,6 @@ mse         the clipping of both ends that rounds and clips with the least squar
 Each range contains zero, which 8 bits must hold exactly: it is what paddings are made of.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

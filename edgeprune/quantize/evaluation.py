@@ -1,7 +1,5 @@
 """The float model that every candidate is made from, the images it is judged on, and a cache of results."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The file of a precision as it ships: with metadata, verified on its own graph, and compared with the float file."""
 
-from __future__ import annotations
-
 import json
 import platform
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What ONNX Runtime must not fuse in a Q/DQ model, and the normalization of the input as part of its quantization."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """int8: every calibrator, with and without equalization and bias correction; layers go back to float as needed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The records of the quantize stage: its job, its result, and one precision that was built."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ value falls outside of the bins and they do not suffice, k grows by one and neig
 memory is bounded, one pass is enough, and a histogram is the same for any order and any batch size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

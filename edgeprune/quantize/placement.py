@@ -1,7 +1,5 @@
 """Which nodes of a prepared ONNX model compute on 8 bits, and which of its values are quantized for that."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 

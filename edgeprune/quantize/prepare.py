@@ -1,7 +1,5 @@
 """An ONNX model made ready for quantizing: the same logits from fewer kinds of nodes, each of which has a name."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

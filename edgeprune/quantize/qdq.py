@@ -1,7 +1,5 @@
 """A float ONNX model as a Q/DQ model: QuantizeLinear and DequantizeLinear nodes, int8 weights, int32 biases, small."""
 
-from __future__ import annotations
-
 import itertools
 import string
 from collections.abc import Collection, Iterator, Mapping

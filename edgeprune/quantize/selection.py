@@ -1,7 +1,5 @@
 """Which precision ships, by each file's budget, time on the device and accuracy, and why the others do not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

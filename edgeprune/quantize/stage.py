@@ -1,7 +1,5 @@
 """quantize: give the file the requested precision, or the fastest that keeps the accuracy, and verify it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a quantized or halved ONNX file computes in low precision, and how close its logits are to the float file's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

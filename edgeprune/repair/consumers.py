@@ -1,7 +1,5 @@
 """The layers that read a group of channels, and where a solved layer's bias can go."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

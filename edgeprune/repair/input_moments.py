@@ -4,8 +4,6 @@ A convolution is a linear layer on patches. The moments are those of the patch w
 solution has a bias; they are all that least squares and backward elimination need to know of the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

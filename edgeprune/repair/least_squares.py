@@ -5,8 +5,6 @@ counts: the error after it goes down in turns of fixing which answers are cut of
 Zou, He and Sun, "Accelerating Very Deep Convolutional Networks for Classification and Detection", 2016, section 2.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ What a compressed network's layers get and what the dense ones' layers answered 
 can be changed before anything behind it is run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ it then sees, and the rise of the loss is measured (`Renormalized`). Between tho
 how it grows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from copy import deepcopy

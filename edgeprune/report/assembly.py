@@ -1,7 +1,5 @@
 """Put a run's records together into its report."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ A record is a mapping: what was recorded ("pqi") -> curve -> a list of numbers, 
 of each layer. Whatever else it holds is shown as words. Nothing is assumed of it: a report may come from elsewhere.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """report.html: the whole report as one page that needs no network, no script and no font of its own."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """report.md: the report as GitHub shows it, with long tables folded away."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

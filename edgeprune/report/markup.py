@@ -1,7 +1,5 @@
 """HTML and SVG by construction: a plain string is always escaped, only what is `Markup` is taken as it is."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from functools import cache

@@ -1,7 +1,5 @@
 """A report of several devices taken apart: what each of them alone would have reported."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

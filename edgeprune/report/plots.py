@@ -4,8 +4,6 @@ Positions across are percentages of the width and lengths down are pixels, so a 
 its labels. Every mark has a title that says its numbers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a report says, worked out once: the rows that the terminal, Markdown and HTML forms all show."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write a run's report as JSON, Markdown and HTML, show it in a terminal, and read report.json back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a report says without labels: outputs for synthetic images, marked for what they are not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

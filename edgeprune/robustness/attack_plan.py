@@ -1,7 +1,5 @@
 """Which attacks a victim goes through, in which order, and how each makes its images."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -4,8 +4,6 @@ After Athalye et al. 2018, "Obfuscated Gradients Give a False Sense of Security"
 "On Evaluating Adversarial Robustness", section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

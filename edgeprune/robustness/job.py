@@ -1,7 +1,5 @@
 """The nouns of an attacked evaluation: who is attacked, with what, and what became of every image."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Who is attacked: a network in torch, a bare ONNX file, or the file of a run with the gradients of its network."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Mapping

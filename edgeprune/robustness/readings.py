@@ -1,7 +1,5 @@
 """What became of the images, as readings with all that is needed to believe them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

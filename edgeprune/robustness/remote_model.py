@@ -1,7 +1,5 @@
 """attack, on a device: a file's session there that stays open while it is asked, image by image or many at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

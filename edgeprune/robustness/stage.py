@@ -1,7 +1,5 @@
 """attack: the worst case for every image over several attacks, judged on the artifact itself; goes on after a kill."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Whether a network that was read from a file answers as the file does; only then its gradients are used."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

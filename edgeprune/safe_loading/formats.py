@@ -1,7 +1,5 @@
 """What kind of model file some bytes are: told by their content first, and by the name only where that is silent."""
 
-from __future__ import annotations
-
 import io
 import logging
 import struct

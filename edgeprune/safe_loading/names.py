@@ -3,8 +3,6 @@
 torch.fx and torch.export put the paths of modules, parameters and buffers into generated code without escaping them.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

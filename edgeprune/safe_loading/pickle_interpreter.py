@@ -5,8 +5,6 @@ construction only a note of what would be made. So each call, each construction 
 arguments, as they are when the pickle ends, before anything is imported or made.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import pickletools

@@ -6,8 +6,6 @@ anything is made; torch's own restricted unpickler (`weights_only=True`) does th
 the networks that were made are looked at once more.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import logging

@@ -3,8 +3,6 @@
 Every entry judges the arguments too: even a harmless function is only called the way torch.save itself calls it.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping, Sequence

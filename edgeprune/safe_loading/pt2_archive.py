@@ -5,8 +5,6 @@ sizes, guards), by names that end up in generated source, by operators given as 
 tree of containers asks to import. `vet` knows what genuine archives hold and refuses everything else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -4,8 +4,6 @@ The checks know what torch.export writes: operators on tensors, names that are i
 containers that are tuples, lists and dicts.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

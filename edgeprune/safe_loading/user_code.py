@@ -3,8 +3,6 @@
 Naming a file or a package here means running it: that is the user's own code, never something out of a model file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.util

@@ -4,8 +4,6 @@ Kept counts move on levels: multiples of what the hardware is fast with, never b
 Where no choice on those levels meets the budget, finer levels are tried, and the result says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol

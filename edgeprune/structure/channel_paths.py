@@ -4,8 +4,6 @@ Two units can stand in for each other when everything on that way treats each ch
 (batch-norm right behind the layer apart, which belongs to it). Only operators that are known to do so are passed.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

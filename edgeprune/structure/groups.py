@@ -6,8 +6,6 @@ trusted with nothing: `provable_groups` cuts every group on a copy and compares 
 differs is left out with the reason.
 """
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence

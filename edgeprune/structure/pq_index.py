@@ -5,8 +5,6 @@ on magnitudes over their largest one, and as the log of a ratio of power means: 
 and an index next to 1 keeps its digits.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple, TypeVar

@@ -5,8 +5,6 @@ two stay ("2:4"). Methods score and choose units; what a unit is made of is know
 {name: bool (n,)}, True stays: a name is a group's, or a parameter's whose entries are numbered in row-major order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch

@@ -1,7 +1,5 @@
 """Adversarial images by projected gradient steps, in an Linf or L2 ball; pixels are in [0, 1]."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

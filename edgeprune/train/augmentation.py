@@ -1,7 +1,5 @@
 """Random shifts and mirrors of training images, and which of them harm a network's accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

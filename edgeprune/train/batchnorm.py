@@ -1,7 +1,5 @@
 """Recalibration of batch-norm statistics on images without labels."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Accuracy, accuracy under the attack of an objective, and mean loss of a network."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A training job: its optimizer, learning rate and seeds, and the hooks of a method."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Mapping

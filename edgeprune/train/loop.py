@@ -1,7 +1,5 @@
 """The one training loop; `module` takes pixels in [0, 1] to logits everywhere."""
 
-from __future__ import annotations
-
 import copy
 import math
 import time

@@ -1,7 +1,5 @@
 """Training losses: on labels, on adversarial images, and the divergence from a teacher's output."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Device, memory format and precision of training: GPU, channels last and bfloat16 where these work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """tune: batch-norm recalibration and fine-tuning of a pruned network, and the accuracy after each step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace

@@ -3,8 +3,6 @@
 A merge changes the unit's place in front of the activation; a unit that goes alone changes what its readers get.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

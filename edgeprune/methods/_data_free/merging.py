@@ -7,8 +7,6 @@ average goes into the next layer's bias or its batch-norm's mean, as Ye, Lu, Lin
 ("Rethinking the Smaller-Norm-Less-Informative Assumption in Channel Pruning of Convolution Layers", 2018).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,6 @@ code's ratio |b_i - b_j| / |b_i + b_j| is 0/0 without biases), both directions o
 be a multiple of another one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ filters) go alone, and what they are on average, by batch-norm, stays in the bia
 go first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

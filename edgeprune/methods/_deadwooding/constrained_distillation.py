@@ -6,8 +6,6 @@ g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x
 of the recipe's objective. After each epoch a multiplier rises by its step times its mean violation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ constraint g <= 0 adds lambda * max(0, g) to the loss; a satisfied one adds noth
 rises by a step times the mean violation, so it never falls, and stands still exactly while the constraint holds.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

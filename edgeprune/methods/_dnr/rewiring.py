@@ -4,8 +4,6 @@ Dynamic network rewiring (Kundu et al. 2021): each layer gives up its weakest un
 layers whose momentum is largest. Everything here is counting and choosing: pure, stable by flat index, exact.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

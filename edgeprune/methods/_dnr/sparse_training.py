@@ -3,8 +3,6 @@
 Dynamic network rewiring (Kundu et al. 2021) with its dynamic L2 term, as hooks of the training loop.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The vectors are the rows of a weight ("unit"), a whole weight or group ("layer")
 Of the 2:4 pattern a cut does not drop single weights but imposes the pattern on half as many blocks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy

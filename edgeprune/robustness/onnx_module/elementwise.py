@@ -1,7 +1,5 @@
 """ONNX operators in torch that compute value by value or over axes: activations, arithmetic, reductions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import reduce
 

@@ -4,8 +4,6 @@ The straight-through estimator of Bengio et al. 2013, arXiv:1308.3432: rounding 
 so an attack takes it for the identity. Where a value is cut off at the end of its range the gradient is 0, as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """ONNX operators in torch that have kernels or statistics: convolutions, products, pools, normalizations, resizing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

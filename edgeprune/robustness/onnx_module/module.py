@@ -4,8 +4,6 @@ The nodes are computed one by one in the file's order with the file's own number
 dequantizing is computed as in the file, with gradients that pass the rounding (onnx_twin_rounding.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

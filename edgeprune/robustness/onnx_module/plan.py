@@ -1,7 +1,5 @@
 """What an ONNX graph computes, as steps in their order: numbers folded, Q/DQ pairs joined, values freed after use."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

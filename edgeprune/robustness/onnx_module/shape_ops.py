@@ -1,7 +1,5 @@
 """ONNX operators in torch that move values or read shapes: reshaping, slicing, joining, types."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
