@@ -1,4 +1,4 @@
-"""cut: remove the chosen channels, and prove that the result answers as the masked network does."""
+"""cut: remove the chosen channels, and verify that the output equals that of the masked network."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -26,21 +26,23 @@ def run_cut(
     """Cut a copy of the network.
 
     Args:
-        bundle: not changed. groups, masks, left_out: what prune chose. example: float32 (N, C, H, W), normalized.
-        edited: state-dict name -> the tensor that the method put there, as when it merged channels; what is proven
-            is that the edited network answers alike masked and cut. The counts before are those of `bundle`.
+        groups, masks, left_out: from `prune.run`. example: float32 (N, C, H, W), normalized.
+        edited: state-dict name -> a tensor that the method changed. The edited network is verified; the counts before
+            are those of `bundle`.
 
     Returns:
-        The plan, and the bundle of the smaller network with the plan appended. Groups that fail the proof with
-        these very weights stay whole and are added to the plan's `left_out`.
+        The plan, and the bundle of the smaller network with the plan appended. Groups that fail the verification with
+        these weights are not cut and are added to the plan's `left_out`.
     """
-    network = _with(bundle.module, edited or {})
-    channels, failed = _proven(network, groups, masks.channels, example)
+    network = _edited(bundle.module, edited or {})
+    channels, failed = _verified(network, groups, masks.channels, example)
     tensors = models.removed_positions(groups, channels)
     before = (total_params(bundle.module), total_macs(bundle.module, example))
     attributes = models.cut(network, tensors)
     after = (total_params(network), total_macs(network, example))
-    _check_smaller(bundle.module, network, example, (tensors, before, after))
+    if tensors:
+        _check_smaller(before, after)
+        _check_output(bundle.module, network, example)
     removed = {
         g: tuple(i for i, kept in enumerate(keep.tolist()) if not kept) for g, keep in channels.items()
     }
@@ -51,7 +53,7 @@ def run_cut(
     return plan, replace(bundle, module=network, plans=(*bundle.plans, plan))
 
 
-def _with(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
+def _edited(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
     copy = deepcopy(module)
     state = copy.state_dict()
     for name, tensor in edited.items():
@@ -62,42 +64,33 @@ def _with(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
     return copy
 
 
-def _proven(
+def _verified(
     network: nn.Module, groups: Sequence[Group], channels: Mapping[str, Tensor], example: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The masks that pass the proof, all together; on failure each group alone, to name the culprit."""
+    """The masks that pass all together, and the groups that fail alone."""
     if models.proof_failure(network, groups, channels, example) is None:
         return dict(channels), {}
-    failed: dict[str, str] = {}
-    for group in groups:
-        if group.name in channels:
-            failure = models.proof_failure(network, groups, {group.name: channels[group.name]}, example)
-            if failure is not None:
-                failed[group.name] = failure
+    alone = {g: models.proof_failure(network, groups, {g: keep}, example) for g, keep in channels.items()}
+    failed = {g: failure for g, failure in alone.items() if failure is not None}
     rest = {g: keep for g, keep in channels.items() if g not in failed}
     failure = models.proof_failure(network, groups, rest, example)
     if failure is not None:
         raise ModelError(
-            f"the cut network does not answer as the masked one does, and no single layer is to blame: {failure}",
+            f"the outputs of the cut and the masked network differ, but not for any single group: {failure}",
             "leave layers out with --set prune.skip='[\"LAYER\"]'",
         )
     return rest, failed
 
 
-def _check_smaller(
-    dense: nn.Module,
-    small: nn.Module,
-    example: Tensor,
-    result: tuple[Mapping[str, object], tuple[int, int], tuple[int, int]],
-) -> None:
-    tensors, before, after = result
-    if not tensors:
-        return
+def _check_smaller(before: tuple[int, int], after: tuple[int, int]) -> None:
     if not (after[0] < before[0] and after[1] < before[1]):
         raise ModelError(
-            f"cutting {len(tensors)} tensors left params {before[0]} -> {after[0]} and macs {before[1]} -> {after[1]}: "
+            f"the cut left params {before[0]} -> {after[0]} and macs {before[1]} -> {after[1]}: "
             "nothing was removed where it counts"
         )
+
+
+def _check_output(dense: nn.Module, small: nn.Module, example: Tensor) -> None:
     old, new = models.checked_logits(dense, example), models.checked_logits(small, example)
     if old.shape != new.shape:
         raise ModelError(f"the output has shape {tuple(new.shape)} after the cut, {tuple(old.shape)} before")

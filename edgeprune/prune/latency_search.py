@@ -1,11 +1,11 @@
 """Latency budgets by a table: allocate by predicted time, time the whole network, correct, repeat until it holds.
 
-The table is right within some per cent, and for a network and its neighbours the error is nearly the same: what one
-cut took over what was predicted corrects the next. A cut is taken when its measured time is just below the budget.
+The error of the prediction is some per cent and nearly the same for similar cuts, so measured over predicted time of
+one cut corrects the next. A cut is accepted when its measured time is just below the budget.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,97 +18,101 @@ from edgeprune.structure import Rules, levels
 
 LATENCIES = ("latency_p50", "latency_p90", "latency_p99")
 ROUNDS = 8
-# Of the budget: what is aimed at, and between what a measured cut is taken. Two sessions of one file differ by up to
-# 2 %, and a cut that takes more than 5 % less than it may has lost accuracy for nothing.
+# Shares of the budget: the target, and the range in which a measured cut is accepted. Two sessions of one file differ
+# by up to 2 %, and a cut more than 5 % below the budget has lost accuracy for nothing.
 AIM, LOW, HIGH = 0.975, 0.96, 0.99
-# How often counts are refined by what they cost together.
+# Rounds of exchanges by measured joint loss.
 REFINED = 3
-# How much tighter to ask when the same cut comes again.
+# The factor on the target when an allocation repeats, and how often it is applied.
 NUDGE = 1.01
 NUDGES = 12
 
 
 @dataclass(frozen=True)
-class LatencyLimits:
-    """A measured metric of the dense network, and the most that is allowed."""
+class MeasuredLimit:
+    """A metric of the dense network, and its limit."""
 
     dense: float
     target: float
 
 
 @dataclass(frozen=True)
-class Found:
-    """Counts that keep the limits. record: predicted and measured seconds of every cut that was tried, in order."""
-
-    kept: Mapping[str, int]
-    notes: tuple[str, ...]
-    record: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class _Trial:
-    """A cut that was built and measured. predicted: seconds. worst: the metric nearest to its limit, and the share."""
+    """A cut that was built and measured. predicted: seconds. load: the largest share of a limit that it takes."""
 
     kept: Mapping[str, int]
     predicted: float
     readings: Mapping[str, float]
-    worst: tuple[str, float]
+    load: float
 
 
 @dataclass
 class _Search:
-    """What is known while searching. correction: measured over predicted. params: a limit that stands for the size."""
+    """The state of a search. correction: measured over predicted time. params: a limit that stands for the size."""
 
     task: PruneTask
     survey: Survey
     model: Predictor
-    wanted: Mapping[str, LatencyLimits]
+    limits: Mapping[str, MeasuredLimit]
     read: Callable[[Mapping[str, int]], Mapping[str, float]]
     correction: float = 1.0
     params: float = float("inf")
     trials: list[_Trial] = field(default_factory=list)
 
     def propose(self) -> dict[str, int] | None:
-        """Counts that are predicted to hold and were not tried; None when there are none."""
+        """Counts that are predicted to keep the limits and were not tried; None when there are none."""
         before = self.correction
         for nudge in self._nudges():
             self.correction = before * nudge
             kept = self._allocated()
-            if not any(t.kept == kept for t in self.trials):
+            if not self._tried(kept):
                 return kept
-            if self.trials[-1].worst[1] > HIGH and kept == self._floors():
+            if self.trials[-1].load > HIGH and kept == self._floors():
                 break
         self.correction = before
         return None
 
+    def _tried(self, kept: Mapping[str, int]) -> bool:
+        return any(trial.kept == kept for trial in self.trials)
+
     def _nudges(self) -> list[float]:
-        """How much tighter to ask where the same cut comes again: one way when it is too slow, else both ways."""
+        """Factors on the correction: only tighter ones after a cut that is too slow, else both."""
         tighter = [NUDGE**k for k in range(NUDGES + 1)]
-        if not self.trials or self.trials[-1].worst[1] > HIGH:
+        if not self.trials or self.trials[-1].load > HIGH:
             return tighter
         return [1.0, *(n for k in range(1, NUDGES // 2 + 1) for n in (NUDGE**-k, NUDGE**k))]
 
-    def refined(self) -> dict[str, int]:
-        """Counts that are predicted to be just within the limits, and were measured to cost little together."""
+    def refine(self) -> None:
+        """Try counts with less measured joint loss, until one keeps the limits."""
+        for _ in range(REFINED):
+            if all(trial.load > HIGH for trial in self.trials):
+                return
+            kept = self._exchanged()
+            if self._tried(kept) or self.measure(kept).load <= HIGH:
+                return
+
+    def _exchanged(self) -> dict[str, int]:
         survey = self.survey
-        assert survey.together is not None, "it was asked"
-        problem = survey.losses, TimedCosts(self.task.costs, self.model), self._rules()
+        assert survey.together is not None, "refine is called for surveys with it"
+        costs, rules = TimedCosts(self.task.costs, self.model), self._rules()
         start = self._allocated()
-        if not all(problem[1].cost(start)[m] <= limit for m, limit in problem[2].limits.items()):
+        cost = costs.cost(start)
+        if any(cost[metric] > limit for metric, limit in rules.limits.items()):
             return start
-        return refine(start, problem, survey.together, survey.tries)
+        return refine(start, (survey.losses, costs, rules), survey.together, survey.tries)
 
     def dense_fits(self) -> bool:
-        """Whether all channels were tried last, and that is within the budget."""
+        """Whether the last trial kept all channels and is within the budget."""
         last = self.trials[-1]
         whole = all(last.kept[g] == c for g, c in self.model.channels.items() if g in last.kept)
-        return whole and last.worst[1] <= 1.0
+        return whole and last.load <= 1.0
 
-    def lost(self, kept: Mapping[str, int]) -> float:
-        """What counts cost: together where that is measured, or the sum of what they cost alone."""
+    def loss(self, trial: _Trial) -> float:
+        """The joint loss where it is measured, else the sum of the losses of all groups."""
         if self.survey.together is not None:
-            return self.survey.together(kept)
-        return sum(float(self.survey.losses[g][k]) for g, k in kept.items() if g in self.survey.losses)
+            return self.survey.together(trial.kept)
+        losses = self.survey.losses
+        return sum(float(losses[g][k]) for g, k in trial.kept.items() if g in losses)
 
     def _rules(self) -> Rules:
         rules = self.task.rules
@@ -122,11 +126,11 @@ class _Search:
             costs = TimedCosts(self.task.costs, self.model)
             return allocate_timed(self.survey.losses, costs, self._rules()).kept
         except InfeasibleBudget:
-            # The prediction may err; whether the least that is allowed is fast enough is for the device to say.
+            # The prediction may err, so the least counts are measured.
             return self._floors()
 
     def _floors(self) -> dict[str, int]:
-        """The least counts: of those with and without multiples the ones that are predicted to be faster."""
+        """The least counts, with or without multiples: whichever is predicted to be faster."""
         rules, channels = self.task.rules, self.task.costs.channels
         least = [
             {g: levels(c, multiple, rules.floor)[-1] for g, c in channels.items()}
@@ -134,138 +138,119 @@ class _Search:
         ]
         return min(least, key=self.model.seconds)
 
-    def attempt(self, kept: Mapping[str, int]) -> _Trial:
-        """Build and measure a cut, and learn from it.
+    def measure(self, kept: Mapping[str, int]) -> _Trial:
+        """Build and measure a cut, and correct the prediction by it.
 
-        One that seems right is measured again, and the mean counts: of several cuts a lucky reading is soon among them.
+        A cut in the accepted range is measured twice: the best of several single readings is too optimistic.
         """
         readings = dict(self.read(kept))
-        if LOW <= max(readings[m] / w.target for m, w in self.wanted.items()) <= HIGH:
+        if LOW <= max(readings[m] / limit.target for m, limit in self.limits.items()) <= HIGH:
             again = self.read(kept)
             readings = {m: (value + again[m]) / 2 for m, value in readings.items()}
-        fills = {m: readings[m] / w.target for m, w in self.wanted.items()}
-        worst = max(fills, key=lambda m: fills[m])
+        loads = {m: readings[m] / limit.target for m, limit in self.limits.items()}
         predicted = self.model.seconds(kept)
-        trial = _Trial(dict(kept), predicted, readings, (worst, fills[worst]))
+        trial = _Trial(dict(kept), predicted, readings, max(loads.values()))
         self.trials.append(trial)
-        slowest = max(
-            readings[m] / self.wanted[m].target * self._tightest() for m in self.wanted if m in LATENCIES
-        )
+        slowest = max(load for m, load in loads.items() if m in LATENCIES) * self._tightest()
         self.correction = slowest * self.model.dense / predicted
-        for metric, fill in fills.items():
-            if metric not in LATENCIES and fill > HIGH:
-                params = self.task.costs.cost(kept)["params"]
-                self.params = min(self.params, params * AIM / fill)
+        for metric, load in loads.items():
+            if metric not in LATENCIES and load > HIGH:
+                self.params = min(self.params, self.task.costs.cost(kept)["params"] * AIM / load)
         return trial
 
     def _tightest(self) -> float:
-        return min(w.target / w.dense for m, w in self.wanted.items() if m in LATENCIES)
+        return min(limit.target / limit.dense for m, limit in self.limits.items() if m in LATENCIES)
+
+    def predicted(self, trial: _Trial, metric: str) -> float:
+        """Seconds of the file that the limit is on."""
+        return trial.predicted / self.model.dense * self.model.of_dense * self.limits[metric].dense
 
 
 def search(
     task: PruneTask,
     survey: Survey,
     model: Predictor,
-    wanted: Mapping[str, LatencyLimits],
+    limits: Mapping[str, MeasuredLimit],
     read: Callable[[Mapping[str, int]], Mapping[str, float]],
-) -> Found:
-    """The counts that lose the least importance and whose built file keeps every limit.
+) -> tuple[Mapping[str, int], tuple[str, ...]]:
+    """The counts with the least loss whose built file keeps every limit, and notes; `task.record` gets the trials.
 
     Args:
-        survey: what counts cost. wanted: metric -> what was measured and what is allowed;
-            at least one latency, others are metrics that shrink with the parameters. read: counts -> each of these
-            metrics of the cut network, measured.
+        limits: at least one latency; other metrics shrink with the parameters.
+        read: counts -> each metric of `limits`, measured on the cut network.
     """
-    state = _Search(task, survey, model, wanted, read, correction=model.of_dense)
+    state = _Search(task, survey, model, limits, read, correction=model.of_dense)
     for _ in range(ROUNDS):
         kept = state.propose()
         if kept is None:
             break
-        trial = state.attempt(kept)
-        if LOW <= trial.worst[1] <= HIGH or state.dense_fits():
+        if LOW <= state.measure(kept).load <= HIGH or state.dense_fits():
             break
     if survey.together is not None and survey.tries and not state.dense_fits():
-        _refine(state)
-    fitting = [t for t in state.trials if t.worst[1] <= 1.0]
+        state.refine()
+    fitting = [trial for trial in state.trials if trial.load <= 1.0]
     if not fitting:
-        nearest = min(state.trials, key=lambda t: t.worst[1])
-        raise infeasible(nearest.readings, {m: w.target for m, w in wanted.items()})
-    safe = [t for t in fitting if t.worst[1] <= HIGH]
-    best = min(safe or fitting, key=lambda t: state.lost(t.kept))
-    return Found(best.kept, _notes(best, state), _record(state))
-
-
-def _refine(state: _Search) -> None:
-    for _ in range(REFINED):
-        if all(t.worst[1] > HIGH for t in state.trials):
-            return
-        kept = state.refined()
-        if any(t.kept == kept for t in state.trials) or state.attempt(kept).worst[1] <= HIGH:
-            return
+        nearest = min(state.trials, key=lambda trial: trial.load)
+        raise infeasible(nearest.readings, {m: limit.target for m, limit in limits.items()})
+    safe = [trial for trial in fitting if trial.load <= HIGH]
+    best = min(safe or fitting, key=state.loss)
+    task.record["latency"] = _record(state)
+    return best.kept, _notes(best, state)
 
 
 def infeasible(closest: Mapping[str, float], targets: Mapping[str, float]) -> InfeasibleBudget:
-    """The error that says how near the nearest cut came."""
+    """The error with the readings of the closest cut."""
     got = ", ".join(
-        f"{shown(m, closest.get(m))} (asked for {show(target, METRICS[m].unit)})"
+        f"{describe(m, closest.get(m))} (limit {show(target, METRICS[m].unit)})"
         for m, target in targets.items()
     )
     return InfeasibleBudget(
-        f"the budget can't be met on this machine: the closest got to {got}",
+        f"the budget can't be met on this machine: the closest cut has {got}",
         "raise the budget, lower --set prune.floor, or give a smaller network",
     )
 
 
-def shown(metric: str, value: float | None) -> str:
-    """A reading in words: "latency_p50 3.1 ms"."""
+def describe(metric: str, value: float | None) -> str:
+    """For example "latency_p50 3.1 ms"."""
     return f"{metric} {show(value, METRICS[metric].unit)}"
 
 
 def _notes(best: _Trial, state: _Search) -> tuple[str, ...]:
-    said = [about(state.model)]
-    for metric, wanted in state.wanted.items():
-        words = f"{shown(metric, best.readings[metric])} measured"
+    notes = [_describe_table(state.model)]
+    count = len(state.trials)
+    for metric, limit in state.limits.items():
+        text = f"{describe(metric, best.readings[metric])} measured"
         if metric in LATENCIES:
-            words += f", {show(_predicted(best, state, metric), 's')} predicted"
-        limit = show(wanted.target, METRICS[metric].unit)
-        said.append(f"{words}, at most {limit} asked for, after {_times(len(state.trials))}.")
-    if best.worst[1] < LOW and not state.dense_fits():
-        said.append(
-            f"The cut takes {100 * best.worst[1]:.0f} % of what the budget allows: between this one and the next "
-            "step of the device no other was found."
+            text += f", {show(state.predicted(best, metric), 's')} predicted"
+        target = show(limit.target, METRICS[metric].unit)
+        notes.append(f"{text}; the limit is {target}; {count} trial{'s' * (count > 1)}.")
+    if best.load < LOW and not state.dense_fits():
+        notes.append(
+            f"The cut takes {100 * best.load:.0f} % of the budget: no cut was found between this one and the next "
+            "step of the device."
         )
-    return tuple(said)
+    return tuple(notes)
 
 
-def about(model: Predictor) -> str:
-    """What a table is made of and how well it predicted what it had not seen, in a sentence."""
+def _describe_table(model: Predictor) -> str:
     errors = [abs(e) for e in model.errors()]
-    text = f"Channels were shared out by a latency table: {len(model.wholes)} cuts timed on {model.place}"
+    text = f"Channels were allocated by a latency table: {len(model.wholes)} cuts timed on {model.place}"
     if not errors:
         return text + "."
     within = sum(e <= 0.1 for e in errors)
     return (
-        f"{text}; predicted before they were timed, {within} of {len(errors)} were within 10 %, "
-        f"half of them within {100 * statistics.median(errors):.1f} %."
+        f"{text}; {within} of {len(errors)} predictions of new cuts were within 10 % of the measured time, with a "
+        f"median error of {100 * statistics.median(errors):.1f} %."
     )
 
 
-def _predicted(trial: _Trial, state: _Search, metric: str) -> float:
-    return trial.predicted / state.model.dense * state.model.of_dense * state.wanted[metric].dense
-
-
 def _record(state: _Search) -> dict[str, Any]:
-    metric = next(m for m in LATENCIES if m in state.wanted)
-    trials: Sequence[_Trial] = state.trials
+    metric = next(m for m in LATENCIES if m in state.limits)
     return {
-        "iterations": list(range(1, len(trials) + 1)),
-        "predicted": [_predicted(t, state, metric) for t in trials],
-        "measured": [t.readings[metric] for t in trials],
+        "iterations": list(range(1, len(state.trials) + 1)),
+        "predicted": [state.predicted(trial, metric) for trial in state.trials],
+        "measured": [trial.readings[metric] for trial in state.trials],
         "metric": metric,
-        "budget": state.wanted[metric].target,
+        "budget": state.limits[metric].target,
         "table": state.model.path,
     }
-
-
-def _times(count: int) -> str:
-    return "one trial" if count == 1 else f"{count} trials"

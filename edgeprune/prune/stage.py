@@ -1,8 +1,9 @@
-"""prune: decide which channels go, so that every limit of the budget that can be known now holds."""
+"""prune: choose the channels or weights to remove so that every limit that can be measured here holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from edgeprune import plugins, serialization
 from edgeprune.data import Split, divide
 from edgeprune.errors import InfeasibleBudget, UnsupportedModel, WorkdirError
-from edgeprune.latency import Predictor
 from edgeprune.methods import Method, PruneTask, Training, TrainingMethod
 from edgeprune.models import (
     CostModel,
@@ -25,7 +25,7 @@ from edgeprune.models import (
     total_params,
     unfreeze,
 )
-from edgeprune.prune.budget_search import AS_DENSE, COUNTED, Probe, Tools, absolute, search
+from edgeprune.prune.budget_search import AS_DENSE, COUNTED, LatencyModel, Probe, absolute, search
 from edgeprune.recipe import PruneTable, TuneTable
 from edgeprune.records import Budget, Bundle, Group, Limit, Masks
 from edgeprune.structure import (
@@ -40,15 +40,15 @@ from edgeprune.structure import (
 )
 
 RESULT_VERSION = 9
-# A budget with one of these says itself how small or fast it is to become.
-SMALL = frozenset((*AS_DENSE, "params")) - {"macs"}
+# Limits on the size or speed of the file itself.
+ON_FILE = frozenset((*AS_DENSE, "params")) - {"macs"}
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What prune hands on: the groups that can be cut, what to keep of them, what was left out and why, and notes.
+    """The groups that can be cut, the masks, and the layers that were left out with the reasons.
 
-    edited: state-dict name -> the tensor that the method put there (merged or trained units); usually empty.
+    edited: state-dict name -> a tensor that the method changed (merged or trained units); usually empty.
     record: the method's curves, for the report.
     """
 
@@ -62,13 +62,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class PruningInputs:
-    """What a method may look at, and what can be tried out while searching.
+    """Inputs of a method and of the search.
 
-    images: float32 (N, C, H, W) in [0, 1], labels: int64 (N,), or None. probes: metric -> Probe.
-    unlabelled: float32 (N, C, H, W), what the cut network will be repaired on, or None. train: what may be learned
-    from, for methods that train by `table`; scratch: where they keep what lets them go on after a kill. clock: from the
-    costs of the network what predicts the time of its cuts (a latency table, filled first where it must be); or None.
-    file_share: see PruneTable.int8_file, 0 where it does not count; `probes` know the size where it does.
+    images: float32 (N, C, H, W) in [0, 1], labels: int64 (N,), for calibration. probes: metric -> Probe.
+    unlabelled: float32 (N, C, H, W), on which the cut network will be repaired. train, table, scratch: for methods that
+    train: images, settings, a folder for checkpoints. latency_model: from the network's costs to a predictor of the
+    time of its cuts. file_share: see PruneTable.int8_file, 0 where it does not count; else `probes` has the size.
     """
 
     images: Tensor | None
@@ -80,30 +79,30 @@ class PruningInputs:
     train: Split | None = None
     table: TuneTable = field(default_factory=TuneTable)
     scratch: Path = Path()
-    latency_model: Callable[[CostModel], Predictor] | None = None
+    latency_model: LatencyModel | None = None
     file_share: float = 0.0
 
 
 def method_name(table: PruneTable, has_data: bool) -> str:
-    """The method that "auto" stands for: taylor when there are training images, data-free otherwise."""
+    """The method of a table; "auto" is taylor with training images, data-free without."""
     if table.method != "auto":
         return table.method
     return "taylor" if has_data else "data-free"
 
 
 def trains(table: PruneTable, name: str) -> bool:
-    """Whether a method trains the network while it chooses."""
+    """Whether a method trains the network while it prunes."""
     return isinstance(plugins.build("methods", name, table.options), TrainingMethod)
 
 
 def run(bundle: Bundle, table: PruneTable, budget: Budget, material: PruningInputs) -> Chosen:
-    """Find what can be cut, and choose within it."""
+    """Find the groups that can be cut, and choose what to keep of them within the budget."""
     method: Method = plugins.build("methods", method_name(table, material.images is not None), table.options)
     network = deepcopy(bundle.module)
     task, left_out = _task(bundle, network, (table, budget), material)
     if isinstance(method, TrainingMethod):
         unfreeze(network)
-    masks, notes = _search(network, method, task, (budget, _light(budget, task, material)), material)
+    masks, notes = _search(network, method, task, budget, material)
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
         notes = (*notes, "The network meets the budget with all of its channels: nothing was removed.")
     if task.costs.uncounted:
@@ -112,53 +111,44 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: PruningInpu
     notes = (*notes, *_unaligned(masks, material.multiple_of, "latency" in task.record))
     if task.weights is not None:
         task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
-    return Chosen(task.groups, masks, left_out, notes, _edited(bundle.module, network), task.record)
+    old, new = bundle.module.state_dict(), network.state_dict()
+    edited = {name: tensor.detach() for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    return Chosen(task.groups, masks, left_out, notes, edited, task.record)
 
 
 def minds_macs(budget: Budget) -> bool:
-    """Whether a budget limits the multiply-accumulates and does not say itself how small or fast it is to become."""
-    return "macs" in budget.limits and SMALL.isdisjoint(budget.limits)
-
-
-def _light(budget: Budget, task: PruneTask, material: PruningInputs) -> Budget | None:
-    """The budget with a limit on the file, where `file_share` counts."""
-    if not material.file_share or not minds_macs(budget):
-        return None
-    macs = task.costs.cost({})["macs"]
-    share = material.file_share * absolute(budget.limits["macs"], macs) / macs
-    limit = Limit("size", "share", share, f"{share:.1%}")
-    return replace(budget, limits={**budget.limits, "size": limit})
+    """Whether a budget limits the multiply-accumulates, and neither the size nor the speed of the file."""
+    return "macs" in budget.limits and ON_FILE.isdisjoint(budget.limits)
 
 
 def _search(
-    network: nn.Module,
-    method: Method,
-    task: PruneTask,
-    budgets: tuple[Budget, Budget | None],
-    material: PruningInputs,
+    network: nn.Module, method: Method, task: PruneTask, budget: Budget, material: PruningInputs
 ) -> tuple[Masks, tuple[str, ...]]:
-    """The choice that keeps the second budget, where there is one and it can be kept; else the first."""
-    given, light = budgets
-    tools = Tools(material.probes, material.latency_model)
-    if light is None:
-        return search(network, method, task, given, tools)
-    limit = light.limits["size"].text
-    off = "--set prune.int8_file=0 prunes for the multiply-accumulates alone, which keeps more parameters"
+    """The choice within the budget, and within a limit on the size of the file where `file_share` counts."""
+    within = partial(
+        search, network, method, task, probes=material.probes, latency_model=material.latency_model
+    )
+    if not material.file_share or not minds_macs(budget):
+        return within(budget)
+    macs = task.costs.cost({})["macs"]
+    share = material.file_share * absolute(budget.limits["macs"], macs) / macs
+    size = Limit("size", "share", share, f"{share:.1%}")
     try:
-        masks, notes = search(network, method, task, light, tools)
+        masks, notes = within(replace(budget, limits={**budget.limits, "size": size}))
     except InfeasibleBudget:
-        masks, notes = search(network, method, task, given, tools)
-        return masks, (
-            *notes,
-            f"An int8 file of {limit} of the dense one can't be had by pruning: not held to it.",
+        masks, notes = within(budget)
+        note = (
+            f"Pruning can't reach an int8 file of {size.text} of the dense one, so its size is not limited."
         )
-    return masks, (f"The int8 file is held to {limit} of the dense file as well; {off}.", *notes)
+        return masks, (*notes, note)
+    off = "--set prune.int8_file=0 prunes for the multiply-accumulates alone, which keeps more parameters"
+    return masks, (f"The int8 file is limited to {size.text} of the dense file as well; {off}.", *notes)
 
 
 def _task(
-    bundle: Bundle, network: nn.Module, wishes: tuple[PruneTable, Budget], material: PruningInputs
+    bundle: Bundle, network: nn.Module, settings: tuple[PruneTable, Budget], material: PruningInputs
 ) -> tuple[PruneTask, dict[str, str]]:
-    table, budget = wishes
+    table, budget = settings
     example = normalized_example(bundle.input, material.seed)
     if table.granularity == "channel":
         graph = provable_groups(network, find_groups(network, example, table.skip), example, material.seed)
@@ -201,22 +191,15 @@ def _training(bundle: Bundle, material: PruningInputs) -> Training | None:
     )  # fmt: skip
 
 
-def _edited(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    old = before.state_dict()
-    return {k: v.detach() for k, v in after.state_dict().items() if not torch.equal(v, old[k])}
-
-
 def _unaligned(masks: Masks, multiple_of: int, timed: bool) -> tuple[str, ...]:
     cut = {g: int(keep.sum()) for g, keep in masks.channels.items() if not bool(keep.all())}
     off = {g: kept for g, kept in cut.items() if kept % multiple_of}
     if not off:
         return ()
     name, kept = next(iter(off.items()))
-    why = (
-        "where the latency table says what it saves"
-        if timed
-        else "because they are too narrow for it or the budget could not be met otherwise"
-    )
+    why = "because they are too narrow for it or the budget could not be met otherwise"
+    if timed:
+        why = "where it saves time by the latency table"
     return (
         f"{len(off)} of {len(cut)} cut groups keep a count that is not a multiple of {multiple_of} ({name}: {kept}), "
         f"{why}.",
@@ -224,19 +207,19 @@ def _unaligned(masks: Masks, multiple_of: int, timed: bool) -> tuple[str, ...]:
 
 
 def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict[str, float]:
-    """The limits on what is counted (macs, params), in numbers."""
+    """The limits on macs and params, in numbers."""
     if "macs" in budget.limits and costs.uncounted:
         raise UnsupportedModel(
             f"a budget of macs can't be held: multiply-accumulates of {', '.join(costs.uncounted)} are not known",
-            "set a budget on what can be told: params, size or latency_p50",
+            "set a budget on params, size or latency_p50",
         )
-    # `params` counts what is not zero; the cost model counts every entry, so it errs on the side of the budget.
+    # The limit is relative to the nonzero entries; the cost model counts every entry, so it never exceeds the budget.
     dense = {"macs": costs.cost({})["macs"], "params": float(total_params(network))}
     return {m: absolute(limit, dense[m]) for m, limit in budget.limits.items() if m in COUNTED}
 
 
 def write(chosen: Chosen, folder: Path) -> None:
-    """Leave the choice in a folder: masks.safetensors and chosen.json."""
+    """Save the choice in a folder; `read` loads it."""
     save_tensors(masks_to_tensors(dict(chosen.masks.channels)), folder / "masks.safetensors")
     save_tensors(masks_to_tensors(dict(chosen.masks.weights)), folder / "weights.safetensors")
     save_tensors(dict(chosen.edited), folder / "edited.safetensors")
@@ -245,7 +228,7 @@ def write(chosen: Chosen, folder: Path) -> None:
 
 
 def read(folder: Path) -> Chosen:
-    """The choice that `write` left."""
+    """Load the choice that `write` saved."""
     rest = serialization.read(_Rest, folder / "chosen.json", WorkdirError)
     channels, weights = (
         {k: v.bool() for k, v in load_tensors(folder / f"{name}.safetensors").items()}

@@ -112,7 +112,7 @@ def test_a_table_that_errs_is_corrected_by_the_device(tmp_path: Path) -> None:
     record = found.record["latency"]
     assert len(record["measured"]) > 1 and min(record["measured"]) <= 0.6 * dense
     assert record["measured"][0] > 0.6 * dense
-    assert any("asked for, after" in note and "predicted" in note for note in found.notes)
+    assert any("the limit is" in note and "predicted" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("share", [74, 77, 80])
@@ -172,7 +172,7 @@ def test_predicted_and_measured_stand_side_by_side(tmp_path: Path) -> None:
     assert len(record["predicted"]) == len(record["measured"]) == len(record["iterations"])
     assert record["predicted"][-1] == pytest.approx(record["measured"][-1], rel=0.1)
     assert Path(record["table"]).is_file() and record["budget"] == pytest.approx(0.6 * dense_seconds())
-    assert any(note.startswith("Channels were shared out by a latency table: ") for note in found.notes)
+    assert any(note.startswith("Channels were allocated by a latency table: ") for note in found.notes)
 
 
 def test_no_channel_goes_that_saves_no_time(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_no_channel_goes_that_saves_no_time(tmp_path: Path) -> None:
 
 def test_a_time_that_no_cut_reaches_is_infeasible_and_says_how_near_it_came(tmp_path: Path) -> None:
     dense = dense_seconds()
-    with pytest.raises(InfeasibleBudget, match=r"closest got to latency_p50 .* \(asked for "):
+    with pytest.raises(InfeasibleBudget, match=r"closest cut has latency_p50 .* \(limit "):
         chosen(material(tmp_path, lambda net: 0.8 * dense), latency_p50="50 %")
 
 

@@ -12,6 +12,7 @@ import torch
 import training_tasks
 from torch import nn
 
+from edgeprune import models
 from edgeprune.errors import InfeasibleBudget, ModelError, UnsupportedModel, UsageError, WorkdirError
 from edgeprune.methods import dnr
 from edgeprune.methods._data_free import progressive
@@ -71,10 +72,10 @@ def test_an_int8_file_is_held_to_its_share_when_only_the_macs_are_limited() -> N
     _, small = cut.run_cut(dense, chosen.groups, chosen.masks, chosen.left_out, nets.example())
     whole, left = (sum(p.numel() for p in b.module.parameters()) for b in (dense, small))
     assert left <= 0.15 * 4 * whole and macs_after(dense, chosen) <= 0.5
-    assert any("held to 15.0% of the dense file" in note for note in chosen.notes)
+    assert any("limited to 15.0% of the dense file" in note for note in chosen.notes)
     # A budget that says how small it is to become is left as it is.
     told = stage.run(dense, PruneTable(), budget(macs="50 %", params="90 %"), light)
-    assert not any("held to" in note for note in told.notes)
+    assert not any("limited to" in note for note in told.notes)
 
 
 def test_an_int8_file_that_can_not_be_so_small_is_said_and_pruned_for_macs_alone() -> None:
@@ -85,7 +86,7 @@ def test_an_int8_file_that_can_not_be_so_small_is_said_and_pruned_for_macs_alone
     assert {g: k.tolist() for g, k in chosen.masks.channels.items()} == {
         g: k.tolist() for g, k in alone.masks.channels.items()
     }
-    assert any("not held to it" in note for note in chosen.notes)
+    assert any("its size is not limited" in note for note in chosen.notes)
 
 
 def test_counted_and_measured_limits_hold_together() -> None:
@@ -97,12 +98,12 @@ def test_counted_and_measured_limits_hold_together() -> None:
 
 def test_a_latency_that_pruning_can_not_reach_says_how_far_it_got() -> None:
     floor = budget_search.Probe(0.01, lambda net: 0.008)
-    with pytest.raises(InfeasibleBudget, match=r"closest got to latency_p50 8 ms \(asked for 5 ms\)"):
+    with pytest.raises(InfeasibleBudget, match=r"closest cut has latency_p50 8 ms \(limit 5 ms\)"):
         stage.run(bundle(), PruneTable(), budget(latency_p50="5 ms"), material(latency_p50=floor))
 
 
 def test_a_metric_that_nobody_can_read_while_pruning_is_refused() -> None:
-    with pytest.raises(UsageError, match="energy can't be read while pruning"):
+    with pytest.raises(UsageError, match="energy can't be measured while pruning"):
         stage.run(bundle(), PruneTable(), budget(energy="1 mJ"), material())
 
 
@@ -214,12 +215,14 @@ def test_a_group_that_fails_its_proof_is_left_whole_and_named() -> None:
     assert small.module.a[0].out_channels == 8 and small.module.b[0].out_channels == 6  # type: ignore[index, union-attr]
 
 
-def test_a_cut_that_removes_nothing_that_counts_is_an_error() -> None:
-    """As happens when a graph is misread: tensors are said to be cut, and the network costs what it did."""
+def test_a_cut_that_removes_nothing_that_counts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As happens when a graph is misread: tensors are listed as cut, and the network costs what it did."""
     dense = bundle("plain")
-    x = nets.example()
+    groups = find_groups(dense.module, nets.example()).groups
+    masks = Masks(channels={g.name: torch.arange(g.channels) % 2 == 0 for g in groups})
+    monkeypatch.setattr(models, "cut", lambda *_: ())
     with pytest.raises(ModelError, match="nothing was removed where it counts"):
-        cut._check_smaller(dense.module, dense.module, x, ({"a.0.weight": ()}, (10, 10), (10, 10)))
+        cut.run_cut(dense, groups, masks, {}, nets.example())
 
 
 def test_the_plan_says_what_is_left_and_what_there_was() -> None:
