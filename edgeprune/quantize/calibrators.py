@@ -1,7 +1,7 @@
 """Ranges for quantizing activations, chosen from their histograms by four calibrators.
 
-minmax      all that was seen.
-percentile  all but one value in ten thousand, shared out on both ends.
+minmax      all observed values.
+percentile  all but one value in ten thousand, shared by both ends.
 entropy     the clipping after which the 8-bit histogram has the least Kullback-Leibler divergence from the true one
             (as in S. Migacz, 8-bit Inference with TensorRT, GTC 2017; here also for ranges that begin elsewhere
             than at zero).
@@ -12,19 +12,17 @@ Each range contains zero, which 8 bits must hold exactly: it is what paddings ar
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeprune.errors import UsageError
+from edgeprune.onnx_graph import Array
 from edgeprune.quantities import suggest
 from edgeprune.quantize.observers import BINS, Activations, Seen
 
-Array = npt.NDArray[Any]
 Range = tuple[float, float]
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
-# What a percentile range leaves out, as a share of all values.
+# The share of all values outside of a percentile range.
 LEFT_OUT = 1e-4
 # How many clippings are tried on each end.
 CANDIDATES = 32
@@ -67,7 +65,7 @@ def _range(seen: Seen, choose: Callable[[Seen, bool], Range], symmetric: bool) -
     if max(abs(seen.low), abs(seen.high)) < _NOTHING:
         return (-1.0, 1.0) if symmetric else (0.0, 1.0)
     low, high = choose(seen, symmetric)
-    # What never came cannot be clipped, nor can a bin's edge lie further out than any value.
+    # The edge of a bin may lie outside of all values.
     low, high = max(min(low, 0.0), min(seen.low, 0.0)), min(max(high, 0.0), max(seen.high, 0.0))
     if low == high:
         low, high = _minmax(seen, symmetric=False)
@@ -82,37 +80,30 @@ def _minmax(seen: Seen, symmetric: bool) -> Range:
 
 
 def _percentile(seen: Seen, symmetric: bool) -> Range:
-    if symmetric:
-        edges, counts = _folded(seen)
-        most = _quantile(edges, counts, 1 - LEFT_OUT)
-        return -most, most
-    edges = _edges(seen)
-    share = LEFT_OUT if seen.low >= 0 or seen.high <= 0 else LEFT_OUT / 2
-    return _quantile(edges, seen.counts, share), _quantile(edges, seen.counts, 1 - share)
-
-
-def _quantile(edges: Array, counts: Array, share: float) -> float:
+    edges, counts = _histogram(seen, symmetric)
     below = np.concatenate([[0], np.cumsum(counts)])
-    return float(np.interp(share * below[-1], below, edges))
+
+    def quantile(share: float) -> float:
+        return float(np.interp(share * below[-1], below, edges))
+
+    if symmetric:
+        return -quantile(1 - LEFT_OUT), quantile(1 - LEFT_OUT)
+    share = LEFT_OUT if seen.low >= 0 or seen.high <= 0 else LEFT_OUT / 2
+    return quantile(share), quantile(1 - share)
 
 
 def _entropy(seen: Seen, symmetric: bool) -> Range:
     """Scan how much is kept: of the magnitudes if symmetric, else of both ends alike."""
-    if symmetric:
-        edges, counts = _folded(seen)
-        levels = 128
-    else:
-        edges, counts = _edges(seen), seen.counts
-        levels = 256
+    edges, counts = _histogram(seen, symmetric)
+    levels = 128 if symmetric else 256
     zero = int(np.searchsorted(edges, 0.0))
     if zero + 1 < len(counts):
-        # Every grid holds zero exactly, however many there are behind a ReLU: its bin must not ask for fine steps.
+        # Every grid holds zero exactly, however many zeros a ReLU makes: its bin must not ask for fine steps.
         counts = counts.copy()
         counts[zero] = counts[zero + 1]
     most = max(zero, len(counts) - zero)
-    # With fewer bins than levels nothing is merged, and nothing can be told.
-    fewest = min(levels, most)
-    tried = np.unique(np.linspace(fewest, most, ENTROPY_CANDIDATES).round().astype(int))
+    # With fewer bins than levels nothing is merged.
+    tried = np.unique(np.linspace(min(levels, most), most, ENTROPY_CANDIDATES).round().astype(int))
     slices = [(max(0, zero - kept), min(len(counts), zero + kept)) for kept in tried]
     # The widest of equals: it clips least.
     best = min(reversed(slices), key=lambda s: divergence(counts, s[0], s[1], levels))
@@ -123,9 +114,9 @@ def _entropy(seen: Seen, symmetric: bool) -> Range:
 def divergence(counts: Array, first: int, last: int, levels: int) -> float:
     """Kullback-Leibler divergence of an 8-bit histogram from the true one, in nats.
 
-    The true one, P: bins [first, last), what lies outside added to the bins at the ends. The 8-bit one, Q: bins
-    [first, last) merged into `levels` equal runs, each run's sum spread evenly over those of its bins that P has
-    anything in. Both are normalized; where Q is zero and P is not, Q is taken as a ten-thousandth.
+    The true one, P: bins [first, last), with the outer bins added to the bins at the ends. The 8-bit one, Q: bins
+    [first, last) merged into `levels` equal runs, each run's sum spread evenly over those of its bins where P is not
+    zero. Both are normalized; where Q is zero and P is not, Q is taken as a ten-thousandth of P.
     """
     inside = counts[first:last].astype(np.float64)
     p = inside.copy()
@@ -141,45 +132,38 @@ def divergence(counts: Array, first: int, last: int, levels: int) -> float:
 
 
 def _mse(seen: Seen, symmetric: bool) -> Range:
+    # From the widest down, so that the widest of equals is taken.
+    shares = np.arange(CANDIDATES, 0, -1) / CANDIDATES
+    edges, counts = _histogram(seen, symmetric)
+    low, high = _minmax(seen, symmetric)
     if symmetric:
-        edges, counts = _folded(seen)
-        most = max(-seen.low, seen.high)
-        tried = [(-most * share, most * share) for share in _shares()]
+        tried = [(-share, share) for share in max(-low, high) * shares]
     else:
-        edges, counts = _edges(seen), seen.counts
-        low, high = _minmax(seen, symmetric=False)
-        lows = [low * share for share in _shares()] if low < 0 else [0.0]
-        highs = [high * share for share in _shares()] if high > 0 else [0.0]
+        lows, highs = (end * shares if end else [0.0] for end in (low, high))
         tried = [(a, b) for a in lows for b in highs]
     filled = counts > 0
     centres, weights = ((edges[:-1] + edges[1:]) / 2)[filled], counts[filled] / counts.sum()
     errors = [squared_error(centres, weights, bounds, symmetric=symmetric) for bounds in tried]
-    return tried[int(np.argmin(errors))]
+    low, high = tried[int(np.argmin(errors))]
+    return float(low), float(high)
 
 
 def squared_error(centres: Array, weights: Array, bounds: Range, *, symmetric: bool) -> float:
-    """Mean squared difference of values (B,), of weights (B,) that add up to 1, from their 8-bit forms."""
+    """Mean squared difference of values (B,), of weights (B,) that sum to 1, from their 8-bit forms."""
     scale, zero = grid(*bounds, symmetric=symmetric)
     least, most = (-128, 127) if symmetric else (0, 255)
     rounded = (np.clip(np.rint(centres / scale) + zero, least, most) - zero) * scale
     return float(weights @ np.square(centres - rounded))
 
 
-def _shares() -> Array:
-    # From the widest down, so that the widest of equals is taken.
-    return np.arange(CANDIDATES, 0, -1) / CANDIDATES
-
-
-def _edges(seen: Seen) -> Array:
-    return np.linspace(seen.edge_low, seen.edge_high, len(seen.counts) + 1)
-
-
-def _folded(seen: Seen) -> tuple[Array, Array]:
-    edges = _edges(seen)
+def _histogram(seen: Seen, symmetric: bool) -> tuple[Array, Array]:
+    """Edges and counts, of the magnitudes if symmetric."""
+    edges = np.linspace(seen.edge_low, seen.edge_high, len(seen.counts) + 1)
+    if not symmetric:
+        return edges, seen.counts
     width = (seen.edge_high - seen.edge_low) / len(seen.counts)
-    middle = (edges[:-1] + edges[1:]) / 2
-    place = np.floor(np.abs(middle) / width).astype(np.int64)
-    # Values that lie together, far from zero, have fine bins; all the way from zero there would be too many of them.
+    place = np.floor(np.abs((edges[:-1] + edges[1:]) / 2) / width).astype(np.int64)
+    # Values in a narrow range far from zero have fine bins, too many of which would fit from zero on.
     coarser = math.ceil((int(place.max()) + 1) / BINS)
     place, width = place // coarser, width * coarser
     counts = np.bincount(place, seen.counts).astype(np.int64)

@@ -1,9 +1,9 @@
-"""Cross-layer equalization: scale channels between two layers so that no channel is lost in int8, answers unchanged.
+"""Cross-layer equalization: scale channels between two layers so that none is lost in int8, with the same logits.
 
 Nagel, van Baalen, Blankevoort, Welling: Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV
 2019 (arXiv 1906.04721), section 4.1. Because a ReLU commutes with positive factors, channel i that one layer makes may
 be divided by s_i when the next layer multiplies it by s_i again. A depthwise convolution is the second of one pair and
-the first of the next, so sweeping over pairs until nothing moves equalizes all three layers of an inverted residual.
+the first of the next, so sweeping over pairs until nothing changes equalizes all layers of an inverted residual.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from edgeprune.onnx_graph import View, attribute, copied, operand
+from edgeprune.quantize.placement import clip_bounds
 
 if TYPE_CHECKING:
-    from edgeprune.quantize.observers import Activations, Seen
+    from edgeprune.quantize.observers import Activations
 
 SWEEPS = 100
 CONVERGED = 1e-3
@@ -29,7 +30,7 @@ REACHED = 1e-3
 # Beyond this, a channel of nearly zero weights would be blown up until its bias alone fills the range of all.
 MOST = 1e4
 
-# What commutes with a positive factor for each channel, and leaves the channels where they are.
+# They commute with a positive factor for each channel, and keep the order of channels.
 _COMMUTING = frozenset(
     ("Relu", "LeakyRelu", "PRelu", "Abs", "Identity", "Dropout", "MaxPool", "AveragePool", "GlobalAveragePool",
      "GlobalMaxPool", "LpPool", "GlobalLpPool")
@@ -43,7 +44,7 @@ _Weights = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Pair:
-    """The layer that makes channels, the one that alone reads them, and the ceilings in between that must go."""
+    """The layer that makes channels, the only one that reads them, and the ceilings in between that must go."""
 
     first: NodeProto
     second: NodeProto
@@ -53,17 +54,17 @@ class _Pair:
 def equalized(model: ModelProto, seen: Activations | None = None) -> tuple[ModelProto, int]:
     """A copy in which the weights of each channel have the same range in the layer before and the layer after.
 
-    For each pair of layers of which the first is read by the second alone, through ReLUs, pools and flattening,
+    For each pair of layers of which the second alone reads the first, through ReLUs, pools and flattening,
     s_i = sqrt(r1_i r2_i) / r2_i (eq. 11) with r1_i = max |W1[i]| and r2_i = max |W2[:, i]|; W1 and b1 are divided by
-    s, W2 is multiplied by it. Channels without weights stay. All pairs are gone through until no s is more than 0.1 %
-    from 1. The answers stay the same to the rounding of float32.
+    s, W2 is multiplied by it, until no s is more than 0.1 % from 1. Channels without weights stay. The logits stay the
+    same to the rounding of float32.
 
     Args:
-        seen: what its activations were. A Clip(0, c) blocks a pair, because its ceiling does not commute; with `seen`
-            it becomes a Relu when at most 0.1 % of the values reached c. Those are the only answers that may change.
+        seen: the activations of `model`. A Clip(0, c), whose ceiling does not commute, blocks a pair; it becomes a Relu
+            where at most 0.1 % of its inputs reached c, which may change logits.
 
     Returns:
-        The copy, and how many pairs were equalized.
+        The copy, and the number of equalized pairs.
     """
     copy = copied(model)
     view = View(copy)
@@ -96,7 +97,10 @@ class _Layers:
         weight, bias = self.view.initializers[node.input[1]], operand(node, 2)
         if len(weight.dims) < 2 or (node.op_type == "MatMul" and len(weight.dims) != 2):
             return False
-        return self.view.uses(node.input[1]) == 1 and (not bias or self._own_bias(node, bias))
+        if self.view.uses(node.input[1]) != 1 or not bias:
+            return self.view.uses(node.input[1]) == 1
+        stored = self.view.initializers.get(bias)
+        return stored is not None and self.view.uses(bias) == 1 and prod(stored.dims) == self.made(node)
 
     def made(self, node: NodeProto) -> int:
         """How many channels a layer makes."""
@@ -107,7 +111,7 @@ class _Layers:
         return self._rows(node).shape[1] * _groups(node)
 
     def equalize(self, pair: _Pair) -> float:
-        """Move each channel of a pair to equal ranges; gives by how much the largest factor differs from 1."""
+        """Scale each channel of a pair to equal ranges; returns the largest difference of a factor from 1."""
         first, second = self._rows(pair.first), self._rows(pair.second)
         channels, groups = first.shape[0], _groups(pair.second)
         # (groups, outputs of the group, inputs of the group, kernel): channel i is input i % inputs of its group.
@@ -129,7 +133,7 @@ class _Layers:
         for node in self.view.graph.node:
             if node.op_type not in _LAYERS or operand(node, 1) not in self.weights:
                 continue
-            self._put(node.input[1], _from_rows(node, self.weights[node.input[1]]))
+            self._put(node.input[1], _to_rows(node, self.weights[node.input[1]]))
             total = self.totals.get(node.input[1])
             if total is not None and operand(node, 2):
                 bias = numpy_helper.to_array(self.view.initializers[node.input[2]]).astype(np.float64)
@@ -142,11 +146,6 @@ class _Layers:
             self.weights[name] = np.ascontiguousarray(_to_rows(node, array))
         return self.weights[name]
 
-    def _own_bias(self, node: NodeProto, bias: str) -> bool:
-        if bias not in self.view.initializers or self.view.uses(bias) != 1:
-            return False
-        return prod(self.view.initializers[bias].dims) == self.made(node)
-
     def _put(self, name: str, array: _Weights) -> None:
         self.view.initializers[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
 
@@ -156,29 +155,23 @@ def _groups(node: NodeProto) -> int:
 
 
 def _to_rows(node: NodeProto, array: _Weights) -> _Weights:
-    """Weights as (outputs, inputs of the group, kernel...), which is how a Conv has them."""
+    """Weights as (outputs, inputs of the group, kernel...), which is how a Conv has them, and back again."""
     if node.op_type == "ConvTranspose":
         split = array.reshape(_groups(node), -1, *array.shape[1:])
         return np.swapaxes(split, 1, 2).reshape(-1, split.shape[1], *array.shape[2:])
-    turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
-    return array.T if turned else array
-
-
-def _from_rows(node: NodeProto, rows: _Weights) -> _Weights:
-    if node.op_type == "ConvTranspose":
-        split = rows.reshape(_groups(node), -1, *rows.shape[1:])
-        return np.swapaxes(split, 1, 2).reshape(-1, split.shape[1], *rows.shape[2:])
-    return _to_rows(node, rows)
+    transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+    return array.T if transposed else array
 
 
 def _pairs(view: View, layers: _Layers, seen: Activations) -> Iterator[_Pair]:
     for first in view.graph.node:
-        # What a MatMul makes gets its bias from an Add, which no factor passes.
+        # A MatMul gets its bias from an Add, which no factor passes.
         if first.op_type == "MatMul" or not layers.fits(first):
             continue
         value, clips = first.output[0], []
-        while (node := _only_reader(view, value)) is not None and node.op_type not in _LAYERS:
-            if _is_ceiling(view, node):
+        while (node := view.only_reader(value)) is not None and node.op_type not in _LAYERS:
+            low, high = clip_bounds(view, node) if node.op_type == "Clip" else (np.nan, np.nan)
+            if low == 0.0 and 0.0 < high < np.inf:
                 clips.append(node)
             elif not _passes(view, node, layers.made(first)):
                 break
@@ -188,76 +181,52 @@ def _pairs(view: View, layers: _Layers, seen: Activations) -> Iterator[_Pair]:
         # A MatMul sums over the last axis, which holds the channels only when there are two.
         aligned = node.op_type != "MatMul" or len(view.shape(value)) == 2
         fits = aligned and layers.read(node) % layers.made(first) == 0
-        if fits and all(_idle(view, clip, seen) for clip in clips):
+        if fits and all(_is_idle(view, clip, seen) for clip in clips):
             yield _Pair(first, node, tuple(clips))
 
 
-def _only_reader(view: View, value: str) -> NodeProto | None:
-    readers = view.readers.get(value, [])
-    return readers[0] if len(readers) == 1 and value not in view.outputs else None
-
-
 def _passes(view: View, node: NodeProto, channels: int) -> bool:
+    """Whether a factor for each channel may be applied after a node as well as before it."""
     if node.op_type in _COMMUTING:
         return len([name for name in node.output if name]) == 1
+    before = view.shape(node.input[0])
     if node.op_type == "Clip":
-        return _bounds(view, node) == (0.0, np.inf)
+        return clip_bounds(view, node) == (0.0, np.inf)
     if node.op_type in _REDUCING:
-        axes = _ints(view, node, "axes", 1)
-        return bool(axes) and all(axis > 1 or axis in (-1, -2) for axis in axes) and _images(view, node)
+        axes = _ints(view, node, "axes")
+        return bool(axes) and len(before) == 4 and all(axis > 1 or axis in (-1, -2) for axis in axes)
     if node.op_type == "Pad":
-        return _pads_around(view, node)
+        return len(before) == 4 and _pads_around(view, node)
     if node.op_type in _FLAT:
-        before, after = view.shape(node.input[0]), view.shape(node.output[0])
+        after = view.shape(node.output[0])
         if len(before) < 2 or len(after) != 2 or None in before[1:]:
             return False
         return before[1] == channels and after[1] == prod(size or 0 for size in before[1:])
     return False
 
 
-def _images(view: View, node: NodeProto) -> bool:
-    return len(view.shape(node.input[0])) == 4
-
-
 def _pads_around(view: View, node: NodeProto) -> bool:
-    pads = _ints(view, node, "pads", 1)
+    """Whether a Pad of images adds no channels, and no other value than zero."""
+    pads = _ints(view, node, "pads")
     value = view.constant(operand(node, 2)) if operand(node, 2) else np.zeros(())
-    if not _images(view, node) or len(pads) != 8 or operand(node, 3) or value is None:
+    if len(pads) != 8 or operand(node, 3) or value is None:
         return False
     return not any(pads[i] for i in (0, 1, 4, 5)) and not value.any() and not attribute(node, "value", 0.0)
 
 
-def _ints(view: View, node: NodeProto, name: str, position: int) -> list[int]:
-    array = view.constant(operand(node, position)) if operand(node, position) else None
+def _ints(view: View, node: NodeProto, name: str) -> list[int]:
+    """Integers that older operator sets keep in an attribute and newer ones in the second input."""
+    array = view.constant(operand(node, 1))
     values: Any = attribute(node, name, ()) if array is None else array.ravel()
     return [int(v) for v in values]
 
 
-def _bounds(view: View, node: NodeProto) -> tuple[float, float]:
-    """Of a Clip; NaN where a bound is computed."""
-    ends: list[float] = []
-    for position, (name, default) in enumerate((("min", -np.inf), ("max", np.inf)), start=1):
-        given = view.constant(operand(node, position)) if operand(node, position) else None
-        computed = bool(operand(node, position)) and given is None
-        ends.append(np.nan if computed else float(attribute(node, name, default) if given is None else given))
-    return ends[0], ends[1]
-
-
-def _is_ceiling(view: View, node: NodeProto) -> bool:
-    if node.op_type != "Clip":
+def _is_idle(view: View, clip: NodeProto, seen: Activations) -> bool:
+    """Whether at most `REACHED` of the values reached a ceiling; of the bin that it falls in, all count."""
+    before, limit = seen.get(clip.input[0]), clip_bounds(view, clip)[1]
+    if before is None:
         return False
-    low, high = _bounds(view, node)
-    return low == 0.0 and 0.0 < high < np.inf
-
-
-def _idle(view: View, clip: NodeProto, seen: Activations) -> bool:
-    before = seen.get(clip.input[0])
-    return before is not None and _share_above(before, _bounds(view, clip)[1]) <= REACHED
-
-
-def _share_above(seen: Seen, limit: float) -> float:
-    """The share of the values above a limit; of the bin that it falls in, all."""
-    if seen.high <= limit:
-        return 0.0
-    edges = np.linspace(seen.edge_low, seen.edge_high, len(seen.counts) + 1)
-    return float(seen.counts[edges[1:] > limit].sum() / max(1, seen.counts.sum()))
+    if before.high <= limit:
+        return True
+    edges = np.linspace(before.edge_low, before.edge_high, len(before.counts) + 1)
+    return bool(before.counts[edges[1:] > limit].sum() / max(1, before.counts.sum())) <= REACHED
