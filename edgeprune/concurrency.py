@@ -54,10 +54,7 @@ def said(url: str, error: EdgepruneError) -> str:
 
 
 def names(places: Sequence[tuple[str, str]]) -> list[str]:
-    """A name of its own for each place, from its (URL, where): several of one `where` are told apart by their URLs.
-
-    The first keeps its `where`; where a URL says no more than that, a number does.
-    """
+    """A name of its own for each place, from its (URL, where): several of one `where` are told apart by their URLs."""
     counts = Counter(where for _, where in places)
     found: list[str] = []
     for url, where in places:

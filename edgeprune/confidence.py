@@ -17,9 +17,6 @@ def binomial(k: int, n: int, level: float = LEVEL) -> Tuple[float, float]:
 
     Returns:
         (low, high) in [0, 1]; low is 0 for k = 0, high is 1 for k = n.
-
-    Raises:
-        ValueError: not 0 <= k <= n with n >= 1, or level not in (0, 1).
     """
     if not 0 <= k <= n or n < 1 or not 0.0 < level < 1.0:
         raise ValueError(
@@ -36,9 +33,6 @@ def mcnemar(gained: int, lost: int) -> float:
 
     Returns:
         p in (0, 1]: twice the smaller tail of a binomial with probability 1/2, at most 1; 1 when nothing differs.
-
-    Raises:
-        ValueError: a count below 0.
     """
     if gained < 0 or lost < 0:
         raise ValueError(f"counts must be at least 0, got {gained} and {lost}")
@@ -48,11 +42,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
-    """The q-quantile of samples in ascending order, linear between neighbors.
-
-    Raises:
-        ValueError: no samples, or q not in [0, 1].
-    """
+    """The q-quantile of samples in ascending order, linear between neighbors."""
     if not ordered or not 0.0 <= q <= 1.0:
         raise ValueError(f"a quantile needs samples and q in [0, 1], got {len(ordered)} samples and q = {q}")
     place = q * (len(ordered) - 1)
@@ -67,15 +57,11 @@ def quantile_interval(
     """The two samples between which the true q-quantile lies, by order statistics.
 
     Args:
-        q: which quantile, in (0, 1).
         level: how sure; each side may miss with at most (1 - level) / 2.
 
     Returns:
         (low, high), or None when there are too few samples to bound one side (the median needs 6,
         the 90th percentile 36, the 99th 368 at 95 %).
-
-    Raises:
-        ValueError: q or level not in (0, 1).
     """
     if not 0.0 < q < 1.0 or not 0.0 < level < 1.0:
         raise ValueError(f"q and level must be in (0, 1), got {q} and {level}")

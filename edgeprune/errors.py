@@ -117,11 +117,7 @@ class NoRoom(WorkdirError):
 
 
 def shortage(error: Optional[BaseException], said: str = "", needed: int = 0) -> Optional[NoRoom]:
-    """What an exhausted disk or memory has raised, as the error to tell; None for anything else.
-
-    Args:
-        said: what is known of the circumstances. needed: how many bytes were to be written, 0 where unknown.
-    """
+    """What an exhausted disk or memory has raised, as the error to tell; None for anything else."""
     if isinstance(error, OSError) and error.errno in _DISK:
         path = os.fspath(error.filename2 or error.filename or "")  # of a copy, where it goes
         text = said or f"{visible(str(path)) or 'a file'} can't be written: {error.strerror}"

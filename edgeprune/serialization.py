@@ -93,11 +93,7 @@ def load(path: Path) -> Any:
 
 
 def read(cls: Type[T], path: Path, error: Type[EdgepruneError] = UsageError) -> T:
-    """Read a record from a JSON file.
-
-    Raises:
-        error: not readable, not JSON, or not such a record; says which field.
-    """
+    """Read a record from a JSON file."""
     try:
         data = load(path)
     except (OSError, ValueError) as cause:

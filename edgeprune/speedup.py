@@ -36,11 +36,7 @@ def least(*, same_work: bool = False) -> float:
 def verdict(
     ratio: Ratio, *, same_work: bool = False, nothing_removed: bool = False, unsure: bool = False
 ) -> str:
-    """FASTER, UNDECIDED or NOT_FASTER.
-
-    Args:
-        same_work: as for `least`.
-    """
+    """FASTER, UNDECIDED or NOT_FASTER."""
     if nothing_removed:
         return NOT_FASTER
     if ratio.low > 1.0 and ratio.value >= least(same_work=same_work):

@@ -122,11 +122,7 @@ def images(x: np.ndarray, last: Optional[np.ndarray]) -> Tuple[int, bytes]:
 
 
 def pixels(kind: int, body: bytes, last: Optional[np.ndarray]) -> np.ndarray:
-    """The images of a message: float32 (N, C, H, W).
-
-    Args:
-        last: the images of the message before, or None.
-    """
+    """The images of a message: float32 (N, C, H, W)."""
     import numpy as np
 
     if kind not in (WHOLE, CHANGED) or (kind == CHANGED and last is None):

@@ -97,7 +97,6 @@ def take_turns(
 
     Args:
         turns: model -> one run; it gives its own time in ns, or None to be timed from outside.
-        clock: seconds, for the caps.
 
     Returns:
         Model -> samples, and why it ended: "precise", "iterations" or "seconds".
@@ -157,10 +156,7 @@ def _warm_up(turns: Sequence[Callable[[], Any]], runs: int, seconds: float) -> i
 
 
 def _one(run: Callable[[], int | None]) -> tuple[int, int]:
-    """Wall (or the runtime's own) and thread CPU time of one run, in ns.
-
-    The CPU clock costs more to read, so it stands outside.
-    """
+    """Wall (or the runtime's own) and thread CPU time of one run, in ns."""
     cpu = time.thread_time_ns()
     wall = time.perf_counter_ns()
     own = run()

@@ -116,7 +116,6 @@ def climb(  # noqa: PLR0913
     """One run of algorithm 1 from a random point of the ball's surface.
 
     Args:
-        model: pixels to logits; gradients pass. On lanes, each takes a part of the images all the way.
         steps: gradient steps; each image is asked about steps + 1 times, unless it is broken before.
 
     Returns:

@@ -142,10 +142,7 @@ class _Told:
 
 @contextmanager
 def _still(model: nn.Module | Logits, x: Tensor) -> Iterator[nn.Module | Logits]:
-    """What is to be asked: of a network one that answers alike and faster, on all threads; anything else as it is.
-
-    The network is in evaluation mode in the block, and its parameters get no gradients.
-    """
+    """What is to be asked: of a network one that answers alike and faster, on all threads; anything else as it is."""
     if not isinstance(model, nn.Module):
         yield model
         return

@@ -88,9 +88,6 @@ def _stepped(answers: Logits, task: Task, at: Tensor, norm: str) -> Tensor:
 def onto_plane(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
     """The shortest change that brings each point onto a hyperplane and leaves it in [0, 1] (eq. 4 of the paper).
 
-    Args:
-        value: float (N,), normal . (point - a point of the plane).
-
     Returns:
         Like `points`. Where the cube does not reach the plane, the corner that is nearest to it; where the normal
         is 0, no change.

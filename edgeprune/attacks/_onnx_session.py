@@ -21,12 +21,7 @@ TOLERANCE = 1e-4
 
 
 def onnx_inference(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None:
-    """A network's logits by ONNX Runtime, on as many replicas; None where that can't be had or does not pay.
-
-    Args:
-        model: pixels (N, C, H, W) to logits (N, K): a network in evaluation mode, or `Replicas` of one.
-        questions: how many are to come, in images.
-    """
+    """A network's logits by ONNX Runtime, on as many replicas; None where that can't be had or does not pay."""
     one = alone(model, x, questions)
     if one is None or not isinstance(model, Replicas):
         return one

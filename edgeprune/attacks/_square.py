@@ -27,10 +27,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class _Held:
-    """The images that stand, (n, ...): their rows, themselves, the best found, labels and margins of the best.
-
-    What is the best changes in place.
-    """
+    """The images that stand, (n, ...): their rows, themselves, the best found, labels and margins of the best."""
 
     row: Tensor
     x: Tensor
@@ -55,7 +52,6 @@ def share_of_pixels(query: int, queries: int, first: float, rescale: bool) -> fl
     """How large the patch of a query is, as a share of the image.
 
     Args:
-        query: counted from 0.
         rescale: whether the schedule, made for 10,000 queries, is compressed to `queries`; the standard evaluation
             does not, and with its 5,000 queries stops at a 128th.
     """
@@ -82,7 +78,6 @@ def search(  # noqa: PLR0913
 
     Args:
         queries: at most so many of each image, >= 1; the first is about stripes (Linf) or tiles (L2).
-        rescale: see `share_of_pixels`.
         faster: nearly the same logits in less time; what seems wrong by them is asked of `answers`.
     """
     found = x.clone()
@@ -168,10 +163,7 @@ def _begins(extent: int, side: int) -> Iterator[int]:
 
 
 def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first.
-
-    What there is elsewhere is scaled a little, so it changes everywhere.
-    """
+    """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first."""
     first, second = _box(held.x, side, generator), _box(held.x, side, generator)
     count, channels = held.x.shape[:2]
     change = held.best - held.x

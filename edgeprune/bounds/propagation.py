@@ -163,7 +163,6 @@ def delta_from(
     """A bound of the change of the network's output when the outputs of some calls change.
 
     Args:
-        bounds: of the activations before the change, of one box.
         starts: name of a call, or of the input -> by how much its output changes, for B candidates at once:
             (B, ...) as in `Bounds.intervals`, in their dtype; axes of size 1 stand for every position, missing ones at
             the end too. Where a start is downstream of another one, its change is added to what arrives there.
@@ -228,7 +227,6 @@ def consumer_impact(
     """What a change of some input channels of a convolution or a linear layer does to its output.
 
     Args:
-        call: of `program`, a convolution or a linear layer with its weight in `state`.
         positions: for each of B candidates the entries along the layer's input axis that change: one for a channel
             that a convolution reads, H · W of them where a flattened channel is read.
         delta: (B,) by how much each of them changes, anywhere in the image.

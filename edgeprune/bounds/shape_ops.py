@@ -19,11 +19,7 @@ Moved = Value | tuple[Value, ...]
 
 
 def moved(call: Call, args: Sequence[Any]) -> Moved:
-    """What becomes of the bounds.
-
-    Args:
-        args: its arguments, with a `Value` or a constant tensor for each tensor.
-    """
+    """What becomes of the bounds."""
     rule = _RULES.get(call.op)
     if rule is None:
         raise NoRule(f"there is no rule for {call.op}")

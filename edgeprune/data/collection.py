@@ -73,11 +73,7 @@ def in_memory(name: str, pixels: Tensor, labels: Tensor) -> Split:
 
 
 def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Two parts of a split: what is left, and `share` of it, each class alike, to choose by.
-
-    Raises:
-        UsageError: too few images for two parts.
-    """
+    """Two parts of a split: what is left, and `share` of it, each class alike, to choose by."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     aside = [
         mine[: max(1, round(share * len(mine)))]
@@ -151,14 +147,7 @@ def calibration_digest(labels: Tensor, name_or_path: str) -> str:
 def calibration_images(
     data: Data, name_or_path: str, progress: Callable[[int], None] | None = None
 ) -> Tensor:
-    """The calibration images, of the training part only: float32 (n, C, H, W) in [0, 1].
-
-    Args:
-        name_or_path: a recipe of `calibration/`, by bare name or path.
-
-    Raises:
-        UsageError: the data is for evaluation only, or the recipe is wrong.
-    """
+    """The calibration images, of the training part only: float32 (n, C, H, W) in [0, 1]."""
     if data.train is None:
         raise UsageError(
             "the data is for evaluation only, so nothing is calibrated on it", "give training images"

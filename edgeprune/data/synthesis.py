@@ -190,14 +190,7 @@ IMAGES, RECORD = "images.safetensors", "synthesis.json"
 
 
 def run(bundle: Bundle, table: SynthesizeTable, seed: int, scratch: Path) -> Synthesis:
-    """Make the images.
-
-    Args:
-        bundle: the dense network; not changed. table: how many images and steps, 0 for as many as its cost allows.
-
-    Returns:
-        Images float32 (N, C, H, W) with values in the range of the network's input, notes, and facts of how.
-    """
+    """Make the images."""
     scratch.mkdir(parents=True, exist_ok=True)
     made = synthesize(
         deployed(bundle), bundle.input, images=table.images, steps=table.steps, seed=seed, scratch=scratch

@@ -156,10 +156,7 @@ def _pip(name: str, torch_version: str) -> str:
 
 
 def _broken(modules: Sequence[str], first: str = "") -> dict[str, str]:
-    """Module -> why it does not load. All of them are tried in one child; after a crash, the rest in another.
-
-    `first` is Python to run before them.
-    """
+    """Module -> why it does not load. All of them are tried in one child; after a crash, the rest in another."""
     local, root = device_from_url("local"), str(Path(edgeprune.__file__).resolve().parent.parent)
     broken: dict[str, str] = {}
     left = list(modules)

@@ -38,11 +38,7 @@ class LayerReason:
 def explain_layers(
     bundle: Bundle, times: Mapping[str, float], skip: tuple[str, ...] = ()
 ) -> tuple[LayerReason, ...]:
-    """One row for every layer, in the order of definition.
-
-    Args:
-        times: layer -> seconds, as measured on the exported file; may be empty.
-    """
+    """One row for every layer, in the order of definition."""
     example = normalized_example(bundle.input, 0)
     graph = _graph(bundle, example, skip)
     makers = {

@@ -25,9 +25,6 @@ def budget_from(sources: Sequence[str], cwd: Path) -> Budget:
     Each source is "METRIC=LIMIT" or a TOML file with a table [budget], with [tool.edgeprune.budget], or with the
     limits at the top. Without sources the table [tool.edgeprune.budget] of cwd/pyproject.toml is taken. The source
     "allow-estimates", or that key with the value true in a file, lets an estimate stand for a measurement.
-
-    Raises:
-        UsageError: no limits at all (prints an example), no such file, an unknown metric, an impossible limit.
     """
     found = [_source(source, cwd) for source in sources]
     if not set(sources) - {ALLOW_ESTIMATES} and _is_file(cwd / "pyproject.toml"):

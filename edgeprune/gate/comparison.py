@@ -17,11 +17,7 @@ ATTACK = ("attack", "norm", "eps_value")
 def interval(
     metric: str, after: Reading, dense: Reading, agreement: Reading | None
 ) -> tuple[float, float] | None:
-    """The 95 % interval of a reading, the dense one taken as exact, where both were taken in pairs; or None.
-
-    Args:
-        agreement: of the two networks on the same images, or None.
-    """
+    """The 95 % interval of a reading, the dense one taken as exact, where both were taken in pairs; or None."""
     return (
         _times(after, dense) or _counts(metric, after, dense) or _accuracies(metric, after, dense, agreement)
     )
@@ -140,9 +136,6 @@ ORDER = ("pass", "missing", "inconclusive", "fail")
 
 def worst(checks: Mapping[str, Check], *, alone: bool) -> Check:
     """The check that decides: a missed limit before one that can't be told, then the smallest margin.
-
-    Args:
-        checks: place -> the check of a limit there; at least one. alone: there is no other device.
 
     Returns:
         that check; where several places were read, its detail says at which it was, and what the others said.

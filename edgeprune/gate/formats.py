@@ -31,11 +31,7 @@ _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(verdict: Verdict, format: str) -> str:  # noqa: A002 - the word of the command line
-    """The verdict in one of FORMATS, without a newline at the end.
-
-    Raises:
-        UsageError: an unknown format.
-    """
+    """The verdict in one of FORMATS, without a newline at the end."""
     writers: dict[str, Callable[[Verdict], str]] = {
         "text": _text,
         "json": _json,

@@ -24,11 +24,7 @@ def check_bundle(bundle: Bundle, split: Split) -> None:
 
 
 def check(path: Path, x: Tensor, classes: int) -> None:
-    """Refuse a file whose output has another width than it says, or depends on the other images of a batch.
-
-    Args:
-        path: takes float32 (N, C, H, W), its first output has N rows. x: such images. classes: the width.
-    """
+    """Refuse a file whose output has another width than it says, or depends on the other images of a batch."""
     model, x = opened(path), x[:IMAGES]
     session = OnnxRuntime().open(path, 1)
     together = torch.from_numpy(session(x.numpy()))

@@ -49,9 +49,6 @@ def accuracy(
     """The share of held-out images that the file itself classifies right, and its logits (N, K) in their order.
 
     An image whose logits are not all finite counts as wrong. The spread is the exact binomial 95 % interval.
-
-    Raises:
-        UsageError: the file or the images are not there, a label is not a class of the model, or shapes differ.
     """
     if len(split) == 0:
         raise UsageError(
@@ -117,7 +114,6 @@ def predict(
     """The file's logits (N, K) for batches of float32 (n, C, H, W), in few processes on the device.
 
     Raises:
-        UsageError: the file is not there, the images have another shape than it eats, or the device gives no answers.
         DeviceError, MissingDependency, ModelError: as for `measure.latency`.
     """
     if device.times_alone:

@@ -51,9 +51,6 @@ def _files(path: Path, beside: Mapping[str, Path]) -> dict[str, Any]:
 def densities(networks: Mapping[str, nn.Module]) -> dict[str, tuple[Reading, ...]]:
     """How much of the dense network is left and not zero, of its weights and of all its parameters.
 
-    Args:
-        networks: "dense" and others that were made from it.
-
     Returns:
         Name -> weight_density and param_density: entries that are not zero, over all entries of the dense network.
         Entries of channels that were removed count like zeros; a parameter that two layers share counts once.

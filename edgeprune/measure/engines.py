@@ -72,10 +72,7 @@ IMAGES = 128
 
 @dataclass(frozen=True)
 class Place:
-    """Where engines are built: the device, the machine that it should be, and the folder here that they come to.
-
-    sparse: kernels for 2:4 weights may be used.
-    """
+    """Where engines are built: the device, the machine that it should be, and the folder here that they come to."""
 
     device: Device
     target: Target
@@ -138,11 +135,7 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
 
 
 def precision_of(path: Path) -> str:
-    """The precision that an ONNX file is written in: "int8" with Q/DQ, "fp16" with half-precision weights, or "fp32".
-
-    Raises:
-        ModelError: it is not a readable ONNX file.
-    """
+    """The precision that an ONNX file is written in: "int8" with Q/DQ, "fp16" with half-precision weights, or "fp32"."""
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except ONNX_ERRORS as error:
@@ -191,11 +184,7 @@ def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping
 
 
 def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], device: Device) -> str:
-    """Hold an engine's answers on a device against ONNX Runtime's for its ONNX file, here, on the same images.
-
-    Returns:
-        One sentence: how far apart they are.
-    """
+    """Hold an engine's answers on a device against ONNX Runtime's for its ONNX file, here, on the same images."""
     expected = _logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
     found = _logits(engine.path, spec, images, device, TENSORRT)
     worst, same = _apart(expected, found)

@@ -19,11 +19,7 @@ from edgeprune.records import Bundle, Reading, Report
 
 
 def balanced(split: Split, limit: int, seed: int) -> Split:
-    """At most `limit` images, the same share of each class, the same ones for the same seed.
-
-    Raises:
-        UsageError: the limit is not at least 1.
-    """
+    """At most `limit` images, the same share of each class, the same ones for the same seed."""
     if limit < 1:
         raise UsageError(f"--limit {limit} must be at least 1")
     chosen = spread(split.labels, limit, seed).sort().values

@@ -127,11 +127,7 @@ class OnnxFile:
         )
 
     def named(self, name: str) -> Output:
-        """The output of that name.
-
-        Raises:
-            UsageError: there is none, or it has no class for each image.
-        """
+        """The output of that name."""
         found = next((output for output in self.outputs if output.name == name), None)
         if found is None:
             raise UsageError(
@@ -193,11 +189,7 @@ class OnnxFile:
         return self.written(f"{self.outputs.index(output)}{'-logits' * logits}", model)
 
     def judged(self, split: Split, classes: int, *, wanted: str = "", attacked: bool = False) -> Judged:
-        """What is asked about images, and what a reader must know of it.
-
-        Raises:
-            UsageError: it can't be told which output are the logits; names all of them. Or it has no logits to attack.
-        """
+        """What is asked about images, and what a reader must know of it."""
         if wanted:
             output, why = self.named(wanted), "as --output says"
         elif len(self.outputs) == 1:
@@ -275,9 +267,6 @@ def look(path: Path, folder: Path, given: str = "") -> OnnxFile:
 
     Args:
         folder: where copies may be written. given: "CxHxW", where the file leaves them open.
-
-    Raises:
-        UsageError: not one image in, or nothing out, or a size that is open and can't be had.
     """
     model = opened(path)
     check_scales(path, model)

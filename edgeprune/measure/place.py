@@ -16,11 +16,7 @@ from edgeprune.serialization import scratch_folder
 
 @contextmanager
 def held(device: Device, files: Mapping[str, Path]) -> Iterator[dict[str, str]]:
-    """Copies of files on the device, name -> path there, gone afterwards.
-
-    Raises:
-        UsageError, ModelError: a file is not there, or what it has beside it is not whole (`onnx_graph.index.opened`).
-    """
+    """Copies of files on the device, name -> path there, gone afterwards."""
     data = {name: data_files(path) for name, path in files.items()}
     if not any(beside(path).is_file() or data[name] for name, path in files.items()):
         with device.holding(files) as paths:

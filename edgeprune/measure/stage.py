@@ -76,12 +76,7 @@ def run(
     *,
     counted: Mapping[str, tuple[Reading, ...]] | None = None,
 ) -> Measured:
-    """Measure "dense" and "compressed" (or one file alone).
-
-    Args:
-        files: name -> ONNX file. plan: the cut between them, for the counts and for the reason when it does not pay.
-        counted: more that was counted of the networks behind the files, by the same names (`measure_densities`).
-    """
+    """Measure "dense" and "compressed" (or one file alone)."""
     with (
         wanted.device.exclusively(wait_s=wanted.wait_s, log=wanted.log),
         scratch_folder() as folder,

@@ -47,7 +47,6 @@ def measure_unlabelled(
     """Everything that is said without labels.
 
     Args:
-        pictures: the synthetic images, None for none.
         device: where the files answer; of one that gives no answers the readings are absent, with the reason, and for
             one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
     """
@@ -70,11 +69,7 @@ def measure_unlabelled(
 def answers(
     files: Mapping[str, Path], spec: InputSpec, pictures: Pictures, device: Device
 ) -> tuple[Reading, ...]:
-    """How alike the files "dense" and "compressed" answer synthetic images, both run on the device.
-
-    Returns:
-        The readings synthetic_agreement and synthetic_kl.
-    """
+    """How alike the files "dense" and "compressed" answer synthetic images, both run on the device."""
     logits = {
         name: predict(
             Artifact(str(path), "onnx", "fp32", spec, "", path.stat().st_size), pictures.batches(), device,

@@ -69,7 +69,6 @@ def words(ratio: Ratio, place: str, clues: Clues | None = None, *, unsure: bool 
     """One sentence without a full stop: "1.62x faster (95 % interval 1.58-1.66) on local x86_64, 1 thread".
 
     Args:
-        place: where and how it was timed, as in "local x86_64, 1 thread".
         unsure: other work got in the way, so that an interval with 1 in it says nothing, however narrow it is.
     """
     clues = clues or Clues()

@@ -130,9 +130,6 @@ class PruneTask:
 
         Args:
             scores: name -> float (n,), >= 0 for what may stay; of channels comparable between groups.
-
-        Returns:
-            name -> bool (n,), True stays.
         """
         units = self.units
         if self.free:

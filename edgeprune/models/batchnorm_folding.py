@@ -34,9 +34,6 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
     A batch-norm is folded when the network, run on the example, gives it the output of a convolution or a linear
     layer that is called once and whose output and weight nothing else reads. The copy is used only if it answers the
     example, and its negative, as the module does. Its kernels lie in memory as the example does.
-
-    Returns:
-        A network in evaluation mode whose parameters need no gradient, or `module`.
     """
     if not any(type(layer) in _NORMS for layer in module.modules()):
         return module

@@ -31,14 +31,7 @@ _PROGRAM, _RECIPE, _PLAN = "model.pt2", "recipe.toml", "plan.json"
 
 
 def load_bundle(table: ModelTable) -> Bundle:
-    """Load a model file, or a run directory, so that no code in it runs.
-
-    Returns:
-        The bare network in eval mode, float32, every parameter trainable; what it eats; where it came from.
-
-    Raises:
-        UsageError: the path, the architecture or the input is missing or wrong.
-    """
+    """Load a model file, or a run directory, so that no code in it runs."""
     if not table.path:
         raise UsageError(
             "no model was given", "MODEL is a .pt2, .pt, .pth or .safetensors file, or a run directory"
@@ -78,10 +71,6 @@ def from_module(
 
     Args:
         mean, std: the normalization to put inside, one value per channel; empty for none.
-
-    Raises:
-        UsageError: example_inputs or the normalization don't fit.
-        UnsupportedModel, ModelError: as `load_bundle`.
     """
     example = (
         example_inputs[0]
@@ -110,11 +99,7 @@ def from_module(
 
 
 def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: Path) -> Bundle:  # noqa: A002
-    """The compressed network again: the original architecture, the cuts replayed on it, and the weights.
-
-    Args:
-        plans: the cuts, in their order.
-    """
+    """The compressed network again: the original architecture, the cuts replayed on it, and the weights."""
     module = _original(source)
     _prepare(module, source.arch or source.path)
     for plan in plans:

@@ -29,12 +29,7 @@ _TIMES = 3
 def free_batch(
     module: Any, graph: fx.Graph, shape: tuple[int, ...], compile_: Callable[[Any, fx.Graph], None]
 ) -> None:
-    """Make `module` work with any batch size if that can be proven; sets `fixed_batch` to None when it could.
-
-    Args:
-        module: has `fixed_batch`, the size that it was exported with; runs `graph`, in eval mode.
-        graph: with one placeholder, and `meta["val"]` on what gives tensors; not changed.
-    """
+    """Make `module` work with any batch size if that can be proven; sets `fixed_batch` to None when it could."""
     if _works(module, shape):
         module.fixed_batch = None
         return

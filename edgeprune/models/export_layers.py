@@ -41,11 +41,7 @@ class Layer:
 
 
 def layer_of(node: fx.Node, tensor_of: TensorOf) -> Layer | None:
-    """The layer that a call_function node was, or None.
-
-    Args:
-        tensor_of: the tensor of a node that is a parameter or a buffer, None for any other.
-    """
+    """The layer that a call_function node was, or None."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None

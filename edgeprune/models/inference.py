@@ -30,11 +30,7 @@ TWO_LINES = (
 
 
 def logits(module: nn.Module, x: Tensor) -> Tensor:
-    """The network's answer (N, K); of several outputs (auxiliary heads in training mode) the main one.
-
-    Raises:
-        ModelError: the network fails on the batch, or its answer is not one row for each image.
-    """
+    """The network's answer (N, K); of several outputs (auxiliary heads in training mode) the main one."""
     try:
         answer = _main(module(x))
     except FORWARD_ERRORS as error:
@@ -196,9 +192,6 @@ def check_alone(module: nn.Module, x: Tensor, where: str) -> None:
     Args:
         module: in eval mode, (N, ...) to one tensor or several, each with N rows; left alone if it was exported for one
             image and fails on more.
-
-    Raises:
-        UnsupportedModel: names the first layer whose output depends on the other images, or is another at every call.
     """
     if len(x) < 2:
         return

@@ -31,11 +31,7 @@ RANDOM = (
 
 
 def compute_once(module: nn.Module) -> tuple[str, ...]:
-    """Make plain parameters of the weights that parametrizations and hooks of torch.nn.utils compute, in place.
-
-    Returns:
-        The state-dict names of those weights.
-    """
+    """Make plain parameters of the weights that parametrizations and hooks of torch.nn.utils compute, in place."""
     made: list[str] = []
     for path, part in list(module.named_modules()):
         hooks = [hook for hook in map(_by_hook, part._forward_pre_hooks.values()) if hook]
@@ -64,10 +60,6 @@ def fold(
 
     Args:
         tensors: state-dict name -> tensor. The computed ones take the place of those that they are made of.
-        name_of: placeholder -> state-dict name; computed nodes are added.
-
-    Returns:
-        The nodes that nothing needs any more, the computed ones included.
     """
     fixed = _fixed(nodes, name_of)
     wanted = _wanted(nodes, fixed, name_of, caller)

@@ -68,10 +68,6 @@ def loss_and_gradient(
     A network that is cut off from its input has the gradient 0: an evaluation goes on and says so, where training
     against such an attack has to stop.
 
-    Args:
-        at: float (N, C, H, W).
-        loss: logits (N, K) to (N,); of each image by itself.
-
     Returns:
         Logits (N, K), losses (N,) and gradients like `at`, detached.
     """
@@ -87,14 +83,7 @@ def loss_and_gradient(
 
 
 def sequentially(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tuple[Tensor, Tensor]:
-    """One attempt after another, each on the images that still stand.
-
-    Args:
-        attempts: each gets int64 (n,), the rows that stand, and answers for these rows alone.
-
-    Returns:
-        Images like `x`, what the last attempt on each came to; and int64 (N,), how often each was asked about.
-    """
+    """One attempt after another, each on the images that still stand."""
     images = x.clone()
     queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     standing = torch.arange(len(x), device=x.device)
@@ -116,9 +105,6 @@ def in_parallel(
     """An attempt in which no image depends on another one and no chance is drawn, on every lane of a network.
 
     Each lane takes its images to the end, some at a time, and waits for no other lane before.
-
-    Args:
-        rows: int64 (n,). attempt: answers for the rows that it gets.
     """
     if not isinstance(model, Replicas) or model.count(len(rows)) < 2:
         return attempt(model, rows)

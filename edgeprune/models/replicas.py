@@ -47,9 +47,6 @@ def on_replicas(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
 
     In the block torch's own operators take one thread each; afterwards as many as before. The network's tensors are
     shared, and what its code keeps in its layers while it runs is not, so it need not know of threads.
-
-    Args:
-        network: pixels to logits, in evaluation mode; no layer of it may be changed in the block.
     """
     threads = torch.get_num_threads()
     lanes = min(threads, MOST_LANES)

@@ -141,11 +141,7 @@ class Checkpoint:
     def restore(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> tuple[Progress, dict[str, Any]] | None:
-        """Put the saved state into the network and the optimizer; None without a whole one of this training.
-
-        Returns:
-            The progress, and what the hooks had to save, on the device when it was on a GPU.
-        """
+        """Put the saved state into the network and the optimizer; None without a whole one of this training."""
         content = distributed.broadcast_object(_read(self.path) if distributed.rank() == 0 else b"")
         try:
             state = torch.load(

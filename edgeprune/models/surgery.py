@@ -64,9 +64,6 @@ def cut(
 
     Returns:
         module name -> {attribute: value}, every attribute that was set.
-
-    Raises:
-        ModelError: a tensor is not there or has other sizes than the cut was made for.
     """
     state = tensors(network)
     replaced: dict[int, nn.Parameter | Tensor] = {}

@@ -40,11 +40,7 @@ def example(spec: InputSpec, batch: int = 1) -> Tensor:
 
 
 def check_logits(module: nn.Module, spec: InputSpec) -> None:
-    """Run the network once and look at what comes out.
-
-    Raises:
-        UnsupportedModel: it can't run on `spec.shape`, or does not answer with logits (1, K).
-    """
+    """Run the network once and look at what comes out."""
     try:
         with torch.no_grad():
             logits = module(example(spec))
@@ -62,14 +58,7 @@ def check_logits(module: nn.Module, spec: InputSpec) -> None:
 
 
 def capture(module: nn.Module, spec: InputSpec, *, dynamic_batch: bool) -> ExportedProgram:
-    """Trace the network with torch.export; parameters are shared with it, not copied.
-
-    Args:
-        dynamic_batch: leave N open instead of fixing it at 1.
-
-    Raises:
-        UnsupportedModel: the network can't be traced; names the layer it stopped at.
-    """
+    """Trace the network with torch.export; parameters are shared with it, not copied."""
     # A batch of one would let torch take the open dimension for a constant in code such as `if len(x) == 1`.
     pixels = example(spec, 2 if dynamic_batch else 1)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None

@@ -138,9 +138,6 @@ def trace(network: nn.Module, example: Tensor) -> Program:
 
     In-place operators become their pure forms; what the output does not depend on is left out. When the network
     answers with several tensors, the first one counts.
-
-    Raises:
-        UnsupportedModel: the network can't be traced; names the layer it stopped at.
     """
     copy = deepcopy(network).cpu().float().eval()
     exported = capture(copy, InputSpec(tuple(example.shape[1:]), 0), dynamic_batch=False)  # type: ignore[arg-type]

@@ -32,10 +32,6 @@ def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: st
     "layer1.0.conv1"; other nodes that of the module that ran them and what they do, such as "layer1.0.Add".
     The second node of a name gets "@2" and so on. A node's output is called like the node, a layer's
     initializers "layer1.0.conv1.weight" and ".bias". Names of the model's inputs and outputs stay.
-
-    Args:
-        modules: the path of every module -> whether it is a layer with a weight of two or more dimensions.
-        prefix: what the paths of the wrapped network begin with ("network."); left away in the names.
     """
     names = _Names(model.graph)
     layers = {f"p_{path}_weight".replace(".", "_"): path for path, is_layer in modules.items() if is_layer}
@@ -61,11 +57,7 @@ def strip(model: ModelProto) -> None:
 
 
 def slim(model: ModelProto) -> ModelProto:
-    """The graph simplified by onnxslim, its layers' names kept; `model` stays as it is.
-
-    Raises:
-        UnsupportedModel: onnxslim fails on it.
-    """
+    """The graph simplified by onnxslim, its layers' names kept; `model` stays as it is."""
     copy = ModelProto()
     copy.CopyFrom(model)
     try:
@@ -82,11 +74,7 @@ def slim(model: ModelProto) -> ModelProto:
 
 
 def finish(model: ModelProto, about: Mapping[str, str], *, producer: str, version: str) -> None:
-    """Last touches, in place: privacy, metadata, the oldest file version that fits, shapes, onnx's own check.
-
-    Raises:
-        UnsupportedModel: onnx's checker refuses it.
-    """
+    """Last touches, in place: privacy, metadata, the oldest file version that fits, shapes, onnx's own check."""
     strip(model)
     model.producer_name, model.producer_version = producer, version
     for key in sorted(about):

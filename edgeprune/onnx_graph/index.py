@@ -133,11 +133,7 @@ _BESIDE = (
 
 
 def opened(path: Path, *, weights: bool = True) -> ModelProto:
-    """The model of an ONNX file, with the numbers that lie in files beside it.
-
-    Raises:
-        ModelError: a file beside it is too short for what it should hold.
-    """
+    """The model of an ONNX file, with the numbers that lie in files beside it."""
     model = _parsed(path)
     tensors = [t for t in _tensors(model) if t.data_location == TensorProto.EXTERNAL]
     for tensor in tensors:
@@ -294,11 +290,7 @@ class View:
 
     @cached_property
     def kinds(self) -> Mapping[str, tuple[int, Shape]]:
-        """Value -> its element type and its shape, None for what is free or unknown.
-
-        Raises:
-            UnsupportedModel: onnx can't infer the shapes.
-        """
+        """Value -> its element type and its shape, None for what is free or unknown."""
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True).graph
         except ONNX_ERRORS as error:

@@ -73,9 +73,6 @@ def open_session(
     Args:
         threads: 0 for as many as torch has. optimized: whether nodes may be fused. written: where the graph that is
             run is written to, None for nowhere.
-
-    Raises:
-        UnsupportedModel: ONNX Runtime can't load it.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -94,11 +91,7 @@ def open_session(
 
 
 def open_onnx(model: ModelProto) -> Network:
-    """An ONNX model as a callable from float32 (N, C, H, W) to (N, K), run by ONNX Runtime on this CPU.
-
-    Raises:
-        UnsupportedModel: ONNX Runtime can't load it; when called, can't run it.
-    """
+    """An ONNX model as a callable from float32 (N, C, H, W) to (N, K), run by ONNX Runtime on this CPU."""
     session = open_session(model)
     name = session.get_inputs()[0].name
 
@@ -122,15 +115,7 @@ def reference(module: nn.Module) -> Network:
 
 
 def compare(made_from: Network, made: Network, inputs: Iterable[tuple[str, Tensor]], name: str) -> Difference:
-    """Run both on every input and find where they differ most.
-
-    Args:
-        inputs: name and pixels (N, C, H, W) of each.
-        name: what `made` is called in messages.
-
-    Raises:
-        ParityError: an answer of either holds NaN or infinity, or the shapes differ.
-    """
+    """Run both on every input and find where they differ most."""
     worst, scale, on, images, agreeing = 0.0, 0.0, "", 0, 0
     for title, pixels in inputs:
         wanted, got = made_from(pixels), made(pixels)
@@ -154,11 +139,7 @@ def compare(made_from: Network, made: Network, inputs: Iterable[tuple[str, Tenso
 
 
 def check(difference: Difference, *, tolerance: float, name: str, inputs: str, hint: str) -> Reading:
-    """The difference as a reading, when it is within `tolerance` of the largest logit.
-
-    Raises:
-        ParityError: it is not; says by how much and on which input.
-    """
+    """The difference as a reading, when it is within `tolerance` of the largest logit."""
     if difference.relative > tolerance:
         raise ParityError(
             f"{name} differs from the network it was made from by {difference.absolute:.3g} on "

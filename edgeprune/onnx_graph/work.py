@@ -193,11 +193,7 @@ class Work:
 
 
 def work_of(path: Path) -> tuple[Work, ...]:
-    """The layers of an ONNX file in order; an open dimension counts as one.
-
-    Raises:
-        ModelError: it is not a readable ONNX file, or a convolution's or a matrix product's shape can't be told.
-    """
+    """The layers of an ONNX file in order; an open dimension counts as one."""
     try:
         graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     except ONNX_ERRORS as error:

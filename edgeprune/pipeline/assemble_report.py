@@ -27,11 +27,7 @@ from edgeprune.records import Bundle, Plan, Reading, Report
 def build_report(
     run: Context, folders: Mapping[str, Path], small: Bundle, beside: OtherDevices | None = None
 ) -> Report:
-    """The report of a run whose stages are all done.
-
-    Args:
-        folders: stage -> its folder. small: the network that ships. beside: what further devices came to.
-    """
+    """The report of a run whose stages are all done."""
     plan = small.plans[-1]
     measured = serialization.read(measure.Measured, folders["measure"] / "measured.json", WorkdirError)
     further = joined(run, measured, beside or OtherDevices())

@@ -260,11 +260,7 @@ def stage_keys(run: Context) -> dict[str, str]:
 
 
 def beside_key(run: Context, keys: Mapping[str, str], url: str) -> str:
-    """What the readings of a further device depend on; the device itself is not asked, so that it may be away.
-
-    Args:
-        keys: of `stage_keys`. url: of the device, without a password.
-    """
+    """What the readings of a further device depend on; the device itself is not asked, so that it may be away."""
     shipped = keys.get("quantize", keys["export"])
     return _key(run, "measure", shipped, {**_timing(run), "device": url}, run.data_key, "beside")
 

@@ -30,10 +30,6 @@ def evaluate(
         limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
             `attack.limit` with one.
         output: the name of a file's output that has the logits, "" where it is to be told.
-
-    Raises:
-        UsageError: no data, an output that is not there or can't be told, an attack that needs gradients on a file
-            that has none, or a wrong limit.
     """
     if not recipe.data.path:
         raise UsageError("evaluate needs images", "give --data")

@@ -16,11 +16,7 @@ ONLY_A_REPORT = (
 
 
 def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str) -> tuple[str, int]:
-    """The verdict on a run as text, and the exit code.
-
-    Raises:
-        UsageError: an unreadable report, budget or baseline, another file than the report's, or an unknown format.
-    """
+    """The verdict on a run as text, and the exit code."""
     if output_format not in FORMATS:
         raise UsageError(
             f"--format {output_format!r} is not one of {', '.join(FORMATS)}",

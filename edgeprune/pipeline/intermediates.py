@@ -185,11 +185,7 @@ def export_onnx(
     parent: str,
     pattern: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Artifact, tuple[Reading, ...]]:
-    """Write a network as ONNX for the run's target, and prove it; gives the artifact and the parity readings.
-
-    Args:
-        pattern: parameter -> shape of what holds the 2:4 pattern, which the file must hold then; or None.
-    """
+    """Write a network as ONNX for the run's target, and prove it; gives the artifact and the parity readings."""
     labels = list(bundle.labels or (run.data.labels if run.data else ()))
     meta = {"labels": json.dumps(labels)} if labels else {}
     if parent:

@@ -8,11 +8,7 @@ FAMILIES = ("methods", "targets", "attacks", "runtimes", "devices", "calibration
 
 
 def members(family: str) -> list[dict[str, str]]:
-    """The members of a family with one line each.
-
-    Raises:
-        UsageError: no such family.
-    """
+    """The members of a family with one line each."""
     if family not in FAMILIES:
         raise UsageError(f"no family is named {family!r}", suggest(family, FAMILIES))
     if family in ("targets", "calibration"):

@@ -65,14 +65,7 @@ def look_ahead(run: Context, keys: Mapping[str, str]) -> None:
 def side_by_side(
     run: Context, keys: Mapping[str, str], folders: Mapping[str, Path], first: Callable[[], Path]
 ) -> tuple[Path, OtherDevices]:
-    """Measure on all devices at the same time; those that have done so before are not asked again.
-
-    Args:
-        keys: of `keys.stage_keys`. folders: of the stages before. first: measures on the device that decides.
-
-    Returns:
-        what `first` gives, and what the further devices came to.
-    """
+    """Measure on all devices at the same time; those that have done so before are not asked again."""
     devices = _further(run) if run.work.leads else {}
     jobs = {
         url: partial(_on, run, beside_key(run, keys, url), dict(folders), (url, device))

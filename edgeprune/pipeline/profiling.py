@@ -93,11 +93,7 @@ def _measured(recipe: Recipe, job: _Job) -> Profiled:
 
 
 def table(recipe: Recipe, *, log: Log) -> LatencyTable:
-    """Time the layers of a model over their channel counts on the recipe's device.
-
-    Raises:
-        UsageError: several devices, images or an attack are named. ModelError: the model can't be loaded or cut.
-    """
+    """Time the layers of a model over their channel counts on the recipe's device."""
     surplus = {
         "a second --device": bool(recipe.measure.beside),
         "--data": bool(recipe.data.path),

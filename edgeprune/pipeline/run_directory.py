@@ -210,11 +210,7 @@ class Workdir:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def stage(self, name: str, key: str, work: Callable[[Path], None], *, together: bool = False) -> Path:
-        """The finished folder of a stage; does the work only if it is not there yet.
-
-        Args:
-            name: one of STAGES. key: of `key`. work: writes the stage's files into the folder it is given.
-        """
+        """The finished folder of a stage; does the work only if it is not there yet."""
         done = self._parent(name) / key
         there, threads = self.leads and done.is_dir(), self.threads
         if there:

@@ -42,11 +42,7 @@ _TABLES = {
 
 
 def build(file_tables: Mapping[str, Any], flags: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
-    """Merge a recipe file's tables, the flags (nested like the file, only what was given) and `table.key=value` lines.
-
-    Raises:
-        UsageError: an unknown table or key (says the closest), a value of the wrong type or out of range.
-    """
+    """Merge a recipe file's tables, the flags and `table.key=value` lines."""
     merged: Dict[str, Any] = {}
     for layer in (file_tables, flags, _parse_sets(sets)):
         for key, value in layer.items():

@@ -46,11 +46,7 @@ class Order:
 
 
 def eliminate(readers: Sequence[Reader]) -> Order:
-    """The order in which the units of a group go, all but one, and what that costs.
-
-    Args:
-        readers: every layer that reads the group; none of them is changed.
-    """
+    """The order in which the units of a group go, all but one, and what that costs."""
     count = len(readers[0].features)
     states = [_state(reader) for reader in readers]
     alive = torch.arange(count)

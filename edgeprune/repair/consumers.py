@@ -111,7 +111,6 @@ def solve(
 
     Args:
         moments: X^T X, float64 (F + 1, F + 1), the constant last. cross: X^T Y, (F + 1, O). start: (F + 1, O).
-        keep: the features that may be used; None for all. constant: whether the last row may change.
 
     Returns:
         (F + 1, O); 0 in the features that may not be used.

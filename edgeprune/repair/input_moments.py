@@ -81,9 +81,6 @@ def moments_of_inputs(
 ) -> dict[str, Tensor]:
     """Mean of patch patch^T of each layer, on images.
 
-    Args:
-        network: images to logits; not changed. layers: path -> layer of it, each an ungrouped Conv2d or a Linear.
-
     Returns:
         path -> float64 (F + 1, F + 1); without layers wider than WIDEST and those that are not reached.
     """

@@ -65,11 +65,7 @@ def scale_of(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tu
 
 
 def residual_target(found: Downstream, state: Mapping[str, Tensor], dense: Tensor, small: Tensor) -> Tensor:
-    """What the layer should answer besides, so that the sum is the dense one.
-
-    Args:
-        state: of the cut network. dense, small: the shortcut's value in either network, (N, O, ...).
-    """
+    """What the layer should answer besides, so that the sum is the dense one."""
     scale, faint = scale_of(found.norm, state, small.shape[found.axis])
     gain = torch.where(faint, 0.0, 1 / scale)
     return (dense - small) * _along(gain, small.ndim, found.axis)

@@ -151,14 +151,7 @@ def effort(groups: int, macs: float, work: float = WORK, most: int = MOST_IMAGES
 
 
 def curve(order: Order, knots: Mapping[int, float]) -> Tensor:
-    """Losses at every count from those at a few, along the elimination's error.
-
-    Args:
-        knots: kept units -> divergence, with all units -> 0 among them.
-
-    Returns:
-        float64 (C + 1,), not increasing.
-    """
+    """Losses at every count from those at a few, along the elimination's error."""
     channels = len(order.units) + 1
     errors = order.errors
     at = sorted((errors[channels - kept], value) for kept, value in knots.items())

@@ -55,9 +55,6 @@ class Repaired:
 def repair(dense: Bundle, small: Bundle, images: Tensor, *, seed: int) -> Repaired:
     """Solve the layers of a cut network anew so that they answer as the dense ones do.
 
-    Args:
-        dense: the network before the cut. small: after it; `small.plans[-1]` says what went. Neither is changed.
-
     Returns:
         The repaired network; it is the cut one, as it was, where that answers more like the dense one.
     """
@@ -245,12 +242,6 @@ def source_of(table: PruneTable, method: str, trainable: bool) -> str:
 
     "auto" is for the method data-free, which looks at the same images to choose: data where there are training images,
     synthetic otherwise. For other methods it is none.
-
-    Args:
-        method: its name, with "auto" decided. trainable: whether there are images that may be learned from.
-
-    Raises:
-        UsageError: the recipe wants training images, and there are none.
     """
     if table.repair == "data" and not trainable:
         raise UsageError(
@@ -275,15 +266,7 @@ def source_of(table: PruneTable, method: str, trainable: bool) -> str:
 def run(
     dense: Bundle, small: Bundle, images: Tensor, *, held_out: Split | None, seed: int
 ) -> tuple[Repaired, tuple[Reading, ...]]:
-    """Repair a cut network, and measure how accurate it was before and is after where there are held-out images.
-
-    Args:
-        dense: the network before the cut. small: after it; `small.plans[-1]` is the cut. Neither is changed.
-        held_out: labelled images, to measure on only; or None.
-
-    Returns:
-        The repaired network, and the readings "pruned" and "repaired" of the ledger, if any.
-    """
+    """Repair a cut network, and measure how accurate it was before and is after where there are held-out images."""
     repaired = repair(dense, small, images, seed=seed)
     if held_out is None:
         return repaired, ()

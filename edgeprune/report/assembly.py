@@ -56,12 +56,7 @@ def layers(
     *,
     nonzero: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[dict[str, Any], ...]:
-    """One row for every layer.
-
-    Args:
-        times: "dense"/"compressed" -> layer -> seconds. why_kept: layer -> why its channels could not go.
-        nonzero: "dense"/"compressed" -> layer -> entries of its weight that are not zero, where weights were pruned.
-    """
+    """One row for every layer."""
     small = {row.name: row for row in after}
     rows = []
     for row in before:
@@ -84,11 +79,7 @@ def layers(
 
 
 def sparse_notes(granularity: str, after: Sequence[Reading]) -> list[str]:
-    """What zeros inside a weight are good for, and what not; the report opens with it.
-
-    Args:
-        granularity: of the method: "channel" says nothing. after: what was measured of the compressed file.
-    """
+    """What zeros inside a weight are good for, and what not; the report opens with it."""
     if granularity == "channel":
         return []
     which = (
@@ -110,11 +101,7 @@ def sparse_notes(granularity: str, after: Sequence[Reading]) -> list[str]:
 def build_sections(
     parts: Mapping[str, Any], *, ledger: Sequence[Reading], notes: Sequence[str], plan: Plan
 ) -> Report:
-    """The report of a run.
-
-    Args:
-        parts: recipe, environment, before, after, layers, samples, history, as `records.Report` names them.
-    """
+    """The report of a run."""
     return Report(
         schema=REPORT_SCHEMA, recipe=parts["recipe"], environment=parts["environment"], before=tuple(parts["before"]),
         after=tuple(parts["after"]), ledger=tuple(ledger), layers=tuple(parts["layers"]), samples=parts["samples"],

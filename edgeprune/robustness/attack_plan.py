@@ -101,10 +101,7 @@ class Step:
 
 @contextmanager
 def placed(victim: ModelUnderAttack, split: Split) -> Iterator[ExecutionConfig]:
-    """All networks in evaluation mode on the fastest device that they take; afterwards as and where they were.
-
-    A victim that answers elsewhere has its session open meanwhile.
-    """
+    """All networks in evaluation mode on the fastest device that they take; afterwards as and where they were."""
     networks = victim.networks
     with ExitStack() as stack:
         stack.enter_context(victim.asked())
@@ -235,11 +232,7 @@ TIMES = 3
 
 
 def batch_size(network: nn.Module | None, x: Tensor) -> int:
-    """A power of two from 1 to 256.
-
-    Args:
-        network: whose gradients will be had, or None. x: one image (1, C, H, W) on its device.
-    """
+    """A power of two from 1 to 256."""
     if network is None:
         return MOST
     budget = min(BUDGET_BYTES, SHARE * _free_bytes(x.device))

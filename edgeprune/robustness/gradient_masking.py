@@ -49,11 +49,7 @@ class _Probe:
 
 
 def flags(victim: ModelUnderAttack, split: Split, job: Job, verdicts: Verdicts) -> tuple[str, ...]:
-    """What a reader must know before believing the accuracy under attack; empty when nothing looks wrong.
-
-    Args:
-        verdicts: of `run` for this victim and these images.
-    """
+    """What a reader must know before believing the accuracy under attack; empty when nothing looks wrong."""
     rows = [row for row, right in enumerate(verdicts.clean_right) if right][:LOOKED_AT]
     if not rows:
         return (*_guessing(split, victim, verdicts), *_everything(split, job))

@@ -124,11 +124,7 @@ class Verdicts:
 
 
 def attack_job(table: AttackTable, *, seed: int, data: str) -> Job:
-    """What a table means.
-
-    Raises:
-        UsageError: the radius is no radius, or there is nothing to attack with.
-    """
+    """What a table means."""
     if table.name in ("none", "auto"):
         raise UsageError(f"attack.name = {table.name!r} is no attack", "accepted: fgsm, pgd, standard")
     ball = Ball(table.norm, eps_of(table.eps, table.norm))

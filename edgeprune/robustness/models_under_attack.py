@@ -129,11 +129,7 @@ HINT = "Give the run directory or the torch model for attacks with gradients."
 def of_network(
     name: str, module: nn.Module, sha256: str, *, others: Mapping[str, nn.Module] | None = None
 ) -> ModelUnderAttack:
-    """A network in torch.
-
-    Args:
-        module: pixels in [0, 1] to logits (`models.bundle.deployed`). sha256: of its weights or its file.
-    """
+    """A network in torch."""
     return ModelUnderAttack(
         name, sha256, module, module, dict(others or {}), where=f"local torch {torch.__version__}"
     )

@@ -18,9 +18,6 @@ def readings_of(
 ) -> tuple[Reading, ...]:
     """The accuracy without and under attack, and what each attack broke of what was left when its turn came.
 
-    Args:
-        part: the name of the images' part. flags: of `flags`, kept in the reading of the accuracy under attack.
-
     Returns:
         clean_accuracy, robust_accuracy, and "broken_by_NAME" for each attack, a share of the images that it was given.
         Of a quantized file robust_accuracy's conditions have "transfer_only", what was left before the attacks that
@@ -51,9 +48,6 @@ def merged(clean: Sequence[Reading], attacked: Sequence[Reading]) -> tuple[Readi
 
     Stage by stage: the accuracy on all images where it was measured, and, when these were fewer, that on the attacked
     ones, which stands beside the accuracy under attack.
-
-    Args:
-        clean: lines of `ledger.reading`. attacked: lines of `ledger` of each stage, in their order.
     """
     same = {(r.conditions["stage"], r.metric, r.n) for r in clean}
     more = [r for r in attacked if (r.conditions["stage"], r.metric, r.n) not in same]

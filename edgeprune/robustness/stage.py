@@ -53,10 +53,6 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log:
     counts when `victim.answers` errs on it. Attacks without gradients ask the artifact itself. An image that is
     broken is not attacked again. After every batch the state is written to `scratch`: the same job started again goes
     on there and ends as an undisturbed one does.
-
-    Raises:
-        UsageError: no images, pixels outside [0, 1], labels that are no classes of the victim, or an attack that
-            needs gradients where there are none.
     """
     if not len(split):
         raise UsageError(
@@ -92,11 +88,7 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log:
 def run_stages(
     victims: Mapping[str, ModelUnderAttack], split: Split, job: Job, *, scratch: Path, log: Log
 ) -> Attacked:
-    """Attack a network after every stage of a run on the same images, to see where robustness was lost.
-
-    Args:
-        victims: stage -> victim, from "dense" to "exported".
-    """
+    """Attack a network after every stage of a run on the same images, to see where robustness was lost."""
     found: dict[str, Verdicts] = {}
     lines: list[Reading] = []
     victims = {stage: proven(victim, split, log=log) for stage, victim in victims.items()}

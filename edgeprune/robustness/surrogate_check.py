@@ -35,9 +35,6 @@ def proven(victim: ModelUnderAttack, split: Split, *, log: Log) -> ModelUnderAtt
 
     ONNX Runtime may compute quantized graphs in another order than the file says, and a rounding that goes the other
     way is a whole step: classes whose logits are that near count as the same.
-
-    Args:
-        split: labelled images; the first 256 are looked at.
     """
     network = victim.straight if victim.straight is not None else victim.twin if victim.own else None
     if network is None:

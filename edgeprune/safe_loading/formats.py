@@ -47,12 +47,7 @@ _BROKEN_ZIP = (
 
 
 def kind_of(data: bytes, path: Path) -> str:
-    """One of "pt2", "pickle", "safetensors".
-
-    Raises:
-        ModelError: empty, truncated, changed since it was written, or no model file at all; says what it looks like.
-        UnsupportedModel: a model, but of a kind that can't be pruned and trained, such as ONNX, or TorchScript.
-    """
+    """One of "pt2", "pickle", "safetensors"."""
     if not data:
         raise ModelError(f"{path} is empty", _KNOWN)
     if data.startswith(_ZIP):

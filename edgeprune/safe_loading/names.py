@@ -35,11 +35,7 @@ def check_names(module: nn.Module, where: str) -> None:
 
 
 def check_strides(module: nn.Module, where: str) -> None:
-    """Refuse a network with a stride that torch can't compute with.
-
-    Raises:
-        UnsupportedModel: names the layer.
-    """
+    """Refuse a network with a stride that torch can't compute with."""
     for path, part in module.named_modules():
         stride = getattr(part, "stride", 1)
         steps = stride if isinstance(stride, (tuple, list)) else (stride,)

@@ -83,7 +83,6 @@ def faults(data: bytes, permits: Mapping[str, Permit], *, count: int = 1) -> lis
 
     Args:
         permits: global name -> what may be done with it. A global that is not there is a fault by itself.
-        count: how many pickles there are to read; bytes after them are not looked at.
     """
     stream = io.BytesIO(data)
     found: list[str] = []

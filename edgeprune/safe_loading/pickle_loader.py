@@ -35,9 +35,6 @@ def load_pickle(data: bytes, where: str, *, allow_class: Sequence[str] = (), tru
 
     Args:
         trust: load as Python's own unpickler does, running whatever the file says; warns.
-
-    Raises:
-        ModelError: corrupt or truncated.
     """
     if trust:
         return _load_trusted(data, where)

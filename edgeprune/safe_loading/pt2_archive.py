@@ -46,11 +46,7 @@ def vet(path: Path) -> None:
 
 
 def load_pt2(data: bytes, where: str) -> torch.export.ExportedProgram:
-    """Vet the bytes of an archive, then load its program from the same bytes.
-
-    Raises:
-        UnsafeModel, UnsupportedModel, ModelError: as `vet`, or torch can't load it.
-    """
+    """Vet the bytes of an archive, then load its program from the same bytes."""
     _vet(data, where)
     try:
         with _quiet():

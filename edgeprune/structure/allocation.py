@@ -160,11 +160,7 @@ def shared_counts(
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Exactly `count` True for the largest scores; of equal ones the first.
-
-    Returns:
-        bool (C,).
-    """
+    """Exactly `count` True for the largest scores; of equal ones the first."""
     keep = torch.zeros(len(scores), dtype=torch.bool)
     keep[torch.argsort(scores, descending=True, stable=True)[:count]] = True
     return keep
@@ -180,9 +176,6 @@ def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Not their sum S - R alone (R is what stays of the total S), but S log(S / R): the same for the first channels
     that go, ever dearer for the last ones. Additive scores say nothing of how channels lean on each other, and with
     sums the cheapest group is emptied to its floor before the next one is touched.
-
-    Returns:
-        group -> float64 (C + 1,); infinite for 0.
     """
     out = {}
     for group, values in scores.items():

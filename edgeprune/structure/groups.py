@@ -80,9 +80,6 @@ def provable_groups(network: nn.Module, graph: Graph, example: Tensor, seed: int
 
     The proof runs on a disturbed copy (`surgery.disturbed`), or a residual branch whose last scale is 0 would hide a
     wrong cut: structure is what is proven here, and `cut` proves the chosen masks again on the real weights.
-
-    Raises:
-        UnsupportedModel: no group is left.
     """
     probe = models.disturbed(network, example, seed)
     masks = {g.name: _half(g, seed + i) for i, g in enumerate(graph.groups)}

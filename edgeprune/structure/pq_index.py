@@ -62,11 +62,7 @@ def sap_count(
 
 
 def superfluous(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> Tensor:
-    """The share 1 - r / n that Theorem 2 leaves out of the n largest magnitudes, for every n at once.
-
-    Returns:
-        float64 (d + 1,), in [0, 1); 0 for n = 0 and where all is zero.
-    """
+    """The share 1 - r / n that Theorem 2 leaves out of the n largest magnitudes, for every n at once."""
     check_rule(p, q, eta, gamma=1.0, beta=0.5)
     flat = _scaled(w).sort(descending=True).values
     n = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
@@ -77,11 +73,7 @@ def superfluous(w: Tensor, p: float = 0.5, q: float = 1.0, eta: float = 0.0) -> 
 
 
 def keep_shares(scores: Mapping[str, Tensor], p: float = 0.5, q: float = 1.0) -> dict[str, float]:
-    """The share of each layer that its own scores say it needs: 1 - c / d of `sap_count`.
-
-    Returns:
-        layer -> share in (0, 1]; 1 for a layer of zeros, of which nothing is known.
-    """
+    """The share of each layer that its own scores say it needs: 1 - c / d of `sap_count`."""
     return {
         name: 1 - sap_count(values, p, q).pruned / max(1, values.numel()) for name, values in scores.items()
     }
@@ -120,11 +112,7 @@ def check_orders(p: float, q: float) -> None:
 
 
 def check_rule(p: float, q: float, eta: float, gamma: float, beta: float) -> None:
-    """Refuse what makes no pruning rule.
-
-    Raises:
-        UsageError: not 0 < p < q, eta < 0, gamma <= 0, or beta outside (0, 1).
-    """
+    """Refuse what makes no pruning rule."""
     check_orders(p, q)
     ranges = (
         ("eta", eta, 0 <= eta < math.inf, "at least 0"),

@@ -55,9 +55,6 @@ class Units:
 
         Args:
             values: parameter -> a number per entry, shaped like it; missing ones count nothing.
-
-        Returns:
-            float64 (n,), on the CPU.
         """
         if self.granularity == "channel":
             return {name: channel_sums(group, values, roles).cpu() for name, group in self.groups.items()}
@@ -131,9 +128,6 @@ def of_weights(network: nn.Module, granularity: str, skip: Sequence[str] = ()) -
 
     Args:
         granularity: "weight" or "2:4". skip: layers that are left alone, as patterns ("layer1.*").
-
-    Raises:
-        UnsupportedModel: there is no such layer.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     blocks: dict[str, Tensor] = {}
@@ -172,9 +166,6 @@ def exactly(scores: Mapping[str, Tensor], k: int, floors: Mapping[str, int]) -> 
 
     Args:
         scores: name -> float64 (n,). k: how many stay, from the sum of the floors to the number of scores.
-
-    Returns:
-        Masks whose ones are exactly k.
     """
     out = {name: torch.zeros(len(s), dtype=torch.bool) for name, s in scores.items()}
     for name, s in scores.items():
@@ -203,9 +194,6 @@ def channel_sums(group: Group, values: Mapping[str, Tensor], roles: Sequence[str
 
     Args:
         values: state-dict name -> a number per entry, shaped like the parameter; missing tensors count nothing.
-
-    Returns:
-        float64 (C,).
     """
     total = torch.zeros(group.channels, dtype=torch.float64)
     for member in group.members:

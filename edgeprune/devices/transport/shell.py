@@ -125,11 +125,7 @@ class Shell:
 
     @contextmanager
     def keep(self, holder: str = "") -> Iterator[str]:
-        """A new empty folder there, gone with all that is in it afterwards, even if this process is killed.
-
-        Args:
-            holder: who wants to be alone on the machine, as others read it; "" for nobody.
-        """
+        """A new empty folder there, gone with all that is in it afterwards, even if this process is killed."""
         token = secrets.token_hex(8)
         command = self.attach(["sh", "-c", KEEP, "edgeprune-keeper", token, holder])
         with tempfile.TemporaryFile() as errors:

@@ -222,10 +222,7 @@ class InteractiveCommand:
 
 @dataclass
 class Pipes:
-    """Both pipes of a process that is talked to in turns: bytes go in while it reads, and come out as they are.
-
-    ahead: what was read and not asked for yet.
-    """
+    """Both pipes of a process that is talked to in turns: bytes go in while it reads, and come out as they are."""
 
     process: subprocess.Popen[bytes]
     ahead: bytearray = field(default_factory=bytearray)

@@ -40,9 +40,6 @@ class Moments:
 def expected_activations(program: Program, state: Mapping[str, Tensor]) -> dict[str, Moments]:
     """Mean and variance of every value for which the batch-norms before it say them.
 
-    Args:
-        program: the traced network. state: its tensors by state-dict name.
-
     Returns:
         Name of a call -> moments of its output's channels; calls that nothing is known of are absent.
     """

@@ -85,7 +85,6 @@ def greedy_matching(saliency: Tensor, limit: int | None = None, *, scale: Tensor
     Args:
         saliency: (C, C) as [keep, remove]; entries that are not finite are never chosen.
         limit: at most so many pairs; None for all, which are C // 2 when every pair is allowed.
-        scale: (C, C), the scale of each pair; None for 1.
     """
     channels = saliency.shape[0]
     most = channels // 2 if limit is None else min(limit, channels // 2)

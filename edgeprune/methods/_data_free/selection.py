@@ -66,9 +66,6 @@ def entropy(lo: Tensor, hi: Tensor, threshold: float = 0.9) -> Tensor:
     p_i is the share of logits j (i included) with similarity 1 - (|lo_i - lo_j| + |hi_i - hi_j|) / (2 U) of at least
     `threshold`, U the width of the hull of all bounds and 0. No probability distribution: up to n / e for n logits.
     Of more than 128 logits, 128 that are spread evenly stand for all i; the cost is that of comparing all with all.
-
-    Returns:
-        float64 (B,), >= 0; 0 when all are alike.
     """
     points = torch.stack([lo, hi], 2).double()
     hull = (points.amax((1, 2)).clamp_min(0) - points.amin((1, 2)).clamp_max(0))[:, None, None]
@@ -97,9 +94,6 @@ def paper_score(lo: Tensor, hi: Tensor, alpha: float = 0.75) -> Score:
 
     Args:
         lo, hi: (n, K), the list: bounds of single candidates. alpha: in [0, 1], the share of L.
-
-    Returns:
-        A score, for the members of the list in [0, 1].
     """
     width_rank, entropy_rank = _Ranks.among((hi - lo).double().sum(1)), _Ranks.among(entropy(lo, hi))
 
@@ -115,9 +109,6 @@ def margin_score(lo: Tensor, hi: Tensor) -> Tensor:
 
     A change of the logits with R below the margin between the best and the second never changes the class. With a
     single logit the width.
-
-    Returns:
-        float64 (B,).
     """
     lo, hi = lo.double(), hi.double()
     if lo.shape[1] == 1:
@@ -129,11 +120,7 @@ def margin_score(lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def baseline(candidates: Candidates, quota: int) -> list[int]:
-    """The first candidates of the list, by saliency alone.
-
-    Returns:
-        At most `quota` indices into the list, in the order of acceptance, no unit twice.
-    """
+    """The first candidates of the list, by saliency alone."""
     state = _State(candidates, quota)
     state.fill(range(len(candidates.units)))
     return state.accepted
@@ -143,9 +130,6 @@ def greedy(candidates: Candidates, score: Score, quota: int, pool: int) -> list[
     """Again and again the candidate with the best score together with those accepted, of the first `pool` of the list.
 
     When the pool's units are used up before the quota is met, the rest of the list fills it in order.
-
-    Returns:
-        At most `quota` indices into the list, in the order of acceptance, no unit twice.
     """
     state = _State(candidates, quota)
     waiting = list(range(min(pool, len(candidates.units))))

@@ -137,14 +137,7 @@ class Distillation:
 def own_value(
     teacher: nn.Module, split: Split, objective: Objective, metric: Metric, seed: int
 ) -> tuple[float, float]:
-    """How far a teacher's own answers are from what is wanted under the attack, on at most 1,024 images.
-
-    Args:
-        teacher: pixels in [0, 1] to logits. split: at least one image; not of those that are trained on.
-
-    Returns:
-        The mean distance of its answers, and that of an answer that knows nothing, all classes alike.
-    """
+    """How far a teacher's own answers are from what is wanted under the attack, on at most 1,024 images."""
     rows = torch.arange(min(OWN_IMAGES, len(split)))
     total = torch.zeros(2, dtype=torch.float64)
     with restored_device([teacher]), modes(None, teacher):

@@ -25,9 +25,7 @@ def dual_update(lam: Tensor, violation: Tensor, rho: float, lam_max: float = mat
     """lambda + rho * max(0, violation), at most `lam_max`; never less than it was.
 
     Args:
-        lam: float (...), >= 0; not changed.
         violation: like `lam`, the value of each constraint g <= 0; negative where it holds with room to spare.
-        rho: step, >= 0.
     """
     if rho < 0 or lam_max < 0:
         raise UsageError(f"a dual step has rho = {rho!r} and lam_max = {lam_max!r}; both must be at least 0")
@@ -41,7 +39,6 @@ def prox_shrink_(w: Tensor, index_or_mask: Tensor, kappa: float | Tensor, tau: f
     With tau = 0 it leaves exact zeros, which a subgradient step would only jump over.
 
     Args:
-        w: float, any shape; a parameter is changed without a gradient.
         index_or_mask: which entries: bool like `w`, or int64 row-major indices.
         kappa: by how much, >= 0: learning rate times multiplier; a number, or float like the chosen entries
             (indices) or like `w` (mask).
@@ -133,7 +130,6 @@ class Multipliers:
 
         Args:
             violations: name -> a number, or float (n,) like the multiplier; a missing name is a constraint that holds.
-            rho: the step, of all or of each name.
         """
         unknown = sorted(set(violations) - set(self.values))
         if unknown:
@@ -264,11 +260,7 @@ class Deadwood:
 def begin(
     network: nn.Module, units: Units, choose: Choose, penalty: Penalty, *, table: TuneTable, steps: int
 ) -> Deadwood:
-    """Before the first epoch, with the first dual step done.
-
-    Args:
-        network: the one that will train, as it is now. choose: norms -> masks, what would stay.
-    """
+    """Before the first epoch, with the first dual step done."""
     total = steps * table.epochs
     reach = table.lr * sum(share_of_lr(step, total) for step in range(total))
     parameters = dict(network.named_parameters(remove_duplicate=False))

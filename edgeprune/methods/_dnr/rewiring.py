@@ -54,7 +54,6 @@ def largest_remainder(
     share the rest. Shares that are all 0 count as the caps.
 
     Args:
-        shares: >= 0, of any scale.
         floors: one for each cap and at most that; empty for 0.
     """
     if any(not math.isfinite(s) or s < 0 for s in shares):
@@ -80,9 +79,6 @@ def normalized(means: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str
         means: name -> mean |momentum|, 0 where nothing is active.
         sizes: name -> how many entries there are; the layers share by these where the means say nothing (all 0, or
             not finite).
-
-    Returns:
-        name -> share, in [0, 1], summing to 1.
     """
     usable: Mapping[str, float] = means
     if not math.isfinite(sum(means.values())) or sum(means.values()) <= 0:
@@ -240,7 +236,6 @@ def rewire_channels(
 
     Args:
         norms: group -> float64 (C,), what a channel is worth. momenta: group -> float64 (C,), its momentum's norm.
-        shares: group -> share of the regrowth (`normalized`).
     """
     removed = {name: math.floor(rate * int(m.sum()) + ROUNDING) for name, m in masks.items()}
     stayed = {name: drop_smallest(magnitude(norms[name]), m, removed[name]) for name, m in masks.items()}
@@ -263,7 +258,6 @@ def fill(
     then whichever gains most per cost.
 
     Args:
-        kept: group -> a level; together within the limits.
         gains: group -> float64 (C,), what the k-th channel adds; only those beyond kept are looked at.
     """
     counts = dict(kept)

@@ -152,9 +152,6 @@ class SparseTraining:
 
         Args:
             values: masked parameter -> a number per entry, shaped like it.
-
-        Returns:
-            float64 (n,), on the CPU.
         """
         if self.units.granularity != "channel":
             return {name: magnitude(values[name]) for name in self.units.sizes}

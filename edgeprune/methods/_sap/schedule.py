@@ -156,11 +156,7 @@ class CutSchedule:
 def vectors(
     units: Units, scores: Scores, masks: Scores, rule: Rule, least: Mapping[str, int]
 ) -> list[PrunedVector]:
-    """The vectors of a scope.
-
-    Args:
-        least: name -> how many units stay at least.
-    """
+    """The vectors of a scope."""
 
     def vector(place: tuple[str, int, int], values: Tensor, floor: int) -> PrunedVector:
         room = max(0, values.numel() - max(1, floor))

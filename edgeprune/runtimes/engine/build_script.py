@@ -25,10 +25,6 @@ def engine_script(target: Target, artifact: Artifact, *, dynamic_batch: bool, sp
     It finds trtexec, reads its version and gives it the flags that this version has (TensorRT 8.2 to 11),
     so that all of them build the same network and time the same thing: one image at a time on the GPU
     alone, with a CUDA graph, spinning, no transfers. No precision is chosen: it is in the file.
-
-    Args:
-        target: the machine; its memory bounds the workspace, setup["tensorrt"] is the version to expect.
-        sparse: its weights hold the 2:4 pattern, which TensorRT's sparse kernels may use where they are faster.
     """
     shape = "x".join(str(n) for n in (1, *artifact.input.shape))
     values = {

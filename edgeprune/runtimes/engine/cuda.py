@@ -46,10 +46,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Cuda:
-    """The library's functions by name, and calls that raise where one reports an error. Pointers are whole numbers.
-
-    Everything is asked of the first GPU.
-    """
+    """The library's functions by name, and calls that raise where one reports an error. Pointers are whole numbers."""
 
     functions: Mapping[str, Callable[..., Any]]
 

@@ -88,7 +88,6 @@ def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) ->
     """What is known of an engine that this machine may load.
 
     Args:
-        machine: `tensorrt.machine`, as it is here.
         onnx: the file that it should be made from, or None for the one of that name beside it, if there is one.
     """
     facts = _facts(engine)
