@@ -135,7 +135,7 @@ def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
 
 
 def precision_of(path: Path) -> str:
-    """The precision that an ONNX file is written in: "int8" with Q/DQ, "fp16" with half-precision weights, or "fp32"."""
+    """The precision of an ONNX file: "int8" with Q/DQ, "fp16" with half-precision weights, or "fp32"."""
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except ONNX_ERRORS as error:
