@@ -205,15 +205,14 @@ def _schema(view: View, node: NodeProto) -> Any:
 class _Converter:
     """Rewrites a graph node by node.
 
-    have: float value -> its type as the graph is now. first: float constant -> the type that keeps its name.
+    names: float value and type -> its name in that type. first: float constant -> the type that keeps its name.
     """
 
     def __init__(self, view: View, nodes: list[NodeProto]) -> None:
         self.view, self.old = view, nodes
         self.floats = {name for name, (dtype, _) in view.kinds.items() if dtype == FLOAT}
-        self.have = dict.fromkeys(view.inputs, FLOAT)
+        self.names = {(name, FLOAT): name for name in view.inputs}
         self.first: dict[str, int] = {}
-        self.casts: dict[tuple[str, int], str] = {}
         self.nodes: list[NodeProto] = []
         self.arrays: dict[str, TensorProto] = {}
 
@@ -227,9 +226,6 @@ class _Converter:
                 self._constant(name, FLOAT)
         for node, kind in zip(self.old, kinds, strict=True):
             self._retype(node, kind)
-        for name in dict.fromkeys(self.view.outputs):
-            if self.have.get(name) == HALF:
-                self._cast_output(name)
         arrays, nodes = deepcopy([*others, *self.arrays.values()]), deepcopy(self.nodes)
         del graph.initializer[:], graph.node[:]
         graph.initializer.extend(arrays)
@@ -241,23 +237,29 @@ class _Converter:
         for position, name in enumerate(node.input):
             if name in self.floats and node.op_type not in _INDIFFERENT:
                 node.input[position] = self._as(name, FLOAT if types[position] == _FLOAT_TYPE else kind)
-        made = self.floats & set(node.output)
-        self.have.update(dict.fromkeys(made, kind))
+        made = [name for name in node.output if name in self.floats]
         if kind == HALF:
             _retype_attributes(node, bool(made))
         self.nodes.append(node)
+        for name in made:
+            self.names[name, kind] = name
+            if kind == HALF and name in self.view.outputs:
+                self.names[name, HALF] = half = unused(self.view, f"{name}.{_TAGS[HALF]}")
+                node.output[list(node.output).index(name)] = half
+                self._cast(name, FLOAT, name)
 
     def _as(self, name: str, kind: int) -> str:
-        """The name under which a value has a type."""
+        """The name of a value in a type."""
         if name in self.view.initializers:
             return self._constant(name, kind)
-        if self.have[name] == kind:
-            return name
-        if (name, kind) not in self.casts:
-            made = unused(self.view, f"{name}.{_TAGS[kind]}")
-            self.nodes.append(helper.make_node("Cast", [name], [made], f"{made}.Cast", to=kind))
-            self.casts[name, kind] = made
-        return self.casts[name, kind]
+        if (name, kind) not in self.names:
+            self._cast(name, kind, unused(self.view, f"{name}.{_TAGS[kind]}"))
+        return self.names[name, kind]
+
+    def _cast(self, name: str, kind: int, made: str) -> None:
+        source = self.names[name, HALF if kind == FLOAT else FLOAT]
+        self.nodes.append(helper.make_node("Cast", [source], [made], f"{made}.Cast", to=kind))
+        self.names[name, kind] = made
 
     def _constant(self, name: str, kind: int) -> str:
         # What nodes of both types read is stored twice: a Cast of it would cost time at each run.
@@ -268,13 +270,6 @@ class _Converter:
             typed = array.astype(np.float16 if kind == HALF else np.float32)
             self.arrays[new] = numpy_helper.from_array(typed, new)
         return new
-
-    def _cast_output(self, name: str) -> None:
-        made = unused(self.view, f"{name}.{_TAGS[HALF]}")
-        for node in self.nodes:
-            for values in (node.input, node.output):
-                values[:] = [made if value == name else value for value in values]
-        self.nodes.append(helper.make_node("Cast", [made], [name], f"{name}.Cast", to=FLOAT))
 
 
 def _retype_attributes(node: NodeProto, makes_floats: bool) -> None:

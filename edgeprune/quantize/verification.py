@@ -30,7 +30,6 @@ from edgeprune.onnx_graph import (
 from edgeprune.quantize.evaluation import logits_of, sqnr_db
 from edgeprune.serialization import scratch_folder
 
-PRECISIONS = ("fp32", "fp16", "int8")
 # What an infinite ratio is written as.
 MOST_DB = 200.0
 # A kernel adds an int32 bias to sums of steps and never reads the scale that the file gives it.
@@ -50,13 +49,12 @@ _SHOWN = 3
 class Verification:
     """What a file was found to be; counts are for one image.
 
-    macs, weights: of all convolutions and matrix products. low_macs, low_weights: of those in `precision`. scales:
+    macs, weights: of all convolutions and matrix products. low_macs, low_weights: of those in the precision. scales:
     entries of the scales of Q/DQ nodes. floats: nodes with weights that stay in float32. runtime_low_macs: of
     `low_macs`, those that ONNX Runtime runs in integer kernels after its own optimization on this machine; None for
-    other precisions than int8.
+    fp16.
     """
 
-    precision: str
     macs: int
     low_macs: int
     weights: int
@@ -81,18 +79,15 @@ class Closeness:
 
 
 def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) -> Verification:
-    """Check that a file has the precision that it is said to have.
+    """Check that a file is in "int8" or "fp16".
 
     A convolution or matrix product counts as int8 when its data and its weight both come directly from a
     DequantizeLinear of 8 bits; with unsigned activations ONNX Runtime must in fact run it in an integer kernel. It
     counts as fp16 when its data and its weight are float16.
 
     Args:
-        precision: "int8", "fp16" or "fp32" (nothing is low then, and only the counts are of use).
         allowed: nodes with weights that may stay in float32.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     view = View(model)
     scheme, scales = check_scales(view) if precision == "int8" else ("", 0)
     try:
@@ -100,30 +95,47 @@ def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) 
     except ONNX_ERRORS as error:
         raise ParityError(f"the file is no valid ONNX: {reason(error)}") from error
     found = tuple(layers(view, precision))
-    floats = tuple(layer.name for layer in found if layer.weights and not layer.low)
-    low = tuple(layer for layer in found if layer.low)
-    runtime = None
-    if precision != "fp32":
-        _check_floats([layer for layer in found if layer.name in floats], precision, allowed)
-        if not sum(layer.macs for layer in low):
-            raise ParityError(
-                f"nothing of the file is in {precision}: none of its {len(found)} convolutions and matrix products",
-                f"ask for --precision fp32, or skip fewer layers of {precision}",
-            )
-    if precision == "int8":
-        runs = in_integers(model, low)
-        _check_runtime([layer for layer in low if layer.weights and layer not in runs], scheme, allowed)
-        runtime = sum(layer.macs for layer in runs)
+    low = [layer for layer in found if layer.low]
+    floats = [layer for layer in found if layer.weights and not layer.low]
+    wrong = [f"{layer.name} ({layer.why})" for layer in floats if layer.name not in allowed]
+    if wrong:
+        raise ParityError(
+            f"{len(wrong)} nodes with weights are float32 in a file said to be {precision}: {_first(wrong)}",
+            "list them as layers that stay in float32 if that is meant",
+        )
+    if not sum(layer.macs for layer in low):
+        raise ParityError(
+            f"nothing of the file is in {precision}: none of its {len(found)} convolutions and matrix products",
+            f"ask for --precision fp32, or skip fewer layers of {precision}",
+        )
     return Verification(
-        precision=precision,
         macs=sum(layer.macs for layer in found),
         low_macs=sum(layer.macs for layer in low),
         weights=sum(layer.weights for layer in found),
         low_weights=sum(layer.weights for layer in low),
         scales=scales,
-        floats=floats,
-        runtime_low_macs=runtime,
+        floats=tuple(layer.name for layer in floats),
+        runtime_low_macs=_integer_macs(model, low, scheme, allowed) if precision == "int8" else None,
     )
+
+
+def _integer_macs(model: ModelProto, low: Sequence[Layer], scheme: str, allowed: Collection[str]) -> int:
+    integer = in_integers(model, low)
+    floats = [
+        layer.name for layer in low if layer.weights and layer not in integer and layer.name not in allowed
+    ]
+    # Signed activations are for other runtimes: ONNX Runtime on x86 fuses some of them only.
+    if scheme == "u8" and floats:
+        raise ParityError(
+            f"ONNX Runtime runs {len(floats)} of the int8 nodes in float32: {_first(floats)}",
+            "each needs Q/DQ at its inputs and, but for a ReLU, right after it; or list them in quantize.skip",
+        )
+    return sum(layer.macs for layer in integer)
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def closeness(floats: ModelProto, model: ModelProto, images: Tensor) -> Closeness:
@@ -293,28 +305,3 @@ def _check_bias(view: View, node: NodeProto, scheme: str) -> None:
 def _brief(step: QuantizationParameters) -> str:
     shown = f"{step.scale.ravel()[0]:.6g}" if step.scale.size == 1 else f"of {step.scale.size} channels"
     return f"{shown}, zero point {step.zero.ravel()[0]!s}"
-
-
-def _check_floats(floats: Sequence[Layer], precision: str, allowed: Collection[str]) -> None:
-    wrong = [layer for layer in floats if layer.name not in allowed]
-    if wrong:
-        raise ParityError(
-            f"{len(wrong)} nodes with weights are float32 in a file said to be {precision}: "
-            f"{_some([f'{layer.name} ({layer.why})' for layer in wrong])}",
-            "list them as layers that stay in float32 if that is meant",
-        )
-
-
-def _check_runtime(slow: Sequence[Layer], scheme: str, allowed: Collection[str]) -> None:
-    # Signed activations are for other runtimes: ONNX Runtime on x86 fuses some of them only.
-    wrong = [layer.name for layer in slow if layer.name not in allowed]
-    if scheme == "u8" and wrong:
-        raise ParityError(
-            f"ONNX Runtime runs {len(wrong)} of the int8 nodes in float32: {_some(wrong)}",
-            "each needs Q/DQ at its inputs and, but for a ReLU, right behind it; or list them in quantize.skip",
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
