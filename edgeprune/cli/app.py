@@ -10,50 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune import distributed, pipeline, recipe
-from edgeprune.cli.options import (
-    Allow,
-    Arch,
-    Attacked,
-    Budgets,
-    Data,
-    DataUse,
-    Debug,
-    DeviceUrls,
-    Eps,
-    Input,
-    Json,
-    Limit,
-    Mean,
-    Method,
-    Model,
-    OutputName,
-    Seed,
-    Sets,
-    Std,
-    TargetName,
-    TrainingData,
-    Trust,
-    TrustRun,
-    model_table,
-    only_given,
-)
-from edgeprune.cli.output import (
-    USAGE,
-    echo,
-    echo_json,
-    guard,
-    log,
-    print_error,
-    print_interrupted,
-    print_lines,
-    print_table,
-    show_readings,
-    show_run,
-    show_table,
-    shown,
-    tables,
-    terminate,
-)
+from edgeprune.cli import options
+from edgeprune.cli import output as printed
 from edgeprune.serialization import to_json
 from edgeprune.version import __version__
 
@@ -67,39 +25,39 @@ app = typer.Typer(
 
 @app.command()
 def compress(
-    model: Model,
-    target: TargetName = None,
+    model: options.Model,
+    target: options.TargetName = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="default: runs/MODEL-TARGET", metavar="DIR")
     ] = None,
-    arch: Arch = None,
-    input_shape: Input = None,
-    mean: Mean = None,
-    std: Std = None,
-    allow_class: Allow = None,
-    trust_pickle: Trust = False,
-    trust_run: TrustRun = False,
-    data: TrainingData = None,
-    data_use: DataUse = None,
-    method: Method = None,
+    arch: options.Arch = None,
+    input_shape: options.Input = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    allow_class: options.Allow = None,
+    trust_pickle: options.Trust = False,
+    trust_run: options.TrustRun = False,
+    data: options.TrainingData = None,
+    data_use: options.DataUse = None,
+    method: options.Method = None,
     granularity: Annotated[str | None, typer.Option(metavar="channel|weight|2:4")] = None,
-    budget: Budgets = None,
+    budget: options.Budgets = None,
     objective: Annotated[str | None, typer.Option(metavar="natural|fgsm|pgd|trades")] = None,
     epochs: Annotated[int | None, typer.Option(help="fine-tuning after the cut")] = None,
     precision: Annotated[str | None, typer.Option(metavar="auto|fp32|fp16|int8")] = None,
-    device: DeviceUrls = None,
+    device: options.DeviceUrls = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="a recipe.toml; flags win over it", metavar="FILE")
     ] = None,
-    sets: Sets = None,
-    seed: Seed = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
     force: Annotated[str | None, typer.Option(help="redo from this stage on", metavar="STAGE")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Load, prune, cut, repair, tune, export, measure and report; resumes where it was stopped. Data is optional."""
-    flags = only_given(
-        model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle),
+    flags = options.only_given(
+        options.model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": data_use}, prune={"method": method, "granularity": granularity},
         tune={"objective": objective, "epochs": epochs}, export={"precision": precision},
         measure={"device": device or None}, target=target, seed=seed,
@@ -108,41 +66,43 @@ def compress(
     def work() -> int:
         wishes = {"budget": pipeline.budget_pairs(budget)} if budget else {}
         built = pipeline.recipe_from(recipe_file, {**flags, **wishes}, sets or [])
-        result = pipeline.compress(built, output, force=force, trust_run=trust_run, log=log)
-        show_run(result, as_json)
+        result = pipeline.compress(built, output, force=force, trust_run=trust_run, log=printed.log)
+        printed.show_run(result, as_json)
         return result.exit_code
 
-    guard(lambda: distributed.run_on_all_ranks(work), as_json and distributed.launch().rank == 0, debug)
+    printed.guard(
+        lambda: distributed.run_on_all_ranks(work), as_json and distributed.launch().rank == 0, debug
+    )
 
 
 @app.command()
 def profile(
     artifact: Annotated[str, typer.Argument(help="an .onnx file, or a run directory")],
-    target: TargetName = None,
-    device: DeviceUrls = None,
-    data: Data = None,
+    target: options.TargetName = None,
+    device: options.DeviceUrls = None,
+    data: options.Data = None,
     table: Annotated[
         bool, typer.Option("--table", help="time the layers of MODEL or RUN over their channel counts")
     ] = False,
-    arch: Arch = None,
-    input_shape: Input = None,
-    mean: Mean = None,
-    std: Std = None,
-    allow_class: Allow = None,
-    trust_pickle: Trust = False,
-    trust_run: TrustRun = False,
-    attack: Attacked = None,
-    eps: Eps = None,
-    limit: Limit = None,
-    output: OutputName = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    arch: options.Arch = None,
+    input_shape: options.Input = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    allow_class: options.Allow = None,
+    trust_pickle: options.Trust = False,
+    trust_run: options.TrustRun = False,
+    attack: options.Attacked = None,
+    eps: options.Eps = None,
+    limit: options.Limit = None,
+    output: options.OutputName = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Time a file, and read its memory, size and, with data, its accuracy, also under attack."""
-    flags = only_given(
-        model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
+    flags = options.only_given(
+        options.model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": "evaluate"}, measure={"device": device or None},
         attack={"name": attack, "eps": eps}, target=target, seed=seed,
     )  # fmt: skip
@@ -150,15 +110,17 @@ def profile(
     def work() -> int:
         built = recipe.build({}, flags, sets or [])
         if table:
-            show_table(pipeline.table(built, log=log), as_json)
+            printed.show_table(pipeline.table(built, log=printed.log), as_json)
             return 0
-        found = pipeline.profile(built, limit=limit, output=output or "", log=log, trust_run=trust_run)
-        show_readings(found.readings, as_json, found.trouble)
+        found = pipeline.profile(
+            built, limit=limit, output=output or "", log=printed.log, trust_run=trust_run
+        )
+        printed.show_readings(found.readings, as_json, found.trouble)
         if not as_json:
-            print_lines(pipeline.warnings(found.readings))
+            printed.print_lines(pipeline.warnings(found.readings))
         return found.trouble.exit_code if found.trouble else 0
 
-    guard(work, as_json, debug)
+    printed.guard(work, as_json, debug)
 
 
 @app.command()
@@ -166,38 +128,40 @@ def evaluate(
     artifact: Annotated[
         str, typer.Argument(help="an .onnx file, a run directory, or a model", metavar="ARTIFACT|RUN|MODEL")
     ],
-    data: Data = None,
-    arch: Arch = None,
-    input_shape: Input = None,
-    mean: Mean = None,
-    std: Std = None,
-    allow_class: Allow = None,
-    trust_pickle: Trust = False,
-    trust_run: TrustRun = False,
-    attack: Attacked = None,
-    eps: Eps = None,
-    limit: Limit = None,
-    output: OutputName = None,
-    sets: Sets = None,
-    seed: Seed = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    data: options.Data = None,
+    arch: options.Arch = None,
+    input_shape: options.Input = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    allow_class: options.Allow = None,
+    trust_pickle: options.Trust = False,
+    trust_run: options.TrustRun = False,
+    attack: options.Attacked = None,
+    eps: options.Eps = None,
+    limit: options.Limit = None,
+    output: options.OutputName = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """The accuracy of a file or a model on held-out images, also under attack: the worst case for every image."""
-    flags = only_given(
-        model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
+    flags = options.only_given(
+        options.model_table(artifact, arch, input_shape, mean, std, allow_class, trust_pickle),
         data={"path": data, "use": "evaluate"}, attack={"name": attack, "eps": eps}, seed=seed,
     )  # fmt: skip
 
     def work() -> int:
         built = recipe.build({}, flags, sets or [])
-        readings = pipeline.evaluate(built, limit=limit, output=output or "", log=log, trust_run=trust_run)
-        show_readings(readings, as_json)
+        readings = pipeline.evaluate(
+            built, limit=limit, output=output or "", log=printed.log, trust_run=trust_run
+        )
+        printed.show_readings(readings, as_json)
         if not as_json:
-            print_lines(pipeline.warnings(readings))
+            printed.print_lines(pipeline.warnings(readings))
         return 0
 
-    guard(work, as_json, debug)
+    printed.guard(work, as_json, debug)
 
 
 @app.command()
@@ -210,104 +174,107 @@ def gate(
         Path | None, typer.Option(help="the report.json that relative limits are held against")
     ] = None,
     output_format: Annotated[str, typer.Option("--format", metavar="text|json|markdown|junit")] = "text",
-    debug: Debug = False,
+    debug: options.Debug = False,
 ) -> None:
     """Hold a report against a budget. Exit 0: met; 1: missed; 8: can't tell; 2: wrong input."""
 
     def work() -> int:
         text, code = pipeline.gate(run, budget or [], baseline, output_format)
-        echo(text)
+        printed.echo(text)
         return code
 
-    guard(work, False, debug)
+    printed.guard(work, False, debug)
 
 
 @app.command()
 def why(
-    model: Model,
-    target: TargetName = None,
-    arch: Arch = None,
-    input_shape: Input = None,
-    mean: Mean = None,
-    std: Std = None,
-    allow_class: Allow = None,
-    trust_pickle: Trust = False,
-    trust_run: TrustRun = False,
-    sets: Sets = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    model: options.Model,
+    target: options.TargetName = None,
+    arch: options.Arch = None,
+    input_shape: options.Input = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    allow_class: options.Allow = None,
+    trust_pickle: options.Trust = False,
+    trust_run: options.TrustRun = False,
+    sets: options.Sets = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """What every layer costs, and why a layer can't be pruned."""
-    flags = only_given(
-        model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle), target=target,
+    flags = options.only_given(
+        options.model_table(model, arch, input_shape, mean, std, allow_class, trust_pickle), target=target,
     )  # fmt: skip
 
     def work() -> int:
-        rows, lines = pipeline.why(recipe.build({}, flags, sets or []), log=log)
+        rows, lines = pipeline.why(recipe.build({}, flags, sets or []), log=printed.log)
         if as_json:
-            echo_json({"layers": to_json(rows), "notes": lines})
+            printed.echo_json({"layers": to_json(rows), "notes": lines})
             return 0
-        print_table(tables().why_table(rows))
-        print_lines([*tables().reasons(rows), *lines])
+        printed.print_table(printed.tables().why_table(rows))
+        printed.print_lines([*printed.tables().reasons(rows), *lines])
         return 0
 
-    guard(work, as_json, debug)
+    printed.guard(work, as_json, debug)
 
 
 @app.command()
 def doctor(
-    target: TargetName = None, device: DeviceUrls = None, as_json: Json = False, debug: Debug = False
+    target: options.TargetName = None,
+    device: options.DeviceUrls = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """What works here, what is missing, and the line that installs it."""
 
     def work() -> int:
         rows = pipeline.doctor(target, device or ["local"])
         if as_json:
-            echo_json({"checks": to_json(rows)})
+            printed.echo_json({"checks": to_json(rows)})
         else:
-            print_table(tables().doctor_table(rows))
+            printed.print_table(printed.tables().doctor_table(rows))
         return pipeline.doctor_status(rows)
 
-    guard(work, as_json, debug)
+    printed.guard(work, as_json, debug)
 
 
 @app.command("list")
 def list_(
     family: Annotated[str, typer.Argument(metavar="methods|targets|attacks|runtimes|devices|calibration")],
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """The members of a family, one line each."""
 
     def work() -> int:
         members = pipeline.members(family)
         if as_json:
-            echo_json({family: members})
+            printed.echo_json({family: members})
             return 0
         width = max((len(m["name"]) for m in members), default=0)
         for member in members:
-            echo(f"{member['name']:<{width}}  {member['about']}")
+            printed.echo(f"{member['name']:<{width}}  {member['about']}")
         if not members:
-            echo(f"no {family} in this version")
+            printed.echo(f"no {family} in this version")
         return 0
 
-    guard(work, as_json, debug)
+    printed.guard(work, as_json, debug)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR")] = Path("runs/demo"),
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Train a small network on real digits and compress it for this machine; nothing to download."""
 
     def work() -> int:
-        result = pipeline.demo(output, log=log)
-        show_run(result, as_json)
+        result = pipeline.demo(output, log=printed.log)
+        printed.show_run(result, as_json)
         return result.exit_code
 
-    guard(work, as_json, debug)
+    printed.guard(work, as_json, debug)
 
 
 def main() -> None:
@@ -318,7 +285,7 @@ def main() -> None:
     follows = distributed.launch().rank > 0  # the first process that torchrun started speaks for all
     if follows and sys.argv[1:2] != ["compress"]:  # the only command that several processes share
         sys.exit(0)
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, printed.terminate)
     try:
         code = app(standalone_mode=False)
     except USAGE_ERROR as error:  # an option that the command does not have, or its value
@@ -326,16 +293,16 @@ def main() -> None:
             sys.exit(0)
         message = error.format_message()
         if message:  # it is empty when nothing was asked and the help was shown
-            print_error(message, "see edgeprune COMMAND --help", USAGE, "--json" in sys.argv)
-        code = USAGE
+            printed.print_error(message, "see edgeprune COMMAND --help", printed.USAGE, "--json" in sys.argv)
+        code = printed.USAGE
     except typer.Abort as error:
-        code = print_interrupted(error.__context__, "--json" in sys.argv)
+        code = printed.print_interrupted(error.__context__, "--json" in sys.argv)
     sys.exit(code or 0)
 
 
 def _version(show: bool) -> None:
     if show:
-        echo(f"edgeprune {__version__}")
+        printed.echo(f"edgeprune {__version__}")
         raise typer.Exit
 
 
@@ -348,7 +315,7 @@ def _root(
     """Make a trained vision network small, fast and still right on the device it ships to."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    handler.addFilter(shown)
+    handler.addFilter(printed.shown)
     logger = logging.getLogger("edgeprune")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
