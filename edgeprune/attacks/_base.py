@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
 from edgeprune.models import Advance, Logits, as_logits, folded, on_replicas, wrong
@@ -19,6 +19,9 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 ROUNDING = 1e-6
 # Images on which a faster network must answer as the model does.
 EXAMPLES = 2
+
+# A network of torch, or anything that gives logits (N, K) for pixels (N, C, H, W).
+Model = nn.Module | Logits
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class Attack(ABC):
     @final
     def __call__(
         self,
-        model: nn.Module | Logits,
+        model: Model,
         x: Tensor,
         y: Tensor,
         ball: Ball,
-        generator: torch.Generator,
+        generator: Generator,
         advance: Advance | None = None,
     ) -> Found:
         if self.gradients and not isinstance(model, nn.Module):
@@ -80,13 +83,7 @@ class Attack(ABC):
 
     @abstractmethod
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """Perturb images that the model has right.
 
@@ -110,9 +107,7 @@ class Attack(ABC):
             )
         return wrong(answer, y)
 
-    def _last_look(
-        self, ask: Logits, asked: nn.Module | Logits, found: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _last_look(self, ask: Logits, asked: Model, found: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Which images the model has wrong; and which only what stood for it has, by rounding: bool (n,) each."""
         with torch.no_grad():
             out = wrong(ask(found), y)
@@ -141,7 +136,7 @@ class _Told:
 
 
 @contextmanager
-def _still(model: nn.Module | Logits, x: Tensor) -> Iterator[nn.Module | Logits]:
+def _still(model: Model, x: Tensor) -> Iterator[Model]:
     """What is to be asked: of a network one that answers alike and faster, on all threads; anything else as it is."""
     if not isinstance(model, nn.Module):
         yield model

@@ -7,13 +7,12 @@ attacks, ICML 2020. The defaults are those of AutoAttack's standard evaluation.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
 from edgeprune.attacks._apgd import Task, climb, cross_entropies
-from edgeprune.attacks._base import Attack
+from edgeprune.attacks._base import Attack, Model
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, AttackResult, Logits, sequentially
+from edgeprune.models import Advance, AttackResult, sequentially
 from edgeprune.train import Ball
 
 
@@ -39,13 +38,7 @@ class ApgdCe(Attack):
             )
 
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """Run; the images that still stand run again."""
         task = Task(x, y, y)

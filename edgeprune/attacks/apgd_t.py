@@ -11,12 +11,12 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
 from edgeprune.attacks._apgd import Task, climb, targeted_dlr, targets
-from edgeprune.attacks._base import Attack
+from edgeprune.attacks._base import Attack, Model
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, AttackResult, Logits, as_logits, sequentially
+from edgeprune.models import Advance, AttackResult, as_logits, sequentially
 from edgeprune.train import Ball
 
 
@@ -42,13 +42,7 @@ class ApgdT(Attack):
             )
 
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """Run towards the second likeliest class; the images that still stand, towards the third; and so on."""
         with torch.no_grad():

@@ -10,10 +10,10 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from edgeprune.attacks._apgd import Task, targets
-from edgeprune.attacks._base import Attack
+from edgeprune.attacks._base import Attack, Model
 from edgeprune.attacks._fab import nearest
 from edgeprune.attacks._onnx_session import alone
 from edgeprune.errors import UsageError
@@ -41,13 +41,7 @@ class FabT(Attack):
             )
 
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """Search at each target's boundary until an image in the ball is found."""
         with torch.no_grad():

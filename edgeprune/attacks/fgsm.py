@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional
 
-from edgeprune.attacks._base import Attack
-from edgeprune.models import Advance, Logits, as_logits, loss_and_gradient
+from edgeprune.attacks._base import Attack, Model
+from edgeprune.models import Advance, as_logits, loss_and_gradient
 from edgeprune.train import Ball
 
 
@@ -23,13 +23,7 @@ class Fgsm(Attack):
     gradients: ClassVar[bool] = True
 
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """x + eps sign(gradient), clipped to [0, 1]; draws no chance."""
         _, _, gradient = loss_and_gradient(

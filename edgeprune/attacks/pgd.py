@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional
 
-from edgeprune.attacks._base import Attack
+from edgeprune.attacks._base import Attack, Model
 from edgeprune.errors import UsageError
 from edgeprune.models import Advance, AttackResult, Logits, as_logits, loss_and_gradient, sequentially, wrong
 from edgeprune.train import PGD_REACH, Ball
@@ -39,13 +39,7 @@ class Pgd(Attack):
             )
 
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """Walk; the images that still stand walk again."""
         ask = as_logits(model)

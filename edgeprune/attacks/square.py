@@ -8,14 +8,13 @@ as in the paper; the reference's never touches the last row and column.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
-from edgeprune.attacks._base import Attack
+from edgeprune.attacks._base import Attack, Model
 from edgeprune.attacks._onnx_session import onnx_inference
 from edgeprune.attacks._square import search
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, Logits, as_logits
+from edgeprune.models import Advance, as_logits
 from edgeprune.train import Ball
 
 
@@ -41,13 +40,7 @@ class Square(Attack):
             )
 
     def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Advance,
+        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
     ) -> tuple[Tensor, Tensor]:
         """Search until an image is broken or the queries are spent."""
         tried = search(
