@@ -13,11 +13,7 @@ _TINY = 1e-300
 
 
 def binomial(k: int, n: int, level: float = LEVEL) -> Tuple[float, float]:
-    """Exact (Clopper-Pearson) interval of a share of which k in n were seen.
-
-    Returns:
-        (low, high) in [0, 1]; low is 0 for k = 0, high is 1 for k = n.
-    """
+    """Exact (Clopper-Pearson) interval of a share of which k in n were seen."""
     if not 0 <= k <= n or n < 1 or not 0.0 < level < 1.0:
         raise ValueError(
             f"a share needs 0 <= k <= n, n >= 1 and a level in (0, 1), got {k} of {n} at {level}"
@@ -61,7 +57,6 @@ def quantile_interval(
 
     Returns:
         (low, high), or None when there are too few samples to bound one side (the median needs 6,
-        the 90th percentile 36, the 99th 368 at 95 %).
     """
     if not 0.0 < q < 1.0 or not 0.0 < level < 1.0:
         raise ValueError(f"q and level must be in (0, 1), got {q} and {level}")

@@ -193,7 +193,6 @@ def sweep(folder: Path, pattern: str) -> None:
 
 @contextmanager
 def _owned(create: Callable[[], Path]) -> Iterator[Path]:
-    """Something new that `sweep` leaves alone inside, and that is removed in the end if it is still there."""
     path, held = _locked(create)
     try:
         yield path

@@ -97,9 +97,6 @@ def take_turns(
 
     Args:
         turns: model -> one run; it gives its own time in ns, or None to be timed from outside.
-
-    Returns:
-        Model -> samples, and why it ended: "precise", "iterations" or "seconds".
     """
     samples = {name: Samples([], []) for name in turns}
     order, done, look_at, start = list(turns), 0, 0, clock()
@@ -156,7 +153,6 @@ def _warm_up(turns: Sequence[Callable[[], Any]], runs: int, seconds: float) -> i
 
 
 def _one(run: Callable[[], int | None]) -> tuple[int, int]:
-    """Wall (or the runtime's own) and thread CPU time of one run, in ns."""
     cpu = time.thread_time_ns()
     wall = time.perf_counter_ns()
     own = run()

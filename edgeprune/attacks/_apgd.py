@@ -168,7 +168,6 @@ def _look(answers: Logits, walk: _Walk, loss: Loss, uphill: bool) -> tuple[Tenso
 
 
 def _start(task: Task, ball: Ball, at: Tensor) -> _Walk:
-    """A walk of which no step is taken, `at` its first points."""
     x, count = task.x, len(task.x)
     none = torch.zeros(count, device=x.device)
     yes = torch.ones(count, dtype=torch.bool, device=x.device)

@@ -88,9 +88,6 @@ class Attack(ABC):
         """Perturb images that the model has right.
 
         A network comes in evaluation mode and without gradients of its parameters.
-
-        Returns:
-            Images like `x`, and int64 (N,), how often the model was asked about each.
         """
 
     def _first_look(self, ask: Logits, x: Tensor, y: Tensor) -> Tensor:

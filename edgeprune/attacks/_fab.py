@@ -90,7 +90,6 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tens
 
     Returns:
         Like `points`. Where the cube does not reach the plane, the corner that is nearest to it; where the normal
-        is 0, no change.
     """
     flat = points.flatten(1).unsqueeze(0)
     return _shortest(flat, normal.flatten(1), value.unsqueeze(0), norm).view(points.shape)
@@ -106,11 +105,6 @@ def _shortest(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tenso
 
 
 def _solved(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
-    """With m_i the size of the change of pixel i, room_i how far it may go and w its normal, m_i = min(t q_i, room_i).
-
-    q_i = 1 in Linf and |w_i| in L2, and t is such that sum |w_i| m_i = |value|. That sum is concave and piecewise
-    linear in t: Newton's method from 0, where no pixel has met a wall, comes nearer from below and ends exactly.
-    """
     largest = normal.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     weight = normal / scale
@@ -146,7 +140,6 @@ def _flat(images: Tensor, like: Tensor) -> Tensor:
 
 
 def _as_images(flat: Tensor, like: Tensor) -> Tensor:
-    """What `_flat` made flat, as images again, in the same order in memory."""
     count, channels, height, width = like.shape
     last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return flat.view(count, height, width, channels).permute(0, 3, 1, 2) if last else flat.view(like.shape)

@@ -144,6 +144,5 @@ def reduced(call: Call, x: Value) -> Interval:
 
 
 def _widened(x: Interval, fn: Callable[[Tensor], Tensor], terms: int) -> Interval:
-    """Both ends through a linear map without negative coefficients."""
     wide = slack(x.lo.dtype, terms) * fn(x.magnitude)
     return Interval(fn(x.lo) - wide, fn(x.hi) + wide)

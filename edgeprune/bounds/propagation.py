@@ -84,7 +84,6 @@ def outward(value: Value) -> Interval:
 
 
 def _value(program: Program, call: Call, weights: Weights, bounds: Bounds) -> Any:
-    """Bounds of a call's output, or its output when it does not depend on the input."""
 
     def known(name: str) -> Any:
         return bounds.constants[name] if name in bounds.constants else bounds.values[name]
@@ -167,9 +166,6 @@ def delta_from(
             (B, ...) as in `Bounds.intervals`, in their dtype; axes of size 1 stand for every position, missing ones at
             the end too. Where a start is downstream of another one, its change is added to what arrives there.
 
-    Returns:
-        (B, K): output after minus output before, for every input in the box.
-
     Raises:
         Unbounded: an operator on the way has no bound.
     """
@@ -229,7 +225,6 @@ def consumer_impact(
     Args:
         positions: for each of B candidates the entries along the layer's input axis that change: one for a channel
             that a convolution reads, H · W of them where a flattened channel is read.
-        delta: (B,) by how much each of them changes, anywhere in the image.
 
     Returns:
         (B, outputs) with an axis of size 1 for each axis of positions: a start for `delta_from`.

@@ -177,7 +177,6 @@ def _decode(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
 
 
 def _notes(part: splits.Part, labels: tuple[str, ...], spec: InputSpec) -> tuple[str, ...]:
-    """Classes without images, and images of another size or other channels (in a sample of the files)."""
     notes = []
     present = set(part.labels.tolist())
     missing = [name for index, name in enumerate(labels) if index not in present]

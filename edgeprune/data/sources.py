@@ -166,7 +166,6 @@ def _opened(path: Path, raw: IO[bytes]) -> tarfile.TarFile:
 
 
 def _members(path: Path, passed: _Passed) -> Iterator[tuple[Parts, bytes | None]]:
-    """The images of a tar with their content, and its folders with None."""
     total = position = 0
     read: dict[str, bytes] = {}
     with (
@@ -354,7 +353,6 @@ def _content(path: Path, file: zipfile.ZipFile, name: str) -> bytearray:
 
 
 def _array(where: str, content: bytearray) -> np.ndarray:
-    """The array of an `.npy` file, in the memory of `content`."""
     start = io.BytesIO(content[:HEADER_BYTES])
     try:
         version = npy.read_magic(start)

@@ -126,7 +126,6 @@ class Adb(ShellDevice):
         return ["adb", *(["-s", self.address] if self.address else [])]
 
     def _adb(self, argv: Sequence[str], size: int) -> None:
-        """Run adb itself, to copy a file of that many bytes."""
         shown = " ".join(shlex.quote(word) for word in argv)
         limit_s = START_S + size / SLOWEST
         try:

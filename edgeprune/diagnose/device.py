@@ -162,7 +162,6 @@ def _is_android(name: str) -> bool:
 
 
 def _use(device: Device) -> list[Finding]:
-    """Whether somebody else measures there now."""
     try:
         with device.exclusively():
             return []

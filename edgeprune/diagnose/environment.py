@@ -117,7 +117,6 @@ def _packages() -> list[Finding]:
 
 
 def _version(name: str) -> str:
-    """A package's version, or "" when it is not installed."""
     names = [name, *(f"{name}-{tail}" for tail in ("cu12", "cu13"))] if name == "tensorrt" else [name]
     for candidate in names:
         try:

@@ -122,7 +122,6 @@ def _not_measured(limit: Limit, report: Report, budget: Budget) -> Check | None:
 
 
 def _estimated(reading: Reading) -> str:
-    """How a reading came about that is not known to be a measurement."""
     known = reading.where.startswith("estimated: ")
     return reading.where if known else f"{reading.where!r:.80}, which is not known to be a measurement"
 
@@ -163,7 +162,6 @@ def _missing(metric: str, after: Reading | None, reference: _Reference | None) -
 
 
 def _unchecked(after: Reading) -> str:
-    """An estimate whose formula was not held against anything has no interval, and decides nothing."""
     if not after.measured and after.spread is None:
         why = after.conditions.get("validation")
         said = (
@@ -275,7 +273,6 @@ def _where(metric: str, after: Reading, report: Report) -> list[str]:
 
 
 def _elsewhere(metric: str, after: Reading, report: Report) -> str:
-    """The target's name when a reading of the machine was taken on this machine, and the target is another one."""
     target = str(report.recipe.get("target") or "local")
     taken_here = metric in OF_THE_MACHINE and after.where.startswith("local")
     return (

@@ -116,7 +116,6 @@ def metered(
 
 
 def _tegrastats(child: Any) -> Meter | None:
-    """A meter that gives the newest line of tegrastats, or None when its first line has no rails."""
     latest = [parsed(child.stdout.readline())]
     names = tuple(r.name for r in _used([Rail(name, lambda: None) for name in latest[0]]))
     if not names:

@@ -151,7 +151,6 @@ def built_engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
 
     Returns:
         Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. What TensorRT timed is
-        kept for the next run (`measure_timings`).
     """
     device = place.device
     options = {"workspace_mib": workspace_mib(place.target.memory_bytes), "sparse": place.sparse}

@@ -208,7 +208,6 @@ def _latency_readings(name: str, timed: _Timed, where: str, shared: Mapping[str,
 
 
 def _precision(ordered: Sequence[float], stopped: str) -> dict[str, Any]:
-    """How well the median is known, as a share of it, and that it is not when a cap came first."""
     found, median = confidence.quantile_interval(ordered, 0.5), confidence.quantile(ordered, 0.5)
     if found is None:
         return {"inconclusive": f"{len(ordered)} runs are too few for an interval of the median"}

@@ -388,7 +388,6 @@ def _text(value: ValueInfoProto) -> str:
 
 
 def _keep(model: ModelProto, name: str, kind: int, dims: Sequence[int | str]) -> None:
-    """Make a value the only output."""
     same = [
         value for value in model.graph.output if value.name == name and len(_dims(value) or ()) == len(dims)
     ]
@@ -427,7 +426,6 @@ def _take_image(model: ModelProto, file: OnnxFile) -> None:
 
 
 def _source(view: View, name: str, ops: Sequence[str]) -> NodeProto | None:
-    """The node of such an operator that an output comes from, through nodes that only change its form."""
     node = view.producers.get(name)
     for _ in view.graph.node:  # no more steps than nodes: a broken graph may go in a circle
         if node is None or node.op_type in ops:

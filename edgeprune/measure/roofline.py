@@ -79,7 +79,6 @@ def estimate(
 
     Returns:
         latency_p50 with `where` "estimated: roofline of TARGET"; its value is None, with the reason, where the target's
-        facts lack a peak or the bandwidth.
     """
     if precision not in WIDTH:
         raise UsageError(f"precision {precision!r} is not one of {', '.join(WIDTH)}")

@@ -240,7 +240,6 @@ def _with_answers(
 
 
 def _absent(device: Device, subject: _Subject, name: str) -> tuple[Reading, ...]:
-    """What `_with_answers` adds of a file on a device that gives no answers."""
     pair = name == "compressed" and "dense" in subject.files
     metrics = ("clean_accuracy", "agreement") if pair else ("clean_accuracy",)
     return tuple(answers.absent(m, METRICS[m].unit, device, name) for m in metrics)

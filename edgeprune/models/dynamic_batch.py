@@ -175,7 +175,6 @@ class _Follower:
 
 
 def _landing(before: int, shape: Sequence[int], batch: int) -> tuple[int, int] | None:
-    """The axis of a reshaped tensor that gets the batch, and how many of its entries lie outside of the batch."""
     starts = [prod(shape[:i]) for i in range(len(shape))]
     # A last axis is the channels, so a batch that fits before it belongs to the axis before.
     for i, (start, size) in enumerate(zip(starts, shape, strict=True)):

@@ -238,7 +238,6 @@ def _rank(value: Any) -> int:
 
 
 def _only_first(node: fx.Node) -> bool:
-    """Whether only the first of the operator's values is used, but for statistics that the program hands out."""
     getitems = [
         u for u in node.users if u.op == "call_function" and getattr(u.target, "__name__", "") == "getitem"
     ]

@@ -90,7 +90,6 @@ def count_classes(
     """K, the width of the logits that a network gives to images of a shape.
 
     Args:
-        shape: (C, H, W).
         normalization: mean and std, one value per channel or empty.
     """
     fixed = module.fixed_batch if isinstance(module, ExportedNetwork) else None
@@ -121,7 +120,6 @@ def count_classes(
 
 
 def _refusal(answer: Any, count: int, where: str) -> UnsupportedModel:
-    """Why what a network answers to so many images is not taken as logits."""
     if isinstance(answer, Tensor) and answer.is_floating_point() and answer.numel() == count:
         return UnsupportedModel(
             f"{where} gives one number for each image, {tuple(answer.shape)}; accepted: logits of two classes or more",

@@ -138,7 +138,6 @@ def _wanted(
     name_of: Mapping[str, str],
     caller: Callable[[fx.Node], str],
 ) -> dict[fx.Node, str]:
-    """The computed tensors of layers that would be found if these were parameters, and what they would be called."""
 
     def tensor_of(value: Any) -> torch.Tensor | None:
         return value.meta.get("val") if isinstance(value, fx.Node) and value in fixed else None

@@ -67,9 +67,6 @@ def loss_and_gradient(
 
     A network that is cut off from its input has the gradient 0: an evaluation goes on and says so, where training
     against such an attack has to stop.
-
-    Returns:
-        Logits (N, K), losses (N,) and gradients like `at`, detached.
     """
     # An evaluation may run where gradients are switched off; a clone of what was made in inference mode can have them.
     with torch.inference_mode(False), torch.enable_grad():

@@ -60,11 +60,7 @@ def mask(network: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor
 def cut(
     network: nn.Module, removed: Mapping[str, Sequence[tuple[int, Sequence[int]]]]
 ) -> dict[str, dict[str, int]]:
-    """Remove positions from tensors, in place, and set the layers' sizes to match.
-
-    Returns:
-        module name -> {attribute: value}, every attribute that was set.
-    """
+    """Remove positions from tensors, in place, and set the layers' sizes to match."""
     state = tensors(network)
     replaced: dict[int, nn.Parameter | Tensor] = {}
     touched: dict[str, nn.Module] = {}

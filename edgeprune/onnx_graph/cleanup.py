@@ -140,7 +140,6 @@ class _Names:
 
 
 def _name_values(graph: GraphProto, prefix: str = "") -> None:
-    """Call outputs like their node, and the initializers that only a weighted node reads its weight and bias."""
     names = _Names(graph)
     for node in graph.node:
         for role, value in zip(("weight", "bias"), node.input[1:3], strict=False):
@@ -170,7 +169,6 @@ def _keep_names(before: GraphProto, after: GraphProto) -> None:
 
 
 def _layer(node: NodeProto, scope: str, modules: Mapping[str, bool], names: _Names) -> str:
-    """The layer whose weight a node applies, or "" when it applies none."""
     if node.op_type not in WEIGHTED:
         return ""
     weight = node.input[1]
@@ -185,7 +183,6 @@ def _layer(node: NodeProto, scope: str, modules: Mapping[str, bool], names: _Nam
 
 
 def _argument(node: NodeProto, layers: Mapping[str, str]) -> str:
-    """The layer whose weight is an argument of the operation that a weighted node was made from, or ""."""
     operation = next((entry.value for entry in node.metadata_props if entry.key == OPERATION), "")
     weights = re.findall(r"%(\w+)", operation) if node.op_type in WEIGHTED else ()
     return next((layers[name] for name in weights if name in layers), "")

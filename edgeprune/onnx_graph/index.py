@@ -231,7 +231,6 @@ def _entry(place: Any, key: str) -> str:
 
 
 def _check_data(tensor: TensorProto, path: Path) -> None:
-    """Refuse a tensor whose data are outside the folder, not there, or not all there."""
     location, what = _entry(tensor.external_data, "location"), f"{path}: the data of {tensor.name!r}"
     inside, file = PurePosixPath(location), path.parent / location
     steps = [path.parent.joinpath(*inside.parts[: i + 1]) for i in range(len(inside.parts))]

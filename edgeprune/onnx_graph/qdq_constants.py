@@ -63,7 +63,6 @@ def quantized_constant(view: View, node: NodeProto) -> Array | None:
 
 
 def _no_zero(view: View, node: NodeProto) -> Array:
-    """Zero, in the type that a node without a zero point quantizes to or from."""
     value = node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
     stored = view.initializers.get(value)
     kind = stored.data_type if stored is not None else view.dtype(value)

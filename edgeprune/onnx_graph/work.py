@@ -26,9 +26,6 @@ def node_macs(node: NodeProto, shape_of: Callable[[str], Shape | None]) -> int |
 
     Args:
         shape_of: value -> its shape; None where it is not known.
-
-    Returns:
-        None where a shape that counts is not known.
     """
     if node.op_type not in MULTIPLYING:
         return 0
@@ -111,7 +108,6 @@ def layers(view: View, precision: str) -> Iterator[Layer]:
 
 
 def _stored(view: View, value: str) -> str:
-    """The initializer that a value is made from without any input of the model, or ""."""
     while value not in view.initializers:
         node = view.producers.get(value)
         if node is None or node.op_type not in _PASSING:

@@ -270,7 +270,6 @@ def _built_size(run: Context, network: nn.Module) -> int:
 def _built_time(
     run: Context, there: Trials, dense: Path, metric: str, reference: float, network: nn.Module
 ) -> float:
-    """The time of a cut network, timed alternately with the dense one, which takes `reference` seconds."""
     with serialization.scratch_folder() as folder:
         path = folder / "probe.onnx"
         export_onnx(run, replace(run.bundle, module=network), path, parent="")

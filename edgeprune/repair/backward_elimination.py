@@ -68,7 +68,6 @@ def eliminate(readers: Sequence[Reader]) -> Order:
 
 
 def _one_by_one(states: Sequence[_Solved | _Fixed], count: int, take: int) -> tuple[list[int], list[float]]:
-    """The cheapest `take` of `count` units, each when those before it are gone, and what each one added."""
     left, chosen, added = torch.arange(count), list[int](), list[float]()
     for _ in range(take):
         costs = _costs(states, left)

@@ -111,8 +111,5 @@ def solve(
 
     Args:
         moments: X^T X, float64 (F + 1, F + 1), the constant last. cross: X^T Y, (F + 1, O). start: (F + 1, O).
-
-    Returns:
-        (F + 1, O); 0 in the features that may not be used.
     """
     return Ridge(moments, start, keep, constant=constant, ridge=ridge).solve(cross)

@@ -95,7 +95,6 @@ def active_mask(
 
 
 def _is_fixed(norm: Call) -> bool:
-    """Whether a batch-norm scales with what it remembers, and not with the statistics of the batch."""
     return norm.arg("running_mean") is not None and not norm.arg("training")
 
 

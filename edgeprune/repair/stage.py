@@ -124,7 +124,6 @@ class _Solver:
         return torch.tensor([i for i in range(len(self.dense.state[weight])) if i not in gone])
 
     def _level(self, task: _Layer) -> Tensor:
-        """The constant that the layer adds to its answer now, compared with the dense layer's without its bias."""
         bias = bias_of(self.small.program, self.small.network, task.path)
         if bias.bias is not None:
             return bias.bias.detach().double()

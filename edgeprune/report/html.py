@@ -149,7 +149,6 @@ def _layer_plot(report: Report, column: str, what: str, unit: str) -> Markup | N
 
 
 def _folds(report: Report) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
-    """Title, heading and rows of the tables that are shown when one asks for them."""
     columns, layers = tables.layer_table(report.layers)
     readings = [*report.before, *report.after]
     if layers:
@@ -205,7 +204,6 @@ def _with_code(text: str) -> Any:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may be broken after an underscore, and nowhere else."""
     return join(*[part for word in name.split("_") for part in (word, Markup("_<wbr>"))][:-1])
 
 

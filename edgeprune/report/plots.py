@@ -231,7 +231,6 @@ def _grid(low: float, high: float) -> list[Markup]:
 
 
 def _ticks(low: float, high: float) -> tuple[list[float], str, float]:
-    """At most six round numbers between low and high (seconds), the unit that they are in, and its size."""
     unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if high >= s), ("us", 1e-6))
     return ticks(low / scale, high / scale), unit, scale
 

@@ -128,7 +128,6 @@ def _sentences(report: Report) -> list[str]:
 
 
 def _others(report: Report, sentences: list[str]) -> tuple[str, ...]:
-    """The notes that the sentences do not say already."""
     return tuple(note for note in report.notes if note not in sentences)
 
 

@@ -116,7 +116,6 @@ def _probabilities(probe: _Probe) -> list[str]:
 
 
 def _black_box(probe: _Probe) -> list[str]:
-    """What attacks that only ask broke of what was left by those with gradients."""
     with_gradients = [n for n, a in probe.job.attacks.items() if a.gradients and n in probe.verdicts.tried]
     asking = [n for n, a in probe.job.attacks.items() if not a.gradients]
     broken = sum(probe.verdicts.broken.get(name, 0) for name in asking)

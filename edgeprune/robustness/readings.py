@@ -21,7 +21,6 @@ def readings_of(
     Returns:
         clean_accuracy, robust_accuracy, and "broken_by_NAME" for each attack, a share of the images that it was given.
         Of a quantized file robust_accuracy's conditions have "transfer_only", what was left before the attacks that
-        see the quantization.
     """
     clean, robust = sum(verdicts.clean_right), sum(verdicts.survived)
     used = _conditions(victim, job, verdicts, part)
@@ -93,11 +92,6 @@ def _paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
 
 
 def _transfer_only(job: Job, verdicts: Verdicts) -> dict[str, Any]:
-    """What was left when the attacks that see the quantization had their turn, where there are such attacks.
-
-    Returns:
-        "transfer_only" -> right, value and spread of it; lowered: the share that the attacks broke that see it.
-    """
     if not any(name.endswith(STRAIGHT) for name in verdicts.steps):
         return {}
     after = [name for name, attack in job.attacks.items() if not attack.gradients]

@@ -179,7 +179,6 @@ def _said(verdicts: Verdicts, name: str) -> str:
 
 
 def _resumed(scratch: Path, key: str, count: int, steps: tuple[str, ...]) -> _State | None:
-    """The state of this very job, or None."""
     if not (scratch / STATE).is_file():
         return None
     try:

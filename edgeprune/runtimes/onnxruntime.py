@@ -239,7 +239,6 @@ def _middle_mean(values: List[float]) -> float:
 
 
 def _without_profiler(nodes: List[NodeTime], seconds: float) -> List[NodeTime]:
-    """Take off what the profiler costs at each node, which makes their sum longer than a run without it takes."""
     excess = (sum(n.seconds for n in nodes) - seconds) / max(1, len(nodes))
     cost = min(max(0.0, excess), _MOST_PROFILER_S)
     return [replace(n, seconds=max(0.0, n.seconds - cost)) for n in nodes]

@@ -110,9 +110,6 @@ def fitting_levels(
     Args:
         timed: the time of each count is known. What stands in for that elsewhere, multiples and a comfortable floor,
             is not needed then.
-
-    Returns:
-        What they are multiples of; group -> levels, descending from all channels.
     """
     wish = max(1, rules.multiple_of)
     halves = [wish >> k for k in range(wish.bit_length())]
@@ -287,7 +284,6 @@ class Choice:
 
 
 def _cheapest(choice: Choice, steps: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The counts that lose least, of descents that weigh several limits in several proportions."""
     dense = {g: counts[0] for g, counts in steps.items()}
     choice.put(dense)
     over = [m for m, limit in choice.limits.items() if choice.now[m] > limit]

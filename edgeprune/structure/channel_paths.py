@@ -206,7 +206,6 @@ def _cat(call: Call, place: _Place, places: Mapping[str, _Place]) -> _Place:
 
 
 def _arithmetic(program: Program, call: Call, places: Mapping[str, _Place]) -> _Place:
-    """A number, or another value that the same units are in, such as in x * sigmoid(x)."""
     others = [a for a in call.args[:2] if not (isinstance(a, Ref) and a.name in places)]
     if any(not isinstance(a, (int, float)) for a in others):
         raise _Mixed(f"{_where(call)} joins its channels with values of another layer")

@@ -142,7 +142,6 @@ def _dependency_graph(copy: nn.Module, example: Tensor) -> Any:
 def _items(
     dependency: Any, module: nn.Module, channels: list[int]
 ) -> list[tuple[Any, bool, list[int], list[int]]]:
-    """(module or parameter or operation, is it its output side, positions, root channels) of one group."""
     pruner = dependency.get_pruner_of_module(module)
     group = dependency.get_pruning_group(module, pruner.prune_out_channels, channels)
     return [
@@ -211,7 +210,6 @@ def _tied_by(owned: dict[int, list[int]], key: Callable[[int], int]) -> list[lis
 
 
 def _tied_by_split(owned: dict[int, list[int]], offsets: Sequence[int] | None) -> list[list[int]]:
-    """`chunk` makes equal parts of what it is given, so channels at the same place of each part go together."""
     sizes = {b - a for a, b in itertools.pairwise(offsets or ())}
     if len(sizes) != 1 or not min(sizes):
         return []
@@ -220,7 +218,6 @@ def _tied_by_split(owned: dict[int, list[int]], offsets: Sequence[int] | None) -
 
 
 def _assemble(name: str, roots: list[int], entries: list[_Entry], tied: list[list[int]]) -> Group:
-    """Make a group whose channels are the classes of root channels that can't go without each other."""
     owner: dict[tuple[str, int, int], int] = {}
     ties = list(tied)
     for tensor, axis, owned, _ in entries:
@@ -244,7 +241,6 @@ def _assemble(name: str, roots: list[int], entries: list[_Entry], tied: list[lis
 
 
 def _classes(items: list[int], ties: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Partition items so that tied ones are together (union-find), in the order of their first."""
     parent = {item: item for item in items}
 
     def find(item: int) -> int:

@@ -88,7 +88,6 @@ def share_out(
 
     Args:
         wanted: > 0 wherever `most` is more than `least`.
-        total: between the sums of `least` and of `most`.
     """
 
     def scaled(factor: float) -> dict[K, float]:

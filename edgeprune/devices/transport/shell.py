@@ -248,7 +248,6 @@ def _shown(argv: Sequence[str]) -> str:
 
 
 def _myself() -> str:
-    """Who asks, as somebody else reads it."""
     user = str(os.getuid())
     with contextlib.suppress(KeyError, OSError, ImportError):  # a user without a name
         user = getpass.getuser()

@@ -162,7 +162,6 @@ def dead_units(lo: Tensor, hi: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _tied(group: Group) -> str | None:
-    """Why the units of a group are not one row each of one layer, or None."""
     producers = _layers(group, "producer")
     if len(producers) != 1:
         return f"its units are joined from what {len(producers)} layers make ({', '.join(producers[:3])})"

@@ -38,7 +38,6 @@ def pair_saliency(incoming: Tensor, outgoing: Tensor, bias: Tensor | None = None
     """sqrt(||W_i - W_j||^2 + (b_i - b_j)^2) ||A_j||: what removing j and keeping i costs.
 
     Args:
-        incoming: (C, F), the weights that make each unit. bias: (C,).
         outgoing: (C, G), the weights that read each unit; only their norms count.
 
     Returns:
@@ -102,7 +101,6 @@ def greedy_matching(saliency: Tensor, limit: int | None = None, *, scale: Tensor
 
 
 def _free_pairs(saliency: Tensor, used: Tensor) -> Iterator[tuple[int, int]]:
-    """[keep, remove] in ascending order, but for those that were used already when their part of the list began."""
     channels = saliency.shape[0]
     flat = saliency.reshape(-1)
     for part in torch.argsort(flat, stable=True).split(_WALK):

@@ -165,7 +165,6 @@ def anneal(
 
     Returns:
         At most `quota` indices into the list, in the order of acceptance, no unit twice; fewer only when the units of
-        all others are used up.
     """
     state = _State(candidates, quota)
     start = _spread(candidates, score) if start_temperature is None else start_temperature
@@ -208,10 +207,6 @@ def _with_slack(value: float) -> float:
 
 
 def _scored(state: _State, score: Score, waiting: list[int]) -> Iterator[tuple[int, float]]:
-    """(candidate, its score together with what is accepted at that moment), of those whose units are free.
-
-    Scores are computed ahead for as long as nothing is accepted, twice as many each time.
-    """
     ahead: dict[int, float] = {}
     accepted, many = len(state.accepted), 1
     for place, index in enumerate(waiting):

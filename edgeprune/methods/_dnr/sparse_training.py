@@ -83,7 +83,6 @@ class SparseTraining:
     gone: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Find the masked parameters, and zero what is not there."""
         named = models.tensors(self.network)
         names = dict.fromkeys(self.units.sizes)
         if self.units.granularity == "channel":

@@ -157,7 +157,6 @@ def _quantize(node: Node, x: Inputs) -> Tensor:
 
 
 def _dequantize(node: Node, x: Inputs) -> Tensor:
-    """(x - zero point) * scale."""
     whole, zero = need(x, 0), at(x, 2)
     # int32 minus its zero point is exact in whole numbers and, of biases, not in floats.
     shifted = whole if zero is None else whole - _along(zero, node, whole).to(whole)

@@ -25,7 +25,6 @@ TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, function
 
 
 def _window(node: Node, kernel: list[int]) -> tuple[list[int], list[int]]:
-    """Strides and dilations of a kernel."""
     ones = [1] * len(kernel)
     strides = list(node.get("strides", ones))
     if max(strides, default=1) > LARGEST_STRIDE:

@@ -166,7 +166,6 @@ def _typed(library: Any, name: str, types: tuple[Any, ...]) -> Callable[..., Any
 
 
 def _hint(code: int) -> str:
-    """What to do about the errors that a machine without a usable GPU, or with a small one, gives."""
     if code in (35, 100, 999):  # insufficient driver, no device, unknown
         return "is there an NVIDIA GPU with its driver here? in a container: docker run --runtime nvidia"
     return "close what else uses the GPU's memory" if code == 2 else ""  # cudaErrorMemoryAllocation
