@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgeprune.latency.table import TIME, TimedCosts
 from edgeprune.progress import bar
-from edgeprune.structure import Allocation, Choice, Rules, by_shares, fitting_levels, levels
+from edgeprune.structure import Allocation, Choice, Rules, allocate, fitting_levels, levels
 
 EXCHANGES = 60
 # Up to this many groups every step of a group is tried against every one of another, else only the next one.
@@ -25,10 +25,9 @@ PRICES, SWEEPS, STARTS = 14, 6, 2
 
 def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules) -> Allocation:
     """`structure.allocate` with a limit in seconds on "latency" in `rules.limits`."""
-    multiple, steps = fitting_levels(losses, costs, rules, timed=rules.cuts is None)
     if rules.cuts is not None:
-        kept = by_shares(steps, costs, rules.limits, rules.cuts)
-        return Allocation(kept, costs.cost(kept), multiple)
+        return allocate(losses, costs, rules)
+    multiple, steps = fitting_levels(losses, costs, rules, timed=True)
     state = TimedChoice({}, {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
     finer = {}
     for group, counts in steps.items():

@@ -1,7 +1,7 @@
 """What can be removed from a network: dependency groups, units, allocation of a budget."""
 
 # fmt: off
-from edgeprune.structure.allocation import Allocation, BOTTLENECK, Choice, Rules, allocate, by_shares, fitting_levels
+from edgeprune.structure.allocation import Allocation, BOTTLENECK, Choice, Rules, allocate, fitting_levels
 from edgeprune.structure.allocation import keep_largest, levels, losses_of, shared_counts, timed_levels
 from edgeprune.structure.channel_paths import Path, follow, following_batch_norm
 from edgeprune.structure.groups import Graph, find_groups, provable_groups

@@ -1,12 +1,13 @@
-"""How many channels each group keeps, so that a budget holds: the cheapest loss of importance per cost saved.
+"""Allocation of a budget: how many channels each group keeps, with the least loss of importance.
 
-Kept counts move on levels: multiples of what the hardware is fast with, never below the floor and never zero.
-Where no choice on those levels meets the budget, finer levels are tried, and the result says so.
+Counts are restricted to levels: multiples that suit the hardware, never below the floor and never zero. Finer levels
+are used where the budget can't be met otherwise.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,17 +15,19 @@ from torch import Tensor
 from edgeprune.errors import InfeasibleBudget
 from edgeprune.quantities import show
 
-# Levels below this share of a layer's channels are only used when the budget can't be met without them: one layer cut
-# to a few channels chokes all that passes through it. Not where the time of each count is known.
+# Levels below this share of a layer's channels are only used where the budget can't be met without them: one layer
+# with a few channels is a bottleneck. Not where the time of each count is known.
 BOTTLENECK = 0.3
-# Steps that a group has where the time of each is known, and channels of a step at least.
+# Steps of a group where the time of each count is known, and the least channels of a step.
 STEPS, FINEST = 16, 4
-# So many proportions of two limits are tried, less one.
+# Two limits are weighted in this many proportions, less one.
 WEIGHINGS = 8
+
+K = TypeVar("K")
 
 
 class Costs(Protocol):
-    """What counts cost: `models.costs.CostModel`, or that with predicted seconds."""
+    """`models.CostModel`, or that with predicted seconds."""
 
     @property
     def channels(self) -> Mapping[str, int]:
@@ -32,13 +35,13 @@ class Costs(Protocol):
         ...
 
     def cost(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """Metric -> what it is when each group keeps so many channels."""
+        """Metrics at these counts; groups that are missing keep all of their channels."""
         ...
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """kept: group -> channels that stay. cost: metric -> what that costs. multiple_of: what the levels ended as."""
+    """kept: group -> channels. cost: metric -> value. multiple_of: of the levels that were used."""
 
     kept: dict[str, int]
     cost: dict[str, float]
@@ -47,11 +50,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Rules:
-    """What must hold.
+    """Constraints of an allocation.
 
-    limits: metric (macs, params) -> most allowed. floor: least share of a group that stays.
-    cuts: group -> how much of it goes relative to the others, in [0, 1], 1 where nothing is said; so {} is the same
-    share for all groups. None shares by importance.
+    limits: metric (macs, params) -> maximum. floor: least share of a group that is kept.
+    cuts: group -> relative share that is removed, in [0, 1], 1 by default; so {} is the same share for all groups. None
+    allocates by importance.
     """
 
     limits: Mapping[str, float]
@@ -61,9 +64,9 @@ class Rules:
 
 
 def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
-    """Counts that a group of so many channels may keep, descending from all of them; at least one is kept.
+    """Counts that a group may keep, descending from all channels, at least one.
 
-    A group too small to hold two multiples uses a half, a quarter, ... of `multiple_of`.
+    A group with fewer channels than two multiples uses a half, a quarter, ... of `multiple_of`.
     """
     step = max(1, multiple_of)
     while step > 1 and channels < 2 * step:
@@ -74,9 +77,9 @@ def levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
 
 
 def timed_levels(channels: int, multiple_of: int, floor: float) -> tuple[int, ...]:
-    """Counts for where it is known what each takes: sixteen steps of a group, where multiples are coarser.
+    """Levels where the time of each count is known: sixteen steps of a group, where multiples are coarser.
 
-    But none below `FINEST` channels: widths that are no multiples of a small vector leave runtimes' fast layouts.
+    Steps have at least `FINEST` channels: other widths leave runtimes' fast memory layouts.
     """
     finest = max(FINEST, 1 << max(0, (channels // STEPS).bit_length() - 1))
     return levels(channels, min(max(1, multiple_of), finest), floor)
@@ -86,12 +89,12 @@ def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Alloca
     """Choose how many channels each group keeps.
 
     Args:
-        losses: group -> float64 (C + 1,), what it costs to keep k channels, not increasing in k and 0 for all of them;
-            comparable between groups unless `rules.cuts` decides.
+        losses: group -> float64 (C + 1,), the loss when k channels are kept, not increasing in k and 0 for all of them;
+            comparable between groups unless `rules.cuts` is given.
     """
     multiple, steps = fitting_levels(losses, costs, rules)
     if rules.cuts is not None:
-        kept = by_shares(steps, costs, rules.limits, rules.cuts)
+        kept = _by_shares(steps, costs, rules.limits, rules.cuts)
         return Allocation(kept, costs.cost(kept), multiple)
     choice = Choice({}, {g: values.tolist() for g, values in losses.items()}, costs, rules.limits)
     choice.put(_cheapest(choice, steps))
@@ -105,14 +108,16 @@ def allocate(losses: Mapping[str, Tensor], costs: Costs, rules: Rules) -> Alloca
 def fitting_levels(
     groups: Mapping[str, object], costs: Costs, rules: Rules, *, timed: bool = False
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """The coarsest levels that can meet the limits: rather finer ones than a bottleneck, rather that than none.
+    """The coarsest levels that can meet the limits; finer ones are preferred to a bottleneck.
 
     Args:
-        timed: the time of each count is known. What stands in for that elsewhere, multiples and a comfortable floor,
-            is not needed then.
+        timed: the time of each count is known, so multiples and the floor against bottlenecks are not needed.
+
+    Returns:
+        The multiple; group -> levels, descending from all channels.
     """
-    wish = max(1, rules.multiple_of)
-    halves = [wish >> k for k in range(wish.bit_length())]
+    largest = max(1, rules.multiple_of)
+    halves = [largest >> k for k in range(largest.bit_length())]
     comfortable = [] if timed else [(m, max(BOTTLENECK, rules.floor)) for m in halves[:2]]
     choices = timed_levels if timed else levels
     steps: dict[str, tuple[int, ...]] = {}
@@ -126,13 +131,10 @@ def fitting_levels(
 def shared_counts(
     sizes: Mapping[str, int], cuts: Mapping[str, float], k: int, floors: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many of each stay, k in all, when what goes is shared out in given proportions.
+    """Counts with the sum k when the removed shares have given proportions.
 
     Args:
-        sizes: name -> n. cuts: name -> how much of it goes relative to the others. floors: name -> least that stays.
-
-    Returns:
-        name -> count; their sum is exactly k, which lies between the sums of the floors and of the sizes.
+        sizes: name -> n. cuts: name -> relative share that is removed. k: between the sums of floors and sizes.
     """
 
     def kept(strength: float) -> dict[str, float]:
@@ -144,20 +146,26 @@ def shared_counts(
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(kept(middle).values()) >= k else (low, middle)
-    wish = kept(low)
-    out = {name: int(value) for name, value in wish.items()}
-    while (short := k - sum(out.values())) != 0:
-        step = 1 if short > 0 else -1
-        room = [m for m in out if (out[m] < sizes[m] if step > 0 else out[m] > floors.get(m, 0))]
-        assert room, "k lies between the floors and the sizes"
-        room.sort(key=lambda m: step * (out[m] - wish[m]))
-        for name in room[: abs(short)]:
-            out[name] += step
-    return out
+    return round_to_total(kept(low), k, {m: floors.get(m, 0) for m in sizes}, sizes)
+
+
+def round_to_total(
+    real: Mapping[K, float], total: int, least: Mapping[K, int], most: Mapping[K, int]
+) -> dict[K, int]:
+    """Round numbers within bounds to integers with a given sum: the largest remainders are rounded up."""
+    counts = {name: max(least[name], math.floor(value)) for name, value in real.items()}
+    while (missing := total - sum(counts.values())) != 0:
+        step = 1 if missing > 0 else -1
+        room = [n for n in real if (counts[n] < most[n] if step > 0 else counts[n] > least[n])]
+        assert room, "the total lies between the sums of the bounds"
+        room.sort(key=lambda name: step * (counts[name] - real[name]))
+        for name in room[: abs(missing)]:
+            counts[name] += step
+    return counts
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Exactly `count` True for the largest scores; of equal ones the first."""
+    """bool (C,), exactly `count` True for the largest scores; of equal ones the first."""
     keep = torch.zeros(len(scores), dtype=torch.bool)
     keep[torch.argsort(scores, descending=True, stable=True)[:count]] = True
     return keep
@@ -168,11 +176,11 @@ def _fits(cost: Mapping[str, float], limits: Mapping[str, float]) -> bool:
 
 
 def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What it costs in importance when a group keeps its k best channels, from a score for each channel.
+    """float64 (C + 1,) of each group: the loss of importance when it keeps its k best channels, infinite for 0.
 
-    Not their sum S - R alone (R is what stays of the total S), but S log(S / R): the same for the first channels
-    that go, ever dearer for the last ones. Additive scores say nothing of how channels lean on each other, and with
-    sums the cheapest group is emptied to its floor before the next one is touched.
+    Not the sum S - R (R is the kept part of the total S), but S log(S / R): equal for the first removed channels,
+    larger for the last ones. Scores don't include interactions of channels, and with sums the cheapest group would be
+    cut to its floor before the next one.
     """
     out = {}
     for group, values in scores.items():
@@ -188,7 +196,7 @@ def losses_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Choice:
-    """Counts that are being chosen, what they cost, and what is lost by them."""
+    """The counts during an allocation, and their costs on the limited metrics."""
 
     kept: dict[str, int]
     losses: Mapping[str, list[float]]
@@ -200,7 +208,7 @@ class Choice:
         self.put(self.kept)
 
     def put(self, kept: Mapping[str, int]) -> None:
-        """Start anew from these counts; groups that are missing keep all of their channels."""
+        """Set all counts; groups that are missing keep all of their channels."""
         self.kept = {**self.costs.channels, **kept}
         self.now = self._limited(self.kept)
 
@@ -209,20 +217,20 @@ class Choice:
         return {metric: cost[metric] for metric in self.limits}
 
     def after(self, changes: Mapping[str, int]) -> dict[str, float]:
-        """The costs when these groups keep so many."""
+        """The costs when these counts change."""
         return self._limited({**self.kept, **changes})
 
     def fits(self, cost: Mapping[str, float]) -> bool:
-        """Whether every limit holds."""
+        """Whether costs are within every limit."""
         return _fits(cost, self.limits)
 
     def lost(self, group: str, count: int) -> float:
-        """The importance that is lost more than now when a group keeps so many."""
+        """The additional loss when the count of a group changes."""
         values = self.losses.get(group)
         return values[count] - values[self.kept[group]] if values else 0.0
 
     def move(self, group: str, count: int) -> None:
-        """Let a group keep so many."""
+        """Change the count of a group."""
         self.now = self.after({group: count})
         self.kept[group] = count
 
@@ -233,11 +241,11 @@ class Choice:
         jump: bool = False,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Greedy: always the step with the least importance lost per (relative) cost saved, until everything fits.
+        """Greedy: the step with the least loss per relative cost saved, until everything fits.
 
         Args:
-            jump: a step may go to any lower count, and what it saves beyond a limit is worth nothing.
-            weights: metric -> what its saving counts; without, those whose limit is exceeded count alike.
+            jump: a step may go to any lower count, and savings beyond a limit don't count.
+            weights: metric -> weight of its saving; by default 1 where a limit is exceeded.
         """
         while not self.fits(self.now):
             over = {m: 1.0 for m, limit in self.limits.items() if self.now[m] > limit}
@@ -258,13 +266,13 @@ class Choice:
                     if best is None or (price, -count) < (best[0], -best[1]):
                         best = (price, count, group)
             if best is None:
-                # No single step helps; all floors together do, as was checked.
+                # No single step helps; all floors together do (`fitting_levels`).
                 self.put({g: counts[-1] for g, counts in steps.items()})
                 return
             self.move(best[2], best[1])
 
     def give_back(self, steps: Mapping[str, tuple[int, ...]], *, jump: bool = False) -> None:
-        """Raise what still fits, dearest importance first; of equal ones the larger count."""
+        """Raise counts that still fit, the largest gain first; of equal ones the larger count."""
         while True:
             best: tuple[float, int, str] | None = None
             for group, counts in steps.items():
@@ -279,11 +287,12 @@ class Choice:
 
     @property
     def total_lost(self) -> float:
-        """The importance that is lost in all."""
+        """The sum of the losses of all groups."""
         return sum(self.losses[g][k] for g, k in self.kept.items() if g in self.losses)
 
 
 def _cheapest(choice: Choice, steps: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The counts with the least loss, of descents that weight several limits in several proportions."""
     dense = {g: counts[0] for g, counts in steps.items()}
     choice.put(dense)
     over = [m for m, limit in choice.limits.items() if choice.now[m] > limit]
@@ -302,16 +311,13 @@ def _cheapest(choice: Choice, steps: Mapping[str, tuple[int, ...]]) -> dict[str,
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def by_shares(
+def _by_shares(
     steps: dict[str, tuple[int, ...]],
     costs: Costs,
     limits: Mapping[str, float],
     cuts: Mapping[str, float],
 ) -> dict[str, int]:
-    """The gentlest cut in the given proportions, rounded to the nearest levels, that fits.
-
-    Strength t takes the share min(1, t * cut) of a group.
-    """
+    """The smallest strength t that fits, rounded to the nearest levels; it removes min(1, t * cut) of a group."""
     cut = {g: cuts.get(g, 1.0) for g in steps}
     deepest = max(*cut.values(), 1e-12)
     top = deepest / max(
@@ -320,17 +326,19 @@ def by_shares(
     for permille in range(int(1000 * top) + 1):
         strength = permille / 1000 / deepest
         share = {g: max(0.0, 1.0 - strength * cut[g]) for g in steps}
-        kept = {g: min(s, key=lambda k, wish=share[g] * s[0]: (abs(k - wish), k)) for g, s in steps.items()}
+        kept = {
+            g: min(s, key=lambda k, target=share[g] * s[0]: (abs(k - target), k)) for g, s in steps.items()
+        }
         if _fits(costs.cost(kept), limits):
             return kept
-    # What is not to be cut at all goes to its floor only when nothing else is left.
+    # Groups with a cut of 0 go to their floor only when nothing else is left.
     return {g: s[-1] for g, s in steps.items()}
 
 
 def _infeasible(costs: Costs, kept: dict[str, int], rules: Rules) -> InfeasibleBudget:
     dense, least = costs.cost({}), costs.cost(kept)
     rows = [
-        f"{m}: asked for at most {show(limit, '')}, got down to {show(least[m], '')} "
+        f"{m}: the limit is {show(limit, '')}, the least possible {show(least[m], '')} "
         f"({100 * least[m] / dense[m]:.1f} % of dense)"
         for m, limit in rules.limits.items()
         if least[m] > limit

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import ModelError, UsageError
+from edgeprune.structure.allocation import round_to_total
 
 # k equal weights make the bound k + 1e-12 or k - 1e-12; both mean k.
 ROUNDING = 1e-6
@@ -101,7 +102,7 @@ def share_out(
             below = middle
         else:
             above = middle
-    return _rounded(scaled(above), total, (least, most))
+    return round_to_total(scaled(above), total, least, most)
 
 
 def check_orders(p: float, q: float) -> None:
@@ -147,19 +148,3 @@ def _scaled(w: Tensor) -> Tensor:
         )
     largest = float(flat.max()) if flat.numel() else 0.0
     return flat / largest if largest else flat
-
-
-def _rounded(
-    real: Mapping[K, float], total: int, bounds: tuple[Mapping[K, int], Mapping[K, int]]
-) -> dict[K, int]:
-    """Whole numbers next to real ones, adding up to a total: the largest remainders are rounded up."""
-    least, most = bounds
-    counts = {name: max(least[name], math.floor(value)) for name, value in real.items()}
-    order = sorted(real, key=lambda name: counts[name] - real[name])
-    while (missing := total - sum(counts.values())) != 0:
-        step = 1 if missing > 0 else -1
-        room = [n for n in order[::step] if (counts[n] < most[n] if step > 0 else counts[n] > least[n])]
-        assert room, "the total was checked to lie within the bounds"
-        for name in room[: abs(missing)]:
-            counts[name] += step
-    return counts

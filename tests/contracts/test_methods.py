@@ -102,7 +102,7 @@ def test_several_limits_hold_at_once() -> None:
 
 def test_an_impossible_budget_says_how_far_it_got() -> None:
     network, task = task_for("plain", {"macs": 0.001}, floor=0.5)
-    with pytest.raises(InfeasibleBudget, match=r"macs: asked for at most .* got down to .* % of dense"):
+    with pytest.raises(InfeasibleBudget, match=r"macs: the limit is .* the least possible .* % of dense"):
         plugins.build("methods", "magnitude", {})(network, task)
 
 

@@ -78,7 +78,7 @@ def test_shares_that_a_recipe_gives_are_kept_in_time_too(costs: TimedCosts) -> N
 
 
 def test_less_time_than_the_floors_need_is_infeasible(costs: TimedCosts) -> None:
-    with pytest.raises(InfeasibleBudget, match="latency: asked for at most"):
+    with pytest.raises(InfeasibleBudget, match="latency: the limit is"):
         allocate_timed(losses(costs, 0), costs, Rules({TIME: 1e-9}, 4, 0.3))
 
 
