@@ -38,6 +38,8 @@ BATCH, BATCH_VALUES = 64, 2**22
 SAME = 1e-4
 # Below this p-value one candidate is better than another; otherwise the output error decides.
 LEVEL = 0.05
+# Of a loss: 1 - 0.99 must not be above a tolerance of 0.01.
+_DIGITS = 12
 
 Logits = npt.NDArray[np.float32]
 
@@ -61,13 +63,18 @@ class EvaluationSet:
     logits: Logits
     free: bool
 
+    @property
+    def own(self) -> Judgement:
+        """The judgement of the float file itself."""
+        return self.judge(self.logits)
+
     def judge(self, logits: Logits) -> Judgement:
         """Compare logits (N, K) with the float file's."""
         classes, reference = _classes(logits), _classes(self.logits)
         agreement = float((classes == reference)[: self.clean].mean())
         error = sqnr_db(self.logits, logits)
         if self.labels is None:
-            return Judgement(None, None, agreement, error, _exact(1.0 - agreement))
+            return Judgement(None, None, agreement, error, round(1.0 - agreement, _DIGITS))
         right, expected = classes == self.labels, reference == self.labels
         clean, attacked = right[: self.clean], right[self.clean :]
         loss = float(expected[: self.clean].mean() - clean.mean())
@@ -77,7 +84,9 @@ class EvaluationSet:
             loss = max(loss, float(expected[self.clean :].mean()) - robust)
         # The attacked images were made for the float network: that another one resists what broke that is no merit.
         held = np.concatenate([clean, attacked & expected[self.clean :]])
-        return Judgement(float(clean.mean()), robust, agreement, error, _exact(loss), tuple(map(bool, held)))
+        return Judgement(
+            float(clean.mean()), robust, agreement, error, round(loss, _DIGITS), tuple(map(bool, held))
+        )
 
 
 def evaluation_set(calibration: CalibrationSet, floats: ModelProto) -> EvaluationSet:
@@ -162,11 +171,6 @@ def can_free_batch(model: ModelProto, images: Tensor) -> bool:
     alone = logits_of(model, few)
     scale = float(np.abs(alone).max()) or 1.0
     return together.shape == alone.shape and float(np.abs(together - alone).max()) <= SAME * scale
-
-
-def _exact(loss: float) -> float:
-    """A difference of shares without its rounding: 1 - 0.99 is not above a tolerance of 0.01."""
-    return round(loss, 12)
 
 
 def _classes(logits: Logits) -> npt.NDArray[np.int64]:

@@ -15,7 +15,7 @@ from edgeprune import onnx_graph
 from edgeprune.quantize.calibrators import ranges
 from edgeprune.quantize.evaluation import METADATA, FloatBaseline, metadata_of
 from edgeprune.quantize.fp16 import half
-from edgeprune.quantize.fusion import block_float_fusion, check_floats
+from edgeprune.quantize.fusion import block_float_fusion
 from edgeprune.quantize.job import Built
 from edgeprune.quantize.observers import observe
 from edgeprune.quantize.placement import quantizable
@@ -52,8 +52,6 @@ def finish(built: Built, floats: FloatBaseline) -> Shipped:
     weighted = {node.name for node in floats.model.graph.node if node.op_type in onnx_graph.WEIGHTED}
     unquantizable = sorted(weighted - set(quantizable(floats.model)))
     found = verify(model, built.precision, allowed={*built.fallback, *built.kept, *unquantizable})
-    if built.precision == "int8":
-        check_floats(model)
     choice = {
         "name": built.name,
         **built.options,
@@ -118,7 +116,7 @@ def _losses(built: Built, floats: FloatBaseline, model: ModelProto) -> list[Read
         Reading("agreement_with_float", near.agreement, "fraction", near.images, None, here, ARTIFACT, on),
     ]
     if judged.clean_accuracy is not None:
-        own = evaluation.judge(evaluation.logits)
+        own = evaluation.own
         facts = {
             **on, "float": own.clean_accuracy, "quantized": judged.clean_accuracy,
             "robust_float": own.robust_accuracy, "robust_quantized": judged.robust_accuracy,

@@ -80,9 +80,6 @@ def half(
 
     Returns:
         The float16 graph, and {node that stays float32: why}, in the order of the graph.
-
-    Raises:
-        UnsupportedModel: the graph has types that can't be told apart, or the result is no valid ONNX.
     """
     copy = copied(model)
     lift_constants(copy)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from edgeprune.errors import ParityError
-from edgeprune.onnx_graph import Array, View, layers, maker_of, unique, value_names
+from edgeprune.onnx_graph import Array, View, maker_of, unique, value_names
 from edgeprune.quantize.calibrators import Range
 from edgeprune.quantize.placement import PASSING, Plan, data_inputs
-from edgeprune.quantize.verification import in_integers
 
 _MATRIX, _IMAGE_DIMENSIONS = 2, 4
 # ONNX Runtime's WeightBiasQuantization (1.21 and later, core/optimizer/qdq_transformer) quantizes these, and MatMul,
@@ -70,21 +68,6 @@ def block_float_fusion(model: ModelProto) -> None:
             yield 0, f"{node.name}.float"
 
     _insert_steps(model, float_layers)
-
-
-def check_floats(model: ModelProto) -> None:
-    """Refuse a file whose float layers ONNX Runtime would quantize.
-
-    Raises:
-        ParityError: it would; names them.
-    """
-    floats = [layer for layer in layers(View(model), "int8") if layer.weights and not layer.low]
-    wrong = [layer.name for layer in in_integers(model, floats)] if floats else []
-    if wrong:
-        raise ParityError(
-            f"ONNX Runtime quantizes layers that were meant to stay float: {', '.join(wrong)}",
-            "this should not happen; please report it with the version of ONNX Runtime",
-        )
 
 
 def _insert_steps(model: ModelProto, inputs: Callable[[NodeProto], Iterable[tuple[int, str]]]) -> None:

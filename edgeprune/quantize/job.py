@@ -115,6 +115,10 @@ def row(
     fallback: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A candidate in `Quantized.candidates`, neither written nor timed yet."""
+    qualities = ("clean_accuracy", "robust_accuracy", "agreement", "sqnr_db", "loss")
+    judged: dict[str, float | None] = {key: getattr(judgement, key, None) for key in qualities}
+    if not math.isfinite(judged["sqnr_db"] or 0.0):
+        judged["sqnr_db"] = None
     return {
         "precision": precision,
         "name": name,
@@ -122,11 +126,7 @@ def row(
         "equalized": bool(options.get("equalized")),
         "corrected": bool(options.get("corrected")),
         "fallback": list(fallback),
-        "clean_accuracy": judgement.clean_accuracy if judgement else None,
-        "robust_accuracy": judgement.robust_accuracy if judgement else None,
-        "agreement": judgement.agreement if judgement else None,
-        "sqnr_db": judgement.sqnr_db if judgement and math.isfinite(judgement.sqnr_db) else None,
-        "loss": judgement.loss if judgement else None,
+        **judged,
         "size_bytes": None,
         "latency_s": None,
         "chosen": False,

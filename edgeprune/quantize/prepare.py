@@ -37,9 +37,6 @@ def prepare(model: ModelProto) -> ModelProto:
       are dropped; these have int8 kernels, ReduceMean has none. A `Reshape` of every image to a row is a `Flatten` too:
       it has no batch size written into it.
     - every node has a name of its own; the shapes of all values are inferred.
-
-    Raises:
-        UnsupportedModel: onnx can't infer its shapes.
     """
     copy = copied(model)
     lift_constants(copy)

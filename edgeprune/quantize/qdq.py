@@ -53,10 +53,6 @@ def quantized(
     Returns:
         The model; nodes, weights and biases keep their names. Other values get short ones. What computes in float,
         because of `skip` or because there is no 8-bit form, is unchanged.
-
-    Raises:
-        UsageError: there is no such scheme, or no node of a name in `skip`.
-        UnsupportedModel: no node can be int8, the opset is below 13, a weight is not finite, or a range is missing.
     """
     _check(model, scheme, skip)
     made, symmetric = copied(model), scheme == "s8"

@@ -145,15 +145,14 @@ def with_facts(
     candidates: Sequence[Candidate], exported: Path, floats: FloatBaseline, times: Mapping[str, Reading]
 ) -> list[Candidate]:
     """The float file and the candidates, each with its size, times and accuracies."""
-    own, seconds = floats.evaluation.judge(floats.evaluation.logits), seconds_of(times)
-    found: list[Candidate] = []
+    seconds, found = seconds_of(times), list[Candidate]()
     for candidate in (Candidate(FLOAT), *candidates):
         if candidate.why_not:
             found.append(candidate)
             continue
         name = candidate.precision
         size = len(candidate.file.data) if candidate.file else exported.stat().st_size
-        judgement = candidate.built.judgement if candidate.built else own
+        judgement = candidate.built.judgement if candidate.built else floats.evaluation.own
         facts = {
             "size": float(size),
             "latency_p50": times[name].value if name in times else None,
@@ -186,13 +185,15 @@ def rows(
     found: list[Mapping[str, Any]] = []
     for c in candidates:
         name, built = c.precision, c.built
-        judgement = built.judgement if built else None
-        if name == FLOAT:
-            judgement = floats.evaluation.judge(floats.evaluation.logits)
-        mine = row(
-            name, built.name if built else name, judgement, why_not=selection.why_not.get(name, ""),
-            options=built.options if built else {}, fallback=tuple(built.fallback) if built else (),
-        )  # fmt: skip
+        why_not = selection.why_not.get(name, "")
+        if built is None:
+            judgement = floats.evaluation.own if name == FLOAT else None
+            mine = row(name, name, judgement, why_not=why_not, options={})
+        else:
+            mine = row(
+                name, built.name, built.judgement, why_not=why_not, options=built.options,
+                fallback=tuple(built.fallback),
+            )  # fmt: skip
         size = c.facts.get("size")
         measured = {"size_bytes": None if size is None else int(size), "latency_s": c.seconds}
         found.append({**mine, **measured, "chosen": name == selection.precision})

@@ -115,22 +115,27 @@ def verify(model: ModelProto, precision: str, *, allowed: Collection[str] = ()) 
         low_weights=sum(layer.weights for layer in low),
         scales=scales,
         floats=tuple(layer.name for layer in floats),
-        runtime_low_macs=_integer_macs(model, low, scheme, allowed) if precision == "int8" else None,
+        runtime_low_macs=_integer_macs(model, found, scheme, allowed) if precision == "int8" else None,
     )
 
 
-def _integer_macs(model: ModelProto, low: Sequence[Layer], scheme: str, allowed: Collection[str]) -> int:
-    integer = in_integers(model, low)
-    floats = [
-        layer.name for layer in low if layer.weights and layer not in integer and layer.name not in allowed
-    ]
+def _integer_macs(model: ModelProto, found: Sequence[Layer], scheme: str, allowed: Collection[str]) -> int:
+    integer = in_integers(model, found)
+    quantized = [layer.name for layer in integer if layer.weights and not layer.low]
+    if quantized:
+        raise ParityError(
+            f"ONNX Runtime quantizes layers that were meant to stay float: {', '.join(quantized)}",
+            "this should not happen; please report it with the version of ONNX Runtime",
+        )
+    slow = [layer.name for layer in found if layer.low and layer.weights and layer not in integer]
+    floats = [name for name in slow if name not in allowed]
     # Signed activations are for other runtimes: ONNX Runtime on x86 fuses some of them only.
     if scheme == "u8" and floats:
         raise ParityError(
             f"ONNX Runtime runs {len(floats)} of the int8 nodes in float32: {_first(floats)}",
             "each needs Q/DQ at its inputs and, but for a ReLU, right after it; or list them in quantize.skip",
         )
-    return sum(layer.macs for layer in integer)
+    return sum(layer.macs for layer in integer if layer.low)
 
 
 def _first(names: Sequence[str]) -> str:
@@ -165,13 +170,13 @@ def _finite_logits(model: ModelProto, images: Tensor, name: str) -> Array:
     return logits
 
 
-def in_integers(model: ModelProto, low: Sequence[Layer]) -> list[Layer]:
-    """Those of the layers that ONNX Runtime runs in integer kernels, found in the graph that it would run."""
+def in_integers(model: ModelProto, found: Sequence[Layer]) -> list[Layer]:
+    """The layers that ONNX Runtime runs in integer kernels, according to the graph that it would run."""
     graph = optimized(model).graph
     nodes = [node for node in graph.node if node.op_type in INTEGER]
     names = {_MOVED.sub("", node.name) for node in nodes}
     stored = {name for node in nodes for name in node.input}
-    return [layer for layer in low if layer.name in names or (layer.stored and layer.stored in stored)]
+    return [layer for layer in found if layer.name in names or (layer.stored and layer.stored in stored)]
 
 
 def optimized(model: ModelProto) -> ModelProto:

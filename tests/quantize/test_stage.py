@@ -21,12 +21,13 @@ from edgeprune.errors import ParityError, UnsupportedModel, UsageError, WorkdirE
 from edgeprune.export import stage
 from edgeprune.models.bundle import deployed, from_module
 from edgeprune.quantities import limit
-from edgeprune.quantize import evaluation, fusion, int8, observers, qdq
+from edgeprune.quantize import evaluation, int8, observers, qdq
 from edgeprune.quantize import job as job_module
 from edgeprune.quantize import stage as stage_module
 from edgeprune.quantize.evaluation import can_free_batch, evaluation_set, logits_of
 from edgeprune.quantize.job import CalibrationSet, Quantized
 from edgeprune.quantize.stage import check_asked, shipped, wants_images
+from edgeprune.quantize.verification import verify
 from edgeprune.recipe.schema import ExportTable, QuantizeTable
 from edgeprune.records import Limit, Reading
 
@@ -504,7 +505,7 @@ def test_test_patterns_lie_in_the_range_of_the_input(residual: Path) -> None:
 def test_a_layer_that_went_back_is_float_in_the_runtime_too(loud: Path, tmp_path: Path) -> None:
     # ONNX Runtime quantizes a float layer between Q/DQ by itself, which here changes nearly all answers.
     table = replace(ONE, skip=("loud",), tolerance=1.0)
-    stage_module.run(loud, tmp_path, job(tmp_path, labelled(loud, 100), table=table))
+    result = stage_module.run(loud, tmp_path, job(tmp_path, labelled(loud, 100), table=table))
     path, pixels = tmp_path / "model.onnx", images(100)
     wanted = logits(loud, pixels).argmax(1)
     assert (logits(path, pixels).argmax(1) == wanted).mean() > 0.85
@@ -516,7 +517,7 @@ def test_a_layer_that_went_back_is_float_in_the_runtime_too(loud: Path, tmp_path
     bare.graph.node.remove(step)
     assert (logits_of(bare, pixels).argmax(1) == wanted).mean() < 0.5
     with pytest.raises(ParityError, match="quantizes layers that were meant to stay float: loud"):
-        fusion.check_floats(bare)
+        verify(bare, "int8", allowed=result.choice["float_layers"])
 
 
 class Pooled(nn.Sequential):
@@ -564,7 +565,7 @@ def test_a_layer_to_skip_between_pools_is_float_in_the_runtime_too(tmp_path: Pat
     layer.input[0] = step.input[0]
     bare.graph.node.remove(step)
     with pytest.raises(ParityError, match=f"quantizes layers that were meant to stay float: {skip}"):
-        fusion.check_floats(bare)
+        verify(bare, "int8", allowed=result.choice["float_layers"])
 
 
 @pytest.mark.parametrize("dynamic_batch", [False, True])
