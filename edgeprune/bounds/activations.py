@@ -1,8 +1,8 @@
-"""Activation functions: where each turns and how steep it gets, and from that bounds of values and of changes.
+"""Activation functions: bounds of their values and of their changes, from their extrema and slopes.
 
-Over [lo, hi] a function's values lie between those at the ends and at the turns inside. f(x + d) - f(x) is d times a
-slope that f has in between (mean value theorem), and slopes have their extremes at the ends and at the bends inside.
-For clamps (ReLU and its relatives) the extremes of f(x + d) - f(x) are known exactly.
+Over [lo, hi] the extremes of a function are at the ends and at its extrema inside. f(x + d) - f(x) is d times a slope
+in between (mean value theorem), and slopes have their extremes at the ends and at their own extrema inside. For clamps
+(ReLU and its relatives) the extremes of f(x + d) - f(x) are exact.
 """
 
 import math
@@ -19,26 +19,26 @@ _ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
-class Curve:
+class Activation:
     """A function R -> R.
 
-    turns: where it has a local extreme.
-    slope: its derivative. bends: where that has an extreme, or jumps: then with the slopes on both sides.
+    extrema: positions of local extrema. slope: the derivative.
+    slope_extrema: positions of its extrema, or of its jumps with the slopes on both sides.
     clamp, leak: f(x) = leak x + (1 - leak) clamp(x, *clamp).
-    cancels: its evaluation makes errors relative to x, not only to f(x).
+    cancels: the rounding error is relative to x, not only to f(x).
     """
 
-    turns: tuple[float, ...] = ()
+    extrema: tuple[float, ...] = ()
     slope: Callable[[Tensor], Tensor] | None = None
-    bends: tuple[tuple[float, tuple[float, ...]], ...] = ()
+    slope_extrema: tuple[tuple[float, tuple[float, ...]], ...] = ()
     clamp: tuple[float, float] | None = None
     leak: float = 0.0
     cancels: bool = False
 
 
-def curve(call: Call) -> Curve | None:
-    """The function that an operator applies to each number; None when it applies none that is known."""
-    make = _CURVES.get(call.op)
+def activation(call: Call) -> Activation | None:
+    """The elementwise function of an operator, if it is known."""
+    make = _ACTIVATIONS.get(call.op)
     return make(call) if make else None
 
 
@@ -47,22 +47,22 @@ def applied(call: Call, x: Tensor) -> Tensor:
     return call.run((x, *call.args[1:]))
 
 
-def values(call: Call, function: Curve, x: Interval) -> Interval:
+def values(call: Call, function: Activation, x: Interval) -> Interval:
     """Bounds of f over x, exact but for rounding."""
     first, last = applied(call, x.lo), applied(call, x.hi)
     if function.clamp == (0.0, math.inf) and not function.leak:
         return Interval(first, last)
     lo, hi = torch.minimum(first, last), torch.maximum(first, last)
-    for turn in function.turns:
-        inside = (x.lo <= turn) & (x.hi >= turn)
-        there = applied(call, torch.full_like(lo, turn))
+    for extremum in function.extrema:
+        inside = (x.lo <= extremum) & (x.hi >= extremum)
+        there = applied(call, torch.full_like(lo, extremum))
         lo = torch.where(inside, torch.minimum(lo, there), lo)
         hi = torch.where(inside, torch.maximum(hi, there), hi)
     wide = slack(lo.dtype, _ROUNDINGS) * (x.magnitude if function.cancels else 0.0)
     return rounded(lo - wide, hi + wide, _ROUNDINGS)
 
 
-def changes(function: Curve, change: Interval, x: Interval) -> Interval:
+def changes(function: Activation, change: Interval, x: Interval) -> Interval:
     """Bounds of f(x + d) - f(x), d in `change`."""
     if function.clamp is None:
         return change * _slopes(function, change, x)
@@ -121,12 +121,12 @@ def _length(x: Tensor, change: Tensor, low: float, high: float) -> tuple[Tensor,
     return torch.where(inside, change.abs(), (last - first).abs()), torch.where(inside, zero, error)
 
 
-def _slopes(function: Curve, change: Interval, x: Interval) -> Interval:
+def _slopes(function: Activation, change: Interval, x: Interval) -> Interval:
     assert function.slope is not None
     low, high = x.lo + change.lo.clamp(max=0.0), x.hi + change.hi.clamp(min=0.0)
     ends = [function.slope(low), function.slope(high)]
     smallest, largest = torch.minimum(*ends), torch.maximum(*ends)
-    for bend, sides in function.bends:
+    for bend, sides in function.slope_extrema:
         inside = (low <= bend) & (high >= bend)
         near = sides or (float(function.slope(torch.tensor(bend, dtype=torch.float64))),)
         smallest = torch.where(inside, smallest.clamp(max=min(near)), smallest)
@@ -135,12 +135,12 @@ def _slopes(function: Curve, change: Interval, x: Interval) -> Interval:
     return Interval(smallest - wide, largest + wide)
 
 
-def _clamp(call: Call) -> Curve:
+def _clamp(call: Call) -> Activation:
     limits = [call.arg(n) if n in call.names else None for n in ("min", "max")]
     if any(v is not None and not isinstance(v, (int, float)) for v in limits):
         raise NoRule("its limits are tensors")
     low, high = limits
-    return Curve(clamp=(-math.inf if low is None else low, math.inf if high is None else high))
+    return Activation(clamp=(-math.inf if low is None else low, math.inf if high is None else high))
 
 
 def _silu_slope(x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def _hardswish_slope(x: Tensor) -> Tensor:
     return torch.where(x < -3, 0.0, torch.where(x > 3, 1.0, (2 * x + 3) / 6)).to(x.dtype)
 
 
-def _gelu(call: Call) -> Curve | None:
+def _gelu(call: Call) -> Activation | None:
     if call.arg("approximate") == "tanh":
         return None
     bend = math.sqrt(2)
@@ -161,30 +161,32 @@ def _gelu(call: Call) -> Curve | None:
         bell = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         return (1 + torch.erf(x / math.sqrt(2))) / 2 + x * bell
 
-    return Curve((-0.75179152469356445746,), slope, ((-bend, ()), (bend, ())), cancels=True)
+    return Activation((-0.75179152469356445746,), slope, ((-bend, ()), (bend, ())), cancels=True)
 
 
-_CURVES: Mapping[str, Callable[[Call], Curve | None]] = {
-    "relu": lambda _: Curve(clamp=(0.0, math.inf)),
-    "relu6": lambda _: Curve(clamp=(0.0, 6.0)),
-    "hardtanh": lambda c: Curve(clamp=(c.arg("min_val"), c.arg("max_val"))),
+_ACTIVATIONS: Mapping[str, Callable[[Call], Activation | None]] = {
+    "relu": lambda _: Activation(clamp=(0.0, math.inf)),
+    "relu6": lambda _: Activation(clamp=(0.0, 6.0)),
+    "hardtanh": lambda c: Activation(clamp=(c.arg("min_val"), c.arg("max_val"))),
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
     # Below 0 it falls where the slope there is negative.
-    "leaky_relu": lambda c: Curve((0.0,), clamp=(0.0, math.inf), leak=float(c.arg("negative_slope"))),
-    "sigmoid": lambda _: Curve(slope=lambda x: torch.sigmoid(x) * torch.sigmoid(-x), bends=((0.0, ()),)),
-    "hardsigmoid": lambda _: Curve(
+    "leaky_relu": lambda c: Activation((0.0,), clamp=(0.0, math.inf), leak=float(c.arg("negative_slope"))),
+    "sigmoid": lambda _: Activation(
+        slope=lambda x: torch.sigmoid(x) * torch.sigmoid(-x), slope_extrema=((0.0, ()),)
+    ),
+    "hardsigmoid": lambda _: Activation(
         slope=lambda x: (x.abs() < 3).to(x.dtype) / 6,
-        bends=((-3.0, (0.0, 1 / 6)), (3.0, (0.0, 1 / 6))),
+        slope_extrema=((-3.0, (0.0, 1 / 6)), (3.0, (0.0, 1 / 6))),
         cancels=True,
     ),
-    "tanh": lambda _: Curve(slope=lambda x: 1 - torch.tanh(x) ** 2, bends=((0.0, ()),)),
-    "silu": lambda _: Curve(
+    "tanh": lambda _: Activation(slope=lambda x: 1 - torch.tanh(x) ** 2, slope_extrema=((0.0, ()),)),
+    "silu": lambda _: Activation(
         (-1.2784645427610737951,),
         _silu_slope,
         ((-2.3993572805154676678, ()), (2.3993572805154676678, ())),
         cancels=True,
     ),
-    "hardswish": lambda _: Curve(
+    "hardswish": lambda _: Activation(
         (-1.5,), _hardswish_slope, ((-3.0, (-0.5, 0.0)), (3.0, (1.0, 1.5))), cancels=True
     ),
     "gelu": _gelu,

@@ -1,12 +1,11 @@
 """Intervals of tensors, their arithmetic rounded outward, and hulls over positions as axes of size one.
 
-A `Value` is what bounds know of one tensor of a traced network: lo and hi of shape (B, ...), behind the batch B one
-axis for each axis of the tensor, either of its full size or of size 1. Size 1 where the tensor has more says that the
-bounds are a hull over that axis. Broadcasting does the rest.
+A `Value` has the bounds of one tensor of a traced network: lo and hi of shape (B, ...), after the batch B one axis for
+each axis of the tensor, of full size or of size 1. Size 1 where the tensor has more is a hull over that axis.
 
-Floating point: every operation widens its result by more than the rounding error that it can have made in the dtype
-of the bounds (n products and sums: n eps of the sum of the magnitudes; Higham 2002, section 3.1), so the bounds hold
-for exact arithmetic, underflow aside. A zero interval stays zero.
+Every operation widens its result by more than its rounding error in the dtype of the bounds (n products and sums: n eps
+of the sum of the magnitudes; Higham 2002, section 3.1), so the bounds hold for exact arithmetic, underflow aside. Zero
+intervals stay zero.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from edgeprune.errors import UnsupportedModel
 
 
 class Unbounded(UnsupportedModel):
-    """An operator that has no sound bound: which, in which layer, and why."""
+    """An operator without a sound bound."""
 
     def __init__(self, op: str, layer: str, reason: str) -> None:
         where = f"{op} in {layer}" if layer else op
@@ -32,7 +31,7 @@ class Unbounded(UnsupportedModel):
 
 
 class NoRule(Exception):
-    """Raised by a rule that does not cover its arguments; says why. `bounds` makes an `Unbounded` of it."""
+    """A rule does not cover its arguments; becomes an `Unbounded` with the operator."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Interval:
 
     @property
     def center(self) -> Tensor:
-        """The middle, rounded."""
+        """The midpoint, rounded."""
         return (self.lo + self.hi) / 2
 
     @property
@@ -53,11 +52,7 @@ class Interval:
         return (self.hi - self.lo) / 2
 
     def ball(self, terms: int) -> tuple[Tensor, Tensor]:
-        """Center and radius, for a sum of `terms` products with weights.
-
-        The radius is widened by so much of the magnitudes that the sum of the radii, with the magnitudes of the
-        weights, also covers the rounding of the two and of both sums.
-        """
+        """Center and radius for a sum of `terms` products with weights, the radius widened for its rounding."""
         center, radius, wide = self.center, self.radius, slack(self.lo.dtype, terms)
         return center, torch.add(radius * (1 + wide), center.abs(), alpha=wide)
 
@@ -73,16 +68,17 @@ class Interval:
 
     @property
     def finite(self) -> bool:
-        """Whether no end has overflowed, and none is NaN."""
+        """Whether both ends are finite."""
         return bool(torch.isfinite(self.lo.amin()) and torch.isfinite(self.hi.amax()))
 
     def hull(self, other: Interval | float) -> Interval:
-        """The smallest interval that holds both; the other one may be a number."""
-        low, high = (other.lo, other.hi) if isinstance(other, Interval) else (other, other)
-        return Interval(_least(self.lo, low), _most(self.hi, high))
+        """The smallest interval that contains both; the other one may be a number."""
+        if isinstance(other, Interval):
+            return Interval(torch.minimum(self.lo, other.lo), torch.maximum(self.hi, other.hi))
+        return Interval(self.lo.clamp(max=other), self.hi.clamp(min=other))
 
-    def meet(self, other: Interval) -> Interval:
-        """What lies in both; never empty, for both hold what they bound."""
+    def intersect(self, other: Interval) -> Interval:
+        """The intersection; not empty, as both are bounds of one value."""
         return Interval(torch.maximum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
 
     def __neg__(self) -> Interval:
@@ -101,18 +97,18 @@ class Interval:
         return rounded(lo, hi)
 
     def scaled(self, factor: float | Tensor) -> Interval:
-        """Times a number, or a tensor of numbers."""
+        """Times a number or a constant tensor."""
         low, high = self.lo * factor, self.hi * factor
         return rounded(torch.minimum(low, high), torch.maximum(low, high))
 
 
 def point(values: Tensor) -> Interval:
-    """The interval that holds just these values."""
+    """The interval with lo = hi."""
     return Interval(values, values)
 
 
 def slack(dtype: torch.dtype, terms: int) -> float:
-    """Twice the relative rounding error of a sum of `terms` products, in any order of summation."""
+    """Twice the relative rounding error of a sum of `terms` products in any order."""
     return float(torch.finfo(dtype).eps) * (terms + 4)
 
 
@@ -122,60 +118,49 @@ def rounded(lo: Tensor, hi: Tensor, operations: int = 1) -> Interval:
     return Interval(torch.add(lo, lo.abs(), alpha=-eps), torch.add(hi, hi.abs(), alpha=eps))
 
 
-def around(center: Tensor, radius: Tensor) -> Interval:
-    """[center - radius, center + radius], the rounding of these two operations left to the caller's radius."""
+def from_center(center: Tensor, radius: Tensor) -> Interval:
+    """[center - radius, center + radius]; the radius already covers the rounding."""
     return Interval(center - radius, center + radius)
 
 
 @dataclass(frozen=True)
 class Value:
-    """Bounds of one tensor of the network: axes of full size, or of size 1 for a hull over the axis.
-
-    bounds: (B, ...), one axis behind B for each of `shape`. shape: of the tensor for a batch of one.
-    """
+    """Bounds of one tensor. bounds: (B, ...), one axis after B for each of `shape`, the tensor's for a batch of one."""
 
     bounds: Interval
     shape: tuple[int, ...]
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The sizes of the axes as they are kept: those of `shape`, or 1."""
+        """The size of each axis in the bounds: that of `shape`, or 1."""
         return tuple(self.bounds.lo.shape[1:])
 
     @property
     def rank(self) -> int:
-        """How many axes the tensor has."""
+        """Number of axes of the tensor."""
         return len(self.shape)
 
     def collapsed(self, axis: int) -> bool:
-        """Whether the bounds are a hull over this axis of the tensor, which has more than one entry."""
+        """Whether the bounds are a hull over this axis."""
         return self.kept[axis] == 1 and self.shape[axis] > 1
 
     def full(self, axes: Sequence[int] | None = None) -> Interval:
-        """The bounds with these axes of the tensor (all of them) in full size; nothing is copied."""
+        """The bounds with these axes (by default all) expanded to full size."""
         wanted = range(self.rank) if axes is None else [a % self.rank for a in axes]
         size = [-1] + [self.shape[a] if a in wanted else -1 for a in range(self.rank)]
         return Interval(self.bounds.lo.expand(size), self.bounds.hi.expand(size))
 
     def ranked(self, rank: int) -> Interval:
-        """The bounds with axes put in behind the batch, as broadcasting against `rank` axes needs it."""
+        """The bounds with new axes after the batch, for broadcasting against `rank` axes."""
         at = (self.bounds.lo.shape[0], *(1,) * (rank - self.rank), *self.kept)
         return Interval(self.bounds.lo.reshape(at), self.bounds.hi.reshape(at))
 
 
 def constant(values: Tensor) -> Value:
-    """The value of a tensor that does not depend on the input."""
+    """The bounds of a constant tensor."""
     return Value(point(values.unsqueeze(0)), tuple(values.shape))
 
 
 def zero(shape: Sequence[int], like: Tensor) -> Value:
-    """No change of a tensor of this shape."""
+    """The bounds of no change."""
     return Value(point(like.new_zeros((1, *(1 for _ in shape)))), tuple(shape))
-
-
-def _least(values: Tensor, other: Tensor | float) -> Tensor:
-    return torch.minimum(values, other) if isinstance(other, Tensor) else values.clamp(max=other)
-
-
-def _most(values: Tensor, other: Tensor | float) -> Tensor:
-    return torch.maximum(values, other) if isinstance(other, Tensor) else values.clamp(min=other)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.bounds.interval import Interval, Value, around, slack
+from edgeprune.bounds.interval import Interval, Value, from_center, slack
 from edgeprune.models import Call
 
 WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
@@ -29,10 +29,10 @@ LINEAR_POOLS = (
 
 @dataclass(frozen=True)
 class ChannelMatrices:
-    """A layer as matrices between channels: (groups, outputs, inputs) of each group.
+    """A layer as matrices (groups, outputs, inputs) between channels.
 
-    total: sums of the weights over the taps. absolute: sums of their magnitudes. padded: whether outputs at the border
-    miss some taps, so that a tap may also see a zero. terms: products in one sum.
+    total: sums of the weights over the taps. absolute: sums of their magnitudes. padded: whether taps at the border
+    read zeros. terms: products in one sum.
     """
 
     total: Tensor
@@ -42,7 +42,7 @@ class ChannelMatrices:
 
 
 def channel_matrices(call: Call, weight: Tensor) -> ChannelMatrices:
-    """The matrices of a convolution or a linear layer."""
+    """For a convolution or a linear layer."""
     if call.op == "linear":
         return ChannelMatrices(weight[None], weight.abs()[None], False, weight.shape[1])
     split = weight.reshape(int(call.arg("groups")), -1, *weight.shape[1:])
@@ -66,14 +66,14 @@ def weighted(call: Call, weight: Tensor, x: Value) -> Interval:
 
 def _through(x: Interval, weight: Tensor, fn: Callable[[Tensor, Tensor], Tensor], terms: int) -> Interval:
     center, radius = x.ball(terms)
-    return around(fn(center, weight), fn(radius, weight.abs()))
+    return from_center(fn(center, weight), fn(radius, weight.abs()))
 
 
 def _convolve(call: Call, weight: Tensor, x: Tensor) -> Tensor:
-    """The layer as torch runs it, on (B, 1, C, ...): the two axes in front are one batch to it."""
+    """The convolution of (B, 1, C, ...) with the first two axes as its batch."""
     flat = x.reshape(-1, *x.shape[-(weight.ndim - 1) :])
     with warnings.catch_warnings():
-        # That an even kernel with padding "same" costs a copy is not the user's business here.
+        # torch warns that an even kernel with padding "same" costs a copy.
         warnings.simplefilter("ignore", UserWarning)
         out = call.target(flat, weight, None, *call.args[3:])
     return out.reshape(*x.shape[: -(weight.ndim - 1)], *out.shape[1:])
@@ -85,13 +85,13 @@ def _collapsed(call: Call, weight: Tensor, x: Interval) -> Interval:
     flat = Interval(x.lo.reshape(-1, shape[-1]), x.hi.reshape(-1, shape[-1]))
     layer = channel_matrices(call, weight)
     center, radius = (flat.hull(0.0) if layer.padded else flat).ball(layer.terms)
-    found = around(_mix(center, layer.total), _mix(radius, layer.absolute))
+    found = from_center(_mix(center, layer.total), _mix(radius, layer.absolute))
     size = (*shape[:-1], -1, *(1,) * spatial)
     return Interval(found.lo.reshape(size), found.hi.reshape(size))
 
 
 def _mix(x: Tensor, matrix: Tensor) -> Tensor:
-    """(N, groups · inputs) times (groups, outputs, inputs), group by group."""
+    """(N, groups · inputs) times (groups, outputs, inputs), each group separately."""
     if matrix.shape[0] == 1:
         return x @ matrix[0].T
     split = x.reshape(-1, matrix.shape[0], matrix.shape[2])
@@ -103,8 +103,8 @@ def _mix(x: Tensor, matrix: Tensor) -> Tensor:
 def pooled(call: Call, x: Value) -> Interval:
     """Bounds of one of MAXIMA or LINEAR_POOLS over everything in x; of a tuple, the first.
 
-    For a maximum, x may as well be a change: the maximum changes by no less than the least and no more than the
-    largest change in its window. All others are linear.
+    x may also be a change: a maximum changes by at least the smallest and at most the largest change in its window; all
+    others are linear.
     """
     spatial = next(int(c) for c in call.op if c in "123")
     axes = range(x.rank - spatial, x.rank)
@@ -114,7 +114,7 @@ def pooled(call: Call, x: Value) -> Interval:
         return x.bounds.hull(0.0) if padded else x.bounds
 
     def run(v: Tensor) -> Tensor:
-        # The axes in front of the channels are one batch to the operator.
+        # The axes before the channels are the batch.
         out: Any = call.target(v.reshape(-1, *v.shape[-spatial - 1 :]), *call.args[1:])
         out = out[0] if isinstance(out, tuple) else out
         return out.reshape(*v.shape[: -spatial - 1], *out.shape[1:])
@@ -126,7 +126,7 @@ def pooled(call: Call, x: Value) -> Interval:
 
 
 def pooled_change(call: Call, change: Value) -> Interval:
-    """Bounds of the change of a maximum over windows, from those of the change of what it is taken over."""
+    """Bounds of the change of a maximum over windows."""
     spread = pooled(call, Value(-change.bounds, change.shape))
     return Interval(-spread.hi, pooled(call, change).hi)
 

@@ -1,7 +1,7 @@
-"""Bounds of what an operator computes, and of how much that changes, from bounds of what it reads.
+"""Bounds of an operator's output and of its change, from bounds of its inputs.
 
-Linear operators pass a change on without their bias. Products: a'b' - ab = a'(b' - b) + (a' - a)b. Maxima change by no
-more than what they are taken over, activation functions by no more than their slopes allow.
+The change after a linear operator has no bias. Products: a'b' - ab = a'(b' - b) + (a' - a)b. Maxima change by at most
+the change of their inputs, activation functions by at most that times their slope.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,57 +11,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeprune.bounds.activations import changes, curve, values
+from edgeprune.bounds.activations import activation, changes, values
 from edgeprune.bounds.interval import Interval, NoRule, Value, point, rounded, slack
 from edgeprune.bounds.linear import LINEAR_POOLS, MAXIMA, WEIGHTED, pooled, pooled_change, reduced, weighted
-from edgeprune.bounds.shape_ops import PADDING, Moved, moved, shrunk
+from edgeprune.bounds.shape_ops import PADDING, Bounded, rearranged, shrunk
 from edgeprune.models import Call
 
 
 @dataclass(frozen=True)
 class Change:
-    """A tensor that changes. before: bounds of its values, None when unknown. by: bounds of the difference."""
+    """A tensor that changes. before: bounds of its values, if known. by: bounds of the difference."""
 
     before: Value | None
     by: Value
 
     @property
     def old(self) -> Value:
-        """Bounds of the values before.
-
-        Raises:
-            NoRule: they are unknown.
-        """
+        """Bounds of the values before the change."""
         if self.before is None:
             raise NoRule("the bound of a change needs the values, and they have none")
         return self.before
 
     @property
     def new(self) -> Value:
-        """Bounds of the changed values."""
+        """Bounds of the values after the change."""
         return Value(self.old.bounds + self.by.bounds, self.by.shape)
 
 
-def computed(call: Call, args: Sequence[Any]) -> Moved:
+def computed(call: Call, args: Sequence[Any]) -> Bounded:
     """Bounds of a call's output.
 
     Args:
-        args: its arguments, with a `Value` for each tensor that depends on the input and a constant tensor, in the
-            dtype of the bounds, for each that does not.
+        args: its arguments, with a `Value` for each tensor that depends on the input; constant tensors have the dtype
+            of the bounds.
     """
     if call.op in _VALUES:
         return _packed(call, _VALUES[call.op](call, args))
-    function = curve(call)
+    function = activation(call)
     if function:
         return Value(values(call, function, args[0].bounds), call.shape)
-    return moved(call, args)
+    return rearranged(call, args)
 
 
-def changed(call: Call, args: Sequence[Any]) -> Moved:
-    """Bounds of the change of a call's output: as `computed`, with a `Change` in the place of each `Value`."""
+def changed(call: Call, args: Sequence[Any]) -> Bounded:
+    """Bounds of the change of a call's output: as `computed`, with `Change`s instead of `Value`s."""
     if call.op in _CHANGES:
         return _packed(call, _CHANGES[call.op](call, args))
-    function = curve(call)
+    function = activation(call)
     if function:
         return Value(changes(function, args[0].by.bounds, args[0].old.bounds), call.shape)
     settings = list(_by(args))
@@ -72,14 +68,14 @@ def changed(call: Call, args: Sequence[Any]) -> Moved:
     return computed(call, settings)
 
 
-def _packed(call: Call, out: Interval) -> Moved:
-    # What gives positions too is a tuple in the program, of which only the values are bounded.
+def _packed(call: Call, out: Interval) -> Bounded:
+    # An operator with indices has a tuple as its output, of which only the values are bounded.
     value = Value(out, call.shape)
     return (value,) if call.op.endswith("_with_indices") else value
 
 
 def _by(args: Any) -> Any:
-    """Arguments with the change of each tensor, which is 0 for constants, in its place."""
+    """Arguments with the change of each tensor, 0 for constants."""
     if isinstance(args, (tuple, list)):
         return tuple(_by(a) for a in args)
     if isinstance(args, Tensor):
@@ -88,7 +84,7 @@ def _by(args: Any) -> Any:
 
 
 def paired(call: Call, first: Any, second: Any) -> tuple[Interval, Interval]:
-    """The bounds of two operands, numbers too, ready for broadcasting against each other."""
+    """The bounds of two operands or numbers, for broadcasting."""
     beside = [v for v in (first, second) if isinstance(v, Value)]
     like, rank = beside[0].bounds.lo, len(call.shape)
     out: list[Interval] = []
@@ -135,7 +131,7 @@ def _batch_norm(call: Call, args: Sequence[Any]) -> Interval:
 
 
 def _scale_and_shift(call: Call, args: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Float64 (C,) each: batch-norm is x times scale plus shift; and the shift's magnitude before cancellation."""
+    """Scale and shift of batch-norm, and the shift's magnitude before cancellation, float64 (C,) each."""
     weight, bias, mean, variance = (None if w is None else w.double() for w in args[1:5])
     if mean is None or variance is None or call.arg("training"):
         raise NoRule("it normalizes with the statistics of its batch")
@@ -147,7 +143,7 @@ def _scale_and_shift(call: Call, args: Sequence[Any]) -> tuple[Tensor, Tensor, T
 
 
 def _channels(weight: Tensor, out: Interval) -> Tensor:
-    """A number per channel, shaped for bounds (B, 1, C, ...) and in their dtype."""
+    """One number per channel in the shape and dtype of bounds (B, 1, C, ...)."""
     return weight.to(out.lo.dtype).reshape(-1, *(1,) * (out.lo.ndim - 3))
 
 
@@ -169,7 +165,7 @@ def _mul(call: Call, args: Sequence[Any]) -> Interval:
 
 
 def _mul_change(call: Call, args: Sequence[Any]) -> Interval:
-    """Both ways to split the change of a product hold, so what lies in both does."""
+    """The intersection of both ways to split the change of a product."""
     first, second = args[:2]
     if not isinstance(first, Change):
         first, second = second, first
@@ -179,7 +175,7 @@ def _mul_change(call: Call, args: Sequence[Any]) -> Interval:
     def split(a: Change, b: Change) -> Interval:
         return _mul(call, (a.new, b.by)) + _mul(call, (a.by, b.old))
 
-    return split(first, second).meet(split(second, first))
+    return split(first, second).intersect(split(second, first))
 
 
 def _div(call: Call, args: Sequence[Any]) -> Interval:

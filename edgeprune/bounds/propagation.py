@@ -1,4 +1,4 @@
-"""Walks over a traced network: bounds of every call from those before it, and of every change."""
+"""Propagation of bounds, and of bounds of changes, through a traced network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,37 +11,33 @@ from torch import Tensor
 from edgeprune.bounds.interval import Interval, NoRule, Unbounded, Value, zero
 from edgeprune.bounds.linear import WEIGHTED, channel_matrices
 from edgeprune.bounds.operators import Change, changed, computed
-from edgeprune.bounds.shape_ops import Moved
+from edgeprune.bounds.shape_ops import Bounded
 from edgeprune.models import Call, Program, Ref, Weight
 
-# These take only the shape and the kind of the first tensor that they read.
+# Their output depends only on the shape and dtype of the first tensor.
 _SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill")
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is known of every call's output over a box of inputs.
+    """Bounds of every call's output over a box of inputs.
 
-    values: name of a call, or of the input -> bounds with one axis for each of the call's `shape`, batch in front.
-    constants: name of a call that does not depend on the input -> its output.
-    causes: name of a call -> why there is no bound of its output; of the calls that depend on it too.
+    values: name of a call, or of the input -> bounds. constants: name of a call that does not depend on the input ->
+    its output. causes: name of a call without a bound -> the operator that has none, it or one before it.
     """
 
-    values: dict[str, Moved]
+    values: dict[str, Bounded]
     constants: dict[str, Any]
     causes: dict[str, Unbounded]
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """Name of a call, or of the input -> (B, ...), B in the place of the network's batch.
-
-        Collapsed, an axis of positions has size 1: (B, C, 1, 1). Broadcast it against activations to compare.
-        """
-        return {n: outward(v) for n, v in self.values.items() if isinstance(v, Value)}
+        """Name of a call, or of the input -> (B, ...); an axis of positions that is collapsed has size 1."""
+        return {n: without_batch_axis(v) for n, v in self.values.items() if isinstance(v, Value)}
 
 
 class Weights:
-    """The tensors of a network by name, in the dtype of the bounds; rounded to it, where it is a coarser one."""
+    """The tensors of a network by name, in the dtype of the bounds."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -50,20 +46,16 @@ class Weights:
 
     def __call__(self, name: str) -> Tensor:
         """A tensor in the dtype of the bounds."""
-        return self.cast(self.given(name))
-
-    def given(self, name: str) -> Tensor:
-        """A tensor by its name, in its own dtype."""
-        return (self._state[name] if name in self._state else self._constants[name]).detach()
+        return self.cast((self._state[name] if name in self._state else self._constants[name]).detach())
 
     def cast(self, value: Any) -> Any:
-        """A tensor of floats in the dtype of the bounds; anything else as it is."""
+        """Convert floating-point tensors to the dtype of the bounds."""
         floats = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(self.dtype) if floats else value
 
 
-def inward(given: Interval, shape: tuple[int, ...], what: str) -> Value:
-    """Bounds (B, ...) as a value with an axis for each axis of a tensor, B in front."""
+def with_batch_axis(given: Interval, shape: tuple[int, ...], what: str) -> Value:
+    """Bounds (B, ...) of a tensor with a batch axis of 1 as (B, 1, ...); missing axes at the end have size 1."""
     batched = shape[:1] == (1,)
     wanted = shape[1:] if batched else shape
     rest = tuple(given.lo.shape[1:])
@@ -76,8 +68,8 @@ def inward(given: Interval, shape: tuple[int, ...], what: str) -> Value:
     return Value(Interval(given.lo.reshape(size), given.hi.reshape(size)), shape)
 
 
-def outward(value: Value) -> Interval:
-    """Bounds with B in the place of the batch axis that a network has in front."""
+def without_batch_axis(value: Value) -> Interval:
+    """The inverse of `with_batch_axis`."""
     if value.shape[:1] != (1,):
         return value.bounds
     return Interval(value.bounds.lo.squeeze(1), value.bounds.hi.squeeze(1))
@@ -111,14 +103,10 @@ def _run(call: Call, args: tuple[Any, ...], weights: Weights) -> Any:
     return tuple(weights.cast(o) for o in out) if isinstance(out, (tuple, list)) else weights.cast(out)
 
 
-def _has_bounds(found: Any) -> bool:
-    return isinstance(found, Value) or (isinstance(found, tuple) and isinstance(found[0], Value))
-
-
-def _check_finite(found: Moved) -> None:
+def _check_finite(found: Bounded) -> None:
     parts = found if isinstance(found, tuple) else (found,)
     if not all(part.bounds.finite for part in parts):
-        raise NoRule(f"its bounds outgrow {parts[0].bounds.lo.dtype}")
+        raise NoRule(f"its bounds exceed {parts[0].bounds.lo.dtype}")
 
 
 def activation_bounds(
@@ -127,13 +115,10 @@ def activation_bounds(
     """Bounds of every activation over a box of inputs.
 
     Args:
-        box: (B, C, H, W), B boxes at once, float32 or float64: the dtype of all bounds.
+        box: (B, C, H, W), B boxes, float32 or float64: the dtype of all bounds.
         collapsed: one interval per channel instead of one per entry.
-
-    Returns:
-        An operator that can't be bounded makes itself and all that depends on it unbounded, nothing else.
     """
-    start = inward(box, program.input_shape, "the box")
+    start = with_batch_axis(box, program.input_shape, "the box")
     if collapsed and start.rank > 2:
         axes = list(range(3, start.rank + 1))
         hull = Interval(start.bounds.lo.amin(axes, True), start.bounds.hi.amax(axes, True))
@@ -151,7 +136,8 @@ def activation_bounds(
             except NoRule as error:
                 bounds.causes[call.name] = Unbounded(call.op, call.layer, str(error))
                 continue
-            target: dict[str, Any] = bounds.values if _has_bounds(found) else bounds.constants
+            bounded = isinstance(found[0] if isinstance(found, tuple) else found, Value)
+            target: dict[str, Any] = bounds.values if bounded else bounds.constants
             target[call.name] = found
     return bounds
 
@@ -159,20 +145,20 @@ def activation_bounds(
 def delta_from(
     program: Program, state: Mapping[str, Tensor], bounds: Bounds, starts: Mapping[str, Interval]
 ) -> Interval:
-    """A bound of the change of the network's output when the outputs of some calls change.
+    """Bounds (B, K) of the change of the network's output, over the box, when the outputs of some calls change.
 
     Args:
-        starts: name of a call, or of the input -> by how much its output changes, for B candidates at once:
-            (B, ...) as in `Bounds.intervals`, in their dtype; axes of size 1 stand for every position, missing ones at
-            the end too. Where a start is downstream of another one, its change is added to what arrives there.
+        starts: name of a call, or of the input -> change of its output for B candidates: (B, ...) as in
+            `Bounds.intervals`; axes of size 1, and missing ones at the end, stand for all positions. A start downstream
+            of another one is added to the propagated change.
 
     Raises:
-        Unbounded: an operator on the way has no bound.
+        Unbounded: an operator downstream has no bound.
     """
-    begin = {n: inward(i, program.shape_of(n), f"the start at {n}") for n, i in starts.items()}
+    begin = {n: with_batch_axis(i, program.shape_of(n), f"the start at {n}") for n, i in starts.items()}
     like = next(iter(starts.values())).lo
     weights = Weights(program, state, like.dtype)
-    changes: dict[str, Moved] = {n: v for n, v in begin.items() if n == program.input}
+    changes: dict[str, Bounded] = {n: v for n, v in begin.items() if n == program.input}
     last = {name: i for i, call in enumerate(program.calls) for name in call.reads}
     with torch.no_grad():
         for i, call in enumerate(program.calls):
@@ -189,12 +175,12 @@ def delta_from(
     assert isinstance(found, Value)
     whole, batch = found.full(), max(v.bounds.lo.shape[0] for v in begin.values())
     whole = Interval(*(v.expand(batch, *v.shape[1:]) for v in (whole.lo, whole.hi)))
-    return outward(Value(whole, program.shape_of(program.output)))
+    return without_batch_axis(Value(whole, program.shape_of(program.output)))
 
 
 def _change(
-    program: Program, call: Call, weights: Weights, bounds: Bounds, changes: Mapping[str, Moved]
-) -> Moved:
+    program: Program, call: Call, weights: Weights, bounds: Bounds, changes: Mapping[str, Bounded]
+) -> Bounded:
     def operand(name: str) -> Any:
         if name in bounds.constants:
             return bounds.constants[name]
@@ -220,17 +206,12 @@ def consumer_impact(
     positions: Sequence[Sequence[int]],
     delta: Interval,
 ) -> Interval:
-    """What a change of some input channels of a convolution or a linear layer does to its output.
+    """The change (B, outputs, 1, ...) of the output of a convolution or a linear layer: a start for `delta_from`.
 
     Args:
-        positions: for each of B candidates the entries along the layer's input axis that change: one for a channel
-            that a convolution reads, H · W of them where a flattened channel is read.
-
-    Returns:
-        (B, outputs) with an axis of size 1 for each axis of positions: a start for `delta_from`.
-
-    Raises:
-        Unbounded: the call is of another kind.
+        positions: for each of B candidates the indices along the input axis that change: one for a channel of a
+            convolution, H · W of them for a flattened channel.
+        delta: (B,), the change of each of them, at any position.
     """
     names = call.weights
     if call.op not in WEIGHTED or not names:
@@ -238,20 +219,20 @@ def consumer_impact(
     weight = Weights(program, state, delta.lo.dtype)(names[0])
     layer = channel_matrices(call, weight)
     longest = max(len(p) for p in positions)
-    # Shorter lists are filled up with a channel that changes nothing.
+    # Shorter lists are padded with a channel that changes nothing.
     index = torch.tensor([[*p, *[-1] * (longest - len(p))] for p in positions])
     center, radius = (delta.hull(0.0) if layer.padded else delta).ball(longest * layer.terms)
     middle, reach = _columns(layer.total, index, center), _columns(layer.absolute, index, radius)
-    behind = weight.ndim - 2
-    size = (len(positions), *(1,) * (len(call.shape) - 2 - behind), -1, *(1,) * behind)
+    spatial = weight.ndim - 2
+    size = (len(positions), *(1,) * (len(call.shape) - 2 - spatial), -1, *(1,) * spatial)
     return Interval((middle - reach).reshape(size), (middle + reach).reshape(size))
 
 
 def _columns(matrix: Tensor, index: Tensor, factor: Tensor) -> Tensor:
-    """Sums of columns times a factor per candidate: (B, groups · outputs).
+    """(B, groups · outputs): sums of columns of a matrix (groups, outputs, inputs), times `factor` (B,).
 
     Args:
-        matrix: (groups, outputs, inputs) of each group. index: (B, n) input channels, -1 for none. factor: (B,).
+        index: (B, n) columns, -1 for none.
     """
     groups, outputs, inputs = matrix.shape
     out = matrix.new_zeros(len(index), groups, outputs)

@@ -1,7 +1,6 @@
-"""Operators that move entries and compute nothing: views, permutations, slices, splits, concatenations, padding.
+"""Shape operators: views, permutations, slices, splits, concatenations, padding; for values and for changes.
 
-The same rule serves bounds of values and of changes. An axis that is a hull over its positions stays one where the
-operator allows; else it is spread out first.
+An axis that is a hull stays one where the operator allows; otherwise it is expanded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,11 @@ from torch.nn import functional
 from edgeprune.bounds.interval import Interval, NoRule, Value, constant
 from edgeprune.models import Call
 
-Moved = Value | tuple[Value, ...]
+Bounded = Value | tuple[Value, ...]
 
 
-def moved(call: Call, args: Sequence[Any]) -> Moved:
-    """What becomes of the bounds."""
+def rearranged(call: Call, args: Sequence[Any]) -> Bounded:
+    """Bounds of the output of a shape operator."""
     rule = _RULES.get(call.op)
     if rule is None:
         raise NoRule(f"there is no rule for {call.op}")
@@ -40,7 +39,7 @@ def _both(x: Value, fn: Callable[[Tensor], Tensor]) -> Interval:
 
 
 def _view(call: Call, args: Sequence[Any]) -> Value:
-    """Axes are regrouped; a group of axes that are hulls throughout stays one."""
+    """A group of axes that are all hulls stays a hull."""
     x = args[0]
     spread: list[int] = []
     kept: list[int] = []
@@ -56,7 +55,7 @@ def _view(call: Call, args: Sequence[Any]) -> Value:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Runs of axes that hold the same entries before and after a view, in order; axes of size 1 go where they fall."""
+    """Runs of axes that hold the same entries before and after a view, in order."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -84,7 +83,7 @@ def _permute(call: Call, args: Sequence[Any]) -> Value:
 
 
 def _reshaped(call: Call, args: Sequence[Any]) -> Value:
-    """squeeze and unsqueeze: axes of size 1 come and go, the others stay."""
+    """squeeze and unsqueeze: only axes of size 1 change."""
     x = args[0]
     kept = iter([k for k, size in zip(x.kept, x.shape, strict=True) if size != 1])
     size = (x.bounds.lo.shape[0], *(1 if s == 1 else next(kept) for s in call.shape))
@@ -124,12 +123,12 @@ def _split(call: Call, args: Sequence[Any]) -> tuple[Value, ...]:
 
 def _getitem(call: Call, args: Sequence[Any]) -> Value:
     if args[1] >= len(args[0]):
-        raise NoRule("it takes the positions of maxima")
+        raise NoRule("it uses the positions of maxima")
     return Value(args[0][args[1]].bounds, call.shape)
 
 
 def _cat(call: Call, args: Sequence[Any]) -> Value:
-    """Along an axis over which a part is a hull, all parts are: positions are told apart by no one from there on."""
+    """Along an axis over which one part is a hull, the output is a hull of all parts."""
     beside = [p for p in args[0] if isinstance(p, Value)]
     parts = [p if isinstance(p, Value) else shrunk(p, beside) for p in args[0]]
     axis = args[1] % len(call.shape)
@@ -147,7 +146,7 @@ def _cat(call: Call, args: Sequence[Any]) -> Value:
 
 
 def shrunk(values: Tensor, beside: Sequence[Value]) -> Value:
-    """A constant's value: a hull over the axes, counted from the last, over which what is beside it is one."""
+    """A constant as a hull over the axes, counted from the last, over which another operand is one."""
     value = constant(values)
     axes = [
         -a
@@ -159,7 +158,7 @@ def shrunk(values: Tensor, beside: Sequence[Value]) -> Value:
     return Value(Interval(value.bounds.lo.amin(axes, True), value.bounds.hi.amax(axes, True)), value.shape)
 
 
-def _pad(call: Call, args: Sequence[Any]) -> Moved:
+def _pad(call: Call, args: Sequence[Any]) -> Bounded:
     x, sides = args[:2]
     mode = args[2] if call.op == "pad" else "constant"
     fill = float(args[3 if call.op == "pad" else 2] or 0.0)
@@ -177,7 +176,7 @@ def _pad(call: Call, args: Sequence[Any]) -> Moved:
 
 
 PADDING = ("pad", "constant_pad_nd")
-_RULES: Mapping[str, Callable[[Call, Sequence[Any]], Moved]] = {
+_RULES: Mapping[str, Callable[[Call, Sequence[Any]], Bounded]] = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), _same),
     **dict.fromkeys(("to", "_to_copy", "type_as", "dropout", "feature_dropout", "alpha_dropout"), _same),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy"), _view),

@@ -16,7 +16,7 @@ from programs import box_of, contains, inputs, outside, run, within
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.bounds.activations import Curve, applied, changes, curve, values
+from edgeprune.bounds.activations import Activation, activation, applied, changes, values
 from edgeprune.bounds.interval import Interval, Unbounded
 from edgeprune.bounds.propagation import Bounds, activation_bounds, consumer_impact, delta_from
 from edgeprune.methods._data_free.impact import input_box
@@ -357,13 +357,13 @@ class Functions(list[Call]):
     def __repr__(self) -> str:
         return f"{len(self)} functions"
 
-    def known(self) -> list[tuple[Call, Curve]]:
-        return [(call, function) for call in self if (function := curve(call))]
+    def known(self) -> list[tuple[Call, Activation]]:
+        return [(call, function) for call in self if (function := activation(call))]
 
 
 @pytest.fixture(scope="module")
 def functions(traced) -> Functions:
-    calls = Functions(c for c in traced("activations")[0].calls if len(c.reads) == 1 and curve(c))
+    calls = Functions(c for c in traced("activations")[0].calls if len(c.reads) == 1 and activation(c))
     unique = {(c.op, c.args[1:]): c for c in calls}
     assert {c.op for c in calls} >= {"relu", "hardtanh", "silu", "gelu", "hardswish", "leaky_relu", "tanh"}
     return Functions(unique.values())
@@ -616,7 +616,7 @@ def test_bounds_that_outgrow_their_dtype_are_not_guessed() -> None:
     assert not fine.causes and fine.intervals[program.output].hi > 1e59
     coarse = activation_bounds(program, state, box_of((1,), dtype=torch.float32), collapsed=False)
     assert [c.name for c in program.calls if c.name in coarse.causes] == [c.name for c in program.calls[3:]]
-    assert "outgrow torch.float32" in str(coarse.causes[program.output])
+    assert "exceed torch.float32" in str(coarse.causes[program.output])
     start = {program.calls[0].name: Interval(-torch.ones(1, 1), torch.ones(1, 1))}
-    with pytest.raises(Unbounded, match=r"linear in 4 can't be bounded: its bounds outgrow torch\.float32"):
+    with pytest.raises(Unbounded, match=r"linear in 4 can't be bounded: its bounds exceed torch\.float32"):
         delta_from(program, state, fine, start)

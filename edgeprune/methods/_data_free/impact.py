@@ -167,7 +167,7 @@ def _merges(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[
     close = _affine(difference, scale * rows.bias[keep] - rows.bias[gone], low, high)
     own = _affine(rows.incoming, rows.bias, low, high)
     apart = Interval(scale * own.lo[keep] - own.hi[gone], scale * own.hi[keep] - own.lo[gone])
-    both = close.meet(apart)
+    both = close.intersect(apart)
     end = _behind_norm(scene.program, path.producer)
     axis = _channel_axis(end)
     starts = torch.zeros(2, len(pairs), end.shape[axis], dtype=torch.float64)
