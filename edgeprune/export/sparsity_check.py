@@ -82,13 +82,9 @@ def check_pattern(share: PatternShare, promised: Mapping[str, tuple[int, ...]], 
 
     Args:
         promised: parameter -> its shape, for every parameter whose mask holds the pattern.
-        file: its name, for messages.
 
     Returns:
         One sentence: how many weights hold the pattern, of how many that a sparse kernel may take.
-
-    Raises:
-        ParityError: a promised weight is not in the file, or breaks the pattern.
     """
     named = [w for w in share.weights if w.name in promised]
     broken = [w for w in named if not w.holds]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +87,6 @@ def save_modules(bundle: Bundle, folder: Path) -> None:
       batch dimension where the network allows one. Loading it needs nothing but torch.
     - weights.safetensors: the state dict of the bare network.
     - plan.json: the record `PlanFile`.
-
-    Raises:
-        UnsupportedModel: the network can't be traced.
     """
     wrapped = deployed(bundle).eval()
     try:
@@ -204,13 +201,17 @@ def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
         )
     torch_to_onnx.check_bytes(model.ByteSize(), f"{job.name} would have {{:.1f}} GB")
     made, made_from = onnx_graph.open_onnx(model), onnx_graph.reference(job.module)
+    batches = (1, 3) if job.table.dynamic_batch else (1,)
+    random = (probe for batch in batches for probe in onnx_graph.probes(job.spec, SEED, batch=batch))
+    real = ((f"real image {i}", image[None]) for i, image in enumerate(() if job.real is None else job.real))
     readings: list[Reading] = []
-    for kind, images in (("random", _random_images(job)), ("real", _real_images(job))):
+    for kind, images in (("random", random), ("real", real)):
         difference = onnx_graph.compare(made_from, made, images, job.name)
         if difference.images:
-            tolerance = job.table.tolerance
             readings.append(
-                onnx_graph.check(difference, tolerance=tolerance, name=job.name, inputs=kind, hint=_HINT)
+                onnx_graph.check(
+                    difference, tolerance=job.table.tolerance, name=job.name, inputs=kind, hint=_HINT
+                )
             )
     if job.pattern is not None:
         readings.append(_pattern_reading(model, job.pattern, job.name))
@@ -224,17 +225,6 @@ def _pattern_reading(model: ModelProto, promised: Mapping[str, tuple[int, ...]],
     without = [w.name for w in share.weights if w not in share.holding]
     facts = {"pattern": "2:4", "promised": len(promised), "words": words, "without": without}
     return Reading(PATTERN, value, "fraction", len(share.weights), None, "counted", name, facts)
-
-
-def _random_images(job: _Job) -> Iterator[tuple[str, Tensor]]:
-    yield from onnx_graph.probes(job.spec, SEED)
-    if job.table.dynamic_batch:
-        yield from onnx_graph.probes(job.spec, SEED, batch=3)
-
-
-def _real_images(job: _Job) -> Iterator[tuple[str, Tensor]]:
-    for number, image in enumerate(() if job.real is None else job.real):
-        yield f"real image {number}", image[None]
 
 
 def _run_fresh_process(request: Request) -> Response:

@@ -28,11 +28,7 @@ _SIGNED_SCHEME = "quantize with quantize.scheme=s8"
 
 
 def newest_opset(version: str) -> int:
-    """The newest opset that a version of TensorRT reads, as "10.3" or "10.13.3.9".
-
-    Raises:
-        UsageError: it is no version, or older than 8.2.
-    """
+    """The newest opset that a version of TensorRT reads, as "10.3" or "10.13.3.9"."""
     match = re.match(r"^(\d+)\.(\d+)", version)
     number = int(match.group(1)) * 100 + int(match.group(2)) if match else 0
     known = [opset for first, opset in OPSETS if number >= first]

@@ -125,9 +125,10 @@ def _at_opset(model: ModelProto, opset: int) -> Exported:
         converted = version_converter.convert_version(model, opset)
         onnx.checker.check_model(converted, full_check=True)
     except ONNX_ERRORS as error:
+        # "/project/onnx/.../BaseConverter.h:66: adapter_lookup: Assertion `false` failed: No Adapter From ..."
+        why = re.sub(r"^.*Assertion `.*` failed: ", "", reason(error))
         raise UnsupportedModel(
-            f"torch's exporter made opset {got}, not {opset}, "
-            f"and onnx can't convert it: {_converter_reason(error)}",
+            f"torch's exporter made opset {got}, not {opset}, and onnx can't convert it: {why}",
             f"take a target or an export.opset of {got} or more",
         ) from error
     return Exported(converted, f"exported at opset {got} and converted to {opset}")
@@ -194,8 +195,3 @@ def _layer_of(program: ExportedProgram, node_name: str) -> str:
             kind = cls if isinstance(cls, str) else cls.__name__
             return title(path, kind.rpartition(".")[2])
     return title("", "")
-
-
-def _converter_reason(error: BaseException) -> str:
-    # "/project/onnx/.../BaseConverter.h:66: adapter_lookup: Assertion `false` failed: No Adapter From ..."
-    return re.sub(r"^.*Assertion `.*` failed: ", "", reason(error))

@@ -13,7 +13,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.models import quiet, reason
-from edgeprune.onnx_graph.index import ONNX_ERRORS, all_nodes, defined_names, fresh_name, subgraphs
+from edgeprune.onnx_graph.index import ONNX_ERRORS, all_nodes, defined_names, subgraphs, unique
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What may stand between a parameter and the node that applies it.
@@ -38,7 +38,7 @@ def name_after_layers(model: ModelProto, modules: Mapping[str, bool], prefix: st
     for node in model.graph.node:
         scope = _scope(node, modules)
         layer = _argument(node, layers) or _layer(node, scope, modules, names)
-        node.name = fresh_name(_without(prefix, layer or f"{scope}.{node.op_type}".strip(".")), names.nodes)
+        node.name = unique(_without(prefix, layer or f"{scope}.{node.op_type}".strip(".")), names.nodes)
     _name_values(model.graph, prefix)
 
 
@@ -107,7 +107,7 @@ class _Names:
     def rename(self, old: str, wish: str) -> None:
         """Give a value its new name, once; inputs and outputs of the model keep theirs."""
         if old not in self.new:
-            self.new[old] = old if old in self.fixed else fresh_name(wish, self.values)
+            self.new[old] = old if old in self.fixed else unique(wish, self.values)
 
     def is_weight(self, value: str) -> bool:
         """Whether a value is an initializer, perhaps transposed or reshaped on its way."""

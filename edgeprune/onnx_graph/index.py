@@ -43,16 +43,6 @@ ONNX_ERRORS = (
 )
 
 
-def fresh_name(wish: str, taken: set[str]) -> str:
-    """A name that is not taken yet, and is from now on: `wish`, or that with a number."""
-    name, count = wish, 1
-    while name in taken:
-        count += 1
-        name = f"{wish}@{count}"
-    taken.add(name)
-    return name
-
-
 def defined_names(graph: GraphProto) -> set[str]:
     """All values that a graph defines, its bodies included."""
     own = {value.name for value in (*graph.input, *graph.initializer)}
@@ -80,8 +70,7 @@ def freed(model: ModelProto) -> ModelProto:
 
     Whether it answers each image as the file does is for the caller to see: other operators may hold the size, too.
     """
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     graph = copy.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     size = batch_of(model)
@@ -114,9 +103,7 @@ def freed(model: ModelProto) -> ModelProto:
 
 def batch_of(model: ModelProto) -> int | None:
     """The fixed batch of a model's image input, or None where it is free."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    first = next(value for value in model.graph.input if value.name not in constants)
-    return first.type.tensor_type.shape.dim[0].dim_value or None
+    return inputs_of(model)[0].type.tensor_type.shape.dim[0].dim_value or None
 
 
 def opset_of(model: ModelProto) -> int:
@@ -414,25 +401,6 @@ def one_hot(model: ModelProto, name: str, classes: int, *, ranked: bool) -> str:
     name = add_node(model, "Cast", [name], to=TensorProto.FLOAT)
     total = add_node(model, "MatMul", [name, add_constant(model, np.ones((classes, 1), np.float32))])
     return add_node(model, "Div", [name, total])
-
-
-def attributes(node: NodeProto) -> dict[str, Any]:
-    """The attributes of a node by name, as Python values."""
-    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
-
-
-def initializers(graph: GraphProto) -> dict[str, Array]:
-    """The constant tensors of a graph by name."""
-    return {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-
-
-def consumers(graph: GraphProto) -> dict[str, list[NodeProto]]:
-    """Value name -> the nodes that read it, in order; a node with a body reads what its body does."""
-    found: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in dict.fromkeys(_read(node)):
-            found.setdefault(name, []).append(node)
-    return found
 
 
 def unique(wish: str, taken: set[str]) -> str:

@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from float_models import exported, floats, kinds, model_of
+from float_models import attributes, exported, floats, initializers, kinds, model_of
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.onnx_graph.index import attributes, initializers
 from edgeprune.onnx_graph.session import open_onnx
 from edgeprune.quantize.prepare import prepare
 

@@ -16,7 +16,7 @@ import paths
 import pytest
 import quantized_files
 import torch
-from float_models import exported, floats, kinds, model_of, pictures, residual
+from float_models import attributes, exported, floats, initializers, kinds, model_of, pictures, residual
 from onnx import ModelProto, helper
 from PIL import Image
 
@@ -24,7 +24,6 @@ from edgeprune.errors import UnsupportedModel, UsageError
 from edgeprune.models import architectures
 from edgeprune.models.bundle import deployed
 from edgeprune.onnx_graph import cleanup
-from edgeprune.onnx_graph.index import attributes, initializers
 from edgeprune.onnx_graph.session import open_onnx
 from edgeprune.quantize.calibrators import ranges
 from edgeprune.quantize.observers import observe

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgeprune.quantize.prepare import prepare
@@ -73,3 +73,11 @@ def residual(batch: int | str = 1) -> ModelProto:
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
     return torch.rand((count, 3, 6, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+
+
+def initializers(graph: GraphProto) -> dict[str, np.ndarray]:
+    return {item.name: numpy_helper.to_array(item) for item in graph.initializer}
