@@ -25,7 +25,7 @@ from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_tr
 from edgeprune.methods._deadwooding import constrained_distillation, shrinkage
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
-from edgeprune.train import holding, of_table
+from edgeprune.train import masking_hooks, objective_of
 
 SCORES = ("auto", "raw", "layer")
 LOSSES = ("objective", "ce")
@@ -152,7 +152,7 @@ class Deadwooding(TrainingMethod):
         )
         stage = self._constraints(task, training, teacher)
         hooks = replace(
-            holding(network, task.units.entries(masks, network)), loss=stage.loss, after_epoch=stage.after_epoch,
+            masking_hooks(network, task.units.entries(masks, network)), loss=stage.loss, after_epoch=stage.after_epoch,
             state=stage.state, restore=stage.restore,
         )  # fmt: skip
         history = train.fit(training.deployed(network), course, hooks)
@@ -166,7 +166,7 @@ class Deadwooding(TrainingMethod):
     def _constraints(
         self, task: PruneTask, training: Training, teacher: nn.Module
     ) -> constrained_distillation.Distillation:
-        objective = of_table(training.table, None)
+        objective = objective_of(training.table, None)
         metric = constrained_distillation.Metric(self.distance, self.temperature)
         slack: dict[str, float] = {}
         if self.rho_kd or self.init_kd:

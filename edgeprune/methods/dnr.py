@@ -22,7 +22,7 @@ from edgeprune.methods._dnr.sparse_training import REGULARIZERS, Plan, SparseTra
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
 from edgeprune.structure import BOTTLENECK, allocate, keep_largest, levels
-from edgeprune.train import TrainingJob, chance, fit
+from edgeprune.train import TrainingJob, fit, seeded_generator
 
 STARTS = ("given", "scratch")
 INITS = ("auto", "global", "uniform", "random")
@@ -131,7 +131,7 @@ class DNR(TrainingMethod):
 
     def _objective(self, training: Training) -> train.Objective:
         table = training.table
-        objective = train.of_table(table, training.teacher if table.distill > 0 else None)
+        objective = train.objective_of(table, training.teacher if table.distill > 0 else None)
         if objective.kind in ("fgsm", "pgd"):
             return replace(objective, beta=self.beta if self.beta >= 0 else table.beta or HYBRID)
         if self.beta not in (-1, 1) or (self.beta == 1 and objective.kind == "trades"):
@@ -167,7 +167,7 @@ def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[s
     units = task.units
     scores = units.norms(network)
     if init == "random":
-        generator = chance(seed, "first masks of dnr")
+        generator = seeded_generator(seed, "first masks of dnr")
         scores = {
             n: torch.rand(size, generator=generator, dtype=torch.float64) for n, size in units.sizes.items()
         }

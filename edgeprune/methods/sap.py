@@ -25,7 +25,7 @@ from edgeprune.methods._sap.schedule import CutSchedule, Rule, reinitialize
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
 from edgeprune.structure import pqi
-from edgeprune.train import holding, of_table
+from edgeprune.train import masking_hooks, objective_of
 
 VARIANTS = ("tune", "paper", "oneshot")
 STARTS = ("given", "scratch")
@@ -206,7 +206,7 @@ class _Work:
             training.teacher, training.validation,
         )  # fmt: skip
         stays = self.task.units.entries(state.masks, self.network)
-        train.fit(training.deployed(self.network), course, holding(self.network, stays))
+        train.fit(training.deployed(self.network), course, masking_hooks(self.network, stays))
 
     def _measured(self, state: _State, norms: Mapping[str, Tensor]) -> _State:
         """The curves with one more point: the index and what is left, of each layer and in all."""
@@ -229,7 +229,7 @@ class _Work:
         training = self.task.training
         if training is None or not len(training.validation):
             return None
-        objective, network = of_table(training.table, None), training.deployed(self.network)
+        objective, network = objective_of(training.table, None), training.deployed(self.network)
         right, count = train.robust_accuracy(
             network, training.validation, objective, seed=training.seed, limit=VALIDATED
         )

@@ -271,7 +271,7 @@ def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]
     """How a network is trained, with what is done to its images decided, and what a reader must know of that."""
     assert run.data is not None, "a method that trains is refused without data"
     dense = models.deployed(run.bundle).eval()
-    found, notes = train.decide(dense, run.data, table, run.recipe.seed)
+    found, notes = train.choose_augmentation(dense, run.data, table, run.recipe.seed)
     for note in notes:
         run.log(f"augment: {note}")
     return found, notes

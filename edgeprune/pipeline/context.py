@@ -130,7 +130,7 @@ def decide(recipe: Recipe, target: Target, budget: Budget, data: Data | None, de
         trainable, method, trains, source,
         tuning=replace(recipe.tune, epochs=0, recalibrate=False) if trains else recipe.tune,
         synthesizes=synthesizes, on_target=on_target, quantizes=quantizes,
-        file_share=table.int8_file if precision == "int8" and channels and prune.minds_macs(budget) else 0.0,
+        file_share=table.int8_file if precision == "int8" and channels and prune.limits_only_macs(budget) else 0.0,
         minds_attacks=recipe.tune.objective != "natural" or "robust_accuracy" in budget.limits,
         looks_at_data=source == "data" or (not channels and trainable),
     )  # fmt: skip

@@ -109,11 +109,11 @@ def _crafted(run: Context, folders: Mapping[str, Path], images: Tensor, labels: 
     run.log(f"quantize: attack {count} calibration images, to judge by")
     job = robustness.attack_job(table, seed=run.recipe.seed, data="")
     network = models.deployed(current_bundle(run, folders))
-    chance = train.chance(run.recipe.seed, "quantize")
+    generator = train.seeded_generator(run.recipe.seed, "quantize")
     pgd = job.attacks["pgd"]
     with progress.bar(count, "attack calibration images") as advance:
         parts = [
-            pgd(network, x, y, job.ball, chance, advance).images
+            pgd(network, x, y, job.ball, generator, advance).images
             for x, y in zip(images[:count].split(128), labels[:count].split(128), strict=True)
         ]
     return torch.cat(parts)

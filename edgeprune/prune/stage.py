@@ -116,7 +116,7 @@ def run(bundle: Bundle, table: PruneTable, budget: Budget, material: PruningInpu
     return Chosen(task.groups, masks, left_out, notes, edited, task.record)
 
 
-def minds_macs(budget: Budget) -> bool:
+def limits_only_macs(budget: Budget) -> bool:
     """Whether a budget limits the multiply-accumulates, and neither the size nor the speed of the file."""
     return "macs" in budget.limits and ON_FILE.isdisjoint(budget.limits)
 
@@ -128,7 +128,7 @@ def _search(
     within = partial(
         search, network, method, task, probes=material.probes, latency_model=material.latency_model
     )
-    if not material.file_share or not minds_macs(budget):
+    if not material.file_share or not limits_only_macs(budget):
         return within(budget)
     macs = task.costs.cost({})["macs"]
     share = material.file_share * absolute(budget.limits["macs"], macs) / macs

@@ -17,7 +17,7 @@ from edgeprune.models import folded, full, logits, on_replicas
 from edgeprune.quantities import USUAL_EPS
 from edgeprune.robustness.attack_plan import NO_GRADIENT, placed, reaches
 from edgeprune.robustness.job import Job, ModelUnderAttack, Verdicts, ask, wrong
-from edgeprune.train import Ball, ExecutionConfig, chance, crafting, cross_entropy, pgd
+from edgeprune.train import Ball, ExecutionConfig, crafting, cross_entropy, pgd, seeded_generator
 
 # So many images are looked at; attacks of many steps are made on the first few of them.
 LOOKED_AT = 64
@@ -178,7 +178,7 @@ def _standing(probe: _Probe, ball: Ball, steps: int) -> int:
     twin = probe.victim.twin
     assert twin is not None
     x, y = probe.x[:TRIED], probe.y[:TRIED]
-    generator = chance(probe.job.seed, "flags", ball.eps)
+    generator = seeded_generator(probe.job.seed, "flags", ball.eps)
     with crafting(twin), on_replicas(folded(twin, x[:1]), x) as quick:
         images = pgd(quick, x, y.to(x.device), ball, steps=steps, generator=generator)
     return int((~wrong(probe.victim.answers, images, y)).sum())
@@ -199,7 +199,7 @@ def _queries(probe: _Probe) -> list[str]:
     with torch.no_grad():
         found = attack(
             victim.fast or victim.answers, x, y.to(x.device), probe.job.ball,
-            chance(probe.job.seed, "flags", "square"),
+            seeded_generator(probe.job.seed, "flags", "square"),
         )  # fmt: skip
     broken = int(wrong(victim.answers, found.images, y).sum())
     if broken <= max(1, FEW * len(left)):

@@ -18,7 +18,7 @@ from edgeprune.robustness.gradient_masking import flags
 from edgeprune.robustness.job import CLEAN, Job, ModelUnderAttack, Verdicts, ask, wrong
 from edgeprune.robustness.readings import compare, ledger, readings_of, told
 from edgeprune.robustness.surrogate_check import proven
-from edgeprune.train import ExecutionConfig, chance
+from edgeprune.train import ExecutionConfig, seeded_generator
 
 STATE = "attack.json"
 
@@ -121,7 +121,7 @@ def _attacked(state: _State, step: Step, what: tuple[ModelUnderAttack, Split, Jo
         while state.done < len(state.todo):
             rows = torch.tensor(state.todo[state.done : state.done + state.verdicts.batch])
             start = time.monotonic()
-            generator = chance(job.seed, "attack", step.name, int(rows[0]))
+            generator = seeded_generator(job.seed, "attack", step.name, int(rows[0]))
             x, y = step.images(_pixels(split, rows)), split.labels[rows]
             images, queries = step.craft(x, y, generator, advance)
             broken = wrong(victim.answers, job.ball.project(images, x.to(images)), y)

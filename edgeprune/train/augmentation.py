@@ -12,10 +12,10 @@ from edgeprune.confidence import binomial
 from edgeprune.data import Data, Split, spread
 from edgeprune.recipe import TuneTable
 from edgeprune.train import evaluation
-from edgeprune.train.job import chance
+from edgeprune.train.job import seeded_generator
 
 SHIFT, MIRROR = "shift", "mirror"
-# The values of TuneTable.augment but "auto", which `decide` turns into one of them.
+# The values of TuneTable.augment but "auto", which `choose_augmentation` turns into one of them.
 KINDS = {"on": (SHIFT, MIRROR), SHIFT: (SHIFT,), MIRROR: (MIRROR,), "off": ()}
 DONE = {SHIFT: f"{SHIFT}ed by up to an eighth of their height", MIRROR: f"{MIRROR}ed"}
 # A change is harmful when the accuracy of a class falls significantly by more than this share.
@@ -53,7 +53,9 @@ def augment(
     return torch.where(mirrored, x.flip(3), x)
 
 
-def decide(module: nn.Module, data: Data, table: TuneTable, seed: int) -> tuple[TuneTable, tuple[str, ...]]:
+def choose_augmentation(
+    module: nn.Module, data: Data, table: TuneTable, seed: int
+) -> tuple[TuneTable, tuple[str, ...]]:
     """The table with "auto" replaced by the changes that do not harm the dense network, and notes on the choice.
 
     A change is harmful when a class, or all images together, lose clearly more than a tenth of their accuracy by it:
@@ -81,7 +83,7 @@ def _harmful(module: nn.Module, data: Data, split: Split, kinds: Sequence[str], 
     rows = spread(split.labels, max(TESTED, TESTED_PER_CLASS * len(data.labels)), seed)
     plain, found = evaluation.right(module, split, rows), {}
     for kind in kinds:
-        generator = chance(seed, kind, "minded")
+        generator = seeded_generator(seed, kind, "minded")
 
         def change(x: Tensor, kind: str = kind, generator: torch.Generator = generator) -> Tensor:
             return x.flip(3) if kind == MIRROR else augment(x, generator, kinds=(SHIFT,))

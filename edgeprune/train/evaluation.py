@@ -14,7 +14,7 @@ from edgeprune.data import Split
 from edgeprune.models import logits, modes
 from edgeprune.progress import bar
 from edgeprune.records import Reading
-from edgeprune.train.job import chance
+from edgeprune.train.job import seeded_generator
 from edgeprune.train.objectives import Objective
 from edgeprune.train.placement import ExecutionConfig, device_of, fastest_config, restored_device
 
@@ -56,7 +56,7 @@ def some(count: int, limit: int, seed: int) -> Tensor:
     """Rows of `count` images that are tried: all, or a random `limit` of them; int64, ascending."""
     if not 0 < limit < count:
         return torch.arange(count)
-    return torch.randperm(count, generator=chance(seed, "some"))[:limit].sort().values
+    return torch.randperm(count, generator=seeded_generator(seed, "some"))[:limit].sort().values
 
 
 def attacked(
@@ -72,7 +72,7 @@ def attacked(
     with modes(None, module), placement.autocast(), bar(len(rows), label) as advance:
         for number, (x, y) in enumerate(split.batches(BATCH_UNDER_ATTACK, rows)):
             images, labels = placement.images(x), y.to(placement.device)
-            found = objective.attack(module, images, labels, chance(seed, number, "attack"))
+            found = objective.attack(module, images, labels, seeded_generator(seed, number, "attack"))
             with torch.no_grad():
                 correct += int(_right(module, found, labels).sum())
             advance(len(y))

@@ -55,7 +55,7 @@ def momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter)
 
 
-def share_of_lr(step: int, total: int) -> float:
+def lr_factor(step: int, total: int) -> float:
     """Linear warm-up to 1 over the first steps, then half a cosine down to 0; `step` counts from 0."""
     warm = max(1, round(WARM_UP_SHARE * total))
     if step < warm:
@@ -69,7 +69,7 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def chance(*parts: object) -> torch.Generator:
+def seeded_generator(*parts: object) -> torch.Generator:
     """A generator with `seed_of` the parts, on the CPU so that every device gets the same numbers."""
     return torch.Generator().manual_seed(seed_of(*parts))
 

@@ -24,13 +24,13 @@ from edgeprune.train.job import (
     History,
     Hooks,
     TrainingJob,
-    chance,
+    lr_factor,
     optimizer_of,
     seed_of,
-    share_of_lr,
+    seeded_generator,
     trained,
 )
-from edgeprune.train.objectives import Objective, of_table
+from edgeprune.train.objectives import Objective, objective_of
 from edgeprune.train.placement import (
     ExecutionConfig,
     fastest_config,
@@ -120,7 +120,7 @@ def _check(job: TrainingJob) -> None:
 def _prepared(module: nn.Module, job: TrainingJob, hooks: Hooks) -> Iterator[_Loop]:
     """Networks on their training device; it, their memory format and the global random state are restored."""
     table, teacher = job.table, job.teacher
-    objective = of_table(table, teacher if table.distill > 0 else None)
+    objective = objective_of(table, teacher if table.distill > 0 else None)
     networks = _networks(module, job)
     with restored_device(networks):
         for tensor in (*module.parameters(), *module.buffers()):
@@ -139,7 +139,7 @@ def _prepared(module: nn.Module, job: TrainingJob, hooks: Hooks) -> Iterator[_Lo
 
 def _epoch(loop: _Loop, progress: Progress, saved: Checkpoint, advance: Callable[..., None]) -> None:
     job, epoch = loop.job, progress.epoch
-    order = torch.randperm(len(job.split), generator=chance(job.seed, epoch, "order"))
+    order = torch.randperm(len(job.split), generator=seeded_generator(job.seed, epoch, "order"))
     last = time.monotonic()
     for step in range(progress.step, loop.steps):
         progress.total += _step(loop, epoch, step, order[step * loop.batch : (step + 1) * loop.batch])
@@ -166,14 +166,16 @@ def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
     mine = slice(rank, None, size)
     seed = (loop.job.seed, epoch, step)
     x, y = loop.job.split.take(rows[mine]), loop.job.split.labels[rows[mine]]
-    # An "auto" that `augmentation.decide` has not replaced changes no image.
+    # An "auto" that `augmentation.choose_augmentation` has not replaced changes no image.
     kinds = KINDS.get(table.augment, ())
     if kinds:
-        x = augment(x, chance(*seed, "augment"), count=len(rows), part=mine, kinds=kinds)
+        x = augment(x, seeded_generator(*seed, "augment"), count=len(rows), part=mine, kinds=kinds)
     torch.manual_seed(seed_of(*seed, rank, "dropout"))
     images, labels = loop.placement.images(x), y.to(loop.placement.device)
     with loop.placement.autocast():
-        loss = (loop.hooks.loss or loop.objective)(loop.module, images, labels, chance(*seed, rank, "attack"))
+        loss = (loop.hooks.loss or loop.objective)(
+            loop.module, images, labels, seeded_generator(*seed, rank, "attack")
+        )
     if loop.hooks.penalty is not None:
         loss = loss + loop.hooks.penalty()
     loop.optimizer.zero_grad(set_to_none=True)
@@ -187,7 +189,7 @@ def _step(loop: _Loop, epoch: int, step: int, rows: Tensor) -> float:
     norm = nn.utils.clip_grad_norm_(trained(loop.module), MAX_GRAD_NORM)
     value = float(mean)
     _check_finite(loop, (value, float(norm)), f"epoch {epoch + 1}, step {step + 1} of {loop.steps}")
-    rate = table.lr * share_of_lr(epoch * loop.steps + step, table.epochs * loop.steps)
+    rate = table.lr * lr_factor(epoch * loop.steps + step, table.epochs * loop.steps)
     for group in loop.optimizer.param_groups:
         group["lr"] = rate
     loop.optimizer.step()

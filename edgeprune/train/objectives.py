@@ -100,7 +100,7 @@ class Objective:
         return (1 - self.distill) * loss + self.distill * distilled
 
 
-def of_table(table: TuneTable, teacher: nn.Module | None) -> Objective:
+def objective_of(table: TuneTable, teacher: nn.Module | None) -> Objective:
     """The objective of a recipe; the teacher counts where `table.distill` is more than 0."""
     ball = Ball(table.norm, eps_of(table.eps, table.norm))
     steps = 1 if table.objective == "fgsm" else table.attack_steps

@@ -20,7 +20,7 @@ from edgeprune.train.job import Hooks
 TUNE_VERSION = 3
 
 
-def holding(network: nn.Module, masks: Mapping[str, Tensor]) -> Hooks:
+def masking_hooks(network: nn.Module, masks: Mapping[str, Tensor]) -> Hooks:
     """Hooks that keep entries of a network at zero while it trains.
 
     Gradients are masked before they are clipped: those of pruned weights would shrink the step of the others.
@@ -91,7 +91,7 @@ def run(  # noqa: PLR0913
         if table.keep == "best":
             split, validation = divide(data.train, table.val_share, seed)
         training = job.TrainingJob(split, table, seed, scratch, dense, validation)
-        history = loop.fit(network, training, holding(copy.module, masks or {}))
+        history = loop.fit(network, training, masking_hooks(copy.module, masks or {}))
         used = {
             "epochs": table.epochs, "training images": len(split), "loss": history.losses[-1],
             "objective": table.objective,

@@ -27,8 +27,8 @@ from edgeprune.structure.allocation import Rules
 from edgeprune.structure.groups import find_groups
 from edgeprune.structure.units import of_weights
 from edgeprune.train import evaluation, job, loop
-from edgeprune.train.objectives import of_table
-from edgeprune.train.tune import holding
+from edgeprune.train.objectives import objective_of
+from edgeprune.train.tune import masking_hooks
 
 GRANULARITIES = ("weight", "2:4", "channel")
 TABLE = TuneTable(epochs=2, objective="fgsm", lr=0.02, batch=16, augment="off", mixed="fp32", val_share=0.25)
@@ -216,7 +216,7 @@ def test_without_constraints_stage_b_is_plain_masked_training_bit_for_bit(
         training.validation,
     )
     stays = task.units.entries(chosen(masks), reference)
-    history = loop.fit(reference, course, holding(reference, stays))
+    history = loop.fit(reference, course, masking_hooks(reference, stays))
     assert same(network.state_dict(), reference.state_dict())
     record = task.record["deadwooding"]
     assert (record["validation"], record["best"]) == (list(history.validation), history.best)
@@ -278,7 +278,7 @@ def test_distances_of_the_worked_example() -> None:
 def test_the_cost_of_a_batch_is_the_lagrangian_over_the_sum_of_weights() -> None:
     network, teacher = nets.build("groupnormed"), nets.build("groupnormed", seed=5)
     x, y = nets.example(6), torch.arange(6) % 5
-    objective = of_table(TABLE, None)
+    objective = objective_of(TABLE, None)
     bank = shrinkage.Multipliers(
         {"kd": torch.tensor(2.0, dtype=torch.float64), "adv": torch.tensor(0.5, dtype=torch.float64)}
     )
@@ -311,10 +311,10 @@ def test_a_teacher_that_is_worse_than_knowing_nothing_gives_no_slack(tmp_path: P
 def test_the_own_value_of_a_teacher_is_its_distance_under_the_attack(tmp_path: Path) -> None:
     teacher, split = nets.build("plain"), images(20, 2)
     metric = Metric("ce")
-    own, nothing = constrained_distillation.own_value(teacher, split, of_table(TABLE, None), metric, 3)
-    again = constrained_distillation.own_value(teacher, split, of_table(TABLE, None), metric, 3)
+    own, nothing = constrained_distillation.own_value(teacher, split, objective_of(TABLE, None), metric, 3)
+    again = constrained_distillation.own_value(teacher, split, objective_of(TABLE, None), metric, 3)
     clean = constrained_distillation.own_value(
-        teacher, split, of_table(replace(TABLE, objective="natural"), None), metric, 3
+        teacher, split, objective_of(replace(TABLE, objective="natural"), None), metric, 3
     )
     assert (own, nothing) == again
     assert nothing == pytest.approx(1.609438, abs=1e-5)

@@ -18,7 +18,7 @@ from edgeprune.methods.dnr import DNR
 from edgeprune.structure.groups import find_groups
 from edgeprune.structure.units import of_channels
 from edgeprune.train.job import optimizer_of
-from edgeprune.train.objectives import of_table
+from edgeprune.train.objectives import objective_of
 
 
 def wired(kind: str, network: nn.Module, **plan: Any) -> tuple[SparseTraining, torch.optim.Optimizer]:
@@ -31,7 +31,9 @@ def wired(kind: str, network: nn.Module, **plan: Any) -> tuple[SparseTraining, t
     network.train()
     for _ in range(3):
         optimizer.zero_grad()
-        loss = of_table(TABLE, None)(network, split.take(torch.arange(32)), split.labels, torch.Generator())
+        loss = objective_of(TABLE, None)(
+            network, split.take(torch.arange(32)), split.labels, torch.Generator()
+        )
         loss.backward()
         optimizer.step()
         wiring.after_step(optimizer, 0.05)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgeprune import api
 from edgeprune.data.collection import Data, in_memory
 from edgeprune.recipe.schema import TuneTable
-from edgeprune.train.augmentation import augment, decide
+from edgeprune.train.augmentation import augment, choose_augmentation
 
 AUTO = TuneTable(epochs=1)
 
@@ -93,7 +93,7 @@ def test_augmentation_reaches_every_shift_and_both_mirrors() -> None:
 
 @pytest.mark.parametrize("count", [12, 64, 400])
 def test_mirrors_are_left_out_where_a_class_is_lost_by_them(count: int) -> None:
-    table, notes = decide(Sides(), lying(count), AUTO, 0)
+    table, notes = choose_augmentation(Sides(), lying(count), AUTO, 0)
     assert table == replace(AUTO, augment="shift")
     assert "shifted by up to an eighth" in notes[0]
     assert "not mirrored" in notes[1] and f"of {count // 2} images of class" in notes[1]
@@ -113,7 +113,7 @@ def test_one_class_of_many_that_is_lost_is_enough() -> None:
         return nn.functional.one_hot(torch.where(mark > 1, mark, side), 20).float()
 
     data = Data(split, split, tuple(f"c{k}" for k in range(20)), (), "")
-    table, notes = decide(Answers(answer), data, AUTO, 0)
+    table, notes = choose_augmentation(Answers(answer), data, AUTO, 0)
     assert table.augment in {"off", "shift"} and "of 20 images of class 'c" in notes[-1]
 
 
@@ -127,17 +127,17 @@ def test_what_the_network_does_not_mind_is_done_and_said() -> None:
         )
         return torch.stack([across, down], 1)
 
-    table, notes = decide(Answers(upright), Data(split, split, ("a", "b"), (), ""), AUTO, 0)
+    table, notes = choose_augmentation(Answers(upright), Data(split, split, ("a", "b"), (), ""), AUTO, 0)
     assert table.augment == "on" and len(notes) == 1 and "shifted" in notes[0] and "mirrored" in notes[0]
 
 
 def test_what_the_user_names_is_done_with_a_warning_where_it_harms() -> None:
     for word in ("on", "mirror"):
-        table, notes = decide(Sides(), lying(64), replace(AUTO, augment=word), 0)
+        table, notes = choose_augmentation(Sides(), lying(64), replace(AUTO, augment=word), 0)
         assert table.augment == word and notes[-1].startswith(f"WARNING: tune.augment = {word!r}")
     for table in (replace(AUTO, augment="off"), replace(AUTO, epochs=0)):
-        assert decide(Sides(), lying(64), table, 0) == (table, ())
-    assert decide(Sides(), replace(lying(64), train=None), AUTO, 0) == (AUTO, ())
+        assert choose_augmentation(Sides(), lying(64), table, 0) == (table, ())
+    assert choose_augmentation(Sides(), replace(lying(64), train=None), AUTO, 0) == (AUTO, ())
 
 
 @pytest.mark.parametrize("kind", ["shift", "mirror"])

@@ -18,7 +18,7 @@ from edgeprune.errors import UsageError
 from edgeprune.models.inference import modes
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.train.evaluation import accuracy, mean_loss, robust_accuracy, some
-from edgeprune.train.objectives import of_table
+from edgeprune.train.objectives import objective_of
 from edgeprune.train.placement import fastest_config
 
 
@@ -43,13 +43,13 @@ def test_under_attack_those_images_are_right_that_are_further_than_eps_from_the_
 ) -> None:
     """The border is at 100.5: the images are 10.5, 1.5, 1.5, 4.5 and 39.5 levels away from it."""
     module = Answers(lambda x: 100 * torch.cat([100.5 / 255 - x.flatten(1), x.flatten(1) - 100.5 / 255], 1))
-    objective = of_table(TuneTable(objective="pgd", eps=f"{eps}/255"), None)
+    objective = objective_of(TuneTable(objective="pgd", eps=f"{eps}/255"), None)
     assert robust_accuracy(module, brightness(), objective, seed=0) == (right, 5)
 
 
 def test_accuracy_without_an_attack_is_accuracy() -> None:
     split, module = stripes(40), Small()
-    natural = of_table(TuneTable(), None)
+    natural = objective_of(TuneTable(), None)
     assert robust_accuracy(module, split, natural, seed=3) == accuracy(module, split)
 
 
@@ -57,7 +57,7 @@ def test_attacked_images_are_chosen_by_the_seed_and_the_network_stays_as_it_was(
     split, module = stripes(60), Small()
     module.bn.eval()
     before, training = weights(module), [layer.training for layer in module.modules()]
-    objective = of_table(TuneTable(objective="fgsm"), None)
+    objective = objective_of(TuneTable(objective="fgsm"), None)
     first, second = (robust_accuracy(module, split, objective, seed=1, limit=20) for _ in range(2))
     assert first == second and first[1] == 20
     assert same(weights(module), before)

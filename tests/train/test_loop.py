@@ -19,9 +19,9 @@ from edgeprune.errors import ModelError, UsageError
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.train import loop
 from edgeprune.train.evaluation import accuracy, robust_accuracy
-from edgeprune.train.job import Hooks, TrainingJob, momentum, share_of_lr
+from edgeprune.train.job import Hooks, TrainingJob, lr_factor, momentum
 from edgeprune.train.loop import CHECKPOINT, fit
-from edgeprune.train.objectives import of_table
+from edgeprune.train.objectives import objective_of
 
 TABLE = TuneTable(epochs=3, lr=0.05, batch=16, distill=0.0)
 
@@ -58,7 +58,7 @@ def test_training_is_decided_by_the_seed_and_leaves_the_global_chance_alone(tmp_
 def test_training_learns(tmp_path: Path, change: dict[str, Any]) -> None:
     module = Small()
     table = replace(TABLE, epochs=10, augment="off", **change)
-    objective = of_table(table, None)
+    objective = objective_of(table, None)
     before = robust_accuracy(module, stripes(), objective, seed=0)[0]
     history = fit(module, course(tmp_path, table))
     assert history.losses[-1] < (0.5 if objective.attacks else 0.3) * history.losses[0]
@@ -131,7 +131,7 @@ def test_the_decay_of_adamw_is_decoupled_from_its_gradients(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("total", [1, 2, 12, 400])
 def test_the_learning_rate_warms_up_and_falls_by_half_a_cosine(total: int, tmp_path: Path) -> None:
-    shares = [share_of_lr(step, total) for step in range(total)]
+    shares = [lr_factor(step, total) for step in range(total)]
     top = shares.index(1.0)
     assert top == max(1, round(0.05 * total)) - 1
     assert shares[: top + 1] == sorted(shares[: top + 1]) and all(share > 0 for share in shares)
@@ -193,7 +193,7 @@ def test_hooks_are_called_in_their_order(tmp_path: Path) -> None:
 
 def test_hooks_that_do_nothing_change_nothing(tmp_path: Path) -> None:
     plain, hooked = Small(), Small()
-    objective = of_table(TABLE, None)
+    objective = objective_of(TABLE, None)
     hooks = Hooks(loss=objective, penalty=lambda: torch.zeros(()))
     assert fit(plain, course(tmp_path / "a")) == fit(hooked, course(tmp_path / "b"), hooks)
     assert same(weights(plain), weights(hooked))
@@ -296,7 +296,7 @@ def test_the_best_epoch_is_put_back_with_what_the_hooks_had_then(tmp_path: Path,
     # Of equal ones the later.
     assert all(value < history.validation[best] for value in history.validation[best + 1 :])
     assert same(weights(module), spoiler.good[best]) and spoiler.seen == list(range(best + 1))
-    correct, total = robust_accuracy(module, held, of_table(table, None), seed=0)
+    correct, total = robust_accuracy(module, held, objective_of(table, None), seed=0)
     assert correct / total == history.validation[best]
     again = Small()
     assert fit(again, course(tmp_path, table, validation=held), Spoiler(again, {8, 9}).hooks()).best == best

@@ -13,7 +13,7 @@ from edgeprune.recipe.schema import TuneTable
 from edgeprune.structure.units import of_weights
 from edgeprune.train.job import TrainingJob
 from edgeprune.train.loop import fit
-from edgeprune.train.tune import holding
+from edgeprune.train.tune import masking_hooks
 
 TABLE = TuneTable(epochs=2, batch=16, augment="off")
 
@@ -37,7 +37,7 @@ def test_what_is_zero_stays_zero_and_the_rest_learns(tmp_path: Path) -> None:
         with torch.no_grad():
             for name, keep in stays.items():
                 network.get_parameter(name).mul_(keep)
-        fit(network, course(tmp_path / optimizer, optimizer=optimizer), holding(network, stays))
+        fit(network, course(tmp_path / optimizer, optimizer=optimizer), masking_hooks(network, stays))
         for name, keep in stays.items():
             now = network.get_parameter(name)
             assert bool((now[~keep] == 0).all()), name
@@ -52,12 +52,12 @@ def test_a_parameter_that_does_not_learn_is_left_alone(tmp_path: Path) -> None:
         for name, keep in stays.items():
             network.get_parameter(name).mul_(keep)
     frozen = network.fc.weight.clone()
-    fit(network, course(tmp_path), holding(network, stays))
+    fit(network, course(tmp_path), masking_hooks(network, stays))
     assert torch.equal(network.fc.weight, frozen)
 
 
 def test_nothing_to_hold_changes_nothing(tmp_path: Path) -> None:
     plain, held = nets.build("concat"), nets.build("concat")
     fit(plain, course(tmp_path / "a"))
-    fit(held, course(tmp_path / "b"), holding(held, {}))
+    fit(held, course(tmp_path / "b"), masking_hooks(held, {}))
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), held.parameters(), strict=True))

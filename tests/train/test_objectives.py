@@ -18,7 +18,7 @@ from edgeprune.models.inference import logits
 from edgeprune.recipe.schema import TuneTable
 from edgeprune.train import adversarial, objectives
 from edgeprune.train.adversarial import Ball
-from edgeprune.train.objectives import Objective, of_table
+from edgeprune.train.objectives import Objective, objective_of
 
 TABLE = TuneTable(objective="pgd", attack_steps=2, beta=0.5, distill=0.5)
 KINDS = ("natural", "fgsm", "pgd", "trades")
@@ -69,7 +69,7 @@ def test_auxiliary_outputs_of_the_training_mode_are_left_aside() -> None:
     for module in (Small().train(), Auxiliary().train()):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            loss = of_table(TABLE, None)(module, images(), Y, seeded())
+            loss = objective_of(TABLE, None)(module, images(), Y, seeded())
         found.append((loss, gradients(module, loss)))
     assert torch.equal(found[0][0], found[1][0]) and same(found[0][1], found[1][1])
 
@@ -100,13 +100,13 @@ def test_a_network_that_fails_is_an_error_with_the_batch_and_the_mode() -> None:
         raise RuntimeError("shape mismatch inside")
 
     for kind, batch, mode in (("natural", 5, "training"), ("pgd", 5, "evaluation")):
-        objective = of_table(replace(TABLE, objective=kind), None)
+        objective = objective_of(replace(TABLE, objective=kind), None)
         with pytest.raises(
             ModelError, match=rf"batch \({batch}, 3, 8, 8\) in {mode} mode: shape mismatch inside"
         ):
             objective(Answers(fail).train(), images(), Y, seeded())
     with pytest.raises(ModelError, match=r"batch \(10, 3, 8, 8\) in training mode"):
-        of_table(TABLE, None)(
+        objective_of(TABLE, None)(
             Answers(lambda x: fail(x) if len(x) == 10 else x.mean((2, 3))), images(), Y, seeded()
         )
 
@@ -153,7 +153,11 @@ def test_no_gradient_flows_into_the_teacher() -> None:
 
 @pytest.mark.parametrize("kind", ["fgsm", "pgd"])
 def test_beta_1_is_plain_training_and_calls_no_attack(kind: str) -> None:
-    objective, module, chance = of_table(replace(TABLE, objective=kind, beta=1.0), None), Watched(), seeded()
+    objective, module, chance = (
+        objective_of(replace(TABLE, objective=kind, beta=1.0), None),
+        Watched(),
+        seeded(),
+    )
     before = chance.get_state()
     loss = objective(module, images(), Y, chance)
     plain = nn.functional.cross_entropy(Watched()(images()), Y)
@@ -164,7 +168,7 @@ def test_beta_1_is_plain_training_and_calls_no_attack(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fgsm", "pgd"])
 def test_beta_0_is_pure_adversarial_training(kind: str) -> None:
-    objective, module = of_table(replace(TABLE, objective=kind, beta=0.0), None), Watched()
+    objective, module = objective_of(replace(TABLE, objective=kind, beta=0.0), None), Watched()
     adversarial = objective.attack(Watched(), images(), Y, seeded())
     loss = objective(module, images(), Y, seeded())
     assert torch.equal(loss, nn.functional.cross_entropy(Watched()(adversarial), Y))
@@ -175,7 +179,7 @@ def test_beta_0_is_pure_adversarial_training(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fgsm", "pgd", "trades"])
 def test_clean_and_adversarial_images_go_through_the_network_in_one_batch(kind: str) -> None:
-    objective, module = of_table(replace(TABLE, objective=kind), None), Watched()
+    objective, module = objective_of(replace(TABLE, objective=kind), None), Watched()
     adversarial = objective.attack(Watched(), images(), Y, seeded())
     objective(module, images(), Y, seeded())
     (seen,) = module.trained_on()
@@ -200,7 +204,7 @@ def test_the_hybrid_loss_is_affine_in_beta(beta: float, seed: int, normed: bool,
     beta = low + (high - low) * beta
 
     def loss(share: float) -> tuple[float, dict[str, Tensor]]:
-        objective = of_table(replace(TABLE, objective=kind, beta=share), None)
+        objective = objective_of(replace(TABLE, objective=kind, beta=share), None)
         module = Watched(seed, normed)
         value = objective(module, images(), Y, seeded(seed))
         return float(value.detach()), gradients(module, value)
@@ -214,11 +218,11 @@ def test_the_hybrid_loss_is_affine_in_beta(beta: float, seed: int, normed: bool,
 
 def test_each_half_of_the_hybrid_is_the_mean_over_its_own_images() -> None:
     module = Watched(normed=False).eval()
-    moved = of_table(TABLE, None).attack(module, images(), Y, seeded())
+    moved = objective_of(TABLE, None).attack(module, images(), Y, seeded())
     clean = nn.functional.cross_entropy(module(images()), Y)
     adversarial = nn.functional.cross_entropy(module(moved), Y)
     for beta in (0.0, 0.25, 0.5, 1.0):
-        loss = of_table(replace(TABLE, beta=beta), None)(module, images(), Y, seeded())
+        loss = objective_of(replace(TABLE, beta=beta), None)(module, images(), Y, seeded())
         assert torch.allclose(loss, beta * clean + (1 - beta) * adversarial)
 
 
@@ -230,7 +234,7 @@ def test_trades_equals_its_formula_written_out(distill: float) -> None:
     module, teacher = Watched().double(), Watched(7).double().eval()
     x = images().double()
     table = replace(TABLE, objective="trades", trades=6.0, distill=distill, temperature=3.0)
-    objective = of_table(table, teacher)
+    objective = objective_of(table, teacher)
     loss = objective(module, x, Y, seeded())
 
     other = Watched().double()
@@ -252,7 +256,7 @@ def test_trades_equals_its_formula_written_out(distill: float) -> None:
 
 
 def test_trades_needs_no_labels_for_its_images() -> None:
-    objective = of_table(replace(TABLE, objective="trades"), None)
+    objective = objective_of(replace(TABLE, objective="trades"), None)
     found = [objective.attack(build("plain"), example(5), y, seeded()) for y in (Y, 1 - Y)]
     assert torch.equal(found[0], found[1])
 
@@ -266,7 +270,7 @@ def test_natural_is_cross_entropy_or_distillation_to_the_bit_and_draws_no_chance
     for distill, wanted in ((0.0, None), (0.9, teacher(images()).detach())):
         table = TuneTable(distill=distill, temperature=4.0)
         module, other = Watched(), Watched()
-        loss, answer = of_table(table, teacher)(module, images(), Y, chance), other(images())
+        loss, answer = objective_of(table, teacher)(module, images(), Y, chance), other(images())
         plain = (
             nn.functional.cross_entropy(answer, Y)
             if wanted is None
@@ -275,18 +279,18 @@ def test_natural_is_cross_entropy_or_distillation_to_the_bit_and_draws_no_chance
         assert torch.equal(loss, plain)
         assert same(gradients(module, loss), gradients(other, plain))
     assert torch.equal(chance.get_state(), before)
-    assert of_table(TABLE, None).attack(Watched(), images(), Y, chance) is not images()
+    assert objective_of(TABLE, None).attack(Watched(), images(), Y, chance) is not images()
 
 
 def test_natural_gives_back_the_images_themselves_as_its_attack() -> None:
     x = images()
-    assert of_table(TuneTable(), None).attack(Watched(), x, Y, seeded()) is x
+    assert objective_of(TuneTable(), None).attack(Watched(), x, Y, seeded()) is x
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
 def test_the_teacher_answers_the_clean_image_and_each_part_of_the_hybrid_is_taught(beta: float) -> None:
     teacher, module, other = Watched(7).train(), Watched(), Watched()
-    objective = of_table(replace(TABLE, beta=beta, distill=0.7, temperature=2.0), teacher)
+    objective = objective_of(replace(TABLE, beta=beta, distill=0.7, temperature=2.0), teacher)
     loss = objective(module, images(), Y, seeded())
     ((training, seen),) = teacher.calls
     assert not training and torch.equal(seen, images()) and teacher.training
@@ -314,7 +318,7 @@ def test_the_teacher_answers_the_clean_image_and_each_part_of_the_hybrid_is_taug
 def test_a_teacher_without_weight_is_not_called() -> None:
     teacher = Watched(7)
     for kind in KINDS:
-        of_table(replace(TABLE, objective=kind, distill=0.0), teacher)(Watched(), images(), Y, seeded())
+        objective_of(replace(TABLE, objective=kind, distill=0.0), teacher)(Watched(), images(), Y, seeded())
     assert not teacher.calls
 
 
@@ -323,7 +327,7 @@ def test_a_teacher_without_weight_is_not_called() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_generator_gives_the_same_loss_and_no_other_chance_is_drawn(kind: str) -> None:
-    objective = of_table(replace(TABLE, objective=kind), None)
+    objective = objective_of(replace(TABLE, objective=kind), None)
     before = torch.get_rng_state()
     found = [float(objective(Watched(), images(), Y, seeded(seed)).detach()) for seed in (0, 0, 1)]
     assert found[0] == found[1] and (found[0] == found[2]) == (kind == "natural")
@@ -333,9 +337,9 @@ def test_the_same_generator_gives_the_same_loss_and_no_other_chance_is_drawn(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_mixed_precision_the_loss_is_float32_and_every_weight_learns(kind: str) -> None:
     module, teacher = Watched(), Watched(7)
-    exact = of_table(replace(TABLE, objective=kind), teacher)(Watched(), images(), Y, seeded())
+    exact = objective_of(replace(TABLE, objective=kind), teacher)(Watched(), images(), Y, seeded())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = of_table(replace(TABLE, objective=kind), teacher)(module, images(), Y, seeded())
+        loss = objective_of(replace(TABLE, objective=kind), teacher)(module, images(), Y, seeded())
     loss.backward()
     assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(
         float(exact.detach()), rel=0.03
@@ -344,11 +348,11 @@ def test_in_mixed_precision_the_loss_is_float32_and_every_weight_learns(kind: st
 
 
 def test_options_that_are_left_out_fit_the_attack_and_the_norm() -> None:
-    fgsm = of_table(TuneTable(objective="fgsm"), None)
+    fgsm = objective_of(TuneTable(objective="fgsm"), None)
     assert (fgsm.ball, fgsm.steps) == (Ball("Linf", 8 / 255), 1) and fgsm.step == pytest.approx(10 / 255)
-    pgd = of_table(TuneTable(objective="pgd", norm="L2", attack_steps=10), None)
+    pgd = objective_of(TuneTable(objective="pgd", norm="L2", attack_steps=10), None)
     assert (pgd.ball, pgd.steps) == (Ball("L2", 128 / 255), 10) and pgd.step == pytest.approx(32 / 255)
-    trades = of_table(TuneTable(objective="trades", eps="4/255", attack_step=0.01, trades=3.0), None)
+    trades = objective_of(TuneTable(objective="trades", eps="4/255", attack_step=0.01, trades=3.0), None)
     assert (trades.ball.eps, trades.steps, trades.step, trades.trades) == (4 / 255, 7, 0.01, 3.0)
 
 
@@ -360,7 +364,7 @@ def test_the_attack_of_each_objective_is_the_one_that_its_name_says() -> None:
         "trades": adversarial.trades(module, x, ball, steps=2, step=1.25 * ball.eps, generator=seeded()),
     }
     for kind, expected in wanted.items():
-        found = of_table(replace(TABLE, objective=kind), None).attack(module, x, y, seeded())
+        found = objective_of(replace(TABLE, objective=kind), None).attack(module, x, y, seeded())
         assert torch.equal(found, expected)
 
 
@@ -382,7 +386,7 @@ def test_the_attack_of_each_objective_is_the_one_that_its_name_says() -> None:
 )
 def test_options_that_make_no_sense_are_refused(change: dict[str, object], found: str) -> None:
     with pytest.raises(UsageError, match=found):
-        of_table(replace(TABLE, **change), None)  # type: ignore[arg-type]
+        objective_of(replace(TABLE, **change), None)  # type: ignore[arg-type]
 
 
 def test_a_misspelt_objective_is_answered_with_the_closest() -> None:
@@ -406,12 +410,12 @@ def test_training_against_an_attack_gives_up_the_features_that_the_attack_can_tu
     weak = side * 0.05 + 0.05 * torch.randn(count, 48, generator=chance)
     x = (0.5 + torch.cat([strong, weak], 1)).clamp(0, 1).view(count, 1, 7, 7)
     table = TuneTable(objective="pgd", eps="0.1", attack_steps=3)
-    attack = of_table(replace(table, attack_steps=10), None)
+    attack = objective_of(replace(table, attack_steps=10), None)
 
     def accuracies(kind: str) -> tuple[float, float]:
         module, objective = (
             nn.Sequential(nn.Flatten(), nn.Linear(49, 2)),
-            of_table(replace(table, objective=kind), None),
+            objective_of(replace(table, objective=kind), None),
         )
         nn.init.zeros_(module[1].weight)
         nn.init.zeros_(module[1].bias)

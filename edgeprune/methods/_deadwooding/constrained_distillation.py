@@ -18,7 +18,7 @@ from edgeprune import distributed
 from edgeprune.data import Split
 from edgeprune.methods._deadwooding import shrinkage
 from edgeprune.models import full, logits, modes
-from edgeprune.train import Objective, chance, fastest_config, restored_device
+from edgeprune.train import Objective, fastest_config, restored_device, seeded_generator
 
 DISTANCES = ("teacher_clean", "ce", "tv", "w1")
 OWN_IMAGES = 1024
@@ -144,7 +144,7 @@ def own_value(
         placement = fastest_config([teacher], split.take(rows[:2]))
         for number, (x, y) in enumerate(split.batches(OWN_BATCH, rows)):
             images, labels = placement.images(x), y.to(placement.device)
-            moved = objective.attack(teacher, images, labels, chance(seed, number, "slack"))
+            moved = objective.attack(teacher, images, labels, seeded_generator(seed, number, "slack"))
             with torch.no_grad():
                 wanted, answer = full(logits(teacher, images)), full(logits(teacher, moved))
                 pair = [metric(each, wanted, labels) for each in (answer, torch.zeros_like(answer))]

@@ -18,7 +18,7 @@ from edgeprune.errors import UsageError
 from edgeprune.recipe import TuneTable
 from edgeprune.records import Group
 from edgeprune.structure import Units
-from edgeprune.train import share_of_lr
+from edgeprune.train import lr_factor
 
 
 def dual_update(lam: Tensor, violation: Tensor, rho: float, lam_max: float = math.inf) -> Tensor:
@@ -262,7 +262,7 @@ def begin(
 ) -> Deadwood:
     """Before the first epoch, with the first dual step done."""
     total = steps * table.epochs
-    reach = table.lr * sum(share_of_lr(step, total) for step in range(total))
+    reach = table.lr * sum(lr_factor(step, total) for step in range(total))
     parameters = dict(network.named_parameters(remove_duplicate=False))
     sizes = {name: n if penalty.per_weight else None for name, n in units.sizes.items()}
     deadwood = Deadwood(
