@@ -186,14 +186,8 @@ def _moves(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[dic
                 found.append((state.lost(up, more), {up: more}))
                 continue
             for down, others in steps.items():
-                fewer = next(
-                    (
-                        c
-                        for c in others
-                        if c < state.kept[down] and state.fits(state.after({up: more, down: c}))
-                    ),
-                    None,
-                )
+                lower = (c for c in others if c < state.kept[down])
+                fewer = next((c for c in lower if state.fits(state.after({up: more, down: c}))), None)
                 if down != up and fewer is not None:
                     lost = state.lost(up, more) + state.lost(down, fewer)
                     found.append((lost, {up: more, down: fewer}))

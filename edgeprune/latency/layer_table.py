@@ -1,6 +1,6 @@
 """table: the time of each prunable layer on a device at each channel count, alone and in its network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,16 +92,17 @@ def run(bundle: Bundle, file: Path, backend: TimingBackend, options: SurveyOptio
     network = subject(file, cost_model(bundle.module, graph.groups, example))
     model = survey(network, backend, multiple_of=options.multiple_of, floor=options.floor)
     steps = {g: timed_levels(c, options.multiple_of, options.floor) for g, c in network.channels.items()}
-    counts = [(segment, kept) for segment in network.segments for kept in _counts(segment, network, steps)]
+    counts = {segment: _counts(segment, network, steps) for segment in network.segments}
     _time_alone(network, counts, backend)
     table = load(Path(model.path), backend.place)
     rows = []
-    for segment, kept in counts:
-        widths, seconds = segment.widths(kept), model.of(segment, kept)
-        timed, alone = table.entry(segment.signature, widths), table.entry(_alone(segment), widths)
-        n, low, high = (timed.n, timed.low, timed.high) if timed else (0, seconds, seconds)
-        single = alone.seconds if alone else 0.0
-        rows.append(Row(segment.layer, segment.signature, *widths, seconds, n, low, high, single))
+    for segment, choices in counts.items():
+        for kept in choices:
+            widths, seconds = segment.widths(kept), model.of(segment, kept)
+            timed, alone = table.entry(segment.signature, widths), table.entry(_alone(segment), widths)
+            n, low, high = (timed.n, timed.low, timed.high) if timed else (0, seconds, seconds)
+            single = alone.seconds if alone else 0.0
+            rows.append(Row(segment.layer, segment.signature, *widths, seconds, n, low, high, single))
     measured = tuple(Measured(w.kept, w.predicted, w.seconds) for w in model.wholes if w.predicted > 0)
     wholes = _wholes(model, steps)
     return LatencyTable(backend.place, model.path, model.dense, tuple(rows), wholes, measured)
@@ -131,27 +132,24 @@ def _alone(segment: Segment) -> str:
 
 
 def _time_alone(
-    network: ProfiledNetwork, counts: Sequence[tuple[Segment, Mapping[str, int]]], backend: TimingBackend
+    network: ProfiledNetwork, counts: Mapping[Segment, list[Mapping[str, int]]], backend: TimingBackend
 ) -> None:
     path = table_path(backend.folder, backend.place)
     table = load(path, backend.place)
-    wanted: dict[tuple[str, tuple[int, int]], tuple[Segment, Mapping[str, int]]] = {}
-    by_layer: dict[str, list[tuple[Segment, Mapping[str, int]]]] = {}
-    for segment, kept in counts:
-        by_layer.setdefault(segment.layer, []).append((segment, kept))
-    for rows in by_layer.values():
-        most = max(segment.widths(kept)[1] for segment, kept in rows)
-        for share in ALONE:
-            segment, kept = min(rows, key=lambda row, s=share * most: abs(row[0].widths(row[1])[1] - s))
+    missing: dict[tuple[str, tuple[int, int]], tuple[str, Mapping[str, int]]] = {}
+    for segment, choices in counts.items():
+        outputs = [segment.out_channels.at(kept) for kept in choices]
+        for target in [share * max(outputs) for share in ALONE if outputs]:
+            nearest = min(range(len(choices)), key=lambda i, t=target, o=outputs: abs(o[i] - t))
+            kept = choices[nearest]
             if table.entry(_alone(segment), segment.widths(kept)) is None:
-                wanted[_alone(segment), segment.widths(kept)] = (segment, kept)
+                missing[_alone(segment), segment.widths(kept)] = (segment.layer, kept)
     with scratch_folder() as folder:
-        for number, ((name, widths), (segment, kept)) in enumerate(
-            track(wanted.items(), len(wanted), "time single layers")
-        ):
+        timings = track(missing.items(), len(missing), "time single layers")
+        for number, ((signature, widths), (layer, kept)) in enumerate(timings):
             file = folder / f"layer{number}.onnx"
-            onnx.save(network.resizer.layer(kept, segment.layer), file)
-            seconds = sum(spent for node, spent in backend.nodes(file) if node == segment.layer)
+            onnx.save(network.resizer.layer(kept, layer), file)
+            seconds = sum(spent for node, spent in backend.nodes(file) if node == layer)
             if seconds > 0:
-                table = table.note([(name, widths, seconds)])
+                table = table.note([(signature, widths, seconds)])
                 save(table, path)

@@ -287,12 +287,8 @@ def load(path: Path, place: str) -> Table:
         raise WorkdirError(
             f"{path} is a table of {table.place!r} in {table.schema!r}, not of {place!r}", hint
         )
-    good = all(
-        math.isfinite(e.seconds) and e.seconds >= 0
-        for known in table.entries.values()
-        for e in known.values()
-    )
-    if not good:
+    seconds = [entry.seconds for known in table.entries.values() for entry in known.values()]
+    if not all(math.isfinite(s) and s >= 0 for s in seconds):
         raise WorkdirError(f"{path} holds times that are negative or not finite", hint)
     return table
 

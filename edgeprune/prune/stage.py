@@ -95,20 +95,20 @@ def trains(table: PruneTable, name: str) -> bool:
     return isinstance(plugins.build("methods", name, table.options), TrainingMethod)
 
 
-def run(bundle: Bundle, table: PruneTable, budget: Budget, material: PruningInputs) -> Chosen:
+def run(bundle: Bundle, table: PruneTable, budget: Budget, inputs: PruningInputs) -> Chosen:
     """Find the groups that can be cut, and choose what to keep of them within the budget."""
-    method: Method = plugins.build("methods", method_name(table, material.images is not None), table.options)
+    method: Method = plugins.build("methods", method_name(table, inputs.images is not None), table.options)
     network = deepcopy(bundle.module)
-    task, left_out = _task(bundle, network, (table, budget), material)
+    task, left_out = _task(bundle, network, (table, budget), inputs)
     if isinstance(method, TrainingMethod):
         unfreeze(network)
-    masks, notes = _search(network, method, task, budget, material)
+    masks, notes = _search(network, method, task, budget, inputs)
     if all(bool(keep.all()) for keep in (*masks.channels.values(), *masks.weights.values())):
         notes = (*notes, "The network meets the budget with all of its channels: nothing was removed.")
     if task.costs.uncounted:
         what = ", ".join(task.costs.uncounted)
         notes = (*notes, f"Multiply-accumulates of {what} are not known and not in any count.")
-    notes = (*notes, *_unaligned(masks, material.multiple_of, "latency" in task.record))
+    notes = (*notes, *_unaligned(masks, inputs.multiple_of, "latency" in task.record))
     if task.weights is not None:
         task.weights.apply(network, {name: keep.flatten() for name, keep in masks.weights.items()})
     old, new = bundle.module.state_dict(), network.state_dict()
@@ -122,16 +122,14 @@ def limits_only_macs(budget: Budget) -> bool:
 
 
 def _search(
-    network: nn.Module, method: Method, task: PruneTask, budget: Budget, material: PruningInputs
+    network: nn.Module, method: Method, task: PruneTask, budget: Budget, inputs: PruningInputs
 ) -> tuple[Masks, tuple[str, ...]]:
     """The choice within the budget, and within a limit on the size of the file where `file_share` counts."""
-    within = partial(
-        search, network, method, task, probes=material.probes, latency_model=material.latency_model
-    )
-    if not material.file_share or not limits_only_macs(budget):
+    within = partial(search, network, method, task, probes=inputs.probes, latency_model=inputs.latency_model)
+    if not inputs.file_share or not limits_only_macs(budget):
         return within(budget)
     macs = task.costs.cost({})["macs"]
-    share = material.file_share * absolute(budget.limits["macs"], macs) / macs
+    share = inputs.file_share * absolute(budget.limits["macs"], macs) / macs
     size = Limit("size", "share", share, f"{share:.1%}")
     try:
         masks, notes = within(replace(budget, limits={**budget.limits, "size": size}))
@@ -146,12 +144,12 @@ def _search(
 
 
 def _task(
-    bundle: Bundle, network: nn.Module, settings: tuple[PruneTable, Budget], material: PruningInputs
+    bundle: Bundle, network: nn.Module, settings: tuple[PruneTable, Budget], inputs: PruningInputs
 ) -> tuple[PruneTask, dict[str, str]]:
     table, budget = settings
-    example = normalized_example(bundle.input, material.seed)
+    example = normalized_example(bundle.input, inputs.seed)
     if table.granularity == "channel":
-        graph = provable_groups(network, find_groups(network, example, table.skip), example, material.seed)
+        graph = provable_groups(network, find_groups(network, example, table.skip), example, inputs.seed)
         groups, left_out, weights = graph.groups, graph.left_out, None
         units = of_channels(groups)
     else:
@@ -159,14 +157,14 @@ def _task(
         groups, left_out = (), dict(weights.left_out)
     costs = cost_model(network, groups, example)
     cuts = _cuts(table.allocation, units, network)
-    rules = Rules(counted_limits(budget, network, costs), material.multiple_of, table.floor, cuts)
+    rules = Rules(counted_limits(budget, network, costs), inputs.multiple_of, table.floor, cuts)
 
     def logits(pruned: nn.Module, x: Tensor) -> Tensor:
         return deployed(replace(bundle, module=pruned))(x)
 
     task = PruneTask(
-        groups, costs, rules, logits, material.images, material.labels, material.seed, bundle.input,
-        material.unlabelled, weights=weights, training=_training(bundle, material),
+        groups, costs, rules, logits, inputs.images, inputs.labels, inputs.seed, bundle.input,
+        inputs.unlabelled, weights=weights, training=_training(bundle, inputs),
     )  # fmt: skip
     if table.granularity == "weight" and cuts is not None and not task.free:
         task = replace(task, counts=shared_counts(units.sizes, cuts, task.quota(), task.floors()))
@@ -181,12 +179,12 @@ def _cuts(allocation: str, units: Units, network: nn.Module) -> dict[str, float]
     return None
 
 
-def _training(bundle: Bundle, material: PruningInputs) -> Training | None:
-    if material.train is None or not material.table.epochs:
+def _training(bundle: Bundle, inputs: PruningInputs) -> Training | None:
+    if inputs.train is None or not inputs.table.epochs:
         return None
-    split, validation = divide(material.train, material.table.val_share, material.seed)
+    split, validation = divide(inputs.train, inputs.table.val_share, inputs.seed)
     return Training(
-        split, validation, material.table, material.scratch, material.seed, deployed(bundle).eval(),
+        split, validation, inputs.table, inputs.scratch, inputs.seed, deployed(bundle).eval(),
         lambda network: deployed(replace(bundle, module=network)),
     )  # fmt: skip
 
