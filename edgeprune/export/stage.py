@@ -193,7 +193,7 @@ def _simplified(job: _Job, exported: torch_to_onnx.Exported) -> _Verified:
 
 
 def _check(job: _Job, model: ModelProto) -> tuple[Reading, ...]:
-    onnx_graph.finish(model, job.about, producer="edgeprune", version=edgeprune.__version__)
+    onnx_graph.finish(model, job.about)
     opset = onnx_graph.opset_of(model)
     if opset != job.opset:
         raise UnsupportedModel(

@@ -14,6 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from edgeprune.errors import UnsupportedModel
 from edgeprune.models import quiet, reason
 from edgeprune.onnx_graph.index import ONNX_ERRORS, all_nodes, defined_names, subgraphs, unique
+from edgeprune.version import __version__
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What may stand between a parameter and the node that applies it.
@@ -73,10 +74,10 @@ def slim(model: ModelProto) -> ModelProto:
     return slimmed
 
 
-def finish(model: ModelProto, about: Mapping[str, str], *, producer: str, version: str) -> None:
+def finish(model: ModelProto, about: Mapping[str, str]) -> None:
     """Last touches, in place: privacy, metadata, the oldest file version that fits, shapes, onnx's own check."""
     strip(model)
-    model.producer_name, model.producer_version = producer, version
+    model.producer_name, model.producer_version = "edgeprune", __version__
     for key in sorted(about):
         model.metadata_props.add(key=key, value=about[key])
     # Runtimes on devices are older than onnx here, and refuse a file version that they don't know.

@@ -15,9 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgeprune.errors import UsageError
 from edgeprune.onnx_graph import Array
-from edgeprune.quantities import suggest
 from edgeprune.quantize.observers import BINS, Activations, Seen
 
 Range = tuple[float, float]
@@ -41,12 +39,7 @@ def ranges(seen: Activations, calibrator: str, *, symmetric: bool) -> dict[str, 
     Returns:
         Name -> (low, high), low <= 0 <= high, low < high. A tensor that is zero throughout gets a unit range.
     """
-    choose = _CHOOSERS.get(calibrator)
-    if choose is None:
-        raise UsageError(
-            f"quantize.calibrator {calibrator!r} is not one of {', '.join(CALIBRATORS)}",
-            suggest(calibrator, CALIBRATORS),
-        )
+    choose = _CHOOSERS[calibrator]
     return {name: _range(item, choose, symmetric) for name, item in seen.items()}
 
 

@@ -223,8 +223,10 @@ class FloatBaseline:
 
     def seen(self, model: ModelProto, name: str) -> Activations:
         """The activations of a float model on the images."""
-        label = f"quantize: activations of {name}"
-        return self.cache.activations(name, lambda: observers.observe(model, self.images, label=label))
+        label, free = f"quantize: activations of {name}", self.evaluation.free
+        return self.cache.activations(
+            name, lambda: observers.observe(model, self.images, free=free, label=label)
+        )
 
     def judge(self, name: str, skip: Sequence[str], build: Callable[[], ModelProto]) -> Judgement:
         """Judge a candidate, which is built only where its logits are not in the cache."""

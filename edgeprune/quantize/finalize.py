@@ -10,7 +10,6 @@ import onnx
 import torch
 from onnx import ModelProto
 
-import edgeprune
 from edgeprune import onnx_graph
 from edgeprune.quantize.calibrators import ranges
 from edgeprune.quantize.evaluation import METADATA, FloatBaseline, metadata_of
@@ -46,7 +45,7 @@ class Shipped:
 def finish(built: Built, floats: FloatBaseline) -> Shipped:
     """Add metadata, verify the file, and measure how close its logits are to the float file's."""
     model = onnx_graph.copied(built.model)
-    onnx_graph.finish(model, _metadata(built, floats), producer="edgeprune", version=edgeprune.__version__)
+    onnx_graph.finish(model, _metadata(built, floats))
     # Inferred shapes follow from the input's; stored they are a tenth of a small file.
     del model.graph.value_info[:]
     weighted = {node.name for node in floats.model.graph.node if node.op_type in onnx_graph.WEIGHTED}

@@ -56,8 +56,11 @@ Activations = Mapping[str, Seen]
 _PARTS = tuple(part.name for part in fields(Seen))
 
 
-def observe(model: ModelProto, images: Tensor, *, label: str = "") -> dict[str, Seen]:
+def observe(model: ModelProto, images: Tensor, *, free: bool = False, label: str = "") -> dict[str, Seen]:
     """Observe every float activation of a model, its input included, in one pass over images.
+
+    Args:
+        free: whether a model with a fixed batch may run with any.
 
     Returns:
         Value name -> observation, the input first, then in the order of the nodes. What nodes with bodies compute
@@ -73,8 +76,14 @@ def observe(model: ModelProto, images: Tensor, *, label: str = "") -> dict[str, 
     watched = copied(model)
     del watched.graph.value_info[:], watched.graph.output[:]
     watched.graph.output.extend(helper.make_tensor_value_info(name, kinds[name], None) for name in names)
-    session, size = _open(watched, names, images)
-    entry = model.graph.input[0].name
+    entry, fixed = inputs_of(model)[0].name, 0 if free else batch_of(model) or 0
+    if fixed and len(images) % fixed:
+        raise UsageError(
+            f"the model takes {fixed} images at a time, which {len(images)} calibration images are no multiple of"
+        )
+    session = open_session(freed(watched) if free else watched)
+    first = _run(session, names, {entry: images[: fixed or 1].contiguous().numpy()})
+    size = fixed or max(1, min(_MOST_IMAGES, _BATCH_BYTES // max(1, sum(value.nbytes for value in first))))
     tallies = {name: Tally(name) for name in (entry, *names)}
     with bar(len(images), label or "activations") as advance:
         for batch in images.split(size):
@@ -213,37 +222,6 @@ def check_images(model: ModelProto, images: Tensor) -> None:
             f"{int(bad.sum())} of {len(images)} calibration images hold NaN or infinity, the first is number {first}",
             "pixels are float32 in [0, 1]",
         )
-
-
-def _open(watched: ModelProto, names: list[str], images: Tensor) -> tuple[Any, int]:
-    """A session, and the batch size to run it with."""
-    entry, fixed = watched.graph.input[0].name, batch_of(watched) or 0
-    if fixed > 1 and len(images) % fixed:
-        raise UsageError(
-            f"the model takes {fixed} images at a time, which {len(images)} calibration images are no multiple of"
-        )
-    image = images[: fixed or 1].contiguous().numpy()
-    try:
-        session = open_session(freed(watched) if fixed else watched)
-        alone = _run(session, names, {entry: image})
-        if not fixed or _is_free(session, names, entry, image):
-            size = _BATCH_BYTES * len(image) // max(1, sum(value.nbytes for value in alone))
-            return session, max(1, min(_MOST_IMAGES, size))
-    except UnsupportedModel:
-        if not fixed:
-            raise
-    return open_session(watched), fixed
-
-
-def _is_free(session: Any, names: list[str], entry: str, image: Array) -> bool:
-    """Whether the activations of each image of a larger batch are those of the image alone."""
-    pair = np.concatenate([image, image[..., ::-1]])
-    together = _run(session, names, {entry: pair})
-    parts = [_run(session, names, {entry: np.ascontiguousarray(half)}) for half in np.split(pair, 2)]
-    return all(
-        v.shape[:1] == (len(pair),) and np.allclose(v, np.concatenate([a, b]), rtol=1e-3, atol=1e-5)
-        for v, a, b in zip(together, *parts, strict=True)
-    )
 
 
 def _run(session: Any, names: list[str], feed: dict[str, Array]) -> list[Array]:

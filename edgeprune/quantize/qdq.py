@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from edgeprune.errors import UnsupportedModel, UsageError
+from edgeprune.errors import UnsupportedModel
 from edgeprune.onnx_graph import Array, View, attribute, copied, operand, opset_of, unused, value_names
-from edgeprune.quantities import suggest
 from edgeprune.quantize import placement
 from edgeprune.quantize.bias_correction import mean_correction
 from edgeprune.quantize.calibrators import Range, grid
 from edgeprune.quantize.fusion import block_sum_fusion, input_quantizer, shifted_bias
 from edgeprune.quantize.placement import Plan, data_inputs
 
-SCHEMES = ("u8", "s8")
 # The first with scales for each channel.
 _OLDEST_OPSET = 13
 # Biases are int32, and a sum of products is added to them.
@@ -54,7 +52,7 @@ def quantized(
         The model; nodes, weights and biases keep their names. Other values get short ones. What computes in float,
         because of `skip` or because there is no 8-bit form, is unchanged.
     """
-    _check(model, scheme, skip)
+    _check(model, skip)
     made, symmetric = copied(model), scheme == "s8"
     plan = placement.signed(model, skip) if symmetric else placement.unsigned(model, ranges, skip)
     _Writer(made, plan, ranges, means or {}, symmetric=symmetric).run()
@@ -63,15 +61,7 @@ def quantized(
     return made
 
 
-def _check(model: ModelProto, scheme: str, skip: Collection[str]) -> None:
-    if scheme not in SCHEMES:
-        raise UsageError(
-            f"quantize.scheme {scheme!r} is not one of {', '.join(SCHEMES)}", suggest(scheme, SCHEMES)
-        )
-    names = {node.name for node in model.graph.node}
-    for name in skip:
-        if name not in names:
-            raise UsageError(f"quantize.skip names {name!r}, which is no node", suggest(name, sorted(names)))
+def _check(model: ModelProto, skip: Collection[str]) -> None:
     if opset_of(model) < _OLDEST_OPSET:
         raise UnsupportedModel(
             f"int8 with scales for each channel needs opset {_OLDEST_OPSET}, the model has {opset_of(model)}",

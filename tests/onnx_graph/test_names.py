@@ -143,7 +143,7 @@ def test_branches_and_functions_are_cleaned_and_still_answer_the_same(tmp_path: 
     inputs = [np.array([v], np.float32) for v in (-2.0, 5.0)]
     wanted = [session.run(None, {"x": value})[0] for value in inputs]
     cleanup.name_after_layers(model, {"": False, "net": False, "net.block": False}, "net.")
-    cleanup.finish(model, {"edgeprune.version": "1"}, producer="edgeprune", version="1")
+    cleanup.finish(model, {"edgeprune.version": "1"})
     assert "/home/me" not in texts(model) and "stack_trace" not in texts(model)
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 20), ("ours", 1)]
     assert [node.name for node in model.graph.node] == ["block.Add", "block.Greater", "If", "Half"]

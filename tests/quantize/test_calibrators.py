@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.errors import UsageError
 from edgeprune.quantize.calibrators import CALIBRATORS, divergence, grid, ranges, squared_error
 from edgeprune.quantize.observers import Seen, Tally
 
@@ -165,9 +164,3 @@ def test_zero_is_exact_on_every_grid_and_the_ends_are_within_half_a_step() -> No
         np.testing.assert_allclose(ends, [low, high], atol=scale / 2 + 1e-12)
     assert grid(0.0, 6.0, symmetric=False) == (6 / 255, 0)
     assert grid(-2.0, 2.0, symmetric=True) == (2 / 127, 0)
-
-
-def test_an_unknown_calibrator_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="'entrpy' is not one of minmax, percentile, entropy, mse") as caught:
-        ranges({}, "entrpy", symmetric=False)
-    assert "entropy" in caught.value.hint
