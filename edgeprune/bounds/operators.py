@@ -15,7 +15,7 @@ from edgeprune.bounds.activations import activation, changes, values
 from edgeprune.bounds.interval import Interval, NoRule, Value, point, rounded, slack
 from edgeprune.bounds.linear import LINEAR_POOLS, MAXIMA, WEIGHTED, pooled, pooled_change, reduced, weighted
 from edgeprune.bounds.shape_ops import PADDING, Bounded, rearranged, shrunk
-from edgeprune.models import Call
+from edgeprune.models import Call, affine
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,9 @@ def _scale_and_shift(call: Call, args: Sequence[Any]) -> tuple[Tensor, Tensor, T
     weight, bias, mean, variance = (None if w is None else w.double() for w in args[1:5])
     if mean is None or variance is None or call.arg("training"):
         raise NoRule("it normalizes with the statistics of its batch")
-    scale = (variance + call.arg("eps")).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale
-    size = shift.abs()
-    return scale, shift if bias is None else shift + bias, size if bias is None else size + bias.abs()
+    scale, shift = affine(mean, variance, weight, bias, call.arg("eps"))
+    size = (mean * scale).abs()
+    return scale, shift, size if bias is None else size + bias.abs()
 
 
 def _channels(weight: Tensor, out: Interval) -> Tensor:

@@ -52,6 +52,16 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
     return copy if alike else module
 
 
+def affine(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What a batch-norm in evaluation mode multiplies each channel by, and what it adds: (C,) each."""
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
 @dataclass
 class _Watch(TorchDispatchMode):
     """Counts how often operators read each tensor, by its id. Tensors stay alive, so that ids stay theirs."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +96,12 @@ def output_scale(program: Program, network: nn.Module, path: str) -> Tensor:
     norm = _norm_of(program, path)
     if norm is None:
         return torch.ones(len(weight))
-    module = network.get_submodule(norm)
+    module: Any = network.get_submodule(norm)
     own = models.tensors(module)
-    variance = own.get("running_var")
-    if variance is None:
+    if "running_var" not in own:
         return torch.ones(len(weight))
-    scale = (variance + module.eps).rsqrt()  # type: ignore[operator]
-    return (scale * own["weight"].detach().abs()) if "weight" in own else scale
+    scale, _ = models.affine(own["running_mean"], own["running_var"], own.get("weight"), None, module.eps)
+    return scale.detach().abs()
 
 
 def solve(

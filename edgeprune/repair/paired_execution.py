@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.models import FORWARD_ERRORS, Call, Program, Ref, Weight, tensors
+from edgeprune.models import FORWARD_ERRORS, Call, Program, Ref, Weight, affine, tensors
 from edgeprune.repair.least_squares import CutOff
 
 # A batch-norm that hardly scales an output can't pass a correction on.
@@ -56,10 +56,11 @@ def scale_of(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tu
     """What a batch-norm multiplies each output with (1 without one), and where that is next to nothing: (O,) each."""
     if norm is None:
         return torch.ones(outputs), torch.zeros(outputs, dtype=torch.bool)
-    weight, variance = norm.arg("weight"), norm.arg("running_var")
-    scale = (state[variance.name].double() + norm.arg("eps")).rsqrt()
-    if weight is not None:
-        scale = scale * state[weight.name].detach().double()
+    given = (norm.arg(name) for name in ("running_mean", "running_var", "weight"))
+    mean, variance, weight = (None if w is None else state[w.name].detach().double() for w in given)
+    assert mean is not None, "its statistics are fixed"
+    assert variance is not None, "its statistics are fixed"
+    scale, _ = affine(mean, variance, weight, None, norm.arg("eps"))
     faint = scale.abs() <= FAINT * scale.abs().max()
     return torch.where(faint, 1.0, scale).float(), faint
 

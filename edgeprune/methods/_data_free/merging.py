@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +78,19 @@ def unit_rows(network: nn.Module, group: Group) -> Rows:
     made = {m.tensor: m for m in group.members if m.role == "producer"}
     weight = next(m for m in made.values() if m.tensor.endswith("weight"))
     incoming = _by_unit(state[weight.tensor], weight).double()
-    shift = made.get(weight.tensor.removesuffix("weight") + "bias")
+    constant = made.get(weight.tensor.removesuffix("weight") + "bias")
     bias = torch.zeros(group.channels, dtype=torch.float64)
-    if shift is not None:
-        bias = _by_unit(state[shift.tensor], shift)[:, 0].double()
+    if constant is not None:
+        bias = _by_unit(state[constant.tensor], constant)[:, 0].double()
     for member in group.members:
         if member.role == "norm" and member.tensor.endswith("running_mean"):
-            gain, offset = _affine(network, member)
-            incoming, bias = incoming * gain[:, None], bias * gain + offset
+            norm: Any = network.get_submodule(_path(member.tensor))
+            own = models.tensors(norm)
+            own = {name: _by_unit(t, member)[:, 0].double() for name, t in own.items() if t.ndim == 1}
+            scale, shift = models.affine(
+                own["running_mean"], own["running_var"], own.get("weight"), own.get("bias"), norm.eps
+            )
+            incoming, bias = incoming * scale[:, None], bias * scale + shift
     outgoing = [_by_unit(state[m.tensor], m) for m in group.members if m.role == "consumer"]
     return Rows(incoming, bias, outgoing[0] if len(outgoing) == 1 else torch.cat(outgoing, 1))
 
@@ -191,15 +197,6 @@ def _by_unit(tensor: Tensor, member: Member) -> Tensor:
     return tensor.detach().movedim(member.axis, 0)[places.flatten()].reshape(len(places), -1)
 
 
-def _affine(network: nn.Module, member: Member) -> tuple[Tensor, Tensor]:
-    """Gain and offset of each unit in a batch-norm in eval mode, float64 (C,)."""
-    layer = network.get_submodule(_path(member.tensor))
-    tensors = models.tensors(layer)
-    units = {k: _by_unit(v, member)[:, 0].double() for k, v in tensors.items() if v.ndim == 1}
-    gain = units.get("weight", torch.ones(())) / torch.sqrt(units["running_var"] + layer.eps)  # type: ignore[operator]
-    return gain, units.get("bias", torch.zeros(())) - units["running_mean"] * gain
-
-
 def _zero(network: nn.Module, group: Group, removed: Sequence[int]) -> None:
     keep = torch.ones(group.channels, dtype=torch.bool)
     keep[list(removed)] = False
@@ -238,7 +235,7 @@ def _contribution(
 
 
 def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> bool:
-    bias = network.get_submodule(layer).get_parameter("bias") if _has_bias(network, layer) else None
+    bias = models.tensors(network.get_submodule(layer)).get("bias")
     if bias is not None:
         bias.data.copy_(bias.data.double() + value)
         return True
@@ -248,7 +245,3 @@ def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> 
     running_mean = network.get_submodule(norm).get_buffer("running_mean")
     running_mean.copy_(running_mean.double() - value)
     return True
-
-
-def _has_bias(network: nn.Module, layer: str) -> bool:
-    return "bias" in models.tensors(network.get_submodule(layer))
