@@ -41,25 +41,10 @@ class Interval:
     lo: Tensor
     hi: Tensor
 
-    @property
-    def center(self) -> Tensor:
-        """The midpoint, rounded."""
-        return (self.lo + self.hi) / 2
-
-    @property
-    def radius(self) -> Tensor:
-        """Half the width, rounded; `ball` allows for the rounding."""
-        return (self.hi - self.lo) / 2
-
     def ball(self, terms: int) -> tuple[Tensor, Tensor]:
         """Center and radius for a sum of `terms` products with weights, the radius widened for its rounding."""
-        center, radius, wide = self.center, self.radius, slack(self.lo.dtype, terms)
+        center, radius, wide = (self.lo + self.hi) / 2, (self.hi - self.lo) / 2, slack(self.lo.dtype, terms)
         return center, torch.add(radius * (1 + wide), center.abs(), alpha=wide)
-
-    @property
-    def width(self) -> Tensor:
-        """hi - lo."""
-        return self.hi - self.lo
 
     @property
     def magnitude(self) -> Tensor:

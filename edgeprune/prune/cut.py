@@ -44,10 +44,10 @@ def run_cut(
         _check_smaller(before, after)
         _check_output(bundle.module, network, example)
     removed = {
-        g: tuple(i for i, kept in enumerate(keep.tolist()) if not kept) for g, keep in channels.items()
+        g: tuple((~keep).nonzero().flatten().tolist()) for g, keep in channels.items() if not keep.all()
     }
     plan = Plan(
-        removed={g: gone for g, gone in removed.items() if gone}, tensors=tensors, attributes=attributes,
+        removed=removed, tensors=tensors, attributes=attributes,
         left_out={**left_out, **failed}, params=after[0], macs=after[1], params_before=before[0], macs_before=before[1],
     )  # fmt: skip
     return plan, replace(bundle, module=network, plans=(*bundle.plans, plan))
