@@ -233,6 +233,12 @@ class Limit:
     value: float
     text: str
 
+    def threshold(self, reference: float) -> float:
+        """The limit in the base unit; reference: the value of the dense model or the baseline."""
+        if self.kind == "share":
+            return self.value * reference
+        return self.value + (reference if self.kind == "delta" else 0.0)
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -198,9 +198,7 @@ def _threshold(limit: Limit, reference: _Reference | None) -> float | None:
     if reference is None:
         return limit.value
     value = value_of(reference.reading)
-    if value is None:
-        return None
-    return value * limit.value if limit.kind == "share" else value + limit.value
+    return None if value is None else limit.threshold(value)
 
 
 def _interval(

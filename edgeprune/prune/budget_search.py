@@ -18,7 +18,7 @@ from edgeprune.latency import Predictor
 from edgeprune.methods import Method, PruneTask, Survey, SurveyMethod, TrainingMethod, counts, verify
 from edgeprune.models import CostModel
 from edgeprune.prune import latency_search
-from edgeprune.records import METRICS, Budget, Group, Limit, Masks
+from edgeprune.records import METRICS, Budget, Group, Masks
 
 COUNTED = ("macs", "params")
 # Metrics that zeroed weights do not change.
@@ -36,11 +36,6 @@ class Probe:
 
     dense: float
     read: Callable[[nn.Module], float]
-
-
-def absolute(limit: Limit, dense: float) -> float:
-    """A limit as a number in the base unit."""
-    return {"absolute": limit.value, "share": limit.value * dense, "delta": dense + limit.value}[limit.kind]
 
 
 def search(
@@ -94,7 +89,7 @@ def _targets(budget: Budget, task: PruneTask, probes: Mapping[str, Probe]) -> di
             f"the budget's {unknown[0]} can't be measured while pruning here",
             "prune for macs, params, size or latency, and hold the rest with `edgeprune gate`",
         )
-    return {m: absolute(limit, probes[m].dense) for m, limit in measured.items()}
+    return {m: limit.threshold(probes[m].dense) for m, limit in measured.items()}
 
 
 def _by_table(

@@ -25,7 +25,7 @@ from edgeprune.models import (
     total_params,
     unfreeze,
 )
-from edgeprune.prune.budget_search import AS_DENSE, COUNTED, LatencyModel, Probe, absolute, search
+from edgeprune.prune.budget_search import AS_DENSE, COUNTED, LatencyModel, Probe, search
 from edgeprune.recipe import PruneTable, TuneTable
 from edgeprune.records import Budget, Bundle, Group, Limit, Masks
 from edgeprune.structure import (
@@ -129,7 +129,7 @@ def _search(
     if not inputs.file_share or not limits_only_macs(budget):
         return within(budget)
     macs = task.costs.cost({})["macs"]
-    share = inputs.file_share * absolute(budget.limits["macs"], macs) / macs
+    share = inputs.file_share * budget.limits["macs"].threshold(macs) / macs
     size = Limit("size", "share", share, f"{share:.1%}")
     try:
         masks, notes = within(replace(budget, limits={**budget.limits, "size": size}))
@@ -213,7 +213,7 @@ def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict
         )
     # The limit is relative to the nonzero entries; the cost model counts every entry, so it never exceeds the budget.
     dense = {"macs": costs.cost({})["macs"], "params": float(total_params(network))}
-    return {m: absolute(limit, dense[m]) for m, limit in budget.limits.items() if m in COUNTED}
+    return {m: limit.threshold(dense[m]) for m, limit in budget.limits.items() if m in COUNTED}
 
 
 def write(chosen: Chosen, folder: Path) -> None:

@@ -61,11 +61,8 @@ def pick(
         place: where the times were taken.
     """
     first = candidates[0]
-    relevant = {
-        metric: limit
-        for metric, limit in limits.items()
-        if metric not in ACCURACIES or not _misses(limit, first.facts.get(metric), dense.get(metric))
-    }
+    ignored = set(ACCURACIES) & set(missed_limits(limits, first.facts, dense))
+    relevant = {metric: limit for metric, limit in limits.items() if metric not in ignored}
     able = [c for c in candidates if not c.why_not]
     missed = {c.precision: missed_limits(relevant, c.facts, dense) for c in able}
 
@@ -96,16 +93,15 @@ def missed_limits(
     limits: Mapping[str, Limit], facts: Mapping[str, float | None], dense: Mapping[str, float | None]
 ) -> tuple[str, ...]:
     """The limits that a file misses, of those whose metric is known for it."""
-    return tuple(m for m, limit in limits.items() if _misses(limit, facts.get(m), dense.get(m)))
-
-
-def _misses(limit: Limit, value: float | None, dense: float | None) -> bool:
-    if value is None or (dense is None and limit.kind != "absolute"):
-        return False
-    known = dense or 0.0
-    thresholds = {"absolute": limit.value, "share": limit.value * known, "delta": known + limit.value}
-    threshold = thresholds[limit.kind]
-    return value > threshold if METRICS[limit.metric].less_is_better else value < threshold
+    missed: list[str] = []
+    for metric, limit in limits.items():
+        value, reference = facts.get(metric), dense.get(metric)
+        if value is None or (reference is None and limit.kind != "absolute"):
+            continue
+        threshold = limit.threshold(reference or 0.0)
+        if value > threshold if METRICS[metric].less_is_better else value < threshold:
+            missed.append(metric)
+    return tuple(missed)
 
 
 def timed(exported: Path, candidates: Sequence[Candidate], job: Job) -> Mapping[str, Reading]:
