@@ -60,6 +60,8 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) 
     assert tops == {"edgeprune", f"edgeprune-{edgeprune.__version__}.dist-info"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeprune").rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == sources
+    templates = {str(p.relative_to(ROOT)) for p in (ROOT / "edgeprune" / "report" / "templates").iterdir()}
+    assert templates and templates <= set(names)
     assert not [n for n in names if "__pycache__" in n or n.endswith(".pyc")]
 
 

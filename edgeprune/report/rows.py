@@ -113,6 +113,17 @@ def interval_of(reading: Reading | None) -> tuple[float, float] | None:
     return (low, high) if math.isfinite(low) and math.isfinite(high) and low <= high else None
 
 
+def interval_text(reading: Reading | None) -> str:
+    """The 95 % interval as "LOW to HIGH", "" when there is none."""
+    interval = interval_of(reading)
+    return " to ".join(quantity(end, unit_of(reading)) for end in interval) if interval and reading else ""
+
+
+def exact_text(reading: Reading) -> str:
+    """The value in its base unit, unrounded."""
+    return f"{reading.value:.9g} {unit_of(reading)}".strip()
+
+
 def unit_of(reading: Reading) -> str:
     """The base unit of a reading; METRICS decides, the reading itself only for metrics it does not know."""
     return METRICS[reading.metric].unit if reading.metric in METRICS else reading.unit
@@ -125,7 +136,7 @@ def quantity(value: float | None, unit: str) -> str:
     return f"{value:.4g} {unit}"
 
 
-def how_had(reading: Reading) -> str:
+def provenance(reading: Reading) -> str:
     """How and where: "measured on local x86_64", "counted", "computed: ...", "estimated: ...", "not available: ..."."""
     if value_of(reading) is None:
         return f"not available: {reading.conditions.get('why') or 'no reason was recorded'}"
@@ -147,7 +158,7 @@ def change(before: Reading, after: Reading) -> tuple[str, bool | None]:
     old, new = value_of(before), value_of(after)
     if old is None or new is None:
         return "-", None
-    if how_had(before) != how_had(after):
+    if provenance(before) != provenance(after):
         return "not comparable", None
     if after.metric in SPEED:
         return _speed(before, after)
@@ -191,6 +202,20 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
     return head, [_layer_cells(row, columns) for row in rows]
 
 
+READING_COLUMNS = ("metric", "of", "value", "95 % interval", "n", "how and where", "conditions")
+
+
+def reading_table(report: Report) -> list[list[str]]:
+    """One row a reading, with everything that it was taken under."""
+    table = []
+    for r in (*report.before, *report.after):
+        conditions = "; ".join(f"{key} {value}" for key, value in facts(r.conditions) if key != "why")
+        table.append(
+            [r.metric, r.artifact, text_of(r), interval_text(r), str(r.n), provenance(r), conditions]
+        )
+    return table
+
+
 def _layer_cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str, str]]) -> list[str]:
     cells = [str(row.get("layer") or "-"), str(row.get("op") or "-")]
     for _, before, after, unit in columns:
@@ -224,7 +249,7 @@ def _row(metric: str, before: Reading | None, after: Reading | None) -> Row:
 
 
 def _how(before: Reading | None, after: Reading | None) -> str:
-    sides = [how_had(r) for r in (before, after) if r is not None]
+    sides = [provenance(r) for r in (before, after) if r is not None]
     if len(set(sides)) == 1:
         return sides[0]
     return f"dense {sides[0]}; compressed {sides[1]}"
@@ -271,7 +296,7 @@ def _ledger_row(reading: Reading) -> LedgerRow:
     elif interval:
         text += f" ({quantity(interval[0], unit_of(reading))} to {quantity(interval[1], unit_of(reading))})"
     elif value_of(reading) is None:
-        text = how_had(reading)
+        text = provenance(reading)
     low, high = interval if interval else (None, None)
     stage = str(reading.conditions.get("stage") or reading.artifact or "-")
     return LedgerRow(
@@ -283,7 +308,7 @@ def _ledger_row(reading: Reading) -> LedgerRow:
         high,
         reading.n,
         text,
-        how_had(reading),
+        provenance(reading),
     )
 
 

@@ -11,9 +11,8 @@ from edgeprune.quantities import show
 from edgeprune.records import REPORT_SCHEMA, Report
 from edgeprune.report import per_device
 from edgeprune.report.assembly import SPARSE_NOTE
-from edgeprune.report.html import page
-from edgeprune.report.markdown import document
-from edgeprune.report.rows import Row, find, how_had, leading, value_of
+from edgeprune.report.page import document, page
+from edgeprune.report.rows import Row, find, leading, provenance, value_of
 from edgeprune.report.unlabelled import sentences
 from edgeprune.speedup import UNDECIDED, verdict_on
 
@@ -158,7 +157,7 @@ def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
         yield "Speed is unknown: no latency was measured."
         return
     if row.change == "-":
-        yield f"Median time of one image {row.compressed} ({how_had(after)}); nothing to compare it with."
+        yield f"Median time of one image {row.compressed} ({provenance(after)}); nothing to compare it with."
         return
     times = f"median {row.dense} before, {row.compressed} after, {row.how}"
     if after.conditions.get("contended") is True:

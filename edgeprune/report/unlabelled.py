@@ -7,8 +7,8 @@ from edgeprune.records import Reading, Report
 from edgeprune.report.rows import (
     UNLABELLED,
     find,
-    how_had,
     interval_of,
+    provenance,
     quantity,
     text_of,
     unit_of,
@@ -46,7 +46,7 @@ def without_labels(report: Report) -> list[UnlabelledRow]:
     """The readings that need no labels; empty when the run took none."""
     found = [r for r in (find(report.after, metric) for metric in UNLABELLED) if r is not None]
     return [
-        UnlabelledRow(r.metric, _with_interval(r), NO_ACCURACY, _about(r), r.n, how_had(r)) for r in found
+        UnlabelledRow(r.metric, _with_interval(r), NO_ACCURACY, _about(r), r.n, provenance(r)) for r in found
     ]
 
 

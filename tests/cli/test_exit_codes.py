@@ -41,8 +41,7 @@ from edgeprune.errors import (
 from edgeprune.models.batchnorm_folding import folded
 from edgeprune.models.inference import logits
 from edgeprune.records import Artifact, InputSpec
-from edgeprune.report.markdown import plain
-from edgeprune.report.markup import escape
+from edgeprune.report.page import escape_html, escape_markdown
 from edgeprune.runtimes.engine.build_script import engine_script
 
 ARCH = f"{paths.NETS}:Residual"
@@ -279,8 +278,8 @@ def test_control_characters_leave_as_escapes_on_every_way(
     assert not set("\x1b\x07\r\x9b\u202e\u2066\x7f") & set(out)
     record = logging.LogRecord("edgeprune", logging.INFO, "", 0, "found %s", (HOSTILE,), None)
     assert output.shown(record) and record.getMessage() == f"found {SEEN}"
-    assert escape(HOSTILE) == SEEN
-    assert not set("\x1b\x07\r\x9b\u202e\u2066\x7f") & set(plain(HOSTILE))
+    assert escape_html(HOSTILE) == SEEN
+    assert not set("\x1b\x07\r\x9b\u202e\u2066\x7f") & set(escape_markdown(HOSTILE))
 
 
 @pytest.mark.parametrize(

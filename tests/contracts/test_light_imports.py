@@ -28,6 +28,7 @@ HEAVY = {
     "scipy",
     "sklearn",
     "PIL",
+    "jinja2",
 }
 PACKAGE = Path(edgeprune.__file__).parent
 COMMANDS = sorted(getattr(typer.main.get_command(app), "commands"))  # noqa: B009  # the type has no such field

@@ -15,8 +15,8 @@ from reports import EVIL, ODD, check_page, history, html_of, parts, sample
 from edgeprune.records import Report
 from edgeprune.report import stage
 from edgeprune.report.history import Chapter, Curve, Plot, chapters, summary_rows
-from edgeprune.report.plots import SERIES, fixed, lines, ticks, widen
-from edgeprune.report.plots import history as section
+from edgeprune.report.page import page as page_of
+from edgeprune.report.plots import SERIES, Drawing, drawing, fixed, ticks, widen
 
 
 def recorded(**record: Any) -> Report:
@@ -33,10 +33,17 @@ def plot(*curves: tuple[float | None, ...], unit: str = "") -> Plot:
     return Plot("what", "", "epoch", unit, tuple(made), single=len(made) == 1)
 
 
-def points(markup: str, name: str) -> list[tuple[float, ...]]:
+def section(report: Report) -> str:
+    """The part of the page about what was recorded; empty without it."""
+    text = page_of(report, [])
+    start = text.find("<section><h2>How the choice came about")
+    return text[start : text.index("<section><h2>Channels")].strip() if start >= 0 else ""
+
+
+def points(drawn: Drawing, color: str) -> list[tuple[float, ...]]:
     """The corners of one line, in percent."""
-    (line,) = [p for p in parts(markup, "polyline") if p["class"].startswith(f"{name} ")]
-    return [tuple(float(v) for v in corner.split(",")) for corner in line["points"].split()]
+    (run,) = [run for line in drawn.lines if line.color == color for run in line.runs]
+    return [tuple(float(v) for v in corner.split(",")) for corner in run.split()]
 
 
 # ------------------------------------------------------------------------------------------------ what was recorded
@@ -103,30 +110,30 @@ def test_rows_say_where_each_curve_began_how_far_it_went_and_where_it_ended() ->
 
 def test_a_line_goes_through_its_numbers() -> None:
     # From 0 to 4 with 5 % to spare above: 4.2 is the top.
-    markup = lines(plot((0.0, 4.0, 2.0)))
-    assert points(markup, "first") == [
+    drawn = drawing(plot((0.0, 4.0, 2.0)))
+    assert points(drawn, "first") == [
         (0.0, 100.0),
         (50.0, pytest.approx(100 * 0.2 / 4.2, abs=1e-3)),
         (100.0, pytest.approx(100 * 2.2 / 4.2, abs=1e-3)),
     ]
-    dots = [(d["cx"], d["cy"]) for d in parts(markup, "circle")]
-    assert dots == [(f"{fixed(x)}%", f"{fixed(y)}%") for x, y in points(markup, "first")]
-    assert "c0, epoch 2: 4<" in markup
+    (line,) = drawn.lines
+    assert [dot[:2] for dot in line.dots] == [(fixed(x), fixed(y)) for x, y in points(drawn, "first")]
+    assert line.dots[1][2] == "c0, epoch 2: 4"
 
 
 def test_a_gap_breaks_a_line_and_one_number_alone_is_a_dot() -> None:
-    drawn = parts(lines(plot((1.0, 2.0, None, 3.0))), "polyline")
-    assert [len(line["points"].split()) for line in drawn] == [2, 1]
-    alone = lines(plot((5.0,)))
-    assert [d["cx"] for d in parts(alone, "circle")] == ["50%"]
+    (line,) = drawing(plot((1.0, 2.0, None, 3.0))).lines
+    assert [len(run.split()) for run in line.runs] == [2, 1]
+    (alone,) = drawing(plot((5.0,))).lines
+    assert [x for x, _, _ in alone.dots] == ["50"]
 
 
 def test_curves_share_one_scale_and_the_places_that_they_are_of() -> None:
     one, two = Curve("a", (1.0, 2.0), (1.0, 1.0)), Curve("b", (1.0, 5.0), (0.0, 2.0))
-    markup = lines(Plot("w", "", "epoch", "", (one, two), single=False))
-    assert [x for x, _ in points(markup, "first")] == [0.0, 25.0]
-    assert points(markup, "first")[0][1] == pytest.approx(
-        sum(y for _, y in points(markup, "second")) / 2, abs=0.01
+    drawn = drawing(Plot("w", "", "epoch", "", (one, two), single=False))
+    assert [x for x, _ in points(drawn, "first")] == [0.0, 25.0]
+    assert points(drawn, "first")[0][1] == pytest.approx(
+        sum(y for _, y in points(drawn, "second")) / 2, abs=0.01
     )
 
 
@@ -137,7 +144,7 @@ def test_of_many_lines_those_that_change_most_have_names_and_the_others_are_grey
     check_page(page)
     drawn = [p["class"].split()[0] for p in parts(section(report), "polyline")]
     assert drawn == ["other"] * 12 + list(SERIES)
-    (legend,) = re.findall(r'<p class="legend">((?:(?!</p>).)*key.*?)</p>', page)
+    (legend,) = re.findall(r'<p class="legend">((?:(?!</p>).)*key.*?)</p>', page, re.S)
     assert re.findall(r"</svg>(.*?)</span>", legend) == [
         *(f"l{i}" for i in range(12, 20)),
         "12 others, which change less",
@@ -172,7 +179,7 @@ def test_a_page_with_every_method_s_record_is_whole_and_every_drawing_has_words(
     assert stage.load(tmp_path) == report
     written = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "- stopped: the validation accuracy fell by more than 2 points" in written
-    assert "| Regrown |   | 5 k | 600 | 5 k | 600 |" in written
+    assert "| Regrown |  | 5 k | 600 | 5 k | 600 |" in written
     assert written.count("<details>") == written.count("</details>")
 
 

@@ -15,15 +15,41 @@ from reports import EVIL, check_page, html_of, layer, parts, reading, sample
 
 from edgeprune.errors import visible
 from edgeprune.records import REPORT_SCHEMA, Reading, Report
-from edgeprune.report import plots
-from edgeprune.report.markup import Markup, element, escape
-from edgeprune.report.plots import CURVE_POINTS, SERIES, Bar, distribution, paired_bars, skyline
+from edgeprune.report import page as page_module
+from edgeprune.report.page import escape_html
+from edgeprune.report.plots import CURVE_POINTS, SERIES
 
-CSS = (Path(plots.__file__).parent / "report.css").read_text(encoding="utf-8")
-LIGHT, DARK = (
-    dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", CSS.split(start, 1)[1].split("}", 1)[0]))
-    for start in (":root {", ":root[data-theme=dark] {")
-)
+CSS = (Path(page_module.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+
+
+def palette_after(start: str) -> dict[str, str]:
+    """The color of each variable in the first block after `start`."""
+    block = CSS[CSS.index(start) :].partition("}")[0]
+    return dict(re.findall(r"--([a-z]+): (#[0-9a-f]+)", block))
+
+
+LIGHT, DARK = palette_after(":root {"), palette_after("@media(prefers-color-scheme:dark)")
+
+
+def bars(*numbers: tuple[float | None, float | None]) -> str:
+    """The section of the page with the channels of layers, each before and after."""
+    rows = [{"layer": f"l{i}", "channels_before": a, "channels_after": b} for i, (a, b) in enumerate(numbers)]
+    text = page_module.page(replace(sample(), layers=tuple(rows)), [])
+    return text[text.index("Channels kept in each layer") : text.index('<div class="two">')]
+
+
+def widths(section: str) -> list[tuple[str, str]]:
+    drawings = re.findall(r'<svg width="100%".*?</svg>', section, re.S)
+    return [(rect["class"], rect["width"]) for rect in parts("".join(drawings), "rect")]
+
+
+def distribution(samples: dict[str, list[float]]) -> str:
+    """What the page draws of times."""
+    times = {name: tuple(values) for name, values in samples.items()}
+    text = page_module.page(replace(sample(), samples=times), [])
+    return text[text.index('<div class="axes">') : text.index("<section><h2>Channels")].rpartition(
+        "</section>"
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +125,10 @@ def test_every_string_of_a_report_shows_as_itself_and_runs_nowhere(tmp_path: Pat
 
 
 @given(st.text())
-def test_text_put_into_an_element_comes_out_again(text: str) -> None:
-    made = element("p", text, title=text)
-    back = ElementTree.fromstring(made)
+def test_text_put_into_the_page_comes_out_again(text: str) -> None:
+    made = escape_html(text)
+    back = ElementTree.fromstring(f'<p title="{made}">{made}</p>')
     assert (back.text or "") == re.sub("[\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", visible(text))
-    assert element("p", Markup(escape(text))) == element("p", text)
-
-
-def test_attributes_that_are_absent_are_left_out() -> None:
-    assert element("td", "x", class_=None, title=None, hidden="") == '<td hidden="">x</td>'
-    assert element("g", aria_label="a") == '<g aria-label="a"></g>'
 
 
 def test_tables_have_headings_and_drawings_have_words(page: str) -> None:
@@ -148,8 +168,9 @@ def test_text_and_marks_stand_out_in_both_palettes(palette: dict[str, str]) -> N
 def test_every_color_of_the_style_is_one_of_the_palette() -> None:
     assert LIGHT.keys() == DARK.keys()
     assert set(re.findall(r"var\(--([a-z]+)\)", CSS)) - {"numbers"} == set(LIGHT)
+    assert palette_after(":root[data-theme=dark]") == DARK
     assert set(re.findall(r"#[0-9a-f]{3,8}\b", CSS)) == set(LIGHT.values()) | set(DARK.values())
-    assert CSS.count(":root:not([data-theme=light]) {") == 1
+    assert "prefers-color-scheme:dark" in CSS
     assert CSS.count("{") == CSS.count("}")
 
 
@@ -157,14 +178,7 @@ def test_every_color_of_the_style_is_one_of_the_palette() -> None:
 
 
 def test_bars_are_drawn_to_one_scale() -> None:
-    bars = [
-        Bar("a", 64, 32, "32 of 64"),
-        Bar("b", 16, 0, "0 of 16"),
-        Bar("c", None, 8, "8 of ?"),
-        Bar("d", 0.01, 64, ""),
-    ]
-    drawn = [(r["class"], r["width"]) for r in parts(paired_bars("channels", bars, "kept", ""), "rect")]
-    assert drawn == [
+    assert widths(bars((64, 32), (16, 0), (None, 8), (0.01, 64))) == [
         ("dense", "100%"),
         ("compressed", "50%"),
         ("dense", "25%"),
@@ -176,15 +190,13 @@ def test_bars_are_drawn_to_one_scale() -> None:
 
 
 def test_bars_without_any_length_are_drawn_all_the_same() -> None:
-    assert [r["width"] for r in parts(paired_bars("time", [Bar("a", 0, 0, "")], "time", "s"), "rect")] == [
-        "0%",
-        "0%",
-    ]
+    assert widths(bars((0, 0))) == [("dense", "0%"), ("compressed", "0%")]
 
 
 def test_the_skyline_has_one_column_a_layer_as_high_as_its_number() -> None:
-    drawn = parts(skyline([Bar("a", 100, 25, ""), Bar("b", 50, 50, "")], "channels"), "rect")
-    assert [(r["x"], r["y"], r["height"]) for r in drawn] == [
+    section = bars((100, 25), (50, 50), *[(10, 10)] * 23)
+    (skyline,) = re.findall(r'<svg class="skyline".*?</svg>', section, re.S)
+    assert [(r["x"], r["y"], r["height"]) for r in parts(skyline, "rect")][:4] == [
         ("0", "0", "100"),
         ("0", "75", "25"),
         ("1", "50", "50"),
@@ -235,7 +247,7 @@ def test_the_ledger_s_dots_lie_inside_their_intervals(tmp_path: Path) -> None:
     page = html_of(sample(), tmp_path)
     table = re.search(r"<h3>clean_accuracy</h3>(.*?)</table>", page, re.S)
     assert table
-    drawings = re.findall(r"<svg.*?</svg>", table.group(1))
+    drawings = re.findall(r"<svg.*?</svg>", table.group(1), re.S)
     assert len(drawings) == 4
     for drawing in drawings:
         (dot,) = parts(drawing, "circle")

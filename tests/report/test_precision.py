@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from reports import ODD, check_page, html_of, sample
 
 from edgeprune.records import Report
-from edgeprune.report.html import page
-from edgeprune.report.markdown import document
+from edgeprune.report.page import document, page
 from edgeprune.report.rows import TITLE, candidates
 
 TRIED: list[dict[str, Any]] = [

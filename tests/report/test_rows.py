@@ -11,7 +11,7 @@ from reports import HERE, html_of, reading, sample
 
 from edgeprune.records import METRICS, Reading
 from edgeprune.report import stage
-from edgeprune.report.rows import change, comparison, facts, how_had, number_in
+from edgeprune.report.rows import change, comparison, facts, number_in, provenance
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_facts_are_flat_and_leave_out_what_is_empty() -> None:
 def test_what_was_read_under_attack_says_of_which_attack_and_how_far() -> None:
     used = {"attack": "standard", "eps": "8/255", "norm": "Linf"}
     read = Reading("robust_accuracy", 0.3, "fraction", 100, (0.2, 0.4), "local torch", "dense", used)
-    assert how_had(read) == "measured on local torch, under standard, Linf 8/255"
+    assert provenance(read) == "measured on local torch, under standard, Linf 8/255"
     sure = replace(read, where="computed: interval bounds", conditions={"eps": "1/255", "norm": "Linf"})
-    assert how_had(sure) == "computed: interval bounds, within Linf 1/255"
-    assert how_had(replace(read, conditions={})) == "measured on local torch"
+    assert provenance(sure) == "computed: interval bounds, within Linf 1/255"
+    assert provenance(replace(read, conditions={})) == "measured on local torch"
 
 
 @pytest.mark.parametrize("value", [None, True, "8", -1, float("inf"), float("nan"), 10**400, [8]])
