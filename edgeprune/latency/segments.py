@@ -189,16 +189,11 @@ def _signature(source: Resizer, cluster: Sequence[NodeProto]) -> str:
     for name in SHAPING:
         value = attributes.get(name)
         if value is not None:
-            words.append(f"{name}={_text(value)}")
+            text = value.decode() if isinstance(value, bytes) else value
+            words.append(f"{name}={','.join(map(str, text)) if isinstance(text, list) else text}")
     for name in (*_data(source, first), cluster[-1].output[0]):
         words.append("x".join(map(str, source.shapes[name][CHANNEL + 1 :])) or "vector")
     return " ".join([*words, *(node.op_type for node in cluster[1:])])
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode()
-    return ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _check(source: Resizer, clusters: Sequence[Sequence[NodeProto]], found: Sequence[Segment]) -> None:

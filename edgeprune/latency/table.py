@@ -8,7 +8,6 @@ dense file that is timed beside every other one.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -296,5 +295,4 @@ def load(path: Path, place: str) -> Table:
 def save(table: Table, path: Path) -> None:
     """Write a table atomically."""
     serialization.sweep(path.parent, serialization.LEFT_FILES)
-    with serialization.replace_file(path) as file:
-        file.write((json.dumps(serialization.to_json(table)) + "\n").encode())
+    serialization.write(path, table)

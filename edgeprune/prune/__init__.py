@@ -1,4 +1,4 @@
-"""Which units go, so that the budget holds, and the cut itself."""
+"""Pruning: the search for masks within a budget, and the cut."""
 
 # fmt: off
 from edgeprune.prune.budget_search import Probe
