@@ -3,7 +3,7 @@
 # fmt: off
 from edgeprune.models.architectures import canonical
 from edgeprune.models.batchnorm_folding import affine, folded
-from edgeprune.models.bundle import deployed, from_module, image_shape, load_bundle, rebuild, run, sha256_file
+from edgeprune.models.bundle import deployed, from_module, image_shape, load_bundle, rebuild, sha256_file
 from edgeprune.models.costs import CostModel, LAYERS, cost_model, layer_costs, normalized_example, total_macs
 from edgeprune.models.costs import total_params
 from edgeprune.models.inference import HINT, TWO_LINES, check_alone, differs, full, logits

@@ -15,11 +15,11 @@ from edgeprune import safe_loading, serialization
 from edgeprune.errors import ModelError, UnsupportedModel, UsageError
 from edgeprune.models import architectures
 from edgeprune.models.from_export import ExportedNetwork, remodulify
-from edgeprune.models.inference import count_classes, main_answer, text_of
+from edgeprune.models.inference import count_classes, main_output, text_of
 from edgeprune.models.parametrizations import compute_once, detached, note
 from edgeprune.models.state_dict import check_finite, fit, need_arch, read_safetensors, unwrap
+from edgeprune.models.storage import key
 from edgeprune.models.surgery import replay
-from edgeprune.quantities import show
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Bundle, InputSpec, Plan, Source
 from edgeprune.safe_loading import check_names, check_strides
@@ -93,7 +93,9 @@ def from_module(
         ) from error
     _, channels, height, width = example.shape
     known = source or Source(
-        "memory", sha256=_digest(copy), arch=f"{type(module).__module__}.{type(module).__qualname__}"
+        "memory",
+        sha256=key(str(copy), (copy,), None),
+        arch=f"{type(module).__module__}.{type(module).__qualname__}",
     )
     return _checked(copy, known, (channels, height, width), (tuple(mean), tuple(std)))
 
@@ -135,7 +137,7 @@ class Deployed(nn.Module):
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         answer = self.network(x)
-        return answer if isinstance(answer, Tensor) else main_answer(answer)
+        return answer if isinstance(answer, Tensor) else main_output(answer)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -208,16 +210,6 @@ def _remodulified(data: bytes, where: str) -> nn.Module:
             f"{where} can't be turned into modules again: {type(error).__name__}: {error}",
             "give the PyTorch model that it was made from: its weights and --arch",
         ) from error
-
-
-def _digest(module: nn.Module) -> str:
-    """The SHA-256 of a network's names, shapes and values, for one that has no file."""
-    digest = hashlib.sha256(str(module).encode())
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _original(source: Source) -> nn.Module:
@@ -313,23 +305,3 @@ def _prepare(module: nn.Module, where: str) -> tuple[str, ...]:
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return (note(computed),) if computed else ()
-
-
-def run(table: ModelTable) -> Bundle:
-    """Load what [model] of the recipe names; see `models.bundle.load_bundle` for what it raises."""
-    return load_bundle(table)
-
-
-def describe(bundle: Bundle) -> str:
-    """The bundle in a line: its class, parameters, input and number of classes."""
-    module, spec = bundle.module, bundle.input
-    params = sum(p.numel() for p in module.parameters())
-    inside = "" if not spec.mean else f", normalized with mean {_row(spec.mean)} and std {_row(spec.std)}"
-    return (
-        f"{type(module).__name__}: {show(float(params), '')} parameters, "
-        f"{text_of(spec.shape)} images{inside}, {spec.classes} classes"
-    )
-
-
-def _row(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)

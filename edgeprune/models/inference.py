@@ -32,7 +32,7 @@ TWO_LINES = (
 def logits(module: nn.Module, x: Tensor) -> Tensor:
     """The network's answer (N, K); of several outputs (auxiliary heads in training mode) the main one."""
     try:
-        answer = _main(module(x))
+        answer = main_output(module(x))
     except FORWARD_ERRORS as error:
         mode = "training" if module.training else "evaluation"
         raise ModelError(f"the network fails on a batch {tuple(x.shape)} in {mode} mode: {error}") from error
@@ -54,15 +54,6 @@ def modes(training: nn.Module | None, evaluating: nn.Module | None) -> Iterator[
     finally:
         for layer, mode in before:
             layer.training = mode
-
-
-def _main(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        # torchvision's segmentation and detection name it "out", Hugging Face "logits".
-        return next(
-            (output[key] for key in ("logits", "out") if key in output), next(iter(output.values()), None)
-        )
-    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def unfreeze(module: nn.Module) -> None:
@@ -136,13 +127,12 @@ def _refusal(answer: Any, count: int, where: str) -> UnsupportedModel:
     )
 
 
-def main_answer(answer: Any) -> Any:
-    """The main logits among a network's outputs: the ones that torchvision and timm name so, or put first."""
-    if isinstance(answer, Mapping):
-        return next(
-            (answer[key] for key in ("logits", "out") if key in answer), next(iter(answer.values()), None)
-        )
-    return answer[0] if isinstance(answer, (tuple, list)) and answer else answer
+def main_output(output: Any) -> Any:
+    """The main logits of several outputs: the ones that torchvision and timm name so, or the first."""
+    if isinstance(output, Mapping):
+        named = [output[key] for key in ("logits", "out") if key in output]
+        return next(iter([*named, *output.values()]), None)
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def text_of(shape: tuple[int, ...]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from edgeprune.serialization import replace_file
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors as safetensors; tensors that share memory are written each."""
-    with serialization.replace_file(path) as file:
+    with replace_file(path) as file:
         file.write(save({name: t.detach().clone().contiguous() for name, t in tensors.items()}))
 
 
@@ -110,7 +110,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file, and the key of the training that it must belong to. Of a team, process 0 alone writes and reads it."""
+    """The file of a training, and its key. Of several processes, process 0 alone writes and reads it."""
 
     path: Path
     key: str
@@ -126,38 +126,27 @@ class Checkpoint:
         if distributed.rank():
             return
         state = {
-            "key": self.key,
             "progress": dict(vars(progress)),
             "module": module.state_dict(),
             "optimizer": optimizer.state_dict(),
             "hooks": dict(hooks),
         }
-        with replace_file(self.path) as file:
-            content = io.BytesIO()
-            torch.save(state, content)
-            file.write(hashlib.sha256(content.getbuffer()).digest())
-            file.write(content.getbuffer())
+        save_state(self.path, self.key, state, alone=True)
 
     def restore(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> tuple[Progress, dict[str, Any]] | None:
         """Put the saved state into the network and the optimizer; None without a whole one of this training."""
-        content = distributed.broadcast_object(_read(self.path) if distributed.rank() == 0 else b"")
+        state = load_state(self.path, self.key, device=device)
+        if state is None:
+            return None
         try:
-            state = torch.load(
-                io.BytesIO(content),
-                weights_only=True,
-                map_location=_onto(device),
-            )
-            if state["key"] != self.key:
-                return None
             progress = Progress(**state["progress"])
             # The optimizer first: if it is refused, the network is still as it was.
             optimizer.load_state_dict(state["optimizer"])
             module.load_state_dict(state["module"])
             return progress, state["hooks"]
         except BROKEN:
-            # Training starts again then, and ends the same.
             return None
 
 
@@ -169,10 +158,6 @@ def key(settings: str, networks: Iterable[nn.Module], more: Any) -> str:
         _feed(digest, tensors)
     _feed(digest, more)
     return digest.hexdigest()
-
-
-def _onto(device: torch.device) -> Callable[[Any, str], Any]:
-    return lambda storage, place: storage if place == "cpu" else storage.to(device=device)
 
 
 def _feed(digest: Any, value: Any) -> None:
@@ -197,7 +182,7 @@ def _feed(digest: Any, value: Any) -> None:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a checkpoint; empty when there is none, or not all of it is as it was written."""
+    """The content of a file of `save_state`; empty when there is none, or when it is damaged."""
     try:
         found = path.read_bytes()
     except OSError:
@@ -209,20 +194,31 @@ def _read(path: Path) -> bytes:
 def save_state(path: Path, key: str, state: Mapping[str, Any], *, alone: bool = False) -> None:
     """Write a state over the one before; a process that is killed meanwhile leaves the one before."""
     if alone or distributed.rank() == 0:
+        content = io.BytesIO()
+        torch.save({"key": key, "state": dict(state)}, content)
         with replace_file(path) as file:
-            torch.save({"key": key, "state": dict(state)}, file)
+            file.write(hashlib.sha256(content.getbuffer()).digest())
+            file.write(content.getbuffer())
     if not alone:
         distributed.barrier()
 
 
-def load_state(path: Path, key: str, *, alone: bool = False) -> dict[str, Any] | None:
-    """What `save` left for the same key; None when there is none, or it is broken. Of a team, process 0 reads."""
-    content = b""
-    if (alone or distributed.rank() == 0) and path.is_file():
-        content = path.read_bytes()
+def load_state(
+    path: Path, key: str, *, alone: bool = False, device: torch.device | None = None
+) -> dict[str, Any] | None:
+    """The state saved under the same key, or None. Of several processes, process 0 reads for all unless `alone`.
+
+    Args:
+        device: where tensors that were on a GPU go; the CPU by default.
+    """
+    content = _read(path) if alone or distributed.rank() == 0 else b""
     content = content if alone else distributed.broadcast_object(content)
+
+    def place(storage: Any, location: str) -> Any:
+        return storage if location == "cpu" or device is None else storage.to(device=device)
+
     try:
-        found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        found = torch.load(io.BytesIO(content), weights_only=True, map_location=place)
         return found["state"] if found["key"] == key else None
     except BROKEN:
         # The work starts again then, and ends the same.

@@ -197,7 +197,7 @@ def load(table: ModelTable) -> Bundle:
     if (Path(table.path) / "model.pt2").is_file():
         check_plain(Path(table.path))
         check_shipped(Path(table.path))
-    return models.run(table)
+    return models.load_bundle(table)
 
 
 def with_epochs(recipe: Recipe) -> Recipe:

@@ -2,7 +2,7 @@
 
 torch 2.13 runs code out of an archive by pickles (sample inputs, weights, constants), by Python expressions (symbolic
 sizes, guards), by names that end up in generated source, by operators given as dotted paths, and by modules that a
-tree of containers asks to import. `vet` knows what genuine archives hold and refuses everything else.
+tree of containers asks to import. Only what genuine archives hold is accepted.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +37,6 @@ _FILES = re.compile(
     r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
     r"|data/sample_inputs/model\.pt|extra/[\w.\-]+"
 )
-
-
-def vet(path: Path) -> None:
-    """Refuse an archive whose loading could run code, or that is not as torch.export.save writes it."""
-    _vet(path.read_bytes(), str(path))
 
 
 def load_pt2(data: bytes, where: str) -> torch.export.ExportedProgram:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from edgeprune import serialization
 from edgeprune.errors import EdgepruneError, ModelError, UnsafeModel, UnsupportedModel, UsageError
 from edgeprune.models import architectures, bundle
-from edgeprune.models import bundle as bundle_module
 from edgeprune.models.bundle import deployed, from_module, load_bundle, sha256_file
 from edgeprune.recipe.schema import ModelTable
-from edgeprune.records import Bundle, InputSpec, Plan, Source
+from edgeprune.records import InputSpec, Plan, Source
 
 ARCHITECTURE = """
 from torch import nn
@@ -638,17 +637,6 @@ def test_a_program_for_one_batch_size_only_is_refused_unless_it_is_one(tmp_path:
         torch.export.save(program, tmp_path / f"{batch}.pt2")
     assert "batches of 2" in error_of(tmp_path / "2.pt2", input="").message
     assert load_bundle(table(tmp_path / "1.pt2", input="")).input.classes == 4
-
-
-def test_the_stage_describes_what_it_loaded_in_a_line(tmp_path: Path) -> None:
-    path = written("pickle", tmp_path / "a.pt")
-    bundle = bundle_module.run(table(path, mean=(0.5,) * 3, std=(0.25,) * 3))
-    assert isinstance(bundle, Bundle)
-    normalized = "normalized with mean 0.5,0.5,0.5 and std 0.25,0.25,0.25"
-    assert (
-        bundle_module.describe(bundle)
-        == f"Sequential: 285 parameters, 3x12x12 images, {normalized}, 5 classes"
-    )
 
 
 @pytest.fixture(scope="module")
