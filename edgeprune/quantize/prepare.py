@@ -211,15 +211,10 @@ def _is_global_mean(view: View, node: NodeProto) -> bool | None:
         return bool(attribute(node, "keepdims", 1)) if found == list(range(2, len(shape))) else None
     if node.op_type != "AveragePool":
         return None
-    padded = any(attribute(node, "pads", ())) or attribute(node, "auto_pad", b"NOTSET") not in (
-        b"NOTSET", b"VALID",
-    )  # fmt: skip
-    dilated = any(d != 1 for d in attribute(node, "dilations", ()))
-    return (
-        True
-        if tuple(attribute(node, "kernel_shape", ())) == shape[2:] and not padded and not dilated
-        else None
-    )
+    auto_pad, pads = attribute(node, "auto_pad", b"NOTSET"), attribute(node, "pads", ())
+    plain = auto_pad in (b"NOTSET", b"VALID") and not any(pads)
+    dense = all(d == 1 for d in attribute(node, "dilations", ()))
+    return True if tuple(attribute(node, "kernel_shape", ())) == shape[2:] and plain and dense else None
 
 
 def _flattens(view: View, node: NodeProto) -> bool:

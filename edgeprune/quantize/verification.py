@@ -203,12 +203,7 @@ def check_scales(view: View) -> tuple[str, int]:
     for node in view.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.domain not in ("", "ai.onnx"):
             continue
-        stored = (
-            view.constant(node.input[0])
-            if node.op_type == "QuantizeLinear"
-            else quantized_constant(view, node)
-        )
-        step = _step(view, node)
+        stored, step = quantized_constant(view, node), _step(view, node)
         _check_scale(node, step)
         if stored is None:
             kinds.setdefault(step.zero.dtype.name, title(node))
