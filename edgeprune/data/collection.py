@@ -5,8 +5,8 @@ that are copies of a held-out one are left out.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from edgeprune.recipe import DataTable
 from edgeprune.records import InputSpec
 
 MEMORY_BYTES = 2 * 2**30
+CALIBRATION_BYTES = 2**29
 SELECTIONS = ("balanced", "random", "first")
 _SAMPLED = 64
 
@@ -61,6 +62,8 @@ class Data:
     labels: tuple[str, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    # The numbers of the calibration images -> their pixels, uint8, which every step of a run uses: decoded once.
+    calibration: dict[bytes, Tensor] = field(default_factory=dict)
 
 
 # What a calibration recipe may say of the data set and of its images, so that it can be read alone.
@@ -144,21 +147,28 @@ def calibration_digest(labels: Tensor, name_or_path: str) -> str:
     return hashlib.sha256(indices.tobytes()).hexdigest()
 
 
-def calibration_images(
-    data: Data, name_or_path: str, progress: Callable[[int], None] | None = None
-) -> Tensor:
+def calibration_images(data: Data, name_or_path: str) -> Tensor:
     """The calibration images, of the training part only: float32 (n, C, H, W) in [0, 1]."""
     if data.train is None:
         raise UsageError(
             "the data is for evaluation only, so nothing is calibrated on it", "give training images"
         )
     indices = calibration_indices(data.train.labels, name_or_path)
-    chunks = []
-    with bar(len(indices), "calibration images") as advance:
-        for chunk in indices.split(256):
-            chunks.append(data.train.take(chunk))
-            (progress or advance)(len(chunk))
-    return torch.cat(chunks)
+    if isinstance(data.train.pixels, images.Decoded):
+        return data.train.take(indices)
+    key = indices.numpy().tobytes()
+    pixels = data.calibration.get(key)
+    if pixels is None:
+        with bar(len(indices), "calibration images") as advance:
+            chunks = []
+            for chunk in indices.split(256):
+                chunks.append(data.train.pixels.take(chunk))
+                advance(len(chunk))
+        pixels = torch.cat(chunks)
+        data.calibration.clear()
+        if pixels.numel() <= CALIBRATION_BYTES:
+            data.calibration[key] = pixels
+    return pixels.to(torch.float32).div_(255.0)
 
 
 def calibration_set(data: Data, name_or_path: str) -> tuple[Tensor, Tensor]:

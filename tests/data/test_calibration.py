@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import torch
 from image_sets import content, folder, opened
 
+from edgeprune.data import collection, images
 from edgeprune.data.collection import calibration_digest, calibration_images, calibration_indices
 from edgeprune.errors import UsageError
 
@@ -53,10 +57,9 @@ def test_first_and_random_calibration_and_sets_smaller_than_asked(tmp_path: Path
 
 def test_calibration_images_are_training_images(parts: Path) -> None:
     data = opened(parts)
-    counted: list[int] = []
-    chosen = calibration_images(data, "small", counted.append)
+    chosen = calibration_images(data, "small")
     assert {image.numpy().tobytes() for image in chosen} == content(data.train)
-    assert sum(counted) == len(chosen) == 11
+    assert len(chosen) == 11
     assert chosen.dtype == torch.float32
 
 
@@ -86,3 +89,39 @@ def test_the_digest_of_the_chosen_images_is_that_of_their_numbers(tmp_path: Path
     first = calibration_digest(labels, recipe(tmp_path, selection="first", count=2))
     assert first == hashlib.sha256(bytes([0] * 8 + [1] + [0] * 7)).hexdigest()
     assert first != calibration_digest(labels, recipe(tmp_path, selection="first", count=3))
+
+
+def test_calibration_images_are_decoded_once_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.prepare(tmp_path)
+    classes = ("bee", "cat", "dog", "fox")
+    layout = {f"{part}/{name}": count for part, count in (("train", 6), ("test", 4)) for name in classes}
+    folder(tmp_path / "images", layout)
+    decodings: Counter[str] = Counter()
+
+    def counted(file: images.ImageFile, shape: tuple[int, int, int]) -> np.ndarray:
+        decodings[file.name] += 1
+        return decode(file, shape)
+
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(collection, "MEMORY_BYTES", 1000)
+    argv = [{"images.npz": "images", "fp32": "int8"}.get(word, word) for word in tiny.COMPRESS]
+    done = tiny.edgeprune(tmp_path, *argv)
+    assert done.exit_code == 0, done.output
+    assert {count for name, count in decodings.items() if name.startswith("train/")} == {1}
+
+
+def test_calibration_images_beyond_the_memory_for_them_are_decoded_again(
+    parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "MEMORY_BYTES", 1000)
+    data = opened(parts)
+    first = calibration_images(data, "small")
+    assert len(data.calibration) == 1
+    assert torch.equal(calibration_images(data, "small"), first)
+    monkeypatch.setattr(collection, "CALIBRATION_BYTES", 10)
+    small = opened(parts)
+    assert torch.equal(calibration_images(small, "small"), first)
+    assert not small.calibration
