@@ -212,7 +212,7 @@ def with_epochs(recipe: Recipe) -> Recipe:
 def check_together(recipe: Recipe, target: Target) -> None:
     """Refuse what each by itself is accepted but not together."""
     if recipe.export.precision not in ("auto", "fp32"):
-        quantize.check_asked(recipe.export.precision, target.precisions, target.name)
+        quantize.check_precision(recipe.export.precision, target.precisions, target.name)
     if recipe.tune.epochs and (not recipe.data.path or recipe.data.use == "evaluate"):
         raise UsageError(
             f"--epochs {recipe.tune.epochs} needs images to train on",

@@ -4,4 +4,4 @@
 from edgeprune.quantize.evaluation import check_skipped, judged
 from edgeprune.quantize.finalize import rough, size_of
 from edgeprune.quantize.job import CalibrationSet, Job
-from edgeprune.quantize.stage import RESULT_VERSION, check_asked, read, run, shipped, wants_images
+from edgeprune.quantize.stage import RESULT_VERSION, check_precision, read, run, shipped, wants_images

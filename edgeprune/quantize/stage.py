@@ -45,7 +45,7 @@ def run(exported: Path, out: Path, job: Job) -> Quantized:
         ParityError: it loses more than `quantize.tolerance`, or the built file fails its verification.
         ModelError: the exported file is not readable, or its logits are NaN or infinite.
     """
-    check_asked(job.precision, job.precisions)
+    check_precision(job.precision, job.precisions)
     out.mkdir(parents=True, exist_ok=True)
     precisions, notes = _precisions(job)
     result, data = Quantized(FLOAT, "", {}, (), (), ()), None
@@ -70,7 +70,7 @@ def shipped(exported: Path, folder: Path) -> Path:
     return folder / FILE if (folder / FILE).is_file() else exported
 
 
-def check_asked(precision: str, precisions: Sequence[str], target: str = "the target") -> None:
+def check_precision(precision: str, precisions: Sequence[str], target: str = "the target") -> None:
     """Refuse a precision that is none of those that the target takes."""
     if precision not in ("auto", *precisions):
         raise UsageError(

@@ -26,7 +26,7 @@ from edgeprune.quantize import job as job_module
 from edgeprune.quantize import stage as stage_module
 from edgeprune.quantize.evaluation import can_free_batch, evaluation_set, logits_of
 from edgeprune.quantize.job import CalibrationSet, Quantized
-from edgeprune.quantize.stage import check_asked, shipped, wants_images
+from edgeprune.quantize.stage import check_precision, shipped, wants_images
 from edgeprune.quantize.verification import verify
 from edgeprune.recipe.schema import ExportTable, QuantizeTable
 from edgeprune.records import Limit, Reading
@@ -78,9 +78,9 @@ def labelled(path: Path, count: int = 40) -> CalibrationSet:
 
 
 def job(
-    folder: Path, material: CalibrationSet | None, precision: str = "int8", **more: object
+    folder: Path, calibration: CalibrationSet | None, precision: str = "int8", **more: object
 ) -> job_module.Job:
-    first = job_module.Job(ONE, precision, ALL, "u8", material, folder / "scratch", lambda _: None)
+    first = job_module.Job(ONE, precision, ALL, "u8", calibration, folder / "scratch", lambda _: None)
     return replace(first, **more)
 
 
@@ -104,8 +104,8 @@ def ops(path: Path) -> list[str]:
 
 
 def test_int8_ships_with_its_proof_its_closeness_and_what_it_is(residual: Path, tmp_path: Path) -> None:
-    material = labelled(residual)
-    result = stage_module.run(residual, tmp_path, job(tmp_path, material))
+    calibration = labelled(residual)
+    result = stage_module.run(residual, tmp_path, job(tmp_path, calibration))
     assert (result.precision, result.file) == ("int8", "model.onnx")
     path = shipped(residual, tmp_path)
     assert path == tmp_path / "model.onnx" and path.stat().st_size < 0.6 * residual.stat().st_size
@@ -115,7 +115,7 @@ def test_int8_ships_with_its_proof_its_closeness_and_what_it_is(residual: Path, 
     sqnr = read["sqnr"].value
     assert sqnr is not None and sqnr > 25.0
     # The reading is what the two files really answer.
-    a, b = logits(residual, material.images), logits(path, material.images)
+    a, b = logits(residual, calibration.images), logits(path, calibration.images)
     assert sqnr == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=0.05)
     assert read["agreement_with_float"].value == (a.argmax(1) == b.argmax(1)).mean()
     assert read["quantization_loss"].conditions["float"] == 1.0
@@ -138,8 +138,10 @@ def test_the_file_says_what_it_is_and_keeps_what_the_exported_one_said(
 def test_every_calibrator_is_tried_with_and_without_equalization_and_correction(
     residual: Path, tmp_path: Path
 ) -> None:
-    material = replace(labelled(residual), labels=None)
-    result = stage_module.run(residual, tmp_path, job(tmp_path, material, table=QuantizeTable(tolerance=1.0)))
+    calibration = replace(labelled(residual), labels=None)
+    result = stage_module.run(
+        residual, tmp_path, job(tmp_path, calibration, table=QuantizeTable(tolerance=1.0))
+    )
     tried = [c for c in result.candidates if c["precision"] == "int8"]
     found = {(c["calibrator"], c["equalized"], c["corrected"]) for c in tried}
     assert len(tried) == len(found) == 16
@@ -171,8 +173,8 @@ def test_the_same_inputs_give_the_same_bytes(residual: Path, tmp_path: Path) -> 
 def test_a_run_that_was_killed_goes_on_without_a_second_pass_and_gives_the_same_bytes(
     residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    material, table = labelled(residual), QuantizeTable()
-    stage_module.run(residual, tmp_path / "whole", job(tmp_path / "whole", material, table=table))
+    calibration, table = labelled(residual), QuantizeTable()
+    stage_module.run(residual, tmp_path / "whole", job(tmp_path / "whole", calibration, table=table))
     made: list[object] = []
     real = qdq.quantized
 
@@ -184,14 +186,14 @@ def test_a_run_that_was_killed_goes_on_without_a_second_pass_and_gives_the_same_
 
     monkeypatch.setattr(int8, "quantized", killed)
     with pytest.raises(KeyboardInterrupt):
-        stage_module.run(residual, tmp_path, job(tmp_path, material, table=table))
+        stage_module.run(residual, tmp_path, job(tmp_path, calibration, table=table))
     assert not (tmp_path / "model.onnx").exists() and not (tmp_path / "quantized.json").exists()
 
     def never(*_: object, **__: object) -> dict[str, observers.Seen]:
         raise AssertionError("a second pass over the images")
 
     monkeypatch.setattr(observers, "observe", never)
-    stage_module.run(residual, tmp_path, job(tmp_path, material, table=table))
+    stage_module.run(residual, tmp_path, job(tmp_path, calibration, table=table))
     # 5 candidates were kept; the other 11 are built, and the chosen one once more.
     assert len(made) == 6 + 11 + 1
     assert (tmp_path / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
@@ -252,16 +254,18 @@ def test_a_tolerance_that_can_not_be_reached_is_exit_5_for_int8_and_fp32_for_aut
     residual: Path, tmp_path: Path
 ) -> None:
     # Labels that half of the float file's answers miss, and no layer of the file may lose a single one of the rest.
-    material = CalibrationSet(images(), None, "calibration")
+    calibration = CalibrationSet(images(), None, "calibration")
     table = replace(ONE, tolerance=0.0)
     crude = {"ranges": lambda seen, *_, **__: {name: (-0.01, 0.01) for name in seen}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "ranges", crude["ranges"])
         with pytest.raises(ParityError, match=r"loses [\d.]+ points of agreement") as error:
-            stage_module.run(residual, tmp_path / "a", job(tmp_path / "a", material, table=table))
+            stage_module.run(residual, tmp_path / "a", job(tmp_path / "a", calibration, table=table))
         assert error.value.exit_code == 5 and "--set quantize.tolerance=0." in error.value.hint
         assert not (tmp_path / "a" / "model.onnx").exists()
-        asked = job(tmp_path / "b", material, "auto", table=table, precisions=("fp32", "int8"), timer=Clock())
+        asked = job(
+            tmp_path / "b", calibration, "auto", table=table, precisions=("fp32", "int8"), timer=Clock()
+        )
         result = stage_module.run(residual, tmp_path / "b", asked)
     assert (result.precision, result.file) == ("fp32", "")
     assert any("int8 does not ship" in note and "points of agreement" in note for note in result.notes)
@@ -271,7 +275,7 @@ def test_a_tolerance_that_can_not_be_reached_is_exit_5_for_int8_and_fp32_for_aut
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "ranges", crude["ranges"])
         wider = replace(table, tolerance=accepted)
-        assert stage_module.run(residual, tmp_path / "c", job(tmp_path / "c", material, table=wider)).file
+        assert stage_module.run(residual, tmp_path / "c", job(tmp_path / "c", calibration, table=wider)).file
 
 
 def test_auto_ships_int8_where_it_is_faster(residual: Path, tmp_path: Path) -> None:
@@ -341,27 +345,29 @@ def test_fp32_that_was_asked_for_is_left_as_it_is(residual: Path, tmp_path: Path
 
 
 def test_fp16_ships_at_half_the_weights_and_answers_alike(residual: Path, tmp_path: Path) -> None:
-    material = labelled(residual)
-    result = stage_module.run(residual, tmp_path, job(tmp_path, material, "fp16"))
+    calibration = labelled(residual)
+    result = stage_module.run(residual, tmp_path, job(tmp_path, calibration, "fp16"))
     path = shipped(residual, tmp_path)
     kinds = {t.data_type for t in onnx.load(path).graph.initializer if t.name.endswith("weight")}
     assert kinds == {onnx.TensorProto.FLOAT16}
     read = {r.metric: r.value for r in result.readings}
     assert read["fp16_macs"] == read["fp16_weights"] == 1.0 and (read["sqnr"] or 0) > 50.0
-    np.testing.assert_allclose(logits(path, material.images), logits(residual, material.images), atol=0.02)
+    np.testing.assert_allclose(
+        logits(path, calibration.images), logits(residual, calibration.images), atol=0.02
+    )
 
 
 def test_robust_accuracy_decides_with_clean_accuracy(residual: Path, tmp_path: Path) -> None:
-    material = labelled(residual)
-    assert material.labels is not None
+    calibration = labelled(residual)
+    assert calibration.labels is not None
     noisy = (
-        material.images[:20]
+        calibration.images[:20]
         + 0.2 * torch.randn((20, *nets.SHAPE), generator=torch.Generator().manual_seed(1))
     ).clamp(0, 1)
-    given = replace(material, adversarial=noisy)
+    given = replace(calibration, adversarial=noisy)
     result = stage_module.run(residual, tmp_path, job(tmp_path, given))
-    wanted = (logits(residual, noisy).argmax(1) == material.labels[:20].numpy()).mean()
-    own = (logits(tmp_path / "model.onnx", noisy).argmax(1) == material.labels[:20].numpy()).mean()
+    wanted = (logits(residual, noisy).argmax(1) == calibration.labels[:20].numpy()).mean()
+    own = (logits(tmp_path / "model.onnx", noisy).argmax(1) == calibration.labels[:20].numpy()).mean()
     facts = next(r.conditions for r in result.readings if r.metric == "quantization_loss")
     assert (facts["robust_float"], facts["robust_quantized"]) == (wanted, own)
     mine = next(c for c in result.candidates if c["precision"] == "int8")
@@ -460,7 +466,7 @@ def test_few_images_are_enough_but_worth_a_note(residual: Path, tmp_path: Path) 
 def test_a_precision_that_the_target_does_not_take_is_refused(residual: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'fp16' is not one that the target takes; it takes fp32, int8"):
         stage_module.run(residual, tmp_path, job(tmp_path, None, "fp16", precisions=("fp32", "int8")))
-    check_asked("auto", ("fp32",))
+    check_precision("auto", ("fp32",))
 
 
 def test_images_are_wanted_only_where_they_will_be_looked_at() -> None:
