@@ -17,7 +17,7 @@ from onnx_files import write_net
 from tiny import COMPRESS, edgeprune, prepare
 
 from edgeprune import targets
-from edgeprune.attacks import Attack
+from edgeprune.attacks import Attack, Inputs
 from edgeprune.devices import Device
 from edgeprune.runtimes import Runtime
 from edgeprune.train import Ball
@@ -76,9 +76,9 @@ def test_the_attack_stays_in_the_ball(folder: Path) -> None:
     attack, x = made("example_attack"), torch.rand(4, 3, 8, 8)
     ball, y = Ball("Linf", 0.1), torch.zeros(4, dtype=torch.int64)
     assert isinstance(attack, Attack)
-    found, queries = attack.perturb(
-        lambda x: x.flatten(1)[:, :3], x, y, ball, torch.Generator().manual_seed(0), print
-    )
+    generator = torch.Generator().manual_seed(0)
+    given = Inputs(lambda x: x.flatten(1)[:, :3], x, y, ball, generator, print)
+    found, queries = attack.perturb(given)
     assert 0.05 < float((found - x).abs().max()) <= 0.1 + 1e-6 and queries.tolist() == [1] * 4
 
 

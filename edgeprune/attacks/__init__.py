@@ -2,4 +2,4 @@
 
 # fmt: off
 from edgeprune.attacks._apgd import Task, climb, cross_entropies
-from edgeprune.attacks._base import Attack, Found, Model, STANDARD
+from edgeprune.attacks._base import Attack, Inputs, Model, STANDARD

@@ -1,19 +1,20 @@
 """APGD: gradient steps with momentum whose size halves, image by image, when the loss stops rising.
 
 F. Croce and M. Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-attacks, ICML 2020, algorithm 1. Images that are broken are taken out at once: only the verdict counts, and what
-happens to the others does not depend on them.
+attacks, ICML 2020, algorithm 1. Broken images are taken out at once; the others do not depend on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgeprune.attacks._base import Inputs
 from edgeprune.models import (
     AttackResult,
     Logits,
@@ -22,6 +23,7 @@ from edgeprune.models import (
     in_parallel,
     lengths,
     loss_and_gradient,
+    sequentially,
     wrong,
 )
 from edgeprune.train import Ball
@@ -48,13 +50,13 @@ class Task:
     target: Tensor
 
     def only(self, rows: Tensor) -> Task:
-        """The part of it that is about some images: bool (N,) or int64 (n,)."""
+        """The part for some images: bool (N,) or int64 (n,)."""
         return Task(self.x[rows], self.y[rows], self.target[rows])
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Where the images are that stand; all are (n, ...). low, high: the box around the ball and in [0, 1], in Linf."""
+    """State of the images that are not broken, each (n, ...). low, high: bounds of the ball in [0, 1], for Linf."""
 
     row: Tensor
     x: Tensor
@@ -78,29 +80,43 @@ class _Walk:
         return _Walk(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def cross_entropies(answer: Tensor, y: Tensor, _target: Tensor) -> Tensor:
-    """The cross-entropy of each image, (N,)."""
-    return functional.cross_entropy(answer, y, reduction="none")
+def cross_entropies(logits: Tensor, y: Tensor, _target: Tensor) -> Tensor:
+    """(N,)."""
+    return functional.cross_entropy(logits, y, reduction="none")
 
 
-def targeted_dlr(answer: Tensor, y: Tensor, target: Tensor) -> Tensor:
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """The targeted difference of logits ratio (eq. 9), (N,): how near the target is, whatever the logits' scale.
 
     -(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2). With fewer than four classes there is no fourth logit, and it is
     the bare margin z_t - z_y: the steps take the gradient's direction alone, so its scale does not matter.
     """
     row = torch.arange(len(y), device=y.device)
-    margin = answer[row, target] - answer[row, y]
-    if answer.shape[1] < DLR_CLASSES:
+    margin = logits[row, target] - logits[row, y]
+    if logits.shape[1] < DLR_CLASSES:
         return margin
-    top = answer.topk(DLR_CLASSES, dim=1).values
+    top = logits.topk(DLR_CLASSES, dim=1).values
     return margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + TINY)
 
 
-def targets(answer: Tensor, y: Tensor, count: int) -> Tensor:
-    """The classes that are likeliest beside the right one, (N, min(count, K - 1)), likeliest first."""
-    others = answer.scatter(1, y.unsqueeze(1), -torch.inf)
-    return others.sort(dim=1, descending=True).indices[:, : min(count, answer.shape[1] - 1)]
+def targets(logits: Tensor, y: Tensor, count: int) -> Tensor:
+    """The classes that are likeliest except the right one, (N, min(count, K - 1)), likeliest first."""
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.sort(dim=1, descending=True).indices[:, : min(count, logits.shape[1] - 1)]
+
+
+def climb_in_turn(
+    given: Inputs, runs: Sequence[Tensor], *, loss: Loss, steps: int, rho: float
+) -> tuple[Tensor, Tensor]:
+    """One run for each of the target classes (N,) in `runs`, on the images that are not broken yet."""
+
+    def run(target: Tensor, rows: Tensor) -> AttackResult:
+        task = Task(given.x, given.y, target).only(rows)
+        return climb(
+            given.model, task, given.ball, loss=loss, steps=steps, rho=rho, generator=given.generator
+        )
+
+    return sequentially(given.x, [partial(run, target) for target in runs], given.advance)
 
 
 def climb(  # noqa: PLR0913
@@ -113,13 +129,9 @@ def climb(  # noqa: PLR0913
     rho: float,
     generator: torch.Generator,
 ) -> AttackResult:
-    """One run of algorithm 1 from a random point of the ball's surface.
+    """One run of algorithm 1 from a random point of the ball's surface; steps + 1 queries of an unbroken image.
 
-    Args:
-        steps: gradient steps; each image is asked about steps + 1 times, unless it is broken before.
-
-    Returns:
-        Of a broken image the point that broke it, of others the one with the largest loss.
+    Returns the point that broke an image, or else the one with the largest loss.
     """
     start = _surface(task.x, ball, generator)
 
@@ -129,7 +141,7 @@ def climb(  # noqa: PLR0913
     return in_parallel(model, torch.arange(len(start), device=start.device), part)
 
 
-def _climbed(answers: Logits, walk: _Walk, ball: Ball, loss: Loss, steps: int, rho: float) -> AttackResult:
+def _climbed(logits: Logits, walk: _Walk, ball: Ball, loss: Loss, steps: int, rho: float) -> AttackResult:
     found = walk.x.clone()
     broken = torch.zeros(len(found), dtype=torch.bool, device=found.device)
     queries = torch.zeros(len(found), dtype=torch.int64, device=found.device)
@@ -137,8 +149,8 @@ def _climbed(answers: Logits, walk: _Walk, ball: Ball, loss: Loss, steps: int, r
     for step in range(steps + 1):
         if step:
             walk = _moved(walk, ball, MOMENTUM if step > 1 else 1.0)
-        answer, losses, gradient = _look(answers, walk, loss, step < steps)
-        out = wrong(answer, walk.y)
+        output, losses, gradient = _evaluated(logits, walk, loss, step < steps)
+        out = wrong(output, walk.y)
         queries[walk.row] += 1
         if out.any():
             found[walk.row[out]], broken[walk.row[out]] = walk.at[out], True
@@ -156,15 +168,15 @@ def _climbed(answers: Logits, walk: _Walk, ball: Ball, loss: Loss, steps: int, r
     return AttackResult(found, broken, queries)
 
 
-def _look(answers: Logits, walk: _Walk, loss: Loss, uphill: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Answer, losses (NaN as the least) and gradients; behind the last step nobody needs a gradient."""
+def _evaluated(logits: Logits, walk: _Walk, loss: Loss, uphill: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, losses (NaN as the least) and gradients; after the last step no gradient is needed."""
     if uphill:
-        answer, losses, gradient = loss_and_gradient(answers, walk.at, lambda a: loss(a, walk.y, walk.target))
+        output, losses, gradient = loss_and_gradient(logits, walk.at, lambda a: loss(a, walk.y, walk.target))
     else:
         with torch.no_grad():
-            answer, gradient = answers(walk.at), walk.gradient
-            losses = loss(answer, walk.y, walk.target)
-    return answer, torch.where(losses.isnan(), -torch.inf, losses), gradient
+            output, gradient = logits(walk.at), walk.gradient
+            losses = loss(output, walk.y, walk.target)
+    return output, torch.where(losses.isnan(), -torch.inf, losses), gradient
 
 
 def _start(task: Task, ball: Ball, at: Tensor) -> _Walk:
@@ -176,7 +188,7 @@ def _start(task: Task, ball: Ball, at: Tensor) -> _Walk:
     low, high = none, none
     if ball.norm == "Linf":
         low, high = (x - ball.eps).clamp_(0, 1), (x + ball.eps).clamp_(0, 1)
-    # No gradient yet: (n,) stands for it until the first look. `best` is written into.
+    # There is no gradient yet; (n,) takes its place. `best` is written into.
     return _Walk(
         row, x, task.y, task.target, low, high, at, at, none, none, at.clone(), none, none, size, none, none, yes
     )  # fmt: skip

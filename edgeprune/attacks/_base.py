@@ -1,4 +1,4 @@
-"""How to perturb an input so that the model errs: the contract of an attack; one file per attack."""
+"""The contract of an attack, which perturbs images so that a model misclassifies them; one file per attack."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
-from edgeprune.models import Advance, Logits, as_logits, folded, on_replicas, wrong
+from edgeprune.models import Advance, AttackResult, Logits, as_logits, folded, on_replicas, wrong
 from edgeprune.train import Ball, crafting
 
 # AutoAttack's standard evaluation (Croce and Hein 2020), in its order; the members' defaults are its parameters.
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # Of a pixel in [0, 1] that was computed in float32.
 ROUNDING = 1e-6
-# Images on which a faster network must answer as the model does.
+# Images on which a faster network must give the model's outputs.
 EXAMPLES = 2
 
 # A network of torch, or anything that gives logits (N, K) for pixels (N, C, H, W).
@@ -25,22 +25,24 @@ Model = nn.Module | Logits
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an attack found.
+class Inputs:
+    """What an attack starts from: images x (N, C, H, W) in [0, 1] that the model assigns to their classes y (N,).
 
-    images: float32 (N, C, H, W), wrong where `broken`, else as they were given. broken: bool (N,).
-    queries: int64 (N,), how often the attack asked about each image, without the two looks of `__call__` itself.
+    A network is in evaluation mode and its parameters have no gradients. advance: takes the number of finished images.
     """
 
-    images: Tensor
-    broken: Tensor
-    queries: Tensor
+    model: Model
+    x: Tensor
+    y: Tensor
+    ball: Ball
+    generator: Generator
+    advance: Advance
 
 
 class Attack(ABC):
     """A way to perturb images. Members are frozen dataclasses whose fields are their options.
 
-    gradients: whether it needs them; then the model is a network of torch. Others take anything that gives logits.
+    gradients: whether it needs them; then the model must be a network of torch.
     """
 
     gradients: ClassVar[bool]
@@ -54,7 +56,8 @@ class Attack(ABC):
         ball: Ball,
         generator: Generator,
         advance: Advance | None = None,
-    ) -> Found:
+    ) -> AttackResult:
+        """Images that are wrong where `broken`, else unchanged; `queries` leaves out the first and the last check."""
         if self.gradients and not isinstance(model, nn.Module):
             raise UsageError(
                 f"{type(self).__name__} needs gradients, and {type(model).__name__} is no network of torch",
@@ -62,84 +65,81 @@ class Attack(ABC):
             )
         _check(x, y)
         images, queries = x.clone(), torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        told = _Told(advance, len(x))
+        progress = _Progress(advance, len(x))
         if not len(x):
-            return Found(images, torch.zeros_like(queries, dtype=torch.bool), queries)
-        ask = as_logits(model)
-        with _still(model, x) as quick:
-            broken = self._first_look(ask, x, y)
+            return AttackResult(images, torch.zeros_like(queries, dtype=torch.bool), queries)
+        logits = as_logits(model)
+        with _prepared(model, x) as faster:
+            broken = self._misclassified(logits, x, y)
             rows = (~broken).nonzero().squeeze(1)
-            told(len(x) - len(rows))
-            for asked in (quick, model) if quick is not model else (model,):
+            progress(len(x) - len(rows))
+            for attacked in (faster, model) if faster is not model else (model,):
                 if not len(rows):
                     break
-                found, more = self.perturb(asked, x[rows], y[rows], ball, generator, told)
-                found, queries[rows] = self._lawful(found, x[rows], ball), queries[rows] + more
-                out, early = self._last_look(ask, asked, found, y[rows])
+                given = Inputs(attacked, x[rows], y[rows], ball, generator, progress)
+                found, more = self.perturb(given)
+                found, queries[rows] = self._projected(found, x[rows], ball), queries[rows] + more
+                out, again = self._verdicts(logits, attacked, found, y[rows])
                 broken[rows[out]], images[rows[out]] = True, found[out]
-                rows = rows[early]
-        told(len(x) - told.sum)
-        return Found(images, broken, queries)
+                rows = rows[again]
+        progress(len(x) - progress.done)
+        return AttackResult(images, broken, queries)
 
     @abstractmethod
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
-    ) -> tuple[Tensor, Tensor]:
-        """Perturb images that the model has right.
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the perturbed images and how many queries each of them took, int64 (N,)."""
 
-        A network comes in evaluation mode and without gradients of its parameters.
-        """
-
-    def _first_look(self, ask: Logits, x: Tensor, y: Tensor) -> Tensor:
+    def _misclassified(self, logits: Logits, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            answer = ask(x)
-        if answer.shape[1] < 2:
+            output = logits(x)
+        if output.shape[1] < 2:
             raise ModelError(
-                f"the model answers with {answer.shape[1]} logit, and one class can't be mistaken"
+                f"the model has {output.shape[1]} logit, and a single class can't be misclassified"
             )
-        if int(y.min()) < 0 or int(y.max()) >= answer.shape[1]:
+        if int(y.min()) < 0 or int(y.max()) >= output.shape[1]:
             raise UsageError(
-                f"labels reach from {int(y.min())} to {int(y.max())}, and the model answers {answer.shape[1]} classes",
+                f"labels reach from {int(y.min())} to {int(y.max())}, and the model has {output.shape[1]} classes",
                 "give images of the classes that the model was trained on",
             )
-        return wrong(answer, y)
+        return wrong(output, y)
 
-    def _last_look(self, ask: Logits, asked: Model, found: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Which images the model has wrong; and which only what stood for it has, by rounding: bool (n,) each."""
+    def _verdicts(self, logits: Logits, attacked: Model, found: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Which images the model misclassifies; and which only its faster form does, by rounding: bool (n,) each."""
         with torch.no_grad():
-            out = wrong(ask(found), y)
-            stood_in = isinstance(asked, nn.Module) and not out.all()
-            return out, ~out & wrong(as_logits(asked)(found), y) if stood_in else torch.zeros_like(out)
+            out = wrong(logits(found), y)
+            if not isinstance(attacked, nn.Module) or out.all():
+                return out, torch.zeros_like(out)
+            return out, ~out & wrong(as_logits(attacked)(found), y)
 
-    def _lawful(self, found: Tensor, x: Tensor, ball: Ball) -> Tensor:
+    def _projected(self, found: Tensor, x: Tensor, ball: Ball) -> Tensor:
         if found.shape != x.shape:
             raise EdgepruneError(
-                f"{type(self).__name__} gave images {tuple(found.shape)} for {tuple(x.shape)}"
+                f"{type(self).__name__} returned images {tuple(found.shape)} for {tuple(x.shape)}"
             )
         return ball.project(torch.where(found.isfinite(), found.detach().to(x), x), x)
 
 
-class _Told:
-    """Passes on how many images are done, at most as many as there are, and remembers it."""
+class _Progress:
+    """Reports at most as many finished images as there are."""
 
     def __init__(self, advance: Advance | None, most: int) -> None:
-        self.advance, self.most, self.sum = advance, most, 0
+        self.advance, self.most, self.done = advance, most, 0
 
     def __call__(self, images: int) -> None:
-        images = min(images, self.most - self.sum)
-        self.sum += images
+        images = min(images, self.most - self.done)
+        self.done += images
         if self.advance is not None and images:
             self.advance(images)
 
 
 @contextmanager
-def _still(model: Model, x: Tensor) -> Iterator[Model]:
-    """What is to be asked: of a network one that answers alike and faster, on all threads; anything else as it is."""
+def _prepared(model: Model, x: Tensor) -> Iterator[Model]:
+    """Of a network a faster one with the same outputs, on all threads; anything else as it is."""
     if not isinstance(model, nn.Module):
         yield model
         return
-    with crafting(model), on_replicas(folded(model, x[:EXAMPLES]), x) as quick:
-        yield quick
+    with crafting(model), on_replicas(folded(model, x[:EXAMPLES]), x) as faster:
+        yield faster
 
 
 def _check(x: Tensor, y: Tensor) -> None:

@@ -14,24 +14,20 @@ from edgeprune.attacks._apgd import Task
 from edgeprune.models import Logits, by_image, lengths, loss_and_gradient, wrong
 
 # The paper's parameters: at most so much of a step is towards the image itself, a step goes so much beyond the
-# boundary, and from behind it so much of the way back is kept.
+# boundary, and of the way back from there so much is kept.
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 # Newton on a concave, piecewise linear function of one variable ends at the last piece; more than 10 are rare.
 NEWTON_STEPS = 64
 NEWTON_TOLERANCE = 1e-6
 HUGE = 1e30
-# So many images at a time are projected: their numbers stay in the processor's cache.
+# Images that are projected at a time, so that they stay in the processor's cache.
 ROWS = 8
 SHORTEST = 1e-8
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest images found that are wrong.
-
-    images: float (N, C, H, W); x where none was found. distance: float (N,), from x; inf where none was found.
-    queries: int64 (N,), how often each image was asked about.
-    """
+    """The nearest misclassified images; x with distance inf where none was found. distance: float (N,), from x."""
 
     images: Tensor
     distance: Tensor
@@ -39,11 +35,11 @@ class Nearest:
 
 
 def nearest(
-    answers: Logits, task: Task, norm: str, *, steps: int, enough: float = 0.0, look: Logits | None = None
+    logits: Logits, task: Task, norm: str, *, steps: int, enough: float = 0.0, look: Logits | None = None
 ) -> Nearest:
     """Walk along the boundary to a target class, ever nearer to the images.
 
-    No chance is drawn: it starts at the images. Each step asks twice, once with a gradient.
+    Deterministic: it starts at the images. Each step takes two queries, one with a gradient.
     """
     images = task.x.clone()
     distance = torch.full((len(images),), torch.inf, device=images.device)
@@ -51,12 +47,12 @@ def nearest(
     row = torch.arange(len(images), device=images.device)
     part, at = task, task.x
     for _ in range(steps):
-        at = _stepped(answers, part, at, norm)
+        at = _stepped(logits, part, at, norm)
         with torch.no_grad():
-            out, length = wrong((look or answers)(at), part.y), lengths(at - part.x, norm)
+            out, length = wrong((look or logits)(at), part.y), lengths(at - part.x, norm)
             sure = out & (length <= enough)
             if look is not None and sure.any():
-                out[sure] = wrong(answers(at[sure]), part.y[sure])
+                out[sure] = wrong(logits(at[sure]), part.y[sure])
         queries[row] += 2
         far = torch.where(out, length, torch.inf)
         closer = far < distance[row]
@@ -70,10 +66,10 @@ def nearest(
     return Nearest(images, distance, queries)
 
 
-def _stepped(answers: Logits, task: Task, at: Tensor, norm: str) -> Tensor:
+def _stepped(logits: Logits, task: Task, at: Tensor, norm: str) -> Tensor:
     """Eq. 9 and 10: from the last point and from the image onto the boundary, beyond it, and between the two."""
     row = torch.arange(len(at), device=at.device)
-    _, ahead, normal = loss_and_gradient(answers, at, lambda a: a[row, task.target] - a[row, task.y])
+    _, ahead, normal = loss_and_gradient(logits, at, lambda a: a[row, task.target] - a[row, task.y])
     normal = _flat(torch.nan_to_num(normal), at)
     points = torch.stack([_flat(at, at), _flat(task.x, at)])
     home = ahead + _dot(normal, points[1] - points[0])
@@ -88,8 +84,7 @@ def _stepped(answers: Logits, task: Task, at: Tensor, norm: str) -> Tensor:
 def onto_plane(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
     """The shortest change that brings each point onto a hyperplane and leaves it in [0, 1] (eq. 4 of the paper).
 
-    Returns:
-        Like `points`. Where the cube does not reach the plane, the corner that is nearest to it; where the normal
+    Where the cube does not reach the plane, the change leads to the corner that is nearest to it.
     """
     flat = points.flatten(1).unsqueeze(0)
     return _shortest(flat, normal.flatten(1), value.unsqueeze(0), norm).view(points.shape)

@@ -1,4 +1,4 @@
-"""A network's answers by ONNX Runtime, where nobody wants gradients: it fuses what torch does step by step."""
+"""A network's logits by ONNX Runtime, which is faster than torch where no gradients are needed."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,26 +11,26 @@ from edgeprune.models import FORWARD_ERRORS, Logits, Replicas, as_logits
 from edgeprune.onnx_graph import open_onnx
 from edgeprune.records import InputSpec
 
-# From so many questions on it is worth the second that another runtime takes to be ready.
+# Queries from which on the second that the export takes pays.
 WORTH_FROM = 20_000
 # Torch has two exporters that make this one; the older of them takes less time.
 OPSET = 17
 
-# Between its answers and the network's, relative to the largest logit.
+# Difference from the network's logits, relative to the largest one.
 TOLERANCE = 1e-4
 
 
-def onnx_inference(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None:
-    """A network's logits by ONNX Runtime, on as many replicas; None where that can't be had or does not pay."""
-    one = alone(model, x, questions)
+def onnx_inference(model: nn.Module | Logits, x: Tensor, queries: int) -> Logits | None:
+    """A network's logits by ONNX Runtime, on as many replicas; None where that fails or does not pay."""
+    one = alone(model, x, queries)
     if one is None or not isinstance(model, Replicas):
         return one
     return _shared_out(one, model)
 
 
-def alone(model: nn.Module | Logits, x: Tensor, questions: int) -> Logits | None:
+def alone(model: nn.Module | Logits, x: Tensor, queries: int) -> Logits | None:
     """As `onnx_inference`, in the calling thread: for a caller that is one of several replicas."""
-    if not isinstance(model, nn.Module) or x.device.type != "cpu" or questions < WORTH_FROM:
+    if not isinstance(model, nn.Module) or x.device.type != "cpu" or queries < WORTH_FROM:
         return None
     one = model.copies[0] if isinstance(model, Replicas) else model
     with torch.no_grad():
@@ -59,13 +59,13 @@ def _opened(make: Callable[[], Exported]) -> Logits | None:
 
 
 def _shared_out(session: Logits, replicas: Replicas) -> Logits:
-    """The parts of a batch at the same time: a session takes questions from many threads."""
+    """The parts of a batch at the same time: a session may be used by many threads."""
 
-    def answers(x: Tensor) -> Tensor:
+    def logits(x: Tensor) -> Tensor:
         count = replicas.count(len(x))
         if count < 2:
             return session(x)
         parts: Sequence[Tensor] = x.chunk(count)
         return torch.cat(replicas.each(parts, lambda _, part: session(part)))
 
-    return answers
+    return logits

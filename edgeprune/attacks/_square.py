@@ -1,4 +1,4 @@
-"""Square: random search with square patches, which asks for logits and never for gradients.
+"""Square: random search with square patches, which needs logits and no gradients.
 
 M. Andriushchenko, F. Croce, N. Flammarion and M. Hein, Square Attack: a query-efficient black-box adversarial attack
 via random search, ECCV 2020, algorithms 1 to 3, with the margin as the loss.
@@ -16,7 +16,7 @@ from torch import Tensor
 from edgeprune.models import Advance, AttackResult, Logits, full, wrong
 from edgeprune.train import Ball
 
-# Section 4.1: the share of pixels is halved behind each of these queries, of 10,000.
+# Section 4.1: the share of pixels is halved after each of these queries, of 10,000.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 SCHEDULED = 10_000
 # In L2 a patch has two halves of opposite sign; a side of 3 is the smallest that has both.
@@ -26,8 +26,8 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class _Held:
-    """The images that stand, (n, ...): their rows, themselves, the best found, labels and margins of the best."""
+class _Remaining:
+    """The images that are not broken, (n, ...); best: the perturbed ones with the smallest margins so far."""
 
     row: Tensor
     x: Tensor
@@ -35,8 +35,8 @@ class _Held:
     y: Tensor
     margin: Tensor
 
-    def only(self, rows: Tensor) -> _Held:
-        return _Held(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def only(self, rows: Tensor) -> _Remaining:
+        return _Remaining(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 Box = tuple[slice, slice]
@@ -51,16 +51,15 @@ def margins(answer: Tensor, y: Tensor) -> Tensor:
 def share_of_pixels(query: int, queries: int, first: float, rescale: bool) -> float:
     """How large the patch of a query is, as a share of the image.
 
-    Args:
-        rescale: whether the schedule, made for 10,000 queries, is compressed to `queries`; the standard evaluation
-            does not, and with its 5,000 queries stops at a 128th.
+    rescale: compress the schedule, made for 10,000 queries, to `queries`; the standard evaluation does not, and with
+    its 5,000 queries stops at a 128th.
     """
     at = query / queries * SCHEDULED if rescale else query
     return first / 2 ** sum(int(at) > halving for halving in HALVINGS)
 
 
 def search(  # noqa: PLR0913
-    answers: Logits,
+    logits: Logits,
     x: Tensor,
     y: Tensor,
     ball: Ball,
@@ -72,51 +71,50 @@ def search(  # noqa: PLR0913
     advance: Advance,
     faster: Logits | None = None,
 ) -> AttackResult:
-    """Ask about an image until it is wrong, at most `queries` times.
+    """Search until an image is misclassified, with at most `queries` >= 1 of each, the first stripes or tiles.
 
-    All images of a call get their patches at the same places.
-
-    Args:
-        queries: at most so many of each image, >= 1; the first is about stripes (Linf) or tiles (L2).
-        faster: nearly the same logits in less time; what seems wrong by them is asked of `answers`.
+    All images of a call get their patches at the same places. faster: nearly the same logits in less time; what is
+    misclassified by them is checked with `logits`.
     """
     found = x.clone()
     broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     asked = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     start = _stripes(x, ball, generator) if ball.norm == "Linf" else _tiles(x, ball, generator)
-    held = _Held(torch.arange(len(x), device=x.device), x, start, y, torch.full((len(x),), torch.inf).to(x))
+    remaining = _Remaining(
+        torch.arange(len(x), device=x.device), x, start, y, torch.full((len(x),), torch.inf).to(x)
+    )
     moves = _squares if ball.norm == "Linf" else _pyramids
     for query in range(queries):
-        tried = held.best
+        tried = remaining.best
         if query:
             side = _side(x, share_of_pixels(query - 1, queries, first, rescale), ball.norm)
-            tried = moves(held, ball, side, generator)
-        answer = _logits(answers, faster, tried, held.y)
-        out, margin = wrong(answer, held.y), margins(answer, held.y)
-        asked[held.row] += 1
-        better = out | (margin < held.margin)
-        held.best[better], held.margin[better] = tried[better], margin[better]
+            tried = moves(remaining, ball, side, generator)
+        output = _logits(logits, faster, tried, remaining.y)
+        out, margin = wrong(output, remaining.y), margins(output, remaining.y)
+        asked[remaining.row] += 1
+        better = out | (margin < remaining.margin)
+        remaining.best[better], remaining.margin[better] = tried[better], margin[better]
         if out.any():
-            found[held.row[out]], broken[held.row[out]] = held.best[out], True
+            found[remaining.row[out]], broken[remaining.row[out]] = remaining.best[out], True
             advance(int(out.sum()))
-            held = held.only(~out)
-            if not len(held.row):
+            remaining = remaining.only(~out)
+            if not len(remaining.row):
                 break
-    found[held.row] = held.best
-    advance(len(held.row))
+    found[remaining.row] = remaining.best
+    advance(len(remaining.row))
     return AttackResult(found, broken, asked)
 
 
-def _logits(answers: Logits, faster: Logits | None, tried: Tensor, y: Tensor) -> Tensor:
+def _logits(logits: Logits, faster: Logits | None, tried: Tensor, y: Tensor) -> Tensor:
     """The logits (N, K); of images that are wrong by the faster ones, those of the network itself."""
     with torch.no_grad():
         if faster is None:
-            return answers(tried)
+            return logits(tried)
         found = full(faster(tried))
         rows = wrong(found, y)
         if rows.any():
             found = found.clone()
-            found[rows] = answers(tried[rows])
+            found[rows] = logits(tried[rows])
     return found
 
 
@@ -135,12 +133,12 @@ def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
     return (x + ball.eps * _signs((count, channels, 1, width), generator).to(x)).clamp(0, 1)
 
 
-def _squares(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
+def _squares(remaining: _Remaining, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
     """Algorithm 2: one square moves by +-2 eps in each channel, which takes it to the ball's surface."""
-    rows, columns = _box(held.x, side, generator)
-    moves = 2 * ball.eps * _signs((len(held.x), held.x.shape[1], 1, 1), generator).to(held.x)
-    tried = held.best.clone()
-    window, x = held.best[:, :, rows, columns], held.x[:, :, rows, columns]
+    rows, columns = _box(remaining.x, side, generator)
+    moves = 2 * ball.eps * _signs((len(remaining.x), remaining.x.shape[1], 1, 1), generator).to(remaining.x)
+    tried = remaining.best.clone()
+    window, x = remaining.best[:, :, rows, columns], remaining.x[:, :, rows, columns]
     tried[:, :, rows, columns] = torch.clamp(window + moves, x - ball.eps, x + ball.eps).clamp(0, 1)
     return tried
 
@@ -162,11 +160,11 @@ def _begins(extent: int, side: int) -> Iterator[int]:
     return iter(range(max((extent - TILES * side) // 2, 0), extent - side + 1, side))
 
 
-def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
+def _pyramids(remaining: _Remaining, ball: Ball, side: int, generator: torch.Generator) -> Tensor:
     """Algorithm 3: what is in two windows, and what the ball has left, is put into a pyramid in the first."""
-    first, second = _box(held.x, side, generator), _box(held.x, side, generator)
-    count, channels = held.x.shape[:2]
-    change = held.best - held.x
+    first, second = _box(remaining.x, side, generator), _box(remaining.x, side, generator)
+    count, channels = remaining.x.shape[:2]
+    change = remaining.best - remaining.x
     energy = change.square()
     inside = _energy(energy, first) + _energy(energy, second) - _energy(energy, _overlap(first, second))
     left = (ball.eps**2 - energy.sum((1, 2, 3), keepdim=True)).clamp_min(0) / channels
@@ -176,7 +174,7 @@ def _pyramids(held: _Held, ball: Ball, side: int, generator: torch.Generator) ->
     mixed = mixed / (TINY + mixed.square().sum((2, 3), keepdim=True).sqrt())
     change[:, :, second[0], second[1]] = 0
     change[:, :, first[0], first[1]] = mixed * (left + inside.clamp_min(0)).sqrt()
-    return (held.x + ball.eps * _unit(change)).clamp(0, 1)
+    return (remaining.x + ball.eps * _unit(change)).clamp(0, 1)
 
 
 def _pyramid(side: int, generator: torch.Generator) -> Tensor:

@@ -7,13 +7,11 @@ attacks, ICML 2020. The defaults are those of AutoAttack's standard evaluation.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from edgeprune.attacks._apgd import Task, climb, cross_entropies
-from edgeprune.attacks._base import Attack, Model
+from edgeprune.attacks._apgd import climb_in_turn, cross_entropies
+from edgeprune.attacks._base import Attack, Inputs
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, AttackResult, sequentially
-from edgeprune.train import Ball
 
 
 @dataclass(frozen=True)
@@ -37,21 +35,7 @@ class ApgdCe(Attack):
                 "steps and restarts must be at least 1, rho between 0 and 1",
             )
 
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
-    ) -> tuple[Tensor, Tensor]:
-        """Run; the images that still stand run again."""
-        task = Task(x, y, y)
-
-        def run(rows: Tensor) -> AttackResult:
-            return climb(
-                model,
-                task.only(rows),
-                ball,
-                loss=cross_entropies,
-                steps=self.steps,
-                rho=self.rho,
-                generator=generator,
-            )
-
-        return sequentially(x, [run] * self.restarts, advance)
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
+        """Run from random points; later runs take the images that are not broken yet."""
+        runs = [given.y] * self.restarts
+        return climb_in_turn(given, runs, loss=cross_entropies, steps=self.steps, rho=self.rho)

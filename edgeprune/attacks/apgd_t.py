@@ -7,17 +7,15 @@ of AutoAttack's standard evaluation.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from edgeprune.attacks._apgd import Task, climb, targeted_dlr, targets
-from edgeprune.attacks._base import Attack, Model
+from edgeprune.attacks._apgd import climb_in_turn, targeted_dlr, targets
+from edgeprune.attacks._base import Attack, Inputs
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, AttackResult, as_logits, sequentially
-from edgeprune.train import Ball
+from edgeprune.models import as_logits
 
 
 @dataclass(frozen=True)
@@ -41,23 +39,11 @@ class ApgdT(Attack):
                 "classes and steps must be at least 1, rho between 0 and 1",
             )
 
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
-    ) -> tuple[Tensor, Tensor]:
-        """Run towards the second likeliest class; the images that still stand, towards the third; and so on."""
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
+        """Run towards the second likeliest class, then towards the third, and so on."""
         with torch.no_grad():
-            ranked = targets(as_logits(model)(x), y, self.classes)
-
-        def run(target: Tensor, rows: Tensor) -> AttackResult:
-            return climb(
-                model,
-                Task(x, y, target).only(rows),
-                ball,
-                loss=targeted_dlr,
-                steps=self.steps,
-                rho=self.rho,
-                generator=generator,
-            )
-
-        images, queries = sequentially(x, [partial(run, target) for target in ranked.unbind(1)], advance)
+            ranked = targets(as_logits(given.model)(given.x), given.y, self.classes)
+        images, queries = climb_in_turn(
+            given, ranked.unbind(1), loss=targeted_dlr, steps=self.steps, rho=self.rho
+        )
         return images, queries + 1

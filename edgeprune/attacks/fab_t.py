@@ -1,8 +1,8 @@
-"""FAB-T: the nearest image that is classified otherwise, behind one likely class's boundary after another.
+"""FAB-T: the nearest image that is classified otherwise, across the boundary to one likely class after another.
 
 F. Croce and M. Hein, Minimally distorted adversarial examples with a fast adaptive boundary attack, ICML 2020, in
-the targeted version of AutoAttack, whose parameters are the defaults. It does not climb a loss and does not care how
-the logits are scaled. It draws no chance.
+the targeted version of AutoAttack, whose parameters are the defaults. It is deterministic and does not depend on
+the scale of the logits.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,14 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from edgeprune.attacks._apgd import Task, targets
-from edgeprune.attacks._base import Attack, Model
+from edgeprune.attacks._base import Attack, Inputs
 from edgeprune.attacks._fab import nearest
 from edgeprune.attacks._onnx_session import alone
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, AttackResult, Logits, as_logits, in_parallel, sequentially
-from edgeprune.train import Ball
+from edgeprune.models import AttackResult, Logits, as_logits, in_parallel, sequentially
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,22 @@ class FabT(Attack):
                 "both must be at least 1",
             )
 
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
-    ) -> tuple[Tensor, Tensor]:
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
         """Search at each target's boundary until an image in the ball is found."""
+        model, x, y, ball = given.model, given.x, given.y, given.ball
         with torch.no_grad():
             ranked = targets(as_logits(model)(x), y, self.classes)
-        look = alone(model, x, ranked.numel() * self.steps)
+        faster = alone(model, x, ranked.numel() * self.steps)
 
         def search(target: Tensor, one: nn.Module | Logits, rows: Tensor) -> AttackResult:
             task = Task(x, y, target).only(rows)
-            found = nearest(as_logits(one), task, ball.norm, steps=self.steps, enough=ball.eps, look=look)
+            found = nearest(as_logits(one), task, ball.norm, steps=self.steps, enough=ball.eps, look=faster)
             return AttackResult(found.images, found.distance <= ball.eps, found.queries)
 
         def run(target: Tensor, rows: Tensor) -> AttackResult:
             return in_parallel(model, rows, partial(search, target))
 
-        images, queries = sequentially(x, [partial(run, target) for target in ranked.unbind(1)], advance)
+        images, queries = sequentially(
+            x, [partial(run, target) for target in ranked.unbind(1)], given.advance
+        )
         return images, queries + 1

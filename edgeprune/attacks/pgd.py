@@ -5,15 +5,16 @@ attacks, ICLR 2018. An image is broken by any point of its walk, not by the last
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional
 
-from edgeprune.attacks._base import Attack, Model
+from edgeprune.attacks._base import Attack, Inputs
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, AttackResult, Logits, as_logits, loss_and_gradient, sequentially, wrong
+from edgeprune.models import AttackResult, Logits, as_logits, loss_and_gradient, sequentially, wrong
 from edgeprune.train import PGD_REACH, Ball
 
 
@@ -38,19 +39,18 @@ class Pgd(Attack):
                 "steps and restarts must be at least 1, step 0 or more",
             )
 
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
-    ) -> tuple[Tensor, Tensor]:
-        """Walk; the images that still stand walk again."""
-        ask = as_logits(model)
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
+        """Walk from random points; later walks take the images that are not broken yet."""
 
         def walk(rows: Tensor) -> AttackResult:
-            return self._walk(ask, x[rows], y[rows], ball, generator)
+            return self._walk(
+                as_logits(given.model), given.x[rows], given.y[rows], given.ball, given.generator
+            )
 
-        return sequentially(x, [walk] * self.restarts, advance)
+        return sequentially(given.x, [walk] * self.restarts, given.advance)
 
     def _walk(
-        self, ask: Logits, x: Tensor, y: Tensor, ball: Ball, generator: torch.Generator
+        self, logits: Logits, x: Tensor, y: Tensor, ball: Ball, generator: torch.Generator
     ) -> AttackResult:
         size = self.step or PGD_REACH * ball.eps / self.steps
         found = ball.start(x, generator)
@@ -59,12 +59,13 @@ class Pgd(Attack):
         for step in range(self.steps + 1):
             at, labels = found[row], y[row]
             if step < self.steps:
-                answer, _, gradient = loss_and_gradient(ask, at, _cross_entropies(labels))
+                loss = partial(functional.cross_entropy, target=labels, reduction="none")
+                output, _, gradient = loss_and_gradient(logits, at, loss)
             else:
                 with torch.no_grad():
-                    answer, gradient = ask(at), at
+                    output, gradient = logits(at), at
             queries[row] += 1
-            stay = ~wrong(answer, labels)
+            stay = ~wrong(output, labels)
             row = row[stay]
             if step == self.steps or not len(row):
                 break
@@ -72,7 +73,3 @@ class Pgd(Attack):
         broken = torch.ones_like(y, dtype=torch.bool)
         broken[row] = False
         return AttackResult(found, broken, queries)
-
-
-def _cross_entropies(y: Tensor) -> Logits:
-    return lambda answer: functional.cross_entropy(answer, y, reduction="none")

@@ -1,4 +1,4 @@
-"""Square: random search with square patches; it asks for logits alone, so it runs on any file or device.
+"""Square: random search with square patches; it needs only logits, so it runs on any file or device.
 
 M. Andriushchenko, F. Croce, N. Flammarion and M. Hein, Square Attack: a query-efficient black-box adversarial attack
 via random search, ECCV 2020. The defaults are those of AutoAttack's standard evaluation. A square may lie anywhere,
@@ -8,14 +8,13 @@ as in the paper; the reference's never touches the last row and column.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from edgeprune.attacks._base import Attack, Model
+from edgeprune.attacks._base import Attack, Inputs
 from edgeprune.attacks._onnx_session import onnx_inference
 from edgeprune.attacks._square import search
 from edgeprune.errors import UsageError
-from edgeprune.models import Advance, as_logits
-from edgeprune.train import Ball
+from edgeprune.models import as_logits
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,18 @@ class Square(Attack):
                 "queries must be at least 1, first more than 0 and at most 1",
             )
 
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, ball: Ball, generator: Generator, advance: Advance
-    ) -> tuple[Tensor, Tensor]:
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
         """Search until an image is broken or the queries are spent."""
         tried = search(
-            as_logits(model),
-            x,
-            y,
-            ball,
+            as_logits(given.model),
+            given.x,
+            given.y,
+            given.ball,
             queries=self.queries,
             first=self.first,
             rescale=self.rescale,
-            generator=generator,
-            advance=advance,
-            faster=onnx_inference(model, x, len(x) * self.queries),
+            generator=given.generator,
+            advance=given.advance,
+            faster=onnx_inference(given.model, given.x, len(given.x) * self.queries),
         )
         return tried.images, tried.queries

@@ -14,7 +14,7 @@ from nets import NETS, build, example
 from torch import Tensor, nn
 
 from edgeprune import plugins
-from edgeprune.attacks._base import STANDARD, Attack, Found
+from edgeprune.attacks._base import STANDARD, Attack, Inputs
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
 from edgeprune.models.queries import loss_and_gradient, wrong
 from edgeprune.train.adversarial import Ball
@@ -341,7 +341,7 @@ def test_pgd_walks_to_the_corner_and_restarts_only_what_stands() -> None:
     corner = (x + 0.1 * w.sign().view(1, 1, 4, 4)).clamp(0, 1)
     attack = plugins.build("attacks", "pgd", {"steps": 5, "restarts": 3})
     safe = Linear(w, float((corner.flatten(1) @ w).max()) + 1)
-    images, queries = attack.perturb(safe, x, y, Ball("Linf", 0.1), seeded(), lambda _: None)
+    images, queries = attack.perturb(Inputs(safe, x, y, Ball("Linf", 0.1), seeded(), lambda _: None))
     assert torch.allclose(images, corner, atol=1e-6)
     assert queries.tolist() == [18] * 6, "5 steps and a last look, three times"
     one = Linear(w, float((corner.flatten(1) @ w).median()))
@@ -355,7 +355,8 @@ def test_a_chosen_step_is_taken() -> None:
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
     attack = plugins.build("attacks", "pgd", {"steps": 1, "step": 0.001})
     start = Ball("Linf", 0.1).start(x, seeded())
-    images, _ = attack.perturb(Linear(torch.ones(4), 9.0), x, y, Ball("Linf", 0.1), seeded(), lambda _: None)
+    given = Inputs(Linear(torch.ones(4), 9.0), x, y, Ball("Linf", 0.1), seeded(), lambda _: None)
+    images, _ = attack.perturb(given)
     assert torch.allclose(images, Ball("Linf", 0.1).project(start + 0.001, x), atol=1e-7)
 
 
@@ -388,7 +389,7 @@ def test_square_runs_on_any_function_of_images() -> None:
         (torch.zeros(2, 36), torch.zeros(2, dtype=torch.int64), r"\(2, 36\)"),
         (torch.zeros(2, 1, 6, 6), torch.zeros(3, dtype=torch.int64), r"labels are torch.int64 \(3,\)"),
         (torch.zeros(2, 1, 6, 6), torch.zeros(2), r"labels are torch.float32 \(2,\)"),
-        (torch.zeros(2, 1, 6, 6), torch.tensor([0, 5]), "labels reach from 0 to 5, and the model answers 5"),
+        (torch.zeros(2, 1, 6, 6), torch.tensor([0, 5]), "labels reach from 0 to 5, and the model has 5"),
         (torch.zeros(2, 1, 6, 6), torch.tensor([-1, 0]), "labels reach from -1 to 0"),
     ],
 )
@@ -437,17 +438,17 @@ class Cheat(Attack):
     gradients: ClassVar[bool] = False
     shape: tuple[int, ...] = ()
 
-    def perturb(self, model, x, y, ball, generator, advance):  # type: ignore[no-untyped-def]
-        found = x + 100 * torch.tensor([1.0, -1.0]).repeat(18).view(1, 1, 6, 6)
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
+        found = given.x + 100 * torch.tensor([1.0, -1.0]).repeat(18).view(1, 1, 6, 6)
         found[:, :, 0] = torch.nan
-        return (found if not self.shape else torch.zeros(self.shape)), torch.ones_like(y)
+        return (found if not self.shape else torch.zeros(self.shape)), torch.ones_like(given.y)
 
 
 def test_what_an_attack_returns_is_put_into_the_ball_and_judged_again() -> None:
     x, y = right(6, 5, 1)
     told: list[int] = []
     seen = Counted(trained())
-    found: Found = Cheat()(seen, x, y, Ball("Linf", 0.03), seeded(), told.append)
+    found = Cheat()(seen, x, y, Ball("Linf", 0.03), seeded(), told.append)
     last = seen.batches[-1]
     assert torch.equal(last[:, :, 0], x[:, :, 0]), "where it was no number, the image itself"
     assert (last - x).abs().max() <= 0.03 + ROUNDING and last.min() >= 0 and last.max() <= 1

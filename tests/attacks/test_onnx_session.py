@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.attacks import _onnx_session, fab_t, square
+from edgeprune.attacks._base import Inputs
 from edgeprune.attacks._onnx_session import onnx_inference
 from edgeprune.models.replicas import on_replicas
 from edgeprune.train.adversarial import Ball
@@ -69,7 +70,7 @@ def test_the_search_comes_to_the_same_by_either_way(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(_onnx_session, "WORTH_FROM", least)
         attack = square.Square(queries=200)
         generator = torch.Generator().manual_seed(3)
-        return attack.perturb(network, x, y, Ball("Linf", 0.01), generator, lambda _: None)
+        return attack.perturb(Inputs(network, x, y, Ball("Linf", 0.01), generator, lambda _: None))
 
     (images, queries), (anew, again) = found(1), found(10**9)
     assert queries.tolist() == again.tolist()
@@ -86,7 +87,7 @@ def test_the_boundary_is_searched_to_the_same_end_by_either_way(monkeypatch: pyt
         monkeypatch.setattr(_onnx_session, "WORTH_FROM", least)
         attack, generator = fab_t.FabT(classes=3, steps=20), torch.Generator().manual_seed(0)
         ready.append(_onnx_session.alone(network, x, 8 * 3 * 20) is not None)
-        return attack.perturb(network, x, y, Ball("Linf", 0.02), generator, lambda _: None)
+        return attack.perturb(Inputs(network, x, y, Ball("Linf", 0.02), generator, lambda _: None))
 
     (images, queries), (anew, again) = found(1), found(10**9)
     assert ready == [True, False]

@@ -14,10 +14,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from edgeprune.attacks._base import Attack
+from edgeprune.attacks._base import Attack, Inputs
 from edgeprune.data.collection import Split, in_memory
 from edgeprune.errors import UsageError
-from edgeprune.models.queries import Logits
 from edgeprune.plugins import build
 from edgeprune.recipe.schema import AttackTable
 from edgeprune.robustness import (
@@ -179,16 +178,9 @@ class Corner(Attack):
 
     gradients: ClassVar[bool] = False
 
-    def perturb(
-        self,
-        model: nn.Module | Logits,
-        x: Tensor,
-        y: Tensor,
-        ball: Ball,
-        generator: torch.Generator,
-        advance: Callable[[int], None],
-    ) -> tuple[Tensor, Tensor]:
-        return x + 1000 * (torch.rand(x.shape, generator=generator) - 0.5), torch.ones_like(y)
+    def perturb(self, given: Inputs) -> tuple[Tensor, Tensor]:
+        noise = torch.rand(given.x.shape, generator=given.generator) - 0.5
+        return given.x + 1000 * noise, torch.ones_like(given.y)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("Linf", 0.5), ("L2", 0.3), ("L2", 9.0)])
