@@ -403,7 +403,7 @@ def test_a_model_that_does_not_answer_with_logits_is_refused() -> None:
     for answer, message in (
         (torch.zeros(2), r"answers a batch \(2, 1, 6, 6\) with \(2,\)"),
         (torch.zeros(3, 5), r"with \(3, 5\), not with logits"),
-        (torch.zeros(2, 1), "answers with 1 logit"),
+        (torch.zeros(2, 1), "has 1 logit"),
     ):
         with pytest.raises(ModelError, match=message):
             quick("square")(lambda _, a=answer: a, x, y, BALLS["Linf"], seeded())
@@ -459,7 +459,7 @@ def test_what_an_attack_returns_is_put_into_the_ball_and_judged_again() -> None:
 
 def test_an_attack_that_loses_images_is_a_bug() -> None:
     x, y = right(6, 5, 1)
-    with pytest.raises(EdgepruneError, match=r"Cheat gave images \(2, 1, 6, 6\) for \(6, 1, 6, 6\)"):
+    with pytest.raises(EdgepruneError, match=r"Cheat returned images \(2, 1, 6, 6\) for \(6, 1, 6, 6\)"):
         Cheat(shape=(2, 1, 6, 6))(trained(), x, y, BALLS["Linf"], seeded())
 
 
