@@ -34,20 +34,20 @@ def results(
     return given, failed
 
 
-def told(failed: Mapping[str, EdgepruneError], count: int) -> EdgepruneError:
+def combined_error(failed: Mapping[str, EdgepruneError], count: int) -> EdgepruneError:
     """One error for the devices that failed, of the kind of theirs where they are of one kind.
 
     Args:
         failed: URL, without a password -> its error; at least one. count: how many devices there were.
     """
-    why = "; ".join(said(url, error) for url, error in failed.items())
+    why = "; ".join(describe(url, error) for url, error in failed.items())
     kinds = {type(error) for error in failed.values()}
     kind = kinds.pop() if len(kinds) == 1 else DeviceError
     hints = dict.fromkeys(error.hint for error in failed.values() if error.hint)
     return kind(f"{len(failed)} of {count} devices gave no readings: {why}", "; ".join(hints))
 
 
-def said(url: str, error: EdgepruneError) -> str:
+def describe(url: str, error: EdgepruneError) -> str:
     """What is wrong with a device, with its name."""
     named = url.partition("?")[0] in error.message
     return error.message if named else f"{url}: {error.message}"

@@ -26,7 +26,7 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model eats: float32 (N, C, H, W) with values in [low, high]; it normalizes inside.
+    """The input of a model: float32 (N, C, H, W) with values in [low, high]; it normalizes inside.
 
     `mean` and `std` have one value per channel, or are empty when the network normalizes by itself
     (or not at all). `classes` is K, the width of the logits (N, K).

@@ -1,4 +1,4 @@
-"""Image files to uint8 pixels of the size and channels that a model eats, and the two ways to keep them."""
+"""Image files to uint8 pixels of the size and channels of the input, and the two ways to keep them."""
 
 import io
 import os
@@ -89,10 +89,6 @@ class Pixels(Protocol):
         """The images at `indices` (n,) as uint8 (n, C, H, W)."""
         ...
 
-    def count(self) -> int:
-        """How many images there are."""
-        ...
-
 
 @dataclass(frozen=True)
 class Decoded:
@@ -103,10 +99,6 @@ class Decoded:
     def take(self, indices: Tensor) -> Tensor:
         """The images at `indices` (n,) as uint8 (n, C, H, W)."""
         return self.pixels[indices]
-
-    def count(self) -> int:
-        """How many images there are."""
-        return int(self.pixels.shape[0])
 
 
 @dataclass(frozen=True)
@@ -120,14 +112,10 @@ class Chosen:
         """The images at `indices` (n,) of the chosen ones as uint8 (n, C, H, W)."""
         return self.whole.take(self.indices[indices])
 
-    def count(self) -> int:
-        """How many images there are."""
-        return int(self.indices.shape[0])
-
 
 @dataclass(frozen=True)
 class OnDemand:
-    """Files that are decoded each time they are asked for, for sets that don't fit in memory."""
+    """Files that are decoded at each use, for sets that don't fit in memory."""
 
     files: tuple[ImageFile, ...]
     shape: tuple[int, int, int]
@@ -136,10 +124,6 @@ class OnDemand:
         """The images at `indices` (n,) as uint8 (n, C, H, W)."""
         wanted = [self.files[i] for i in indices.tolist()]
         return torch.from_numpy(_decode_all(wanted, self.shape, _nothing))
-
-    def count(self) -> int:
-        """How many images there are."""
-        return len(self.files)
 
 
 def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], in_memory: bool, label: str) -> Pixels:
@@ -151,7 +135,7 @@ def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], in_memory: boo
 
 
 def from_array(x: np.ndarray, shape: tuple[int, int, int]) -> Decoded:
-    """Pixels uint8 (N, H, W, C) as the model eats them; gray becomes RGB and back, other sizes are fitted."""
+    """Pixels uint8 (N, H, W, C) as the model takes them; gray becomes RGB and back, other sizes are fitted."""
     if x.shape[1:] == (*shape[1:], shape[0]):
         return Decoded(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))))
     if x.shape[3] not in MODES or shape[0] not in MODES:

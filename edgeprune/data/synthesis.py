@@ -97,7 +97,7 @@ def _notes(
 
 @dataclass(frozen=True)
 class _Task:
-    """One batch: the frozen network, what it eats, its batch-norm layers, a seed and a number of steps."""
+    """One batch: the frozen network, its input, its batch-norm layers, a seed and a number of steps."""
 
     network: nn.Module
     spec: InputSpec
@@ -221,7 +221,7 @@ def _check(images: Tensor, spec: InputSpec) -> None:
     """What everything after this relies on: the type, the shape, the range."""
     if images.dtype != torch.float32 or images.shape[1:] != spec.shape or not len(images):
         raise ModelError(
-            f"the synthesized images are {images.dtype} {tuple(images.shape)}; the network eats float32 (N, "
+            f"the synthesized images are {images.dtype} {tuple(images.shape)}; the network takes float32 (N, "
             f"{', '.join(map(str, spec.shape))})"
         )
     low, high = float(images.min()), float(images.max())

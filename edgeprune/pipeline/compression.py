@@ -350,7 +350,7 @@ def _finish(run: Context, folders: Mapping[str, Path], beside: OtherDevices) -> 
     # A run that is not faster says so first and is no failure of the run: a gate is what may fail it.
     verdict = gate.run(report, run.budget, None, baseline_missing=False, must_be_faster=False)
     count = 1 + len(run.recipe.measure.beside)
-    trouble = concurrency.told(beside.failed, count) if beside.failed else None
+    trouble = concurrency.combined_error(beside.failed, count) if beside.failed else None
     return Result(run.work.root, report, verdict, small, trouble)
 
 

@@ -215,7 +215,7 @@ def _elsewhere(note: str) -> bool:
 
 
 def _missing(beside: OtherDevices) -> list[str]:
-    return [f"Without readings: {concurrency.said(url, error)}." for url, error in beside.failed.items()]
+    return [f"Without readings: {concurrency.describe(url, error)}." for url, error in beside.failed.items()]
 
 
 def _said(note: str, where: str) -> str:

@@ -82,14 +82,14 @@ def _measured(recipe: Recipe, job: _Job) -> Profiled:
     futures = concurrency.start({url: partial(job.on, device) for url, device in there.items()})
     done, failed = concurrency.results(futures)
     if not done:
-        raise concurrency.told(failed, len(there))
+        raise concurrency.combined_error(failed, len(there))
     names = concurrency.names([(url, where) for url, (where, _) in done.items()])
     readings = tuple(
         replace(reading, where=name) if reading.where == where else reading
         for name, (where, rows) in zip(names, done.values(), strict=True)
         for reading in rows
     )
-    return Profiled(readings, concurrency.told(failed, len(there)) if failed else None)
+    return Profiled(readings, concurrency.combined_error(failed, len(there)) if failed else None)
 
 
 def table(recipe: Recipe, *, log: Log) -> LatencyTable:

@@ -1,6 +1,6 @@
 """Write a run's report as JSON, Markdown and HTML, show it in a terminal, and read report.json back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,38 +114,31 @@ def _write(path: Path, text: str) -> None:
 
 def _sentences(report: Report) -> list[str]:
     rows = leading(report)
-    sayings: tuple[Callable[[Report, dict[str, Row]], Iterator[str]], ...] = (
-        _smaller,
-        _zeros,
-        _faster,
-        _right,
-    )
-    said = [*(sentence for saying in sayings for sentence in saying(report, rows)), *sentences(report)]
+    zeros = [note for note in report.notes if note.startswith(SPARSE_NOTE)]
+    found = [
+        *_smaller(rows, sparse=bool(zeros)), *zeros, *_faster(report, rows), *_accuracies(report, rows),
+        *sentences(report),
+    ]  # fmt: skip
     # Smaller and not faster: who reads one line only must read this one.
     slow = [note for note in report.notes if note.startswith(f"{SPEED_NOTE} NOT")]
-    return [*slow, *said]
+    return [*slow, *found]
 
 
 def _others(report: Report, sentences: list[str]) -> tuple[str, ...]:
     return tuple(note for note in report.notes if note not in sentences)
 
 
-def _zeros(report: Report, _rows: dict[str, Row]) -> Iterator[str]:
-    """What zeros inside a weight are good for: who sees a smaller number of parameters must see this too."""
-    yield from (note for note in report.notes if note.startswith(SPARSE_NOTE))
-
-
-def _smaller(report: Report, rows: dict[str, Row]) -> Iterator[str]:
-    words = {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}
-    if any(note.startswith(SPARSE_NOTE) for note in report.notes):
-        words["compressed_size"] = "compressed file size"
-    said = [
-        f"{text} {rows[name].change}"
-        for name, text in words.items()
-        if name in rows and rows[name].change != "-"
+def _smaller(rows: dict[str, Row], *, sparse: bool) -> Iterator[str]:
+    names = {"macs": "multiply-accumulates", "params": "parameters", "size": "file size"}
+    if sparse:
+        names["compressed_size"] = "compressed file size"
+    changes = [
+        f"{name} {rows[metric].change}"
+        for metric, name in names.items()
+        if metric in rows and rows[metric].change != "-"
     ]
-    if said:
-        yield f"Compared with the dense model: {', '.join(said)}."
+    if changes:
+        yield f"Compared with the dense model: {', '.join(changes)}."
 
 
 def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
@@ -174,13 +167,13 @@ def _faster(report: Report, rows: dict[str, Row]) -> Iterator[str]:
         yield f"NOT faster ({row.change}): {times}."
 
 
-def _right(report: Report, rows: dict[str, Row]) -> Iterator[str]:
-    for metric, words in (("clean_accuracy", "Clean accuracy"), ("robust_accuracy", "Accuracy under attack")):
+def _accuracies(report: Report, rows: dict[str, Row]) -> Iterator[str]:
+    for metric, name in (("clean_accuracy", "Clean accuracy"), ("robust_accuracy", "Accuracy under attack")):
         row, after = rows.get(metric), find(report.after, metric)
         if row and after and value_of(after) is not None:
             images = f" of {after.n} held-out images" if after.n else ""
             was = f", dense {row.dense} ({row.change})" if row.change != "-" else ""
-            yield f"{words} {show(value_of(after), 'fraction')}{images}{was}."
-    said = any(note.startswith(ACCURACY_NOTE) for note in report.notes)
-    if not said and value_of(find(report.after, "clean_accuracy")) is None:
+            yield f"{name} {show(value_of(after), 'fraction')}{images}{was}."
+    noted = any(note.startswith(ACCURACY_NOTE) for note in report.notes)
+    if not noted and value_of(find(report.after, "clean_accuracy")) is None:
         yield "Accuracy is unknown: the compressed model was not tried on labeled images."

@@ -63,7 +63,7 @@ def test_images_notes_and_facts_survive_the_disk(tmp_path: Path) -> None:
     [
         (
             nets.example(2).double(),
-            r"are torch.float64 \(2, 3, 8, 8\); the network eats float32 \(N, 3, 8, 8\)",
+            r"are torch.float64 \(2, 3, 8, 8\); the network takes float32 \(N, 3, 8, 8\)",
         ),
         (nets.example(2)[:, :1], r"\(2, 1, 8, 8\)"),
         (nets.example(2)[:0], r"\(0, 3, 8, 8\)"),

@@ -132,12 +132,12 @@ def test_a_bug_in_a_job_is_not_taken_for_a_device_that_failed() -> None:
 
 def test_what_is_told_of_failed_devices_is_of_their_kind() -> None:
     lost, bare = DeviceError("ssh://a can't be reached", "ssh a"), MissingDependency("no onnxruntime", "pip")
-    told = concurrency.told({"ssh://a?python=x": lost}, 3)
+    told = concurrency.combined_error({"ssh://a?python=x": lost}, 3)
     assert (told.message, told.hint, told.exit_code) == (
         "1 of 3 devices gave no readings: ssh://a can't be reached", "ssh a", 6,
     )  # fmt: skip
-    assert concurrency.told({"adb://b": bare}, 2).exit_code == 3
-    both = concurrency.told({"ssh://a": lost, "adb://b": bare}, 3)
+    assert concurrency.combined_error({"adb://b": bare}, 2).exit_code == 3
+    both = concurrency.combined_error({"ssh://a": lost, "adb://b": bare}, 3)
     assert both.exit_code == 6
     assert (
         "2 of 3" in both.message and "adb://b: no onnxruntime" in both.message and both.hint == "ssh a; pip"
