@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from edgeprune.errors import MissingDependency, ModelError, UsageError
-from edgeprune.safe_loading import USER_CODE_ERRORS, importable_here, prepare_torchvision
+from edgeprune.safe_loading import USER_CODE_ERRORS, import_library, importable_here, prepare_torchvision
 
 _FORMS = (
     "accepted: timm:NAME, torchvision:NAME, package.module:callable or file.py:callable, "
@@ -99,7 +99,7 @@ def _value(text: str) -> Any:
 
 def _timm(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     _no_download(arguments, f"timm:{name}")
-    timm = _package("timm")
+    timm = import_library("timm", f"--arch timm:{name}")
     if ":" in name or "/" in name or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = (
@@ -113,7 +113,7 @@ def _timm(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
 
 def _torchvision(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     _no_download(arguments, f"torchvision:{name}")
-    models = _package("torchvision").models
+    models = import_library("torchvision", f"--arch torchvision:{name}").models
     known = models.list_models(module=models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -131,22 +131,6 @@ def _no_download(arguments: dict[str, Any], what: str) -> None:
                 f"--arch {what}?{key}=...: weights are never downloaded",
                 "give them as a file: MODEL is its path",
             )
-
-
-def _package(name: str) -> Any:
-    if name in ("timm", "torchvision"):
-        prepare_torchvision()
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or name).split(".")[0]
-        raise MissingDependency(
-            f"--arch {name}: needs the package {missing}", f"pip install {missing}"
-        ) from error
-    except USER_CODE_ERRORS as error:
-        raise MissingDependency(
-            f"{name} is installed but can't be imported: {error}", f"pip install --upgrade {name}"
-        ) from error
 
 
 def _from_package(dotted: str, spec: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""A network whose batch-norms are part of the convolutions before them: the same answers, gradients in less time.
+"""A network whose batch-norms are part of the convolutions before them: the same outputs, gradients in less time.
 
 In evaluation mode a batch-norm scales and shifts each channel by constants, which the weights and the bias of the
 layer before it can take over (Jacob et al. 2018, section 3.2), if nothing else reads what that layer makes.
@@ -24,7 +24,7 @@ from edgeprune.models.torch_export import FORWARD_ERRORS
 # Their exact classes: a subclass may compute its weight, and so does a parametrization, which makes a subclass.
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Between answers, relative to the largest logit. Rounding in another order gives 1e-6.
+# Between outputs, relative to the largest logit. Rounding in another order gives 1e-6.
 TOLERANCE = 1e-4
 
 
@@ -32,8 +32,8 @@ def folded(module: nn.Module, example: Tensor) -> nn.Module:
     """A copy for evaluation, batch-norms folded where that is sound; the module itself where none can be.
 
     A batch-norm is folded when the network, run on the example, gives it the output of a convolution or a linear
-    layer that is called once and whose output and weight nothing else reads. The copy is used only if it answers the
-    example, and its negative, as the module does. Its kernels lie in memory as the example does.
+    layer that is called once and whose output and weight nothing else reads. The copy is used only if its outputs
+    for the example and its negative are the same. Its kernels lie in memory as the example does.
     """
     if not any(type(layer) in _NORMS for layer in module.modules()):
         return module
@@ -78,9 +78,9 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.reads.update(id(tensor) for tensor in given)
-        answer = func(*args, **kwargs)
-        self.alive += [given, answer]
-        return answer
+        output = func(*args, **kwargs)
+        self.alive += [given, output]
+        return output
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What a network answers to images: run once on noise, its classes counted, and its failures told by layer."""
+"""The output of a network: run once on noise, its classes counted, and the layer named in which it fails."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel
 from edgeprune.models.from_export import ExportedNetwork
-from edgeprune.models.torch_export import FORWARD_ERRORS, title
+from edgeprune.models.torch_export import FORWARD_ERRORS, running_layers, title
 
 # Kernels for other batch sizes add up in another order; what mixes images differs by far more of the largest value.
 TOLERANCE = 1e-3
@@ -30,16 +30,16 @@ TWO_LINES = (
 
 
 def logits(module: nn.Module, x: Tensor) -> Tensor:
-    """The network's answer (N, K); of several outputs (auxiliary heads in training mode) the main one."""
+    """The logits (N, K); of several outputs (auxiliary heads in training mode) the main one."""
     try:
-        answer = main_output(module(x))
+        output = main_output(module(x))
     except FORWARD_ERRORS as error:
         mode = "training" if module.training else "evaluation"
         raise ModelError(f"the network fails on a batch {tuple(x.shape)} in {mode} mode: {error}") from error
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(x):
-        found = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise ModelError(f"the network answers a batch {tuple(x.shape)} with {found}, not with logits (N, K)")
-    return answer
+    return output
 
 
 @contextmanager
@@ -63,9 +63,9 @@ def unfreeze(module: nn.Module) -> None:
             parameter.requires_grad_(parameter.is_floating_point())
 
 
-def full(answer: Tensor) -> Tensor:
+def full(output: Tensor) -> Tensor:
     """Logits in at least float32: a loss of bfloat16 logits has three digits."""
-    return answer.float() if answer.dtype in (torch.bfloat16, torch.float16) else answer
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 _LOG = logging.getLogger("edgeprune")
@@ -96,33 +96,33 @@ def count_classes(
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalization)
         x = (x - mean) / std
     images, x = x, x[: fixed or _IMAGES]
-    answer = _answer(module, x, where)
+    output = _output(module, x, where)
     if (
-        isinstance(answer, Tensor)
-        and answer.ndim == 2
-        and answer.shape[0] == len(x)
-        and answer.shape[1] > 1
-        and answer.is_floating_point()
-        and not bool(answer.isnan().all())
+        isinstance(output, Tensor)
+        and output.ndim == 2
+        and output.shape[0] == len(x)
+        and output.shape[1] > 1
+        and output.is_floating_point()
+        and not bool(output.isnan().all())
     ):
         check_alone(module, images, where)
-        return int(answer.shape[1])
-    raise _refusal(answer, len(x), where)
+        return int(output.shape[1])
+    raise _refusal(output, len(x), where)
 
 
-def _refusal(answer: Any, count: int, where: str) -> UnsupportedModel:
-    if isinstance(answer, Tensor) and answer.is_floating_point() and answer.numel() == count:
+def _refusal(output: Any, count: int, where: str) -> UnsupportedModel:
+    if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == count:
         return UnsupportedModel(
-            f"{where} gives one number for each image, {tuple(answer.shape)}; accepted: logits of two classes or more",
+            f"{where} gives one number for each image, {tuple(output.shape)}; accepted: logits of two classes or more",
             TWO_LINES,
         )
-    if isinstance(answer, Tensor) and answer.ndim == 2 and answer.numel() and bool(answer.isnan().all()):
+    if isinstance(output, Tensor) and output.ndim == 2 and output.numel() and bool(output.isnan().all()):
         return UnsupportedModel(
             f"{where} answers {count} images of noise with NaN only; accepted: finite logits",
             "look for a division by 0, a root or a logarithm of what is below 0",
         )
     return UnsupportedModel(
-        f"{where} answers {count} images with {_what(answer)}, expected float logits ({count}, K)",
+        f"{where} answers {count} images with {_what(output)}, expected float logits ({count}, K)",
         "give the part of the network that classifies images",
     )
 
@@ -140,37 +140,26 @@ def text_of(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _answer(module: nn.Module, x: Tensor, where: str) -> Any:
-    entered: list[str] = []
-
-    def leave(*_: Any) -> None:
-        entered.pop()
-
-    handles = [part.register_forward_hook(leave) for part in module.modules()]
-    for name, part in module.named_modules():
-        handles.append(part.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
-    try:
-        with torch.no_grad():
+def _output(module: nn.Module, x: Tensor, where: str) -> Any:
+    with running_layers(module) as running, torch.no_grad():
+        try:
             return module(x)
-    except FORWARD_ERRORS as error:
-        inside = f" in {entered[-1]}" if entered and entered[-1] else ""
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UnsupportedModel(
-            f"{where} fails{inside} on {len(x)} images of {text_of(tuple(x.shape[1:]))}: {reason}",
-            "if its images have another size, give it as --input CxHxW",
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+        except FORWARD_ERRORS as error:
+            inside = f" in {running[-1]}" if running and running[-1] else ""
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise UnsupportedModel(
+                f"{where} fails{inside} on {len(x)} images of {text_of(tuple(x.shape[1:]))}: {reason}",
+                "if its images have another size, give it as --input CxHxW",
+            ) from error
 
 
-def _what(answer: Any) -> str:
-    if isinstance(answer, Tensor):
-        return f"a {str(answer.dtype).removeprefix('torch.')} tensor {tuple(answer.shape)}"
-    if isinstance(answer, Mapping):
-        return f"a {type(answer).__name__} with {', '.join(map(str, list(answer)[:5]))}"
-    return f"a {type(answer).__name__}" + (
-        f" of {len(answer)} values" if isinstance(answer, (tuple, list)) else ""
+def _what(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a {str(output.dtype).removeprefix('torch.')} tensor {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with {', '.join(map(str, list(output)[:5]))}"
+    return f"a {type(output).__name__}" + (
+        f" of {len(output)} values" if isinstance(output, (tuple, list)) else ""
     )
 
 

@@ -1,4 +1,4 @@
-"""Asking a classifier about images: its logits, whether they are wrong, and how a loss rises with the pixels."""
+"""Queries of a classifier: its logits, whether they are wrong, and the gradient of a loss by the pixels."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Attempt = Callable[[Tensor], "AttackResult"]
 class AttackResult:
     """What an attempt came to.
 
-    images: float (N, C, H, W), the best it found. broken: bool (N,). queries: int64 (N,), images asked about.
+    images: float (N, C, H, W), the best it found. broken: bool (N,). queries: int64 (N,), images that were queried.
     """
 
     images: Tensor
@@ -33,37 +33,37 @@ class AttackResult:
 
 
 def as_logits(model: nn.Module | Logits) -> Logits:
-    """The classifier as a function whose answer is (N, K) and at least float32; gradients pass where they did.
+    """The classifier as a function whose output is (N, K) and at least float32; gradients pass where they did.
 
     Raises (when called):
         ModelError: a network fails on the batch, or the answer is not one row of logits for each image.
     """
 
-    def ask(x: Tensor) -> Tensor:
+    def query(x: Tensor) -> Tensor:
         if isinstance(model, nn.Module):
             return full(inference.logits(model, x))
-        answer = model(x)
-        if answer.ndim != 2 or len(answer) != len(x):
+        output = model(x)
+        if output.ndim != 2 or len(output) != len(x):
             raise ModelError(
-                f"the model answers a batch {tuple(x.shape)} with {tuple(answer.shape)}, not with logits (N, K)"
+                f"the model answers a batch {tuple(x.shape)} with {tuple(output.shape)}, not with logits (N, K)"
             )
-        return full(answer)
+        return full(output)
 
-    return ask
+    return query
 
 
-def wrong(answer: Tensor, y: Tensor) -> Tensor:
-    """Whether the largest logit is another class's: bool (N,). An answer with NaN in it is wrong.
+def wrong(output: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit is another class's: bool (N,). Logits with NaN are wrong.
 
     Of equal logits the first counts, as in every accuracy.
     """
-    return (answer.argmax(1) != y) | answer.isnan().any(1)
+    return (output.argmax(1) != y) | output.isnan().any(1)
 
 
 def loss_and_gradient(
     answers: Logits, at: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The answer, the losses and their gradients by the images.
+    """The logits, the losses and their gradients by the images.
 
     A network that is cut off from its input has the gradient 0: an evaluation goes on and says so, where training
     against such an attack has to stop.
@@ -71,12 +71,12 @@ def loss_and_gradient(
     # An evaluation may run where gradients are switched off; a clone of what was made in inference mode can have them.
     with torch.inference_mode(False), torch.enable_grad():
         point = (at.clone() if at.is_inference() else at.detach()).requires_grad_()
-        answer = answers(point)
-        losses = loss(answer)
+        output = answers(point)
+        losses = loss(output)
         found = None
         if losses.requires_grad:
             found = torch.autograd.grad(losses.sum(), point, allow_unused=True)[0]
-    return answer.detach(), losses.detach(), torch.zeros_like(at) if found is None else found
+    return output.detach(), losses.detach(), torch.zeros_like(at) if found is None else found
 
 
 def sequentially(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tuple[Tensor, Tensor]:
@@ -99,15 +99,15 @@ def sequentially(x: Tensor, attempts: Iterable[Attempt], advance: Advance) -> tu
 def in_parallel(
     model: nn.Module | Logits, rows: Tensor, attempt: Callable[[nn.Module | Logits, Tensor], AttackResult]
 ) -> AttackResult:
-    """An attempt in which no image depends on another one and no chance is drawn, on every lane of a network.
+    """An attempt in which no image depends on another one and no chance is drawn, on every replica of a network.
 
-    Each lane takes its images to the end, some at a time, and waits for no other lane before.
+    Each replica works on its images to the end, some at a time, without waiting for another.
     """
     if not isinstance(model, Replicas) or model.count(len(rows)) < 2:
         return attempt(model, rows)
     count = model.count(len(rows))
     # Neighbours are often of one class and alike hard: they are dealt out.
-    places = [torch.arange(lane, len(rows), count, device=rows.device) for lane in range(count)]
+    places = [torch.arange(start, len(rows), count, device=rows.device) for start in range(count)]
 
     def some_at_a_time(one: nn.Module, mine: Tensor) -> AttackResult:
         return _joined([attempt(one, part) for part in mine.tensor_split(-(-len(mine) // ROWS))])

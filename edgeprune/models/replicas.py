@@ -1,4 +1,4 @@
-"""A network that answers the parts of a batch at the same time, one thread each.
+"""A network that runs on the parts of a batch at the same time, one thread each.
 
 Where one thread after another waits for the slowest at the end of every operator, two threads that share a batch wait
 once for the whole network. On two cores that is a tenth faster on an idle machine, and several times as fast on one
@@ -28,7 +28,7 @@ _MOST_IDLE = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps what it frees, up to 2 GiB for each heap; whether its C library could be asked."""
+    """From now on this process keeps what it frees, up to 2 GiB for each heap; whether its C library can."""
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
@@ -36,32 +36,32 @@ def keep_freed_memory() -> bool:
 
 
 # More threads in Python would wait for each other between operators; beyond that, operators get several threads each.
-MOST_LANES = 8
+MOST_REPLICAS = 8
 # Fewer images are not worth a thread.
 LEAST_IMAGES = 2
 
 
 @contextmanager
 def on_replicas(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
-    """The network, or one that answers as it does on as many threads as torch may use.
+    """The network, or one with the same outputs that runs on as many threads as torch may use.
 
     In the block torch's own operators take one thread each; afterwards as many as before. The network's tensors are
     shared, and what its code keeps in its layers while it runs is not, so it need not know of threads.
     """
     threads = torch.get_num_threads()
-    lanes = min(threads, MOST_LANES)
-    if lanes < 2 or x.device.type != "cpu" or len(x) < 2 * LEAST_IMAGES:
+    replicas = min(threads, MOST_REPLICAS)
+    if replicas < 2 or x.device.type != "cpu" or len(x) < 2 * LEAST_IMAGES:
         yield network
         return
     try:
-        copies = [network, *(_sharing(network) for _ in range(lanes - 1))]
+        copies = [network, *(_sharing(network) for _ in range(replicas - 1))]
     except FORWARD_ERRORS:  # it can't be copied
         yield network
         return
-    torch.set_num_threads(threads // lanes)
+    torch.set_num_threads(threads // replicas)
     keep_freed_memory()
     try:
-        with ThreadPoolExecutor(lanes) as pool:
+        with ThreadPoolExecutor(replicas) as pool:
             yield Replicas(copies, pool)
     finally:
         torch.set_num_threads(threads)
@@ -80,10 +80,10 @@ class Replicas(nn.Module):
         if count < 2:
             return logits(self.copies[0], x)
         uphill = torch.is_grad_enabled() and x.requires_grad
-        return _Apart.apply(x, self, count) if uphill else torch.cat(self.each(x.chunk(count), _answer))
+        return _Apart.apply(x, self, count) if uphill else torch.cat(self.each(x.chunk(count), _output))
 
     def count(self, images: int) -> int:
-        """How many lanes so many images are worth."""
+        """How many replicas are worth it for so many images."""
         return min(len(self.copies), images // LEAST_IMAGES)
 
     def each(self, parts: Sequence[Any], work: Callable[[nn.Module, Any], Any]) -> list[Any]:
@@ -93,21 +93,21 @@ class Replicas(nn.Module):
 
 
 class _Apart(torch.autograd.Function):
-    """The parts' answers side by side, whose graphs are run backward at the same time too."""
+    """The parts' outputs joined; their graphs run backward at the same time, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lanes: Replicas, count: int) -> Tensor:
-        ctx.lanes, ctx.parts = lanes, lanes.each(x.chunk(count), _followed)
-        return torch.cat([answer.detach() for _, answer in ctx.parts])
+    def forward(ctx: Any, x: Tensor, replicas: Replicas, count: int) -> Tensor:
+        ctx.replicas, ctx.parts = replicas, replicas.each(x.chunk(count), _followed)
+        return torch.cat([output.detach() for _, output in ctx.parts])
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, None, None]:
         sizes = [len(point) for point, _ in ctx.parts]
         parts = list(zip(ctx.parts, above[0].split(sizes), strict=True))
-        return torch.cat(ctx.lanes.each(parts, _back)), None, None
+        return torch.cat(ctx.replicas.each(parts, _back)), None, None
 
 
-def _answer(network: nn.Module, x: Tensor) -> Tensor:
+def _output(network: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return logits(network, x)
 
@@ -119,10 +119,10 @@ def _followed(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _back(_: nn.Module, part: tuple[tuple[Tensor, Tensor], Tensor]) -> Tensor:
-    (point, answer), above = part
-    if not answer.requires_grad:
+    (point, output), above = part
+    if not output.requires_grad:
         return torch.zeros_like(point)
-    found = torch.autograd.grad(answer, point, above, allow_unused=True)[0]
+    found = torch.autograd.grad(output, point, above, allow_unused=True)[0]
     return torch.zeros_like(point) if found is None else found
 
 

@@ -111,20 +111,31 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _stopped_at(module: nn.Module, pixels: Tensor, *, export: bool = False) -> str:
-    """The innermost layer that ran when forward() failed, such as "layer1.0 (BasicBlock)"."""
+@contextmanager
+def running_layers(module: nn.Module) -> Iterator[list[str]]:
+    """The paths of the layers that run, the innermost last; when forward() fails, those that did not end."""
     running: list[str] = []
+
+    def leave(*_: object) -> None:
+        running.pop()
+
     handles = []
-    for name, part in module.named_modules():
-        layer = title(name, type(part).__name__)
-        handles.append(part.register_forward_pre_hook(lambda *_, layer=layer: running.append(layer)))
-        handles.append(part.register_forward_hook(lambda *_: running.pop() and None))
+    for path, part in module.named_modules():
+        handles.append(part.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+        handles.append(part.register_forward_hook(leave))
     try:
-        with quiet(), torch.no_grad():
-            torch.export.export(module, (pixels,), strict=False) if export else module(pixels)
-    except FORWARD_ERRORS:
-        return running[-1] if running else "the network"
+        yield running
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _stopped_at(module: nn.Module, pixels: Tensor, *, export: bool = False) -> str:
+    """The innermost layer that ran when forward() failed, such as "layer1.0 (BasicBlock)"."""
+    with running_layers(module) as running, quiet(), torch.no_grad():
+        try:
+            torch.export.export(module, (pixels,), strict=False) if export else module(pixels)
+        except FORWARD_ERRORS:
+            path = running[-1] if running else ""
+            return title(path, type(module.get_submodule(path)).__name__)
     return "the network"

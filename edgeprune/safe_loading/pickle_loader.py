@@ -21,7 +21,12 @@ from edgeprune.errors import MissingDependency, ModelError, UnsafeModel, UsageEr
 from edgeprune.safe_loading.formats import LEGACY_MAGIC, records
 from edgeprune.safe_loading.pickle_interpreter import faults, globals_of
 from edgeprune.safe_loading.pickle_policy import DATA, class_permit, data_objects, fault_in
-from edgeprune.safe_loading.user_code import USER_CODE_ERRORS, importable_here, prepare_torchvision
+from edgeprune.safe_loading.user_code import (
+    USER_CODE_ERRORS,
+    import_library,
+    importable_here,
+    prepare_torchvision,
+)
 
 _LOG = logging.getLogger("edgeprune")
 _MODULE_HOMES = ("torch.nn.modules.", "torchvision.", "timm.")
@@ -142,7 +147,7 @@ def _library_class(name: str) -> type | None:
         return None
     package = home.rstrip(".").split(".")[0]
     if package != "torch" and package not in sys.modules:
-        _import_library(package, name)
+        import_library(package, f"the file holds {name}, so it")
     # Only what the library itself imports: a file's say-so never imports a module.
     value = getattr(sys.modules.get(module), attribute, None)
     if (
@@ -152,20 +157,6 @@ def _library_class(name: str) -> type | None:
     ):
         return value
     return None
-
-
-def _import_library(package: str, needed: str) -> None:
-    prepare_torchvision()
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise MissingDependency(
-            f"the file holds {needed}, so it needs the package {package}", f"pip install {package}"
-        ) from error
-    except USER_CODE_ERRORS as error:
-        raise MissingDependency(
-            f"{package} is installed but can't be imported: {error}", f"pip install --upgrade {package}"
-        ) from error
 
 
 def _unsafe(where: str, refused: Sequence[str], found: Sequence[str]) -> UnsafeModel:

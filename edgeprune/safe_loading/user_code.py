@@ -1,7 +1,4 @@
-"""Architectures by name, with random weights: timm:NAME, torchvision:NAME, package.module:callable, file.py:callable.
-
-Naming a file or a package here means running it: that is the user's own code, never something out of a model file.
-"""
+"""Code that the user named, or a library's: what it may raise, and how it is imported."""
 
 import contextlib
 import importlib
@@ -10,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import PickleError
+from types import ModuleType
 
 import torch
 from torch._export.verifier import SpecViolationError
+
+from edgeprune.errors import MissingDependency
 
 # What a user's module, a library's constructor or an unpickler may raise.
 USER_CODE_ERRORS = (
@@ -53,6 +53,20 @@ def prepare_torchvision() -> None:
         return
     for name, schema in _TORCHVISION_OPS.items():
         torch.library.define(f"torchvision::{name}", schema)
+
+
+def import_library(package: str, user: str) -> ModuleType:
+    """Import timm or torchvision, which `user` needs."""
+    prepare_torchvision()
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        missing = (error.name or package).split(".")[0]
+        raise MissingDependency(f"{user} needs the package {missing}", f"pip install {missing}") from error
+    except USER_CODE_ERRORS as error:
+        raise MissingDependency(
+            f"{package} is installed but can't be imported: {error}", f"pip install --upgrade {package}"
+        ) from error
 
 
 @contextlib.contextmanager
