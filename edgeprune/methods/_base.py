@@ -1,4 +1,4 @@
-"""How to choose what goes: the contract of a pruning method; one file per method."""
+"""The contract of a pruning method: what it is given, and what it returns; one file per method."""
 
 import math
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from edgeprune.structure import (
     of_channels,
 )
 
-# Of each parameter at least so much stays, or a layer dies and all behind it.
+# An empty layer would cut off everything downstream.
 LEAST_DENSITY = 0.005
 CLASSIFIER_DIMS = 2
 
@@ -36,10 +36,9 @@ CLASSIFIER_DIMS = 2
 class Training:
     """What a method that trains is given.
 
-    split: images to learn from. validation: images to choose by; they are in neither `split` nor the held-out part.
-    table: epochs (all of them), objective and the rest. scratch: a folder for what lets it go on after a kill.
-    teacher: the dense model, pixels (N, C, H, W) in [0, 1] -> logits (N, K). deployed: network -> the same from
-    pixels, sharing its parameters.
+    validation: images to choose by; neither in `split` nor held out. scratch: a folder for checkpoints. teacher: the
+    dense model, pixels (N, C, H, W) in [0, 1] -> logits (N, K). deployed: network -> the same on pixels, with shared
+    parameters.
     """
 
     split: Split
@@ -53,16 +52,12 @@ class Training:
 
 @dataclass(frozen=True)
 class PruneTask:
-    """All that a method may know.
+    """The input of a pruning method.
 
-    groups: what can go. costs, rules: what it saves, and what must hold in the end.
-    logits: (network, pixels (N, C, H, W) in [0, 1]) -> logits (N, K); the normalization is inside.
-    images: float32 (N, C, H, W) in [0, 1] and labels: int64 (N,), or None when there is no data.
-    spec: what the network eats; None where nothing is said of it.
-    unlabelled: float32 (N, C, H, W), synthesized or calibration images that the network will be repaired on; or None.
-    notes: what a reader of the results must know; a method appends to it.
-    weights: the units of a granularity finer than channels. counts: of those, how many of each parameter stay, where
-    the recipe shares them out before a method looks. training: for methods that train. record: curves for the report.
+    logits: (network, pixels (N, C, H, W) in [0, 1]) -> logits (N, K); includes the normalization.
+    images: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,). unlabelled: as images, for a repair without labels.
+    notes: for the report; a method appends to it. weights: units finer than channels. counts: how many of them each
+    parameter keeps, where the recipe fixes it. record: curves for the report.
     """
 
     groups: tuple[Group, ...]
@@ -82,22 +77,20 @@ class PruneTask:
 
     @property
     def units(self) -> Units:
-        """What is kept or removed whole."""
+        """What is kept or removed as a whole."""
         return of_channels(self.groups) if self.weights is None else self.weights
 
     @property
     def free(self) -> bool:
-        """Whether there is no limit: only a method that stops by itself can choose then."""
+        """Whether there is no limit: the method itself must decide when to stop."""
         return not self.rules.limits and self.units.granularity != "2:4"
 
     def quota(self) -> int:
-        """How many weights of the units stay; of channels it is no number."""
+        """How many weights stay; meaningless for channels."""
         units = self.units
-        total = sum(units.sizes.values())
+        quota = total = sum(units.sizes.values())
         if units.granularity == "2:4":
-            quota = total - sum(b.numel() // BLOCK * KEPT_OF_BLOCK for b in units.blocks.values())
-        else:
-            quota = total
+            quota -= sum(b.numel() // BLOCK * KEPT_OF_BLOCK for b in units.blocks.values())
         others = self.costs.cost({})["params"] - total
         limit = self.rules.limits.get("params", math.inf)
         if units.granularity == "weight" and math.isfinite(limit):
@@ -112,10 +105,7 @@ class PruneTask:
         return quota
 
     def floors(self) -> dict[str, int]:
-        """Of each parameter the least number of weights that stay, so that no layer dies.
-
-        Half a percent of it, and as many as the classifier has outputs.
-        """
+        """The least number of weights of each parameter: 0.5 %, and as many as the classifier has outputs."""
         sizes, shapes = self.units.sizes, self.units.shapes
         floors = {name: max(1, math.ceil(LEAST_DENSITY * n)) for name, n in sizes.items()}
         classifier = next(
@@ -126,10 +116,10 @@ class PruneTask:
         return floors
 
     def keep(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The choice with the largest scores that is exactly what the budget allows; without one, everything.
+        """The largest scores within the budget; everything without one.
 
         Args:
-            scores: name -> float (n,), >= 0 for what may stay; of channels comparable between groups.
+            scores: name -> float (n,), >= 0; scores of channels must be comparable between groups.
         """
         units = self.units
         if self.free:
@@ -144,17 +134,13 @@ class PruneTask:
             return {name: keep_largest(s, self.counts[name]) for name, s in scores.items()}
         return exactly(scores, quota, self.floors())
 
-    def masks(self, chosen: Mapping[str, Tensor]) -> Masks:
-        """A choice of units as the record that a method returns."""
-        return self.units.masks(chosen)
-
 
 @dataclass(frozen=True)
 class Survey:
-    """What counts cost.
+    """The cost of keeping each number of channels.
 
-    losses: group -> float64 (C + 1,), what it costs to keep so many of it alone. detail: for `choose`.
-    together: counts of all groups -> what these cost together, where it can be measured; and how often it may be.
+    losses: group -> float64 (C + 1,), with the other groups unpruned. detail: for `choose`.
+    together: counts of all groups -> their joint loss, where it can be measured, at most `tries` times.
     """
 
     losses: Mapping[str, Tensor]
@@ -164,11 +150,11 @@ class Survey:
 
 
 class Method(ABC):
-    """A way to choose. Members are frozen dataclasses whose fields are their options."""
+    """A pruning method; subclasses are frozen dataclasses whose fields are the options."""
 
     @final
     def __call__(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Choose, and distrust the choice: known groups, right lengths, something kept, the budget met."""
+        """Prune, and verify the masks."""
         shapes = {k: v.shape for k, v in network.state_dict().items()}
         masks = self.prune(network, task)
         if {k: v.shape for k, v in network.state_dict().items()} != shapes:
@@ -182,30 +168,30 @@ class Method(ABC):
 
 
 class TrainingMethod(Method):
-    """A method that trains the network while it chooses, for all the epochs of the recipe; what it leaves, ships."""
+    """A method that trains the network while it prunes, for all epochs of the recipe."""
 
 
 class SurveyMethod(Method):
-    """A method that says first what every count of every group costs, and chooses when the counts are known.
+    """A method that measures the loss of each count first, and chooses channels when the counts are allocated.
 
-    Of units finer than channels nothing needs to be surveyed: the largest scores stay.
+    Units finer than channels need no survey: the largest scores stay.
     """
 
     @final
     def prune(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Survey, share out the budget, choose."""
+        """Survey, allocate the budget, choose."""
         if task.weights is not None:
-            return task.masks(task.keep(_finite(self.scores(network, task))))
+            return task.units.masks(task.keep(_finite(self.scores(network, task))))
         survey = self.survey(network, task)
         return self.choose(network, task, survey, counts(survey, task))
 
     @abstractmethod
     def survey(self, network: nn.Module, task: PruneTask) -> Survey:
-        """What it costs to keep each number of channels; the network is not changed."""
+        """The loss of each number of channels; the network is not changed."""
 
     @abstractmethod
     def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
-        """Which channels stay, so many of every group; may edit the network's weights in place."""
+        """Which channels stay, as many as `kept`; may edit the network's weights in place."""
 
     @abstractmethod
     def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
@@ -213,16 +199,16 @@ class SurveyMethod(Method):
 
 
 class ScoreMethod(SurveyMethod):
-    """A method that gives every unit a score and leaves the counts to the allocation."""
+    """A method that gives each unit a score and leaves the counts to the allocation."""
 
     @final
     def survey(self, network: nn.Module, task: PruneTask) -> Survey:
-        """Losses of the smallest scores of each group."""
+        """Losses from the smallest scores of each group."""
         scores = _finite(self.scores(network, task))
         return self.weigh(network, task, scores)
 
     def weigh(self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]) -> Survey:
-        """What it costs to keep the largest scores, which are its `detail`; here the scores alone tell."""
+        """The loss of keeping only the largest scores, by the scores alone; `detail` are the scores."""
         del network, task
         return Survey(losses_of(scores), scores)
 
@@ -242,12 +228,12 @@ def _finite(scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def counts(survey: Survey, task: PruneTask) -> dict[str, int]:
-    """How many channels each group keeps, so that the budget holds."""
+    """How many channels each group keeps within the budget."""
     return allocate(survey.losses, task.costs, task.rules).kept
 
 
 def need_images(name: str, task: PruneTask) -> tuple[Tensor, Tensor]:
-    """The calibration images and labels."""
+    """The calibration images and labels; refuses a task without."""
     if task.images is None or task.labels is None:
         raise UsageError(
             f"method {name} looks at training images, and there are none",
@@ -257,7 +243,7 @@ def need_images(name: str, task: PruneTask) -> tuple[Tensor, Tensor]:
 
 
 def need_training(name: str, task: PruneTask) -> Training:
-    """What a training method learns from."""
+    """The training data of the task; refuses a task without."""
     if task.training is None:
         raise UsageError(
             f"method {name} trains the network, and there is nothing to train on, or for no epoch",
@@ -267,7 +253,7 @@ def need_training(name: str, task: PruneTask) -> Training:
 
 
 def verify(name: str, masks: Masks, task: PruneTask) -> None:
-    """Hold a choice against its task."""
+    """Refuse unknown groups, masks of the wrong shape, empty groups and a broken budget."""
     if task.weights is not None:
         _verify_weights(name, masks, task)
         return

@@ -1,14 +1,10 @@
-"""Shrink what will go by Lagrange multipliers, cut once, distil under constraints; a reconstruction.
+"""Shrink what will be removed by Lagrange multipliers, cut once, distil under constraints; a reconstruction.
 
-Kaur, Fioretto and Salekin, "Deadwooding: Robust Global Pruning for Deep Neural Networks" (2022). Public are: a trained
-network, Lagrangian duals that push weights down, one global cut by magnitude, then distillation and FGSM. Its
-constraints, steps and numbers are not, so this is a reconstruction; docs/deadwooding.md says which parts are ours.
-
-Stage A shrinks the deadwood, what the budget would remove now (`_deadwooding.shrinkage`). The cut keeps exactly what
-the budget allows, and what is gone stays zero. Stage B trains under two constraints
-(`_deadwooding.constrained_distillation`): close to the dense model on clean images,
-and on images of the objective's attack; its epoch with the best accuracy under that attack on validation images
-stays. There is no early end of stage A: methods are compared at the same number of epochs.
+Kaur, Fioretto and Salekin, "Deadwooding: Robust Global Pruning for Deep Neural Networks" (2022). Only the outline is
+public: Lagrangian duals, one global cut by magnitude, then distillation and FGSM. docs/deadwooding.md says which parts
+are ours. Stage A (`_deadwooding.shrinkage`) shrinks what the budget would remove now. Stage B
+(`_deadwooding.constrained_distillation`) trains the cut network close to the dense one on clean and on adversarial
+images; the epoch with the best validation accuracy under the attack is kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,15 +38,14 @@ RANGES = {
 class Deadwooding(TrainingMethod):
     """Dual sparsification, a global cut, robust distillation.
 
-    stage_a: share of the epochs for stage A; 0 cuts at once. loss_a: its loss, the "objective" or plain "ce".
-    rho_s: its dual step. tau: slack, as a share of sigma. per_weight: a multiplier for every weight, not for every
-    layer. fixed_penalty: if more than 0, this multiplier for all layers instead of dual steps.
-    score: "raw" sizes compete; "layer" compares them with their layer; "auto" is raw for weights, layer for channels.
-    loss_b: of stage B, besides the constraints: the "objective"'s, or "ce" of clean images.
-    rho_kd, init_kd, eps_kd and rho_adv, init_adv, eps_adv: dual step, first multiplier and slack of the constraints of
-    stage B; step and multiplier 0 leave a constraint out; a negative slack is the teacher's own value on validation
-    images. distance: of the answer to x' from the teacher's to x ("teacher_clean": T^2 KL, "tv", "w1"), or from the
-    label ("ce"). temperature: T. cap: no multiplier rises above it.
+    stage_a: share of the epochs for stage A; 0 cuts at once. loss_a: its loss, "objective" or "ce". rho_s: its dual
+    step. tau: slack, as a share of sigma. per_weight: a multiplier for each weight instead of each layer.
+    fixed_penalty: if more than 0, a constant multiplier without dual steps. score: "raw" magnitudes, or relative to
+    their "layer"; "auto" is raw for weights, layer for channels. loss_b: the loss of stage B besides the constraints,
+    "objective" or "ce" on clean images. rho_*, init_*, eps_*: dual step, initial multiplier and slack of the
+    constraints on clean (kd) and adversarial (adv) images; step and multiplier 0 disable a constraint, a negative
+    slack is the teacher's own value on validation images. distance: from the logits on x' to the teacher's on x
+    ("teacher_clean": T^2 KL, "tv", "w1"), or to the label ("ce"). temperature: T. cap: upper limit of the multipliers.
     """
 
     stage_a: float = 0.25
@@ -105,7 +100,7 @@ class Deadwooding(TrainingMethod):
         distilled = self._distil(network, task, cut["masks"], teacher)
         violation = {"deadwood": cut["violation"], **distilled.pop("violation")}
         task.record["deadwooding"] = {**cut["curves"], **distilled, "violation": violation}
-        return task.masks(cut["masks"])
+        return task.units.masks(cut["masks"])
 
     def _key(self, networks: Sequence[nn.Module], task: PruneTask, training: Training) -> str:
         budget = (task.rules, task.counts, dict(task.units.sizes))
@@ -113,7 +108,7 @@ class Deadwooding(TrainingMethod):
         return models.key(repr(settings), networks, {})
 
     def _cut(self, network: nn.Module, task: PruneTask, training: Training) -> dict[str, Any]:
-        """Stage A and the choice: all that stage B starts from."""
+        """Stage A and the cut: the start of stage B."""
         table = training.table
         table = replace(table, epochs=self.stages(table.epochs)[0], keep="last", distill=0.0)
         penalty = shrinkage.Penalty(self.rho_s, self.tau, self.fixed_penalty, self.per_weight, self.cap)
@@ -131,8 +126,8 @@ class Deadwooding(TrainingMethod):
                 after_step=stage.shrink,
                 after_epoch=stage.after_epoch, state=stage.state, restore=stage.restore,
             )  # fmt: skip
-            course = train.TrainingJob(training.split, table, training.seed, training.scratch / "stage-a")
-            train.fit(training.deployed(network), course, hooks)
+            job = train.TrainingJob(training.split, table, training.seed, training.scratch / "stage-a")
+            train.fit(training.deployed(network), job, hooks)
         masks = choose(task.units.norms(network))
         task.units.apply(network, masks)
         return {
@@ -147,7 +142,7 @@ class Deadwooding(TrainingMethod):
         training = need_training("deadwooding", task)
         epochs = self.stages(training.table.epochs)
         table = replace(training.table, epochs=epochs[1], keep="best", distill=0.0)
-        course = train.TrainingJob(
+        job = train.TrainingJob(
             training.split, table, training.seed, training.scratch / "stage-b", teacher, training.validation
         )
         stage = self._constraints(task, training, teacher)
@@ -155,7 +150,7 @@ class Deadwooding(TrainingMethod):
             masking_hooks(network, task.units.entries(masks, network)), loss=stage.loss, after_epoch=stage.after_epoch,
             state=stage.state, restore=stage.restore,
         )  # fmt: skip
-        history = train.fit(training.deployed(network), course, hooks)
+        history = train.fit(training.deployed(network), job, hooks)
         over = {name: stage.curves.get(f"{name} over", []) for name in stage.slack}
         curves = {name: curve for name, curve in stage.curves.items() if not name.endswith(" over")}
         return {
@@ -180,7 +175,7 @@ class Deadwooding(TrainingMethod):
         elif self.rho_adv or self.init_adv:
             slack["adv"] = self.eps_adv
             if self.eps_adv < 0:
-                own = constrained_distillation.own_value(
+                own = constrained_distillation.teacher_distance(
                     teacher, training.validation, objective, metric, training.seed
                 )
                 slack["adv"] = self.slack(own, task)
@@ -194,14 +189,14 @@ class Deadwooding(TrainingMethod):
         )
 
     def stages(self, total: int) -> tuple[int, int]:
-        """Epochs of stage A and of stage B: the share, but at least one for each where there are two."""
+        """Epochs of stage A and of stage B, at least one for each where there are two."""
         if self.stage_a == 0 or total < 2:
             return 0, total
         first = min(total - 1, max(1, round(self.stage_a * total)))
         return first, total - first
 
     def scores(self, granularity: str, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What competes for the budget: sizes, or sizes as a share of their layer's."""
+        """Magnitudes, raw or relative to their layer."""
         by_channel = granularity == "channel"
         if self.score == "raw" or (self.score == "auto" and not by_channel):
             return dict(norms)
@@ -211,7 +206,7 @@ class Deadwooding(TrainingMethod):
         return {name: n / max(shrinkage.rms(n), shrinkage.TINY) for name, n in norms.items()}
 
     def slack(self, found: tuple[float, float], task: PruneTask) -> float:
-        """The teacher's own distance; 0, with a note, where it is no better than that of knowing nothing."""
+        """The teacher's own distance; 0, with a note, where a constant output is no worse."""
         own, nothing = found
         if own < nothing:
             return own

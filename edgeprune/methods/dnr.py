@@ -72,7 +72,7 @@ class DNR(TrainingMethod):
         if self.start == "scratch":
             task.notes.extend(_reset(network, training.seed))
         wiring = self._wiring(network, task, training)
-        course = TrainingJob(
+        job = TrainingJob(
             training.split,
             training.table,
             training.seed,
@@ -80,10 +80,10 @@ class DNR(TrainingMethod):
             training.teacher,
             training.validation,
         )
-        history = fit(training.deployed(network), course, wiring.hooks(objective))
+        history = fit(training.deployed(network), job, wiring.hooks(objective))
         task.units.apply(network, wiring.masks)
         task.record["dnr"] = {**wiring.record, "loss": list(history.losses)}
-        return task.masks(wiring.masks)
+        return task.units.masks(wiring.masks)
 
     def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> SparseTraining:
         epochs = training.table.epochs

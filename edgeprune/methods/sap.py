@@ -81,7 +81,7 @@ class Sap(TrainingMethod):
         task.units.apply(network, state.masks)
         task.record["pqi"] = {**state.curves, "stopped": state.stopped}
         task.notes.extend((*state.notes, work.summary(state)))
-        return task.masks(state.masks)
+        return task.units.masks(state.masks)
 
     @property
     def trains_first(self) -> bool:
@@ -201,12 +201,12 @@ class _Work:
             return
         training = need_training("sap", self.task)
         seed = training.seed if self.options.variant == "paper" else (training.seed + state.step) % 2**32
-        course = train.TrainingJob(
+        job = train.TrainingJob(
             training.split, replace(training.table, epochs=epochs), seed, self._folder(state.step),
             training.teacher, training.validation,
         )  # fmt: skip
         stays = self.task.units.entries(state.masks, self.network)
-        train.fit(training.deployed(self.network), course, masking_hooks(self.network, stays))
+        train.fit(training.deployed(self.network), job, masking_hooks(self.network, stays))
 
     def _measured(self, state: _State, norms: Mapping[str, Tensor]) -> _State:
         """The curves with one more point: the index and what is left, of each layer and in all."""

@@ -311,9 +311,11 @@ def test_a_teacher_that_is_worse_than_knowing_nothing_gives_no_slack(tmp_path: P
 def test_the_own_value_of_a_teacher_is_its_distance_under_the_attack(tmp_path: Path) -> None:
     teacher, split = nets.build("plain"), images(20, 2)
     metric = Metric("ce")
-    own, nothing = constrained_distillation.own_value(teacher, split, objective_of(TABLE, None), metric, 3)
-    again = constrained_distillation.own_value(teacher, split, objective_of(TABLE, None), metric, 3)
-    clean = constrained_distillation.own_value(
+    own, nothing = constrained_distillation.teacher_distance(
+        teacher, split, objective_of(TABLE, None), metric, 3
+    )
+    again = constrained_distillation.teacher_distance(teacher, split, objective_of(TABLE, None), metric, 3)
+    clean = constrained_distillation.teacher_distance(
         teacher, split, objective_of(replace(TABLE, objective="natural"), None), metric, 3
     )
     assert (own, nothing) == again

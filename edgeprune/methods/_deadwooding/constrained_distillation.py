@@ -1,9 +1,9 @@
-"""Distillation as constraints: close to a teacher on clean images, and right or close to it on adversarial ones.
+"""Distillation as constraints: close to a teacher on clean images, and close to it or right on adversarial ones.
 
-A batch costs L + sum of lambda_c max(0, g_c), over 1 + sum of lambda_c, so that the gradient does not grow with the
-multipliers; L is the loss of the recipe's objective, on x' where that is adversarial, or CE(f(x), y).
+The loss of a batch is L + sum of lambda_c max(0, g_c), divided by 1 + sum of lambda_c, so that the gradient does not
+grow with the multipliers. L is the loss of the objective, or CE(f(x), y).
 g_kd = T^2 KL(softmax(t(x) / T) || softmax(f(x) / T)) - eps_kd and g_adv = D(f(x')) - eps_adv, with x' from the attack
-of the recipe's objective. After each epoch a multiplier rises by its step times its mean violation.
+of the objective. After each epoch a multiplier rises by its step times its mean violation.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ OWN_BATCH = 256
 
 @dataclass(frozen=True)
 class Metric:
-    """How far answers are from what is wanted; each the mean over the images.
+    """Distance of logits from the teacher's or from the label, the mean over the images.
 
     kind: "teacher_clean": T^2 KL from the teacher's softmax on the clean image; "tv", "w1": total variation and
     1-Wasserstein distance over the class numbers between the two; "ce": cross-entropy of the label.
@@ -36,13 +36,13 @@ class Metric:
     kind: str = "teacher_clean"
     temperature: float = 4.0
 
-    def __call__(self, answer: Tensor, wanted: Tensor, y: Tensor) -> Tensor:
-        """From logits `answer` (N, K) to the teacher's `wanted` (N, K) or labels y int64 (N,): a scalar >= 0."""
+    def __call__(self, output: Tensor, target: Tensor, y: Tensor) -> Tensor:
+        """From logits (N, K) to the teacher's `target` (N, K) or labels y int64 (N,): a scalar >= 0."""
         if self.kind == "ce":
-            return functional.cross_entropy(answer, y)
+            return functional.cross_entropy(output, y)
         if self.kind == "teacher_clean":
-            return divergence(wanted, answer, self.temperature)
-        change = answer.softmax(1) - wanted.softmax(1)
+            return divergence(target, output, self.temperature)
+        change = output.softmax(1) - target.softmax(1)
         if self.kind == "tv":
             return change.abs().sum(1).mean() / 2
         return change.cumsum(1).abs().sum(1).mean()
@@ -50,12 +50,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The loss of one training; `loss`, `after_epoch`, `state` and `restore` are hooks of `train.loop.fit`.
+    """The loss of stage B; `loss`, `after_epoch`, `state` and `restore` are hooks of `train.loop.fit`.
 
-    objective: whose attack makes x'. task: L, the "objective"'s or the cross-entropy of clean images, "ce".
-    metric: D. slack: eps of each constraint that counts, "kd" and "adv"; without any the loss is L alone.
-    steps: name -> dual step. bank: name -> multiplier. sums: what the batches of this epoch add up to.
-    curves: name -> a number for each epoch: the multiplier while it ran, the mean distance and the mean violation.
+    task: L, "objective" or "ce" on clean images. metric: D. slack: eps of each active constraint, "kd" and "adv".
+    sums: over the batches of this epoch. curves: per epoch the multiplier, the mean distance and the mean violation.
     """
 
     objective: Objective
@@ -69,21 +67,21 @@ class Distillation:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     def loss(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The cost of a batch; clean and adversarial images go through the network together."""
+        """The loss of a batch; clean and adversarial images are one forward pass."""
         adversarial = self.task == "objective" and self.objective.attacks
         if not self.slack:
             return (self.objective if adversarial else on_labels)(module, x, y, generator)
         with torch.no_grad():
-            wanted = full(logits(self.teacher, x))
+            target = full(logits(self.teacher, x))
         robust = "adv" in self.slack or adversarial
         seen = torch.cat([x, self.objective.attack(module, x, y, generator)]) if robust else x
-        answer = full(logits(module, seen))
-        clean, moved = answer[: len(x)], answer[len(x) :]
+        output = full(logits(module, seen))
+        clean, moved = output[: len(x)], output[len(x) :]
         found: dict[str, Tensor] = {}
         if "kd" in self.slack:
-            found["kd"] = divergence(wanted, clean, self.metric.temperature)
+            found["kd"] = divergence(target, clean, self.metric.temperature)
         if "adv" in self.slack:
-            found["adv"] = self.metric(moved, wanted, y)
+            found["adv"] = self.metric(moved, target, y)
         over = {name: (value - self.slack[name]).clamp(min=0) for name, value in found.items()}
         self._count(found, over)
         loss, weight = self._task(clean, moved, y) if adversarial else functional.cross_entropy(clean, y), 1.0
@@ -112,7 +110,7 @@ class Distillation:
         return {**self.bank.state(), "sums": dict(self.sums), "curves": curves}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; curves that are longer than its stay, for the best epoch may be an early one."""
+        """Resume. Longer curves stay: the best epoch may be an earlier one."""
         self.bank.restore(state)
         self.sums.clear()
         self.sums.update(state["sums"])
@@ -134,10 +132,10 @@ class Distillation:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
-def own_value(
+def teacher_distance(
     teacher: nn.Module, split: Split, objective: Objective, metric: Metric, seed: int
 ) -> tuple[float, float]:
-    """How far a teacher's own answers are from what is wanted under the attack, on at most 1,024 images."""
+    """The teacher's own distance under the attack, and that of constant logits, on at most 1,024 images."""
     rows = torch.arange(min(OWN_IMAGES, len(split)))
     total = torch.zeros(2, dtype=torch.float64)
     with restored_device([teacher]), modes(None, teacher):
@@ -146,18 +144,18 @@ def own_value(
             images, labels = placement.images(x), y.to(placement.device)
             moved = objective.attack(teacher, images, labels, seeded_generator(seed, number, "slack"))
             with torch.no_grad():
-                wanted, answer = full(logits(teacher, images)), full(logits(teacher, moved))
-                pair = [metric(each, wanted, labels) for each in (answer, torch.zeros_like(answer))]
+                target, output = full(logits(teacher, images)), full(logits(teacher, moved))
+                pair = [metric(each, target, labels) for each in (output, torch.zeros_like(output))]
             total += len(x) * torch.stack(pair).double().cpu()
     own, nothing = distributed.broadcast_(total / len(rows)).tolist()
     return own, nothing
 
 
-def divergence(wanted: Tensor, answer: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(wanted / T) || softmax(answer / T)) of logits (N, K), the mean over the images."""
+def divergence(target: Tensor, output: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(target / T) || softmax(output / T)) of logits (N, K), the mean over the images."""
     return temperature**2 * functional.kl_div(
-        functional.log_softmax(answer / temperature, dim=1),
-        functional.log_softmax(wanted / temperature, dim=1),
+        functional.log_softmax(output / temperature, dim=1),
+        functional.log_softmax(target / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )

@@ -1,8 +1,8 @@
-"""Lagrange multipliers of a training under constraints, and the shrinkage that its penalties stand for.
+"""Lagrange multipliers of a training under constraints, and the shrinkage by their penalties.
 
 The Lagrangian dual framework (Fioretto et al., "Lagrangian Duality for Constrained Deep Learning", 2020): a
-constraint g <= 0 adds lambda * max(0, g) to the loss; a satisfied one adds nothing. Between epochs the multiplier
-rises by a step times the mean violation, so it never falls, and stands still exactly while the constraint holds.
+constraint g <= 0 adds lambda * max(0, g) to the loss, and after each epoch lambda rises by a step times the mean
+violation.
 """
 
 import math
@@ -22,46 +22,33 @@ from edgeprune.train import lr_factor
 
 
 def dual_update(lam: Tensor, violation: Tensor, rho: float, lam_max: float = math.inf) -> Tensor:
-    """lambda + rho * max(0, violation), at most `lam_max`; never less than it was.
-
-    Args:
-        violation: like `lam`, the value of each constraint g <= 0; negative where it holds with room to spare.
-    """
+    """lambda + rho * max(0, violation), at most `lam_max`; never less than before."""
     if rho < 0 or lam_max < 0:
         raise UsageError(f"a dual step has rho = {rho!r} and lam_max = {lam_max!r}; both must be at least 0")
     risen = lam + rho * violation.clamp(min=0)
     return torch.maximum(lam, risen.clamp(max=lam_max))
 
 
-def prox_shrink_(w: Tensor, index_or_mask: Tensor, kappa: float | Tensor, tau: float = 0.0) -> None:
-    """The proximal step of kappa * max(0, |w| - tau), in place: towards zero by kappa, but not past tau.
+def prox_shrink_(w: Tensor, mask: Tensor, kappa: float | Tensor, tau: float = 0.0) -> None:
+    """The proximal step of kappa * max(0, |w| - tau) where `mask`, in place: towards zero by kappa, but not past tau.
 
     With tau = 0 it leaves exact zeros, which a subgradient step would only jump over.
 
     Args:
-        index_or_mask: which entries: bool like `w`, or int64 row-major indices.
-        kappa: by how much, >= 0: learning rate times multiplier; a number, or float like the chosen entries
-            (indices) or like `w` (mask).
+        kappa: >= 0, learning rate times multiplier; a number, or float like `w`.
     """
     with torch.no_grad():
-        if index_or_mask.dtype == torch.bool:
-            w.copy_(torch.where(index_or_mask, _shrunk(w, kappa, tau), w))
-            return
-        where = torch.unravel_index(index_or_mask, w.shape)
-        w[where] = _shrunk(w[where], kappa, tau)
-
-
-def _shrunk(w: Tensor, kappa: float | Tensor, tau: float) -> Tensor:
-    size = w.abs()
-    return torch.sign(w) * torch.maximum(size.clamp(max=tau), size - kappa)
+        size = w.abs()
+        shrunk = torch.sign(w) * torch.maximum(size.clamp(max=tau), size - kappa)
+        w.copy_(torch.where(mask, shrunk, w))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What each channel of a group owns in a network's parameters.
+    """The parameters that each channel of a group owns.
 
     members: (parameter, axis, entries along the axis int64 (m,), the channel that owns each int64 (m,)).
-    sizes: float64 (C,), how many numbers each channel owns.
+    sizes: float64 (C,), numbers per channel.
     """
 
     members: tuple[tuple[nn.Parameter, int, Tensor, Tensor], ...]
@@ -69,7 +56,7 @@ class Blocks:
 
 
 def blocks(group: Group, parameters: Mapping[str, nn.Parameter]) -> Blocks:
-    """The blocks of a coupled group: makers, normalization and readers; buffers are not among them."""
+    """The blocks of a coupled group, without buffers."""
     members, sizes = [], torch.zeros(group.channels, dtype=torch.float64)
     for member in group.members:
         if member.tensor not in parameters:
@@ -84,7 +71,7 @@ def blocks(group: Group, parameters: Mapping[str, nn.Parameter]) -> Blocks:
 
 
 def block_norms(owned: Blocks) -> Tensor:
-    """||w_g||_2 / sqrt(|g|) of each channel, the root mean square of all that it owns: float64 (C,), on the CPU."""
+    """||w_g||_2 / sqrt(|g|) of each channel: float64 (C,), on the CPU."""
     squares = torch.zeros_like(owned.sizes)
     for parameter, axis, where, owners in owned.members:
         axes = [a for a in range(parameter.ndim) if a != axis]
@@ -95,13 +82,13 @@ def block_norms(owned: Blocks) -> Tensor:
 
 
 def block_shrink_(owned: Blocks, chosen: Tensor, kappa: float | Tensor, tau: float = 0.0) -> None:
-    """Block soft-threshold, in place: w_g * max(0, 1 - kappa / n_g), with n_g the block's `block_norms`.
+    """Block soft-threshold, in place: w_g * max(0, 1 - kappa / n_g), with n_g from `block_norms`.
 
-    It is the proximal step of kappa * |g| * max(0, n_g - tau), the group lasso with its usual weight sqrt(|g|) on
-    ||w_g||_2 (Yuan and Lin, 2006). A number that belongs to channels of two groups is shrunk by each.
+    The proximal step of kappa * |g| * max(0, n_g - tau), the group lasso with its usual weight sqrt(|g|) on ||w_g||_2
+    (Yuan and Lin, 2006). A number that belongs to channels of two groups is shrunk by each.
 
     Args:
-        chosen: bool (C,), which channels. kappa: >= 0, a number or float64 (C,). tau: norms no larger than this stay.
+        chosen: bool (C,). kappa: >= 0, a number or float64 (C,). tau: norms up to this stay.
     """
     norms = block_norms(owned)
     left = torch.maximum(norms.clamp(max=tau), norms - kappa)
@@ -116,9 +103,9 @@ def block_shrink_(owned: Blocks, chosen: Tensor, kappa: float | Tensor, tau: flo
 
 @dataclass(frozen=True)
 class Multipliers:
-    """A bank of named multipliers, each a number or a vector; it keeps what they were.
+    """Named multipliers, each a number or a vector.
 
-    values: name -> float64 () or (n,). cap: none rises above it. history: name -> the (mean) value after each update.
+    values: name -> float64 () or (n,). history: name -> the (mean) value after each update.
     """
 
     values: dict[str, Tensor]
@@ -126,10 +113,10 @@ class Multipliers:
     history: dict[str, list[float]] = field(default_factory=dict)
 
     def update(self, violations: Mapping[str, Tensor | float], rho: float | Mapping[str, float]) -> None:
-        """One dual step of every multiplier, and a new entry in every history.
+        """One dual step of every multiplier.
 
         Args:
-            violations: name -> a number, or float (n,) like the multiplier; a missing name is a constraint that holds.
+            violations: name -> a number, or float (n,) like the multiplier; missing names are 0.
         """
         unknown = sorted(set(violations) - set(self.values))
         if unknown:
@@ -143,21 +130,21 @@ class Multipliers:
             self.history.setdefault(name, []).append(float(self.values[name].mean()))
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs: tensors and numbers."""
+        """For the checkpoint."""
         return {
             "values": {name: lam.clone() for name, lam in self.values.items()},
             "history": {name: list(curve) for name, curve in self.history.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what `state` was."""
+        """Resume from `state`."""
         self.values.update({name: lam.clone() for name, lam in state["values"].items()})
         self.history.clear()
         self.history.update({name: list(curve) for name, curve in state["history"].items()})
 
 
 def zeros(sizes: Mapping[str, int | None], cap: float = math.inf, start: float = 0.0) -> Multipliers:
-    """A bank in which every multiplier begins at `start`: a vector of so many, or a number where the size is None."""
+    """Multipliers that begin at `start`: a vector of each size, or a number where the size is None."""
     values = {
         name: torch.full(() if n is None else (n,), start, dtype=torch.float64) for name, n in sizes.items()
     }
@@ -171,10 +158,7 @@ Choose = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Penalty:
-    """rho: the dual step. tau: slack, in sigmas. fixed: if more than 0, the multiplier of all, without dual steps.
-
-    per_weight: a multiplier for every unit, not for every layer. cap: the most a multiplier can be.
-    """
+    """rho: the dual step. tau: slack, in sigmas. fixed: if more than 0, a constant multiplier without dual steps."""
 
     rho: float
     tau: float = 0.0
@@ -185,11 +169,11 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Deadwood:
-    """The shrinking of one training; `shrink`, `after_epoch`, `state` and `restore` are hooks of `train.loop.fit`.
+    """The shrinkage of one training; `shrink`, `after_epoch`, `state` and `restore` are hooks of `train.loop.fit`.
 
-    choose: norms -> masks, what would stay. pull: 1 / L. sigma: name -> rms of the norms at the start.
-    blocks: of channels, what each owns. gone: name -> bool (n,), the deadwood.
-    mass, violation: before each epoch and after the last, the deadwood's share of all norms, and its mean violation.
+    choose: norms -> masks of what would stay. pull: 1 / L. sigma: name -> rms of the norms at the start. gone: name ->
+    bool (n,), the deadwood. mass, violation: before each epoch and after the last, its share of all norms, and its
+    mean violation.
     """
 
     network: nn.Module
@@ -206,7 +190,7 @@ class Deadwood:
     violation: list[float] = field(default_factory=list)
 
     def shrink(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """The proximal step of the penalty, after a step of learning rate `lr`."""
+        """The proximal step of the penalty, after an optimizer step."""
         parameters = models.tensors(self.network)
         for name, gone in self.gone.items():
             kappa = lr * self.pull * self.sigma[name] * self.bank.values[name]
@@ -221,8 +205,8 @@ class Deadwood:
             prox_shrink_(w, here.view(w.shape), amount, tau)
 
     def after_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        """Choose the deadwood anew, and the dual step of the next epoch."""
-        self._look()
+        """Choose the deadwood of the next epoch, and the dual step."""
+        self._record()
         if epoch + 1 < self.epochs:
             self._ascend()
 
@@ -232,12 +216,12 @@ class Deadwood:
         return {**self.bank.state(), "gone": gone, "mass": [*self.mass], "violation": [*self.violation]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.bank.restore(state)
         self.gone.update(state["gone"])
         self.mass[:], self.violation[:] = state["mass"], state["violation"]
 
-    def _look(self) -> None:
+    def _record(self) -> None:
         norms = self.units.norms(self.network)
         self.gone.update({name: ~stays for name, stays in self.choose(norms).items()})
         total = sum(float(n.sum()) for n in norms.values())
@@ -252,7 +236,7 @@ class Deadwood:
         self.bank.update(over if self.penalty.per_weight else means, rho)
 
     def _over(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By how many sigmas each unit of the deadwood is above the slack: float64 (n,)."""
+        """By how many sigmas each unit of the deadwood exceeds the slack: float64 (n,)."""
         tau = self.penalty.tau
         return {n: (v / self.sigma[n] - tau).clamp(min=0) * self.gone[n].cpu() for n, v in norms.items()}
 
@@ -260,7 +244,7 @@ class Deadwood:
 def begin(
     network: nn.Module, units: Units, choose: Choose, penalty: Penalty, *, table: TuneTable, steps: int
 ) -> Deadwood:
-    """Before the first epoch, with the first dual step done."""
+    """The state before the first epoch, after the first dual step."""
     total = steps * table.epochs
     reach = table.lr * sum(lr_factor(step, total) for step in range(total))
     parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -272,7 +256,7 @@ def begin(
         blocks={name: blocks(group, parameters) for name, group in units.groups.items()},
         bank=zeros(sizes, penalty.cap, penalty.fixed),
     )  # fmt: skip
-    deadwood._look()
+    deadwood._record()
     if table.epochs:
         deadwood._ascend()
     return deadwood
