@@ -67,13 +67,13 @@ class Deadwooding(TrainingMethod):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        words = (
+        choices = (
             ("score", SCORES),
             ("distance", constrained_distillation.DISTANCES),
             ("loss_a", LOSSES),
             ("loss_b", LOSSES),
         )
-        for name, accepted in words:
+        for name, accepted in choices:
             value = getattr(self, name)
             if value not in accepted:
                 found = f"deadwooding: {name} = {value!r} is not one of {', '.join(accepted)}"

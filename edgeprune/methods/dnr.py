@@ -1,11 +1,10 @@
-"""Train sparse and rewire every epoch: the weakest go, what has most momentum comes; robust with an attack.
+"""Train sparse and rewire every epoch: the weakest units go, those with the most momentum come; robust with an attack.
 
 Kundu, Nazemi, Beerel and Pedram, "DNR: A Tunable Robust Pruning Framework Through Dynamic Network Rewiring of DNNs"
-(ASP-DAC 2021): one training run on the budget from its first step to its last, on a hybrid loss of clean and
-adversarial images plus a dynamic L2 term. Gradients stay dense, so that the momentum of what is not there tells what
-should be. Unlike the authors' public code the budget holds exactly after every epoch, the L2 term has a gradient (its
-anchor is detached), a weight that is traded for itself starts at zero too, and a channel's price is what it costs in
-the network that is cut. Channels and the 2:4 pattern are rewired within what the target is fast with.
+(ASP-DAC 2021): one training within the budget, on a hybrid loss of clean and adversarial images plus a dynamic L2
+term. Gradients stay dense, so that pruned weights have a momentum to rank them by. Unlike the authors' public code
+the budget holds exactly after every epoch, the L2 term has a gradient (its anchor is detached), a weight that is
+removed and regrown at once starts at zero too, and the cost of a channel is its cost in the network that is cut.
 """
 
 from collections.abc import Mapping
@@ -26,11 +25,11 @@ from edgeprune.train import TrainingJob, fit, seeded_generator
 
 STARTS = ("given", "scratch")
 INITS = ("auto", "global", "uniform", "random")
-# Of a layer's weights at least so many stay, per output; fewer where the budget leaves no choice.
+# Least weights of a layer per output; fewer where the budget leaves no choice.
 FLOOR_PER_OUTPUT = 1 / 8
 HYBRID = 0.5
-# Of trained weights a half is too much to lose: a ResNet-20 at a tenth of its weights, after four epochs on 1,440
-# images, was right on 59 % with 0.2, on 46 % with 0.5, and on 51 % without rewiring.
+# A ResNet-20 with a tenth of its trained weights, after four epochs on 1,440 images, had an accuracy of 59 % with 0.2,
+# 46 % with 0.5, and 51 % without rewiring.
 GIVEN_RATE = 0.2
 SCRATCH_RATE = 0.5
 
@@ -39,13 +38,13 @@ SCRATCH_RATE = 0.5
 class DNR(TrainingMethod):
     """Dynamic network rewiring.
 
-    start: from the given weights or from scratch. init: what is there first: of all layers the largest weights
-    (global), of each layer the same share of its largest (uniform) or any (random); auto is global, and from scratch
-    random. rate: share of what is there that is traded after the first epoch, falling to 0 at the share `until` of the
-    epochs; -1 is 0.2, and from scratch the paper's 0.5. beta: share of the clean images in the loss; -1 is tune.beta,
-    or 0.5 where that is 0. regularizer: proximal (towards the weights at the epoch's start), admm (towards what the
-    next rewiring would leave) or none; rho: its weight. revive_value: what is traded for itself keeps its value, as in
-    the authors' code.
+    start: given weights or scratch. init: the first masks: the largest weights of all layers (global), the same share
+    of each layer by magnitude (uniform) or at random (random); auto is global, and from scratch random. rate: share of
+    active units traded after the first epoch, falling to 0 at the share `until` of the epochs; -1 is 0.2, from scratch
+    0.5 as in the paper. beta: share of the clean images in the loss; -1 is tune.beta, or 0.5 where that is 0.
+    regularizer: proximal (towards the weights at the epoch's start), admm (towards what the next rewiring would leave)
+    or none; rho: its weight. revive_value: a unit that is removed and regrown at once keeps its value, as in the
+    authors' code.
     """
 
     start: str = "given"
@@ -58,7 +57,7 @@ class DNR(TrainingMethod):
     revive_value: bool = False
 
     def prune(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Train on the budget for all epochs; the network is left trained, with everything that went at zero."""
+        """Train within the budget for all epochs, in place."""
         self._check()
         training = need_training("dnr", task)
         if training.table.epochs < 1:
@@ -97,20 +96,20 @@ class DNR(TrainingMethod):
             self.revive_value,
         )
         masks = _first(self, network, task, training.seed)
-        told = f"{self!r} {sorted(task.rules.limits.items())}"
+        settings = f"{self!r} {sorted(task.rules.limits.items())}"
         if task.units.granularity == "channel":
             budget = ChannelBudget(task.costs.cost, task.rules.limits, _steps(task))
-            return SparseTraining(network, task.units, plan, masks, budget=budget, told=told)
+            return SparseTraining(network, task.units, plan, masks, budget=budget, settings=settings)
         floors = _floors(task) if task.units.granularity == "weight" else {}
-        return SparseTraining(network, task.units, plan, masks, floors, told=told)
+        return SparseTraining(network, task.units, plan, masks, floors, settings=settings)
 
     def _check(self) -> None:
-        words = (
+        choices = (
             ("start", self.start, STARTS),
             ("init", self.init, INITS),
             ("regularizer", self.regularizer, REGULARIZERS),
         )
-        for name, value, accepted in words:
+        for name, value, accepted in choices:
             if value not in accepted:
                 raise UsageError(
                     f"dnr: {name} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
@@ -144,7 +143,7 @@ class DNR(TrainingMethod):
 
 
 def _reset(network: nn.Module, seed: int) -> list[str]:
-    """Draw every weight anew, in place; says which ones no layer knows how to draw."""
+    """Draw every weight anew, in place; a note names those that no layer can initialize."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         left: list[str] = []
@@ -160,7 +159,7 @@ def _reset(network: nn.Module, seed: int) -> list[str]:
 
 
 def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[str, Tensor]:
-    """What is there before the first step: exactly the budget's number of weights, two of each block, or channels."""
+    """The masks before the first step, exactly within the budget."""
     init = rules.init
     if init == "auto":
         init = "random" if rules.start == "scratch" else "global"
@@ -176,7 +175,7 @@ def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[s
     if units.granularity == "weight":
         counts = _uniform(task)
         return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
-    # An allocation spends its rest in half steps; rewiring keeps to whole ones.
+    # The allocation also uses half steps, rewiring only whole ones.
     kept = _even(task) if init != "global" else {n: int(m.sum()) for n, m in task.keep(scores).items()}
     return {
         name: keep_largest(scores[name], max((k for k in steps if k <= kept[name]), default=steps[-1]))
@@ -199,20 +198,20 @@ def _uniform(task: PruneTask) -> Mapping[str, int]:
 
 
 def _floors(task: PruneTask) -> dict[str, int]:
-    """The least of each layer: an eighth of its outputs, or the task's own floors where that would be too many."""
+    """The least of each layer: an eighth of its outputs, or the task's floors where that would be too many."""
     floors, shapes = task.floors(), task.units.shapes
-    wish = {
+    preferred = {
         n: max(least, min(task.units.sizes[n], int(FLOOR_PER_OUTPUT * shapes[n][0])))
         for n, least in floors.items()
     }
-    return wish if sum(wish.values()) <= task.quota() else floors
+    return preferred if sum(preferred.values()) <= task.quota() else floors
 
 
 def _steps(task: PruneTask) -> dict[str, tuple[int, ...]]:
-    """The levels that counts keep to: as coarse as the budget allows, and above a bottleneck where it allows that."""
+    """The levels that counts keep to: as coarse as the budget allows, and above a bottleneck where possible."""
     rules, costs = task.rules, task.costs
-    wish = max(1, rules.multiple_of)
-    halves = [wish >> k for k in range(wish.bit_length())]
+    preferred = max(1, rules.multiple_of)
+    halves = [preferred >> k for k in range(preferred.bit_length())]
     comfortable = [(multiple, max(BOTTLENECK, rules.floor)) for multiple in halves[:2]]
     found: dict[str, tuple[int, ...]] = {}
     for multiple, floor in [*comfortable, *((multiple, rules.floor) for multiple in halves)]:

@@ -1,10 +1,10 @@
-"""Cut again and again as much as the PQ index of the weights calls superfluous, and train in between.
+"""Cut repeatedly as much as the PQ index of the weights calls superfluous, and train in between.
 
 Diao, Wang, Zhang, Yang, Ding and Tarokh, "Pruning Deep Neural Networks from a Sparsity Perspective" (ICLR 2023),
-Algorithm 1, at every granularity: of channels the index is that of their norms, of the 2:4 pattern the count says how
-many blocks take it. Unlike the paper, SAP here can meet a budget: the last cut leaves exactly what that allows. And it
-can go on from the weights there are (`variant` tune), when it stops by the index itself: this falls while training
-makes the weights more even, rises when only what matters is left, and falls again when the network collapses.
+Algorithm 1, at every granularity: for channels the index of their norms, for 2:4 the number of blocks that take the
+pattern. Unlike the paper, SAP here can meet a budget: the last cut leaves exactly what that allows. And it can continue
+from the current weights (`variant` tune), when it stops by the index itself: this falls while training makes the
+weights more even, rises when only what matters is left, and falls again when the network collapses.
 """
 
 import math
@@ -42,13 +42,12 @@ class Sap(TrainingMethod):
     """p, q: orders of the PQ index. eta, gamma, beta: slack, factor and largest share of its count.
 
     scope: what is counted together: the rows of a weight ("unit"), a "layer", or the whole network ("global").
-    variant: "tune" goes on from the weights there are; "paper" goes back to the first ones before each training;
-    "oneshot" does not train. start: "given" weights, or "scratch": new ones by the seed.
-    iterations: how many cuts; 0 is as many as the budget needs and the epochs allow. ratio: this share goes each time,
-    whatever the index says (a lottery ticket); 0 lets it decide. pace: where the cuts there are would not get to the
-    budget, all of them take more and get there by even steps; else the last one takes the rest.
-    from_dense: cut by the weights of the first training, always. tolerance: without a budget, the loss of validation
-    accuracy at which "tune" stops, as a fraction.
+    variant: "tune" continues from the current weights, "paper" rewinds to the first ones before each training,
+    "oneshot" does not train. start: "given" weights, or "scratch". iterations: number of cuts; 0 is as many as the
+    budget needs and the epochs allow. ratio: a fixed share per cut (a lottery ticket); 0 uses the index. pace: where
+    the cuts would not reach the budget, all of them take more, by even steps; else the last one takes the rest.
+    from_dense: always cut by the weights of the first training. tolerance: without a budget, the loss of validation
+    accuracy at which "tune" stops.
     """
 
     p: float = 0.5
@@ -85,7 +84,7 @@ class Sap(TrainingMethod):
 
     @property
     def trains_first(self) -> bool:
-        """Whether the whole network is trained before anything is cut."""
+        """Whether the dense network is trained before the first cut."""
         return self.variant == "paper" or (self.variant == "tune" and self.start == "scratch")
 
     def _rule(self) -> Rule:
@@ -129,7 +128,7 @@ class Sap(TrainingMethod):
 
 @dataclass(frozen=True)
 class _State:
-    """step: trainings that are done. last: whether the last cut is made. before, dense: what may be gone back to."""
+    """step: completed trainings. last: whether the last cut is made. before, dense: states to return to."""
 
     step: int
     masks: dict[str, Tensor]
@@ -154,7 +153,7 @@ class _Work:
     start: Mapping[str, Any]
 
     def first(self, notes: tuple[str, ...]) -> _State:
-        """Where an interrupted run was, or the beginning."""
+        """The state of an interrupted run, or the initial one."""
         training = self.task.training
         found = models.load_state(training.scratch / "sap.pt", self.key) if training else None
         if found is not None:
@@ -166,7 +165,7 @@ class _Work:
         return _State(0, self.task.units.all(), curves, notes)
 
     def iteration(self, state: _State) -> _State:
-        """Train, measure, and stop or cut; then it is on disk."""
+        """Train, measure, stop or cut, and save."""
         done = state.step
         self._train(state)
         norms = self.task.units.norms(self.network)
@@ -182,7 +181,7 @@ class _Work:
         return state
 
     def summary(self, state: _State) -> str:
-        """What happened, in a sentence."""
+        """A sentence for the notes."""
         left = sum(int(keep.sum()) for keep in state.masks.values())
         share = left / max(1, sum(keep.numel() for keep in state.masks.values()))
         kind = "channels" if self.task.units.granularity == "channel" else "prunable weights"
@@ -209,7 +208,7 @@ class _Work:
         train.fit(training.deployed(self.network), job, masking_hooks(self.network, stays))
 
     def _measured(self, state: _State, norms: Mapping[str, Tensor]) -> _State:
-        """The curves with one more point: the index and what is left, of each layer and in all."""
+        """The curves with one more point: the index and what is left, per layer and in total."""
         curves, rule, units = deepcopy(state.curves), self.cutter.rule, self.task.units
         left = {name: norms[name][state.masks[name]] for name in units.sizes}
         found = {name: pqi(values, rule.p, rule.q) for name, values in left.items()}
@@ -284,21 +283,21 @@ class _Work:
         return replace(state, masks=self._last(scores, state.masks), notes=notes, last=True)
 
     def _bounded(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> CutSchedule:
-        """A cutter that takes no more channels of a group than the budget wants: the last cut finds fast counts."""
+        """A schedule that takes no more channels of a group than the budget: the last cut finds fast counts."""
         if self.task.free or self.task.units.granularity != "channel":
             return self.cutter
-        wanted = self.task.keep(schedule.energy(scores, masks))
-        return replace(self.cutter, least={n: int((keep & masks[n]).sum()) for n, keep in wanted.items()})
+        allowed = self.task.keep(schedule.energy(scores, masks))
+        return replace(self.cutter, least={n: int((keep & masks[n]).sum()) for n, keep in allowed.items()})
 
     def _last(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        task, wishes = self.task, schedule.alive(scores, masks)
+        task, ranking = self.task, schedule.alive(scores, masks)
         if task.units.granularity == "channel":
-            wishes = schedule.energy(scores, masks)
+            ranking = schedule.energy(scores, masks)
         if task.units.granularity == "weight" and task.counts is None:
             total = sum(int(keep.sum()) for keep in masks.values()) - task.quota()
             chosen = self.cutter.exactly(scores, masks, total)
-            wishes = {n: w.clamp(max=0) + chosen[n] for n, w in wishes.items()} if chosen else wishes
-        return {name: keep & masks[name] for name, keep in task.keep(wishes).items()}
+            ranking = {n: w.clamp(max=0) + chosen[n] for n, w in ranking.items()} if chosen else ranking
+        return {name: keep & masks[name] for name, keep in task.keep(ranking).items()}
 
 
 def _cutter(task: PruneTask, rule: Rule) -> CutSchedule:

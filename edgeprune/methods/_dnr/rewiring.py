@@ -1,7 +1,7 @@
-"""Which units a sparse network trades for others between epochs, on an exact budget.
+"""Which units a sparse network trades between epochs, on an exact budget.
 
-Dynamic network rewiring (Kundu et al. 2021): each layer gives up its weakest units, and what that frees goes to the
-layers whose momentum is largest. Everything here is counting and choosing: pure, stable by flat index, exact.
+Dynamic network rewiring (Kundu et al. 2021): each layer removes its weakest units, and as many grow in the layers with
+the largest momentum. Ties are broken by flat index.
 """
 
 import math
@@ -14,17 +14,16 @@ from torch import Tensor
 
 from edgeprune.structure import drop_smallest
 
-# p * k is meant as a product of decimals: 0.29 * 100 is 28.999999999999996 in binary.
+# 0.29 * 100 is 28.999999999999996 in binary.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Rewired:
-    """What a rewiring did.
+    """The result of a rewiring.
 
-    masks: name -> bool (n,), what is there now. stayed: what was there before and was not removed; the rest of masks
-    starts at zero. removed, grown: how many, per name. shares: of the regrowth, summing to 1; empty where the pattern
-    fixes them.
+    masks: name -> bool (n,). stayed: the old mask without what was removed; the rest of masks starts at zero. removed,
+    grown: counts per name. shares: of the regrowth, summing to 1; empty where the pattern fixes them.
     """
 
     masks: dict[str, Tensor]
@@ -35,12 +34,7 @@ class Rewired:
 
 
 def pruning_rate(start: float, epoch: int, epochs: float) -> float:
-    """The share of active units that go after an epoch: p_0 (1 - e / E), falling to 0 at the end of the training.
-
-    Args:
-        start: p_0, in [0, 1]. epoch: e, the epochs done before the one just done. epochs: E, all of them,
-            or those in which anything goes.
-    """
+    """The share of active units removed after an epoch: p_0 (1 - e / E), e counted from 0."""
     return max(0.0, start * (1 - epoch / epochs))
 
 
@@ -49,12 +43,8 @@ def largest_remainder(
 ) -> list[int]:
     """Whole numbers in proportion to shares: exactly `total` together, none above its cap or below its floor.
 
-    Each gets its quota rounded down and those with the largest remainders one more (of equal ones the first). What a
-    cap cuts off is shared out again among the others; who would get less than its floor gets that, and the others
-    share the rest. Shares that are all 0 count as the caps.
-
-    Args:
-        floors: one for each cap and at most that; empty for 0.
+    Each gets its quota rounded down, and those with the largest remainders one more (of equal ones the first). What
+    caps and floors change is shared among the others. Shares that are all 0 count as the caps.
     """
     if any(not math.isfinite(s) or s < 0 for s in shares):
         raise ValueError(f"shares must be finite and not negative, got {list(shares)}")
@@ -73,13 +63,7 @@ def largest_remainder(
 
 
 def normalized(means: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Normalized momentum of each layer: the mean |momentum| of its active entries over the sum of all layers'.
-
-    Args:
-        means: name -> mean |momentum|, 0 where nothing is active.
-        sizes: name -> how many entries there are; the layers share by these where the means say nothing (all 0, or
-            not finite).
-    """
+    """Mean |momentum| of each layer as a share of all layers; by `sizes` where it is 0 or not finite."""
     usable: Mapping[str, float] = means
     if not math.isfinite(sum(means.values())) or sum(means.values()) <= 0:
         usable = {name: float(sizes[name]) for name in means}
@@ -96,13 +80,12 @@ def rewire(
 ) -> Rewired:
     """Trade single weights: in every layer the smallest |w| go, and as many grow where the momentum is largest.
 
-    A layer gives up floor(rate * active). What all of them give up is shared out by normalized momentum (largest
-    remainder, at most what a layer has free) and goes to the largest |momentum| of the inactive positions, those just
-    removed among them. As many are active afterwards as before, exactly.
+    A layer removes floor(rate * active). The sum is shared by normalized momentum (largest remainder, at most what a
+    layer has free) and goes to the largest |momentum| of the inactive positions, those just removed among them.
 
     Args:
         masks: name -> bool (n,). weights, momenta: name -> a tensor of n entries, in row-major order.
-        floors: name -> the least that stay active; a layer that has less already keeps what it has.
+        floors: name -> the least that stay active; a layer with fewer keeps what it has.
     """
     means = {name: _mean(momenta[name], mask) for name, mask in masks.items()}
     shares = normalized(means, {name: len(mask) for name, mask in masks.items()})
@@ -132,10 +115,7 @@ def rewire_blocks(
     """Trade weights within blocks of four, two of which are active before and after.
 
     In floor(rate * blocks) blocks of a layer, those whose weaker active weight is smallest, that weight goes, and the
-    largest |momentum| among the three positions that are then free comes.
-
-    Args:
-        masks: name -> bool (n,), two of every block. weights, momenta: name -> a tensor of n entries, row-major.
+    largest |momentum| among the three free positions comes.
     """
     new = {name: m.clone() for name, m in masks.items()}
     stayed = {name: m.clone() for name, m in masks.items()}
@@ -149,18 +129,18 @@ def rewire_blocks(
         stayed[name][going] = False
         new[name][going] = False
         others = where[chosen]
-        wanted = magnitude(momenta[name])[others].masked_fill(new[name][others], -1.0).argmax(1)
-        new[name][others[torch.arange(count), wanted]] = True
+        strongest = magnitude(momenta[name])[others].masked_fill(new[name][others], -1.0).argmax(1)
+        new[name][others[torch.arange(count), strongest]] = True
     return Rewired(new, stayed, counts, dict(counts), {})
 
 
 def magnitude(values: Tensor) -> Tensor:
-    """|values| as float64 (n,) on the CPU; what is no number counts as 0."""
+    """|values| as float64 (n,) on the CPU; NaN counts as 0."""
     return torch.nan_to_num(values.detach().reshape(-1).double().abs().cpu(), nan=0.0)
 
 
 def with_largest(scores: Tensor, mask: Tensor, count: int) -> Tensor:
-    """A mask with `count` more units: those with the largest scores that it lacks, the first of equal ones."""
+    """A mask with `count` more units: the largest scores that it lacks, the first of equal ones."""
     out = mask.clone()
     out[torch.argsort(scores.masked_fill(mask, -1.0), descending=True, stable=True)[:count]] = True
     return out
@@ -199,7 +179,7 @@ def _mean(momentum: Tensor, mask: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ChannelBudget:
-    """What the kept channels may cost.
+    """The budget of the kept channels.
 
     costs: group -> count, to metric -> cost; must not fall with a count. limits: metric -> most allowed. levels: group
     -> the counts that it may keep, its number of channels among them.
@@ -214,7 +194,7 @@ class ChannelBudget:
         return min((k for k in self.levels[group] if k > count), default=None)
 
     def left(self, kept: Mapping[str, int]) -> float:
-        """What is not spent, as a share of each limit, summed over the limits; -inf when one is broken."""
+        """The unspent share of each limit, summed; -inf when one is exceeded."""
         cost = self.costs(kept)
         spare = [(limit - cost[metric]) / max(limit, 1e-12) for metric, limit in self.limits.items()]
         return sum(spare) if all(s >= 0 for s in spare) else -math.inf
@@ -230,12 +210,12 @@ def rewire_channels(
 ) -> Rewired:
     """Trade whole channels: the weakest of every group go, and the freed cost goes where the momentum is largest.
 
-    A group gives up floor(rate * active). It gets back at least what lifts it to one of its levels, and then what its
-    share of the freed cost buys; the rest is spent on the most momentum per cost that still fits. Afterwards every
-    count is a level, every limit holds, and no group could go up a level without breaking one.
+    A group removes floor(rate * active). It grows back at least to one of its levels, and then by its share of the
+    freed cost; the rest is spent on the most momentum per cost that still fits. Afterwards every count is a level,
+    every limit holds, and no group could go up a level without exceeding one.
 
     Args:
-        norms: group -> float64 (C,), what a channel is worth. momenta: group -> float64 (C,), its momentum's norm.
+        norms, momenta: group -> float64 (C,).
     """
     removed = {name: math.floor(rate * int(m.sum()) + ROUNDING) for name, m in masks.items()}
     stayed = {name: drop_smallest(magnitude(norms[name]), m, removed[name]) for name, m in masks.items()}
@@ -252,13 +232,12 @@ def rewire_channels(
 def fill(
     kept: Mapping[str, int], shares: Mapping[str, float], gains: Mapping[str, Tensor], budget: ChannelBudget
 ) -> dict[str, int]:
-    """Raise counts, level by level, until no group can go up without breaking a limit.
+    """Raise counts, level by level, until no group can go up without exceeding a limit.
 
-    First each group by what its share of the unspent cost buys, where what full groups leave over is shared out again;
-    then whichever gains most per cost.
+    First each group by its share of the unspent cost, then whichever gains most per cost.
 
     Args:
-        gains: group -> float64 (C,), what the k-th channel adds; only those beyond kept are looked at.
+        gains: group -> float64 (C,), the gain of the k-th channel; only those beyond kept are used.
     """
     counts = dict(kept)
     while _share_out(counts, shares, budget):
@@ -303,6 +282,6 @@ def _share_out(counts: dict[str, int], shares: Mapping[str, float], budget: Chan
 
 
 def _gains(strength: Tensor, active: Tensor) -> Tensor:
-    """What the k-th channel of a group adds: 0 for the active ones, then the strengths of the others, falling."""
+    """The gain of the k-th channel: 0 for the active ones, then the strengths of the others, falling."""
     others = torch.sort(strength[~active], descending=True).values
     return torch.cat([torch.zeros(int(active.sum()), dtype=torch.float64), others])

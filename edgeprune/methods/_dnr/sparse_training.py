@@ -1,4 +1,4 @@
-"""A network on its budget while it trains: what is there is held after every step and rewired after every epoch.
+"""Training within a budget: masks are applied after every step and rewired after every epoch.
 
 Dynamic network rewiring (Kundu et al. 2021) with its dynamic L2 term, as hooks of the training loop.
 """
@@ -27,19 +27,13 @@ from edgeprune.structure import Units, drop_smallest
 from edgeprune.train import Hooks, momentum
 
 REGULARIZERS = ("proximal", "admm", "none")
-# While it trains, a removed channel is only unread: its own filter goes on answering, and the momentum of its readers
-# tells whether it should come back.
+# In training a removed channel is only unread: its filter still computes, so its readers have a momentum.
 READERS = ("consumer",)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network is rewired.
-
-    epochs: of the training. rate: share of what is there that is traded after the first epoch; it falls to 0 at the
-    share `until` of the epochs. regularizer: one of REGULARIZERS; rho: its weight. revive_value: what is traded for
-    itself keeps its value instead of starting at zero.
-    """
+    """How a network is rewired; the fields are the options of `DNR`."""
 
     epochs: int
     rate: float = 0.5
@@ -62,12 +56,11 @@ class Plan:
 
 @dataclass
 class SparseTraining:
-    """The masks of a network in training, and what changes with them from epoch to epoch.
+    """The masks of a network in training.
 
-    masks: name of a unit -> bool (n,), on the budget. floors: the least of each, of weights. budget: of channels.
-    told: what else the training depends on, as text. anchors, duals: Z and U of the dynamic term, for each masked
-    parameter. record: of each epoch its number, how many units were removed and grown after it, and the density of
-    each layer in it.
+    masks: name of a unit -> bool (n,). floors: the least of each, for weights. budget: for channels. settings: what
+    else the training depends on, as text. anchors, duals: Z and U of the dynamic term, for each masked parameter.
+    record: per epoch its number, how many units were removed and grown after it, and the density of each layer in it.
     """
 
     network: nn.Module
@@ -76,7 +69,7 @@ class SparseTraining:
     masks: dict[str, Tensor]
     floors: Mapping[str, int] = field(default_factory=dict)
     budget: ChannelBudget | None = None
-    told: str = ""
+    settings: str = ""
     anchors: dict[str, Tensor] = field(default_factory=dict)
     duals: dict[str, Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
@@ -100,15 +93,11 @@ class SparseTraining:
     def hooks(
         self, loss: Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor] | None = None
     ) -> Hooks:
-        """What the training loop calls."""
+        """The hooks of the training loop."""
         return Hooks(
-            loss=loss,
-            penalty=self.penalty if self.plan.regularizes else None,
-            after_step=self.after_step,
-            after_epoch=self.after_epoch,
-            state=self.state,
-            restore=self.restore,
-        )
+            loss=loss, penalty=self.penalty if self.plan.regularizes else None, after_step=self.after_step,
+            after_epoch=self.after_epoch, state=self.state, restore=self.restore,
+        )  # fmt: skip
 
     def penalty(self) -> Tensor:
         """rho / 2 sum |W - Z + U|^2, with Z and U constants; 0 in the first epoch, which has no Z yet."""
@@ -119,7 +108,7 @@ class SparseTraining:
         return self.plan.rho / 2 * total
 
     def after_step(self, _optimizer: torch.optim.Optimizer, _lr: float) -> None:
-        """Zero what is not there; its momentum goes on."""
+        """Zero what is pruned; its momentum continues."""
         if not self.gone:
             for name, stays in self.units.entries(self.masks, self.network, READERS).items():
                 # Laid out as the weight is: twice as fast at every step.
@@ -129,7 +118,7 @@ class SparseTraining:
                 self.weights[name].masked_fill_(gone, 0)
 
     def after_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write down, rewire but after the last epoch, and anchor the weights anew."""
+        """Record, rewire except after the last epoch, and update the anchors."""
         rate = self.plan.rate_after(epoch)
         self.record["epochs"].append(epoch)
         for name, mask in self.masks.items():
@@ -147,10 +136,10 @@ class SparseTraining:
             self._anchor(stayed, self.plan.rate_after(epoch + 1))
 
     def scores(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What units are ranked by: |value|, or of a channel the Frobenius norm of the slices that read it.
+        """What units are ranked by: |value|, or the Frobenius norm of the slices that read a channel.
 
         Args:
-            values: masked parameter -> a number per entry, shaped like it.
+            values: masked parameter -> a number per entry.
         """
         if self.units.granularity != "channel":
             return {name: magnitude(values[name]) for name in self.units.sizes}
@@ -158,9 +147,9 @@ class SparseTraining:
         return {name: total.sqrt() for name, total in self.units.sums(squares, READERS).items()}
 
     def state(self) -> dict[str, Any]:
-        """All that changes, and what the training depends on."""
+        """For the checkpoint."""
         return {
-            "plan": f"{self.plan!r} {self.told}",
+            "plan": f"{self.plan!r} {self.settings}",
             "masks": self.masks,
             "anchors": self.anchors,
             "duals": self.duals,
@@ -168,7 +157,7 @@ class SparseTraining:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; the record never gets shorter, when an earlier epoch's weights come back."""
+        """Resume; the record never gets shorter, when an earlier epoch's weights come back."""
         self.masks = dict(state["masks"])
         self.anchors, self.duals = dict(state["anchors"]), dict(state["duals"])
         if len(state["record"]["epochs"]) > len(self.record["epochs"]):
@@ -196,7 +185,7 @@ class SparseTraining:
         self.gone = {}
 
     def _anchor(self, stayed: Mapping[str, Tensor], rate: float) -> None:
-        """Z and U for the next epoch. They are copies: an anchor that follows the weights pulls at nothing."""
+        """Z and U for the next epoch; copies, because an anchor that follows the weights has no gradient."""
         now = {name: weight.detach().clone() for name, weight in self.weights.items()}
         if self.plan.regularizer == "proximal":
             self.anchors = now

@@ -1,7 +1,7 @@
-"""Which units go next: SAP's count on every vector of a scope, and the cut that takes exactly so many.
+"""Which units go next: SAP's count on every vector of a scope, and the cut that takes exactly that many.
 
 The vectors are the rows of a weight ("unit"), a whole weight or group ("layer"), or all of them together ("global").
-Of the 2:4 pattern a cut does not drop single weights but imposes the pattern on half as many blocks.
+For 2:4 a cut imposes the pattern on half as many blocks.
 """
 
 import math
@@ -28,11 +28,11 @@ from edgeprune.structure import (
 
 SCOPES = ("unit", "layer", "global")
 TINY = 1e-9
-# A change of the index counts from this share of it on: below it, it is chance.
+# Smaller relative changes of the index are noise.
 TURN = 0.02
-# No budget needs more cuts; and so many share it when counts alone would never get there.
+# Most cuts of a budget; and how many when counts alone would never reach it.
 MOST_CUTS, CUTS_WITHOUT_HELP = 100, 10
-# Counts of one cut, and how many units one of them must take, or it is the last.
+# Most counts of one cut, and the units that a count must take, or it is the last.
 MOST_COUNTS, LEAST_COUNT = 1000, 0.01
 HALVINGS = 20
 
@@ -44,7 +44,7 @@ UnitMasks = dict[str, Tensor]
 class Rule:
     """How many units go at once. p, q, eta, gamma, beta: of `sap_count`. scope: one of SCOPES.
 
-    ratio: if more than 0, this share goes, whatever the index says.
+    ratio: if more than 0, a fixed share instead of the index.
     """
 
     p: float = 0.5
@@ -69,10 +69,10 @@ class Rule:
 
 @dataclass(frozen=True, eq=False)
 class PrunedVector:
-    """Some units that are counted and cut together: `start` to `stop` of a name, or all of all names (name "").
+    """Units that are counted and cut together: `start` to `stop` of a name, or all of all names (name "").
 
-    left: how many are still there. room: how many can go at most. shares: float64 (left + 1,), which part of the n
-    largest is superfluous, before gamma and beta.
+    left: how many remain. room: how many can go at most. shares: float64 (left + 1,), the superfluous part of the n
+    largest, before gamma and beta.
     """
 
     name: str
@@ -83,7 +83,7 @@ class PrunedVector:
     shares: Tensor
 
     def count(self, gone: float, rule: Rule) -> float:
-        """How many go next when so many have gone: n * min(gamma * share, beta), as far as there is room."""
+        """How many go next when `gone` are gone: n * min(gamma * share, beta), at most the room."""
         n = self.left - gone
         share = rule.ratio or min(rule.gamma * float(self.shares[int(n)]), rule.beta)
         return min(self.room - gone, n * share)
@@ -93,7 +93,7 @@ class PrunedVector:
 class CutSchedule:
     """Cuts by a rule.
 
-    least: name -> how many units stay at least. excess: what masks leave, as a multiple of the budget; 0 without one.
+    least: name -> least number of units. excess: masks -> their cost as a multiple of the budget; 0 without one.
     """
 
     units: Units
@@ -102,13 +102,13 @@ class CutSchedule:
     excess: Callable[[Scores], float]
 
     def next(self, scores: Scores, masks: Scores, goal: float = math.inf) -> tuple[UnitMasks, float]:
-        """One cut by the rule's count; and by the count of what that leaves, and so on, until a goal is reached.
+        """One cut by successive counts of the rule, until the excess is at most `goal`.
 
         Args:
-            scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left. goal: an excess.
+            scores: name -> magnitudes, float64 (n,). masks: name -> bool (n,), what is left.
 
         Returns:
-            Masks, True only where `masks` is; and how many counts it took, the last one perhaps in part.
+            The new masks, and the number of counts; the last one may be fractional.
         """
         found = vectors(self.units, scores, masks, self.rule, self.least)
         excess, left = self.excess(masks), sum(int(keep.sum()) for keep in masks.values())
@@ -122,14 +122,14 @@ class CutSchedule:
         return self._cut(scores, masks, found, drops), rounds
 
     def exactly(self, scores: Scores, masks: Scores, total: int) -> UnitMasks | None:
-        """A cut of `total` weights, shared out as counts one after the other do; None where floors leave no room."""
+        """A cut of `total` weights in proportion to successive counts; None where floors leave no room."""
         found = vectors(self.units, scores, masks, self.rule, self.least)
         if sum(v.room for v in found) < total:
             return None
         return self._cut(scores, masks, found, exact_counts(found, self.rule, total))
 
     def needed(self, scores: Scores) -> int:
-        """How many counts get to the budget, if no training changes the scores in between."""
+        """How many counts reach the budget, if no training changes the scores in between."""
         after, rounds = self.next(scores, self.units.all(), 1.0)
         short = self.excess(after) > 1
         return min(MOST_CUTS, max(math.ceil(rounds), CUTS_WITHOUT_HELP if short else 1))
@@ -137,7 +137,7 @@ class CutSchedule:
     def _cut(
         self, scores: Scores, masks: Scores, found: Sequence[PrunedVector], drops: Sequence[int]
     ) -> UnitMasks:
-        """Take the smallest of each vector, so many as said; of the pattern, half as many of the cheapest blocks."""
+        """Remove the smallest of each vector; for 2:4, impose the pattern on half as many blocks."""
         after = {name: keep.clone() for name, keep in masks.items()}
         kept = self.units.best_of_blocks(scores) if self.units.granularity == "2:4" else {}
         for vector, count in zip(found, drops, strict=True):
@@ -180,13 +180,12 @@ def vectors(
 def descend(
     found: Sequence[PrunedVector], rule: Rule, reached: Callable[[Sequence[int]], bool]
 ) -> tuple[list[int], float]:
-    """How many units of each vector go: a whole count, and more counts until a goal is reached, as if it were cut.
+    """How many units of each vector go: a whole count, and more counts until `reached`, as if each were cut.
 
-    Other than with one count times a factor, a layer of which little is superfluous by then loses little; and a small
-    one, whose count is less than a unit, nothing more.
+    Unlike one count times a factor, this takes little from a layer of which little is superfluous.
 
     Returns:
-        The numbers, and how many counts they are; of the last one only the part that is needed.
+        The numbers, and how many counts they are; the last one only the part that is needed.
     """
     first = [math.floor(v.count(0, rule) + ROUNDING) for v in found]
     if reached(first):
@@ -207,7 +206,7 @@ def descend(
 
 
 def exact_counts(found: Sequence[PrunedVector], rule: Rule, total: int) -> list[int]:
-    """How many units of each vector go so that it is `total` in all, by counts one after the other."""
+    """How many units of each vector go so that it is `total` in all, by successive counts."""
     gone = [0.0] * len(found)
     while (rest := total - sum(gone)) > 0:
         more = _more(found, gone, rule)
@@ -218,13 +217,13 @@ def exact_counts(found: Sequence[PrunedVector], rule: Rule, total: int) -> list[
         gone = [a + part * b for a, b in zip(gone, more, strict=True)]
         if part < 1 or rest <= sum(more):
             break
-    wanted = {i: max(g, TINY) for i, g in enumerate(gone)}
-    nothing, most = dict.fromkeys(wanted, 0), {i: v.room for i, v in enumerate(found)}
-    return list(share_out(wanted, total, nothing, most).values())
+    shares = {i: max(g, TINY) for i, g in enumerate(gone)}
+    nothing, most = dict.fromkeys(shares, 0), {i: v.room for i, v in enumerate(found)}
+    return list(share_out(shares, total, nothing, most).values())
 
 
 def _more(found: Sequence[PrunedVector], gone: Sequence[float], rule: Rule) -> list[float]:
-    """The next count; only where it is less than a unit everywhere, these parts of units."""
+    """The next count; in fractions of units only where it is less than one unit everywhere."""
     exact = [v.count(g, rule) for v, g in zip(found, gone, strict=True)]
     whole = [math.floor(count + ROUNDING) for count in exact]
     return [*whole] if any(whole) else exact
@@ -235,26 +234,25 @@ def _partly(gone: Sequence[float], more: Sequence[float], share: float) -> list[
 
 
 def alive(scores: Scores, masks: Scores) -> UnitMasks:
-    """The scores, and -1 for what is gone: it is chosen last."""
+    """The scores, and -1 for what is pruned: it is chosen last."""
     return {name: s.masked_fill(~masks[name], -1.0) for name, s in scores.items()}
 
 
 def energy(scores: Scores, masks: Scores) -> UnitMasks:
-    """Squared scores as shares of what is left of a group, comparable between groups; -1 for what is gone."""
+    """Squared scores as shares of the rest of a group, comparable between groups; -1 for what is pruned."""
     out: dict[str, Tensor] = {}
-    for name, wish in alive(scores, masks).items():
-        squares = wish.clamp(min=0) ** 2
+    for name, score in alive(scores, masks).items():
+        squares = score.clamp(min=0) ** 2
         out[name] = torch.where(masks[name], squares / torch.clamp(squares.sum(), min=1e-30), -1.0)
     return out
 
 
 def same(a: Scores, b: Scores) -> bool:
-    """Whether two masks are equal."""
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def turned(curve: Sequence[float]) -> bool:
-    """Whether an index that had risen is falling now: the network collapses. Smaller changes than TURN don't count."""
+    """Whether an index that had risen is falling now: the network collapses. Changes below TURN don't count."""
     lowest, peak = math.inf, 0.0
     for value in curve:
         lowest = min(lowest, value)
@@ -271,7 +269,7 @@ def _global(scores: Scores, masks: Scores, count: int, least: Mapping[str, int])
 def _impose(
     pattern: tuple[Units, Scores, Scores], masks: UnitMasks, vector: PrunedVector, count: int
 ) -> None:
-    """Leave the two largest of `count` blocks, those that lose the least sum of squares by it, in place."""
+    """Impose the pattern on the `count` blocks that lose the least sum of squares, in place."""
     units, scores, kept = pattern
     whole: dict[str, Tensor] = {}
     for name in [vector.name] if vector.name else units.sizes:
@@ -288,7 +286,7 @@ def _impose(
 
 
 def reinitialize(network: nn.Module, seed: int) -> tuple[str, ...]:
-    """New weights by the seed, drawn on the CPU, the same on every device; notes of what could not be drawn."""
+    """New weights by the seed, drawn on the CPU; notes of what could not be drawn."""
     fresh, known = deepcopy(network).cpu(), set[str]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
