@@ -1,11 +1,11 @@
-"""Prune without data: pairs of units merged under bounds (Meng et al. 2022), or by what synthesized images tell.
+"""Prune without data: units merged under bounds (Meng et al. 2022), or removed by their effect on synthesized images.
 
 Meng, Bai, Teo and Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning" (2022), for convolutional
 and residual networks too. `mode` baseline, greedy and stochastic are the paper's: units are merged in small steps by
-saliency alone, by the score of what a merge can do to the logits, or by that score with simulated annealing. `mode`
-reconstruction looks at images that were made from the network itself: units go in the order in which the layers that
-read them can do without them, and the counts follow the measured change of the answers. Unlike the paper, both
-directions of a pair are tried, the bounds are sound, and the two parts of the score are ranked before they are mixed.
+saliency alone, by a score of the bounded change of the logits, or by that score with simulated annealing. `mode`
+reconstruction uses images that were synthesized from the network: units go by backward elimination, and the counts by
+the measured change of the outputs. Unlike the paper, both directions of a pair are tried, the bounds are sound, and
+the two parts of the score are ranked before they are mixed.
 """
 
 from collections.abc import Mapping
@@ -44,10 +44,10 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class DataFree(SurveyMethod):
-    """mode: auto (reconstruction where the network is repaired on images, stochastic without), or one of MODES.
+    """mode: auto (reconstruction where the network is repaired on images, else stochastic), or one of MODES.
 
-    score: paper or margin. alpha: share of the widths in the paper's score. step: share of a layer that goes at a
-    time. pool: candidates of a step, times its quota. scaled: merge a unit in proportion to another one.
+    score: paper or margin. alpha: share of the widths in the paper's score. step: share of a layer removed per step.
+    pool: candidates of a step, times its quota. scaled: merge a unit in proportion to another one.
     """
 
     mode: str = "auto"
@@ -58,7 +58,7 @@ class DataFree(SurveyMethod):
     scaled: bool = True
 
     def survey(self, network: nn.Module, task: PruneTask) -> Survey:
-        """What each count costs: measured on images, or from the saliency of the units."""
+        """The loss of each count: measured on images, or from the saliency of the units."""
         mode = self._mode(task)
         if mode == "reconstruction":
             return _by_reconstruction(network, task)
@@ -66,7 +66,7 @@ class DataFree(SurveyMethod):
         return Survey(losses_of(scores))
 
     def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
-        """Which units stay; in the paper's modes the network is left with the others merged into them."""
+        """Which units stay; in the paper's modes the others are merged into them, in place."""
         if self._mode(task) == "reconstruction":
             orders: Mapping[str, Order] = survey.detail
             return Masks(channels={g: _without(orders[g], k) for g, k in kept.items()})
@@ -74,15 +74,15 @@ class DataFree(SurveyMethod):
         rules = progressive.Rules(self._mode(task), self.score, self.alpha, self.step, self.pool, self.scaled)
         thinning = progressive.Thinning(network, program, task.groups, input_box(_spec(task)), rules)
         thinning.run(kept, task.seed)
-        task.notes.extend(thinning.said())
+        task.notes.extend(thinning.notes())
         return Masks(channels=dict(thinning.alive))
 
     def scores(self, network: nn.Module, task: PruneTask) -> dict[str, Tensor]:
-        """Of single weights: |w| times the root mean square of what it multiplies, as a share of its output's sum.
+        """|w| times the root mean square of its input, as a share of its output's sum; for single weights.
 
         Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2024), Eq. 1, made comparable
-        between outputs and layers: the relative change of an output when the weight goes. Where there are no images,
-        and for layers whose inputs are not looked at, what a weight multiplies counts as 1.
+        between outputs and layers. Without images, and for layers whose inputs are not observed, the input counts as
+        1.
         """
         units = task.units
         paths = {name: name.rpartition(".")[0] for name in units.shapes}
@@ -167,7 +167,7 @@ def _without(order: Order, kept: int) -> Tensor:
 
 
 def _share(saliency: Tensor) -> Tensor:
-    """Squared, as a share of the group's sum: how much of a group goes, whatever its width and scale."""
+    """Squared, as a share of the group's sum: independent of its width and scale."""
     squared = saliency.pow(2)
     return squared / torch.clamp(squared.sum(), min=1e-30)
 
@@ -183,7 +183,7 @@ def _spec(task: PruneTask) -> InputSpec:
 
 
 class _Whole(nn.Module):
-    """The network behind its normalization, as the task runs it."""
+    """The network with its normalization, as the task runs it."""
 
     def __init__(self, network: nn.Module, task: PruneTask) -> None:
         nn.Module.__init__(self)

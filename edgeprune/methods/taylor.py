@@ -26,11 +26,11 @@ from edgeprune.repair import Order, positions
 from edgeprune.structure import losses_of
 from edgeprune.train import normalizers
 
-# Images on which it is measured what a layer can miss; of fewer than the second number the scores know more.
+# Images to measure the loss of thinned layers on; with fewer than the second number the scores are more accurate.
 MOST, LEAST = 512, 16
-# Counts of all layers that are measured together, at most.
+# Most joint measurements of all layers.
 TRIES = 60
-# Pixels of one channel that are looked at in one batch, which has to fit in memory.
+# Pixels of one channel in one batch, which has to fit in memory.
 PIXELS = 2**22
 # Multiply-accumulates of a forward and a backward pass, over those of a forward pass.
 PASSES = 3
@@ -40,8 +40,8 @@ PASSES = 3
 class Taylor(ScoreMethod):
     """First-order change of the loss.
 
-    images: how many to look at; batch: images per expansion. measured: whether channels are shared out over the layers
-    by what each was measured to be able to miss, and not by their scores alone.
+    images: how many to use; batch: images per expansion. measured: allocate channels by the measured loss of thinned
+    layers instead of the scores alone.
     """
 
     images: int = 1024
@@ -69,7 +69,7 @@ class Taylor(ScoreMethod):
         return {name: value / len(images) for name, value in total.items()}
 
     def weigh(self, network: nn.Module, task: PruneTask, scores: Mapping[str, Tensor]) -> Survey:
-        """Measured where that can be done: with batch-norm, on enough images."""
+        """Measured where possible: with batch-norm, on enough images."""
         images, labels = need_images("taylor", task)
         macs = task.costs.cost({})["macs"]
         work = max(repair.WORK, PASSES * self.images * macs)
@@ -96,7 +96,7 @@ class Taylor(ScoreMethod):
 
 
 def _order(scores: Tensor) -> Order:
-    """The smallest score first; the sum of what is gone is the error."""
+    """The smallest score first; the error is the sum of the scores removed."""
     units = torch.argsort(scores, descending=True, stable=True).flip(0)
     gone = scores[units].clamp(min=0).cumsum(0)
     return Order(tuple(units.tolist()[:-1]), (0.0, *gone.tolist()[:-1]))

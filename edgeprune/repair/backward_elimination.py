@@ -1,9 +1,8 @@
-"""Backward elimination: which units a group can miss when everything that reads it is solved anew.
+"""Backward elimination: the order in which units of a group go when all that reads it is solved again.
 
-For a linear reader with weights W and input moments H, taking the inputs S away and solving for the others again
-costs tr(W_S (H^-1_SS)^-1 W_S^T) of squared output error, and the solution is W - W_S (H^-1_SS)^-1 H^-1_S: the optimal
-brain surgeon (Hassibi and Stork 1993) with blocks of inputs for weights. Units go one after the other, the cheapest
-first, over all readers of their group together.
+For a linear reader with weights W and input moments H, removing the inputs S and solving for the others costs
+tr(W_S (H^-1_SS)^-1 W_S^T) of squared output error, and the solution is W - W_S (H^-1_SS)^-1 H^-1_S: the optimal brain
+surgeon (Hassibi and Stork 1993) with blocks of inputs for weights. The cheapest unit over all readers goes first.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ POOL = 4
 class Reader:
     """One layer that reads a group.
 
-    weight: (O, F), rows scaled by what an output's error weighs. moments: float64 (F + 1, F + 1) with the constant
-    last, or None when they are not known; then `energy` (F,), the mean squares of its inputs, decides alone.
-    features[u]: the inputs that unit u owns, the same number for each.
+    weight: (O, F), rows scaled by the weight of an output's error. moments: float64 (F + 1, F + 1) with the constant
+    last, or None; then `energy` (F,), the mean squares of its inputs, decides alone. features[u]: the inputs that unit
+    u owns.
     """
 
     weight: Tensor
@@ -39,14 +38,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Order:
-    """units: in the order in which they go. errors[k]: squared output error when k are gone; errors[0] = 0."""
+    """units: in the order of removal. errors[k]: squared output error when k are removed; errors[0] = 0."""
 
     units: tuple[int, ...]
     errors: tuple[float, ...]
 
 
 def eliminate(readers: Sequence[Reader]) -> Order:
-    """The order in which the units of a group go, all but one, and what that costs."""
+    """The order of removal of all units but one, and its errors."""
     count = len(readers[0].features)
     states = [_state(reader) for reader in readers]
     alive = torch.arange(count)
@@ -99,13 +98,13 @@ def _state(reader: Reader) -> _Solved | _Fixed:
 
 
 class _Solved:
-    """A reader whose other inputs make up, as far as they can, for those that went."""
+    """A reader whose other inputs compensate for those removed."""
 
     def __init__(self, weight: Tensor, inverse: Tensor, index: Tensor) -> None:
         self._weight, self._inverse, self._index = weight, inverse, index
 
     def costs(self, units: Tensor) -> Tensor:
-        """float64 (len(units),): the squared error that each would add."""
+        """The squared error that each unit would add: float64 (len(units),)."""
         at = self._index[units]
         blocks = self._inverse[at[:, :, None], at[:, None, :]]
         weights = self._weight[at]
@@ -113,7 +112,7 @@ class _Solved:
         return torch.linalg.solve(blocks, weights @ weights.mT).diagonal(dim1=1, dim2=2).sum(1)
 
     def only(self, units: Tensor) -> _Solved:
-        """A copy that knows of these units alone; the others make up for what goes, but don't go."""
+        """A copy in which only these units can go; the others still compensate."""
         at = self._index[units]
         inputs = at.flatten()
         return _Solved(
@@ -123,7 +122,7 @@ class _Solved:
         )
 
     def remove(self, units: Tensor) -> None:
-        """Take units away and solve for the others."""
+        """Remove units and solve for the others."""
         at = self._index[units].flatten()
         rows = self._inverse[at]
         update = torch.linalg.solve(rows[:, at], rows)
@@ -136,7 +135,7 @@ class _Solved:
 
 
 class _Fixed:
-    """A reader whose moments are not known: nothing makes up for a unit that goes."""
+    """A reader whose moments are not known: nothing compensates."""
 
     def __init__(self, costs: Tensor) -> None:
         self._costs = costs
@@ -146,7 +145,7 @@ class _Fixed:
         return self._costs[units]
 
     def only(self, units: Tensor) -> _Fixed:
-        """A copy that knows of these units alone."""
+        """A copy of these units alone."""
         return _Fixed(self._costs[units])
 
     def remove(self, units: Tensor) -> None:

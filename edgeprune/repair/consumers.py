@@ -25,9 +25,9 @@ class Consumer:
 
 
 def consumers_of(network: nn.Module, group: Group) -> tuple[list[Consumer], list[str]]:
-    """The layers that read a group as linear maps of patches, and the paths of those that read it in another way.
+    """The layers that read a group as linear maps of patches, and the paths of the others.
 
-    The second are grouped and transposed convolutions, and readers where units own different numbers of inputs.
+    The others are grouped and transposed convolutions, and readers where units own different numbers of inputs.
     """
     found: list[Consumer] = []
     others: list[str] = []
@@ -52,18 +52,18 @@ def consumers_of(network: nn.Module, group: Group) -> tuple[list[Consumer], list
 
 @dataclass(frozen=True)
 class Bias:
-    """Where the constant of a layer's answer lies: its own bias, or the running mean of the batch-norm behind it."""
+    """Where a constant of a layer's output is stored: its own bias, or the running mean of the batch-norm after it."""
 
     bias: Tensor | None
     running_mean: Tensor | None
 
     @property
     def free(self) -> bool:
-        """Whether a constant can be put anywhere."""
+        """Whether there is a place for a constant."""
         return self.bias is not None or self.running_mean is not None
 
     def add(self, shift: Tensor) -> None:
-        """Move the layer's answer by shift (O,), in place."""
+        """Shift the layer's output by (O,), in place."""
         with torch.no_grad():
             if self.bias is not None:
                 self.bias.add_(shift.to(self.bias))
@@ -72,7 +72,7 @@ class Bias:
 
 
 def bias_of(program: Program, network: nn.Module, path: str) -> Bias:
-    """Where a constant that a layer should add can be put."""
+    """Where a constant can be added to a layer's output."""
     layer = network.get_submodule(path)
     own = models.tensors(layer).get("bias")
     if own is not None:
@@ -83,7 +83,7 @@ def bias_of(program: Program, network: nn.Module, path: str) -> Bias:
 
 
 def _norm_of(program: Program, path: str) -> str | None:
-    """The batch-norm behind a layer, if it is the layer's outputs that it scales: behind words it may be the words."""
+    """The batch-norm after a layer, if it scales the layer's outputs: after sequences it may scale positions."""
     calls = program.readers(f"{path}.weight" if path else "weight")
     if any(call.op == "linear" and len(call.shape) != 2 for call in calls):
         return None
@@ -91,7 +91,7 @@ def _norm_of(program: Program, path: str) -> str | None:
 
 
 def output_scale(program: Program, network: nn.Module, path: str) -> Tensor:
-    """How much the batch-norm behind a layer multiplies each output with, without sign: (O,); ones without one."""
+    """The absolute scale of each output in the batch-norm after a layer: (O,); ones without one."""
     weight = network.get_submodule(path).get_parameter("weight")
     norm = _norm_of(program, path)
     if norm is None:
@@ -107,7 +107,7 @@ def output_scale(program: Program, network: nn.Module, path: str) -> Tensor:
 def solve(
     moments: Tensor, cross: Tensor, start: Tensor, keep: Sequence[int] | None, *, constant: bool, ridge: float
 ) -> Tensor:
-    """The weights that answer best: argmin |X W - Y|^2 + ridge * mean(diag) * |W - start|^2, the constant unpenalized.
+    """argmin |X W - Y|^2 + ridge * mean(diag) * |W - start|^2, the constant unpenalized.
 
     Args:
         moments: X^T X, float64 (F + 1, F + 1), the constant last. cross: X^T Y, (F + 1, O). start: (F + 1, O).

@@ -1,7 +1,7 @@
-"""What the layers of a network get: second moments of their inputs, over images and positions.
+"""Second moments of the inputs of layers, over images and positions.
 
-A convolution is a linear layer on patches. The moments are those of the patch with a 1 appended, so that a closed-form
-solution has a bias; they are all that least squares and backward elimination need to know of the data.
+A convolution is a linear layer on patches. The patch has a 1 appended, so that a closed-form solution has a bias.
+Least squares and backward elimination need only these moments of the data.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,26 +14,26 @@ from torch.nn import functional
 from edgeprune.models import logits
 from edgeprune.progress import bar
 
-# Beyond so many inputs of a layer the moments are not kept: their number is the square, and the solution its cube.
+# Most inputs of a layer: memory grows with the square, and time with the cube.
 WIDEST = 6144
-# Positions of images that one layer's moments are made of, at most; taken evenly.
+# Most positions for one layer's moments.
 ROWS = 65536
 # Entries of patches that are held at a time.
 ENTRIES = 2**26
-# Multiply-accumulates of one look at all images, and the images that are looked at whatever it costs.
+# Most multiply-accumulates of one pass over all images, and the least number of images.
 LOOK = 2.5e11
 FEWEST_IMAGES = 16
 
 
 def reads_patches(layer: nn.Module) -> bool:
-    """Whether the layer is a linear map of patches that the functions here understand."""
+    """Whether the layer is a linear map of patches that is supported here."""
     if isinstance(layer, nn.Linear):
         return True
     return isinstance(layer, nn.Conv2d) and layer.groups == 1
 
 
 def width(layer: nn.Module) -> int:
-    """Entries of one patch, the 1 for the bias not counted."""
+    """Entries of one patch, without the 1 for the bias."""
     weight = layer.get_parameter("weight")
     return weight[0].numel()
 
@@ -59,15 +59,15 @@ def answers(layer: nn.Module, y: Tensor, most: int = ROWS) -> Tensor:
 
 
 def affordable(images: Tensor, macs: float) -> Tensor:
-    """As many of the images, evenly chosen, as a network of that cost is looked at in reasonable time and memory."""
+    """An even subset of the images, small enough for a network of that cost."""
     return images[positions(len(images), max(FEWEST_IMAGES, int(LOOK / max(1.0, macs))))]
 
 
 def positions(count: int, most: int) -> Tensor | slice:
-    """Which of `count` rows are looked at, ascending: all, or `most` of them, one from each of as many equal parts.
+    """An even subset of `count` rows, ascending: all, or one from each of `most` equal parts.
 
-    Where in its part changes from one to the next by the golden ratio: always at the same place, a stride as wide as
-    an image has pixels in a row, or as there are classes, would see the left border or one class alone.
+    The place in the part follows the golden ratio: a fixed stride as wide as an image, or as the number of classes,
+    would select the left border or one class alone.
     """
     if count <= most:
         return slice(None)
@@ -107,7 +107,7 @@ def moments_of_inputs(
 def watching(
     layers: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call `see(path, layer, input)` whenever one of the layers is about to run."""
+    """Call `see(path, layer, input)` before each of the layers runs."""
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda layer, given: see(name, layer, given[0])
@@ -132,7 +132,7 @@ def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _unfolded(layer: nn.Conv2d, x: Tensor, most: int) -> Tensor:
-    """The chosen patches of a padded input, unfolded for a few images at a time: all of them can be gigabytes."""
+    """The chosen patches of a padded input, a few images at a time: all of them can be gigabytes."""
     span = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     sizes = [(n - s - 1) // step + 1 for n, s, step in zip(x.shape[2:], span, layer.stride, strict=True)]
     each = sizes[0] * sizes[1]

@@ -1,8 +1,8 @@
-"""Ridge least squares for one layer, and for what its activation lets through.
+"""Ridge least squares for one layer, also with the activation after it.
 
-The plain solution fits the layer's answers. Where an activation cuts off one side, only what is on the other side
-counts: the error after it goes down in turns of fixing which answers are cut off and solving for the others (Zhang,
-Zou, He and Sun, "Accelerating Very Deep Convolutional Networks for Classification and Detection", 2016, section 2.2).
+With an activation that is constant on one side, the error after it is reduced by alternating between fixing which
+outputs are clipped and solving for the others (Zhang, Zou, He and Sun, "Accelerating Very Deep Convolutional Networks
+for Classification and Detection", 2016, section 2.2).
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Ridge:
             self._added = self._added - moments[index][:, [width]] @ start[[width]]
 
     def solve(self, cross: Tensor) -> Tensor:
-        """The weights (F + 1, O) for answers Y, 0 in features that may not be used. cross: X^T Y, (F + 1, O)."""
+        """The weights (F + 1, O) for outputs Y, 0 in unused features. cross: X^T Y, (F + 1, O)."""
         out = torch.zeros_like(self._start)
         wanted = cross[self._index] + self._added
         if self._general:
@@ -55,37 +55,37 @@ class Ridge:
 
 @dataclass(frozen=True)
 class CutOff:
-    """An activation that is constant on one side. at: (n, O) or (1, O), the answers where it begins.
+    """An activation that is constant on one side. at: (n, O) or (1, O), the outputs where it begins.
 
-    side: (O,), 1 where it cuts off what is below, -1 what is above, 0 where nothing is.
+    side: (O,), 1 where it clips what is below, -1 what is above, 0 nothing.
     """
 
     at: Tensor
     side: Tensor
 
     def hides(self, answers: Tensor) -> Tensor:
-        """Which answers are cut off: bool (n, O)."""
+        """Which outputs are clipped: bool (n, O)."""
         return (answers - self.at) * self.side < 0
 
     def through(self, answers: Tensor) -> Tensor:
-        """Answers as far as they get through; those cut off lie on the edge."""
+        """The outputs after clipping."""
         return torch.where(self.hides(answers), self.at.expand_as(answers), answers)
 
 
 class Rows:
-    """What a layer gets and what it should answer, row by row."""
+    """Inputs and target outputs of a layer, row by row."""
 
     def __init__(self, *, wide: bool) -> None:
-        """wide: a layer with more inputs than rows, whose moments are not to be made."""
+        """wide: a layer with more inputs than rows, for which no moments are computed."""
         self._wide = wide
         self._rows: list[tuple[Tensor, Tensor, CutOff | None]] = []
 
     def add(self, x: Tensor, y: Tensor, cut_off: CutOff | None = None) -> None:
-        """More rows. x: (n, F + 1), the constant last. y: (n, O). cut_off: of the activation behind, if any."""
+        """More rows. x: (n, F + 1), the constant last. y: (n, O). cut_off: of the activation after the layer."""
         self._rows.append((x, y, cut_off))
 
     def solution(self, start: Tensor, *, constant: bool) -> Tensor:
-        """float64 (F + 1, O), the weights that answer best, near to start."""
+        """The best weights near `start`, float64 (F + 1, O)."""
         count = sum(len(x) for x, _, _ in self._rows)
         ridge = RIDGE if count >= SHORT * len(start) else RIDGE_SHORT
         if self._wide:
@@ -105,7 +105,7 @@ class Rows:
         return best
 
     def error(self, weights: Tensor) -> float:
-        """Mean squared error of what gets through the activation."""
+        """Mean squared error after the activation."""
         squared, count = 0.0, 0
         for x, y, cut_off in self._rows:
             found = (x.double() @ weights).to(y.dtype) if self._wide else x @ weights.to(x.dtype)
@@ -117,7 +117,7 @@ class Rows:
         return squared / count
 
     def _cross(self, weights: Tensor | None) -> Tensor:
-        """X^T Y; with weights, what both they and the wanted answers are cut off at does not count."""
+        """X^T Y; with weights, without the outputs that are clipped for both them and the target."""
         total = torch.zeros((), dtype=torch.float64)
         for x, y, cut_off in self._rows:
             wanted = y
@@ -129,9 +129,9 @@ class Rows:
         return total
 
     def _dual(self, start: Tensor, ridge: float, *, constant: bool) -> Tensor:
-        """With fewer rows than unknowns: the same ridge solution through the rows' own products.
+        """The same ridge solution for fewer rows than unknowns, through the rows' own products.
 
-        A constant that is not penalized is solved for by taking the means off, of the inputs and of what is missing.
+        Means are subtracted from inputs and residuals, because the constant is not penalized.
         """
         x = torch.cat([r[:, :-1].double() for r, _, _ in self._rows])
         missing = torch.cat([a.double() - r.double() @ start for r, a, _ in self._rows])
@@ -145,7 +145,7 @@ class Rows:
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y in float64, summed in float32 over blocks that are short enough for it."""
+    """x^T y in float64, summed in float32 over short blocks."""
     return sum(
         ((a.T @ b).double() for a, b in zip(x.split(8192), y.split(8192), strict=True)),
         torch.zeros((), dtype=torch.float64),

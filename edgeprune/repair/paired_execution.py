@@ -1,7 +1,7 @@
-"""Two networks of the same calls, run side by side over the same images, one call at a time.
+"""Two networks of the same calls, run together over the same images, one call at a time.
 
-What a compressed network's layers get and what the dense ones' layers answered is then at hand together, and a layer
-can be changed before anything behind it is run.
+So the inputs of a compressed layer and the outputs of the dense one are available together, and the layer can be
+changed before anything downstream is run.
 """
 
 import math
@@ -26,7 +26,7 @@ _RECTIFIERS = frozenset(("relu", "relu6"))
 class Downstream:
     """norm: the batch-norm call that alone reads the layer. total: the sum that alone reads that.
 
-    axis: the dimension of the layer's output that its outputs are in. shortcut: the name of the other value in the sum.
+    axis: the channel dimension of the layer's output. shortcut: the name of the other value in the sum.
     rectified: whether only an activation that is 0 below 0 reads the result.
     """
 
@@ -38,7 +38,7 @@ class Downstream:
 
 
 def behind(program: Program, call: Call) -> Downstream:
-    """What stands behind a layer's call, as far as nothing else reads what is between."""
+    """What follows a layer's call, as far as nothing else reads the values between."""
     end, norm, total, shortcut = call, None, None, ""
     axis = len(call.shape) - 1 if call.op == "linear" else 1
     follower = _only_user(program, end)
@@ -53,7 +53,7 @@ def behind(program: Program, call: Call) -> Downstream:
 
 
 def scale_of(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tuple[Tensor, Tensor]:
-    """What a batch-norm multiplies each output with (1 without one), and where that is next to nothing: (O,) each."""
+    """A batch-norm's scale of each output (1 without one), and where it is next to 0: (O,) each."""
     if norm is None:
         return torch.ones(outputs), torch.zeros(outputs, dtype=torch.bool)
     given = (norm.arg(name) for name in ("running_mean", "running_var", "weight"))
@@ -66,7 +66,7 @@ def scale_of(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tu
 
 
 def residual_target(found: Downstream, state: Mapping[str, Tensor], dense: Tensor, small: Tensor) -> Tensor:
-    """What the layer should answer besides, so that the sum is the dense one."""
+    """What the layer's output should gain so that the sum is the dense one."""
     scale, faint = scale_of(found.norm, state, small.shape[found.axis])
     gain = torch.where(faint, 0.0, 1 / scale)
     return (dense - small) * _along(gain, small.ndim, found.axis)
@@ -75,11 +75,11 @@ def residual_target(found: Downstream, state: Mapping[str, Tensor], dense: Tenso
 def active_mask(
     found: Downstream, state: Mapping[str, Tensor], level: Tensor, shortcut: Tensor | None, ndim: int
 ) -> CutOff | None:
-    """Which answers of the layer the activation behind cuts off; None when there is none.
+    """Which outputs of the layer the activation after it clips; None when there is none.
 
     Args:
-        state: of the cut network. level: (O,), what the batch-norm takes off the answer. shortcut: the other value of
-            the sum in the cut network, (N, O, ...). ndim: of the layer's output.
+        state: of the cut network. level: (O,), what the batch-norm subtracts. shortcut: the other value of the sum in
+        the cut network, (N, O, ...). ndim: of the layer's output.
 
     Returns:
         `at` has the shape of the layer's output, or 1 in the place of N and the positions.
@@ -122,7 +122,7 @@ class Execution:
         self._images = [len(chunk) for chunk in chunks]
 
     def run(self, call: Call) -> None:
-        """Run a call on every chunk, with the weights as they are now."""
+        """Run a call on every chunk, with the current weights."""
         with torch.no_grad():
             self.values[call.name] = [self._one(call, i) for i in range(len(self._images))]
 
@@ -138,7 +138,7 @@ class Execution:
         return call.run(self._sized(call, args, self._images[chunk]))
 
     def _sized(self, call: Call, args: tuple[Any, ...], images: int) -> tuple[Any, ...]:
-        """Sizes for so many images where those for one were traced; those of a weight are the same for all."""
+        """Scale the batch size in arguments that were traced for one image."""
         if images == 1 or call.op not in (*_VIEWS, *_FILLED) or not args[1]:
             return args
         first = args[1][0]
@@ -148,7 +148,7 @@ class Execution:
 
 
 def check_batches(network: nn.Module, program: Program, images: Tensor) -> bool:
-    """Whether a program that was traced for one image gives for several what the network gives."""
+    """Whether a program that was traced for one image gives the network's output for several."""
     try:
         side = Execution(network, program, [images])
         for call in program.calls:
@@ -166,7 +166,7 @@ def check_batches(network: nn.Module, program: Program, images: Tensor) -> bool:
 
 
 def check_same_calls(dense: Program, small: Program) -> None:
-    """The calls must be the same ones, so that they can be matched by their place."""
+    """Refuse networks whose calls can't be matched by their place."""
     if len(dense.calls) != len(small.calls):
         raise UnsupportedModel(
             f"the dense network makes {len(dense.calls)} operator calls and the compressed one {len(small.calls)}"
@@ -179,7 +179,7 @@ def check_same_calls(dense: Program, small: Program) -> None:
 
 
 def run_pairwise(dense: Execution, small: Execution, visit: Callable[[Call, Call, bool], None]) -> None:
-    """Run both networks call by call; before the compressed one runs a call, `visit` may change its weights."""
+    """Run both networks call by call; `visit` may change the compressed one's weights before it runs a call."""
     last = _last_uses(small.program)
     pairs = list(zip(dense.program.calls, small.program.calls, strict=True))
     partner = {b.name: a.name for a, b in pairs} | {small.program.input: dense.program.input}

@@ -1,10 +1,9 @@
-"""What it costs to thin each group out: the measured change of the answers, with what follows set right again.
+"""The measured loss of thinning each group, after a cheap correction of what follows.
 
-Every group is thinned alone, in the order in which its units go, to a few widths. What training would mend is mended
-first: without labels the readers of the group are solved in closed form on the dense network's moments, and the
-divergence of the answers from the dense ones is measured (`losses`); with labels batch-norm takes the statistics that
-it then sees, and the rise of the loss is measured (`Renormalized`). Between those widths the order's own error says
-how it grows.
+Every group is thinned alone, in its elimination order, to a few widths. Without labels its readers are solved in
+closed form on the dense network's moments, and the divergence of the outputs is measured (`losses`); with labels
+batch-norm uses the statistics of the thinned network, and the rise of the loss is measured (`Renormalized`). Between
+those widths the loss is interpolated along the order's own error.
 """
 
 import math
@@ -24,18 +23,18 @@ from edgeprune.repair.consumers import Consumer, bias_of, solve
 from edgeprune.repair.input_moments import positions
 from edgeprune.train import normalizers
 
-# Multiply-accumulates that the measurement may take in all, and what it is shared out over.
+# Multiply-accumulates of the whole measurement, and what they are spent on.
 WORK = 1.5e12
 MOST_IMAGES, LEAST_IMAGES = 128, 8
 MOST_WIDTHS, LEAST_WIDTHS = 7, 2
 RIDGE = 1e-3
-# Answers that are as far from the dense ones as this, in nats, or no numbers at all, are all the same: useless.
+# Divergences above this, in nats, and NaN all count as this: the network is useless.
 WORST = 1e3
 
 
 @dataclass(frozen=True)
 class SensitivityProbe:
-    """network: images to logits; changed while it is measured, and put back. bare: the part of it that is traced.
+    """network: images to logits; changed during the measurement, and restored. bare: its traced part.
 
     moments: path of a reader -> float64 (F + 1, F + 1), where they are known.
     """
@@ -47,7 +46,7 @@ class SensitivityProbe:
 
 
 def divergence(dense: Tensor, other: Tensor) -> float:
-    """Mean Kullback-Leibler divergence of the classes' probabilities, in nats; infinite where answers are no numbers.
+    """Mean Kullback-Leibler divergence of the class probabilities, in nats; infinite where it is not a number.
 
     Args:
         dense, other: logits (N, K); a single one is for one class against another whose logit is 0.
@@ -69,7 +68,7 @@ def losses(
     images: Tensor,
     macs: float,
 ) -> dict[str, Tensor]:
-    """Divergence of the answers when a group keeps so many units, for every group and count.
+    """Divergence of the outputs for every group and number of units kept.
 
     Returns:
         group -> float64 (C + 1,), not increasing in the count; infinite for 0 and 0 for all.
@@ -91,9 +90,9 @@ def losses(
 
 
 class Renormalized:
-    """The rise of the loss when groups are thinned and batch-norm goes by the statistics that it then sees.
+    """The rise of the loss when groups are thinned and batch-norm uses the resulting statistics.
 
-    So it is measured what the cut takes away, not that layers behind it are off scale, which training mends at once.
+    So it measures the units removed, not the wrong scale of the layers that follow, which training corrects at once.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class Renormalized:
             self._dense = loss(self._twin)
 
     def rise(self, kept: Mapping[str, int]) -> float:
-        """Of the loss when groups keep so many units, all at once; those that are missing keep all."""
+        """The rise of the loss with so many units per group, all at once; missing groups keep all."""
         counts = tuple(kept.get(g.name, g.channels) for g in self._groups)
         if counts not in self._known:
             before = []
@@ -144,7 +143,7 @@ def _tried(channels: int, widths: int) -> list[int]:
 
 
 def effort(groups: int, macs: float, work: float = WORK, most: int = MOST_IMAGES) -> tuple[int, int]:
-    """How many images, and widths of each group, so many multiply-accumulates pay for."""
+    """How many images, and widths of each group, that many multiply-accumulates allow."""
     share = work / (max(1, groups) * macs)
     images = int(min(most, max(LEAST_IMAGES, share / MOST_WIDTHS)))
     return images, int(min(MOST_WIDTHS, max(LEAST_WIDTHS, share / images)))
@@ -178,7 +177,7 @@ def _between(xs: list[float], ys: list[float], x: float) -> float:
 
 
 class _Thinned:
-    """While it is entered, all that reads a group does without some units, solved anew where its moments are known."""
+    """A context in which a group's readers lack some units, solved again where their moments are known."""
 
     def __init__(
         self, plant: SensitivityProbe, group: Group, readers: Sequence[Consumer], gone: Sequence[int]
@@ -214,7 +213,7 @@ class _Thinned:
         bias.add(solved[-1])
 
     def _blind(self, solved: Set[str]) -> None:
-        """The others don't see the units any more: grouped and transposed convolutions, very wide layers."""
+        """The others only lose the units: grouped and transposed convolutions, very wide layers."""
         self._before += _without(tensors(self._plant.bare), self._group, self._gone, solved)
 
     def _remember(self, tensor: Tensor) -> None:
@@ -224,7 +223,7 @@ class _Thinned:
 def _without(
     tensors: Mapping[str, Tensor], group: Group, gone: Sequence[int], but: Set[str] = frozenset()
 ) -> list[tuple[Tensor, Tensor]]:
-    """Let what reads a group, `but` some tensors, not see some units any more: each tensor, and what it was."""
+    """Zero some units in the readers of a group, `but` some tensors: each tensor, and its former values."""
     before = []
     for member in group.members:
         if member.role == "consumer" and member.tensor not in but:

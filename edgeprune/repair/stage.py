@@ -1,10 +1,9 @@
-"""Repair of a cut network without training: its layers are solved, one after the other, to answer as the dense ones.
+"""Repair of a cut network without training: its layers are solved, one after the other, to match the dense outputs.
 
-Each convolution and linear layer behind a cut gets other inputs than it was trained for. With the dense network run
-beside it on the same images, its weights are the ridge least-squares solution for the dense layer's outputs, from the
-inputs that it really gets (He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", 2017,
-section 3.1). Where its answer is added to a shortcut, it also makes up for what the shortcut lacks; where a rectifier
-follows, only what gets through counts. No labels.
+After a cut each layer gets other inputs than it was trained for. Its weights become the ridge least-squares solution
+for the dense layer's outputs, from its actual inputs on the same images (He, Zhang and Sun, "Channel Pruning for
+Accelerating Very Deep Neural Networks", 2017, section 3.1). Where its output is added to a shortcut, it also corrects
+the shortcut's error; before a rectifier, only outputs that pass it count. No labels.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Repaired:
-    """bundle: the repaired network. notes: what a reader must know. facts: what was done, in numbers."""
+    """notes: for the report. facts: what was done, in numbers."""
 
     bundle: Bundle
     notes: tuple[str, ...]
@@ -53,11 +52,7 @@ class Repaired:
 
 
 def repair(dense: Bundle, small: Bundle, images: Tensor, *, seed: int) -> Repaired:
-    """Solve the layers of a cut network anew so that they answer as the dense ones do.
-
-    Returns:
-        The repaired network; it is the cut one, as it was, where that answers more like the dense one.
-    """
+    """Solve the layers of a cut network to match the dense outputs; kept where that reduces the divergence."""
     fixed = deepcopy(small.module).eval()
     example = normalized_example(dense.input, seed)
     try:
@@ -134,7 +129,7 @@ class _Solver:
         return dense.double()[task.kept] - bias.running_mean.double()
 
     def _taken_off(self, task: _Layer) -> Tensor:
-        """What the batch-norm behind the layer takes off its answer, (O,); zeros without one."""
+        """What the batch-norm after the layer subtracts, (O,); zeros without one."""
         norm = behind(self.dense.program, task.first).norm
         if norm is None:
             return torch.zeros(len(task.kept))
@@ -164,7 +159,7 @@ class _Solver:
         return rows
 
     def _shortcuts(self, task: _Layer, found: Downstream) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The other value of the sum behind the layer, dense and cut; None where it is not there yet."""
+        """The other value of the sum after the layer, dense and cut; None where it is not computed yet."""
         if found.total is None:
             return None
         dense = self.dense.values.get(self.partner[found.shortcut])
@@ -184,7 +179,7 @@ Removed = Mapping[str, Sequence[tuple[int, Sequence[int]]]]
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer that is solved: its path, itself, its call in the dense and the cut network, the outputs it kept."""
+    """A layer that is solved: its call in the dense and the cut network, the outputs it kept."""
 
     path: str
     layer: nn.Module
@@ -239,8 +234,7 @@ RESULT_VERSION = 1
 def source_of(table: PruneTable, method: str, trainable: bool) -> str:
     """Which images a network is repaired on: "synthetic", "data" or "none".
 
-    "auto" is for the method data-free, which looks at the same images to choose: data where there are training images,
-    synthetic otherwise. For other methods it is none.
+    "auto" repairs only for the method data-free, which prunes with the same images: training images if there are any.
     """
     if table.repair == "data" and not trainable:
         raise UsageError(
@@ -265,7 +259,7 @@ def source_of(table: PruneTable, method: str, trainable: bool) -> str:
 def run(
     dense: Bundle, small: Bundle, images: Tensor, *, held_out: Split | None, seed: int
 ) -> tuple[Repaired, tuple[Reading, ...]]:
-    """Repair a cut network, and measure how accurate it was before and is after where there are held-out images."""
+    """Repair a cut network, and measure its accuracy before and after where there are held-out images."""
     repaired = repair(dense, small, images, seed=seed)
     if held_out is None:
         return repaired, ()

@@ -1,7 +1,7 @@
-"""The way of a group's units through a traced program, from the layer that makes them to the layers that read them.
+"""The path of a group's units through a traced program, from the layer that makes them to the layers that read them.
 
-Two units can stand in for each other when everything on that way treats each channel by itself and all channels alike
-(batch-norm right behind the layer apart, which belongs to it). Only operators that are known to do so are passed.
+Two units are interchangeable when every operator on that path treats each channel separately and all alike, except for
+a batch-norm right after the layer. Only operators that are known to do so are allowed.
 """
 
 import math
@@ -34,9 +34,9 @@ _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 @dataclass(frozen=True)
 class Path:
-    """producer: the call that makes the units. batch_norm: the layer right behind it, or None.
+    """producer: the call that makes the units. batch_norm: the layer right after it, or None.
 
-    homogeneous: c > 0 times what leaves those two arrives at the readers as c times what else would arrive there.
+    homogeneous: c > 0 times the output of those two gives c times the input of the readers.
     """
 
     producer: Call
@@ -46,18 +46,18 @@ class Path:
 
 @dataclass(frozen=True)
 class _Place:
-    """axis: the dimension of a value that holds the channels. homogeneous: how it came there."""
+    """axis: the dimension of a value that holds the channels. homogeneous: so far."""
 
     axis: int
     homogeneous: bool
 
 
 class _Mixed(Exception):
-    """Why the units can't stand in for each other."""
+    """Why the units are not interchangeable."""
 
 
 def follow(program: Program, group: Group) -> Path | str:
-    """The way of the units of a group that has one producer, or the reason why it is none that merging allows."""
+    """The path of the units of a group with one producer, or why its units can't be merged."""
     weight = next((m.tensor for m in group.members if m.role == "producer"), "")
     makers = program.readers(weight)
     if len(makers) != 1 or makers[0].op not in LAYERS:
@@ -72,7 +72,7 @@ def follow(program: Program, group: Group) -> Path | str:
 
 
 def following_batch_norm(program: Program, layer: str) -> str | None:
-    """The batch-norm that is the only reader of a layer's output and reads nothing else, by its path; or None."""
+    """The path of the batch-norm that alone reads a layer's output and reads nothing else; or None."""
     calls = program.readers(_join(layer, "weight"))
     followers = [program.users(call.name) for call in calls]
     if not calls or any(len(f) != 1 or f[0].op != "batch_norm" for f in followers):
@@ -154,7 +154,7 @@ def _pool(call: Call, place: _Place, shape: tuple[int, ...]) -> _Place:
 
 
 def _item(call: Call, place: _Place, _: tuple[int, ...]) -> _Place:
-    """The values of a pooling with indices; other operators with several outputs are not passed at all."""
+    """The values of a pooling with indices; other operators with several outputs are refused."""
     if call.args[1] != 0:
         raise _Mixed(f"{_where(call)} uses the places of its maxima")
     return place
@@ -197,7 +197,7 @@ def _permute(call: Call, place: _Place, shape: tuple[int, ...]) -> _Place:
 
 
 def _cat(call: Call, place: _Place, places: Mapping[str, _Place]) -> _Place:
-    """Beside other channels nothing changes; along another dimension each part must hold the same units."""
+    """Concatenation with other channels is harmless; along another dimension each part must hold the same units."""
     mine = [places.get(name) for name in call.reads]
     axes = {p.axis for p in mine if p}
     if len(axes) != 1 or (call.args[1] % len(call.shape) != place.axis and None in mine):

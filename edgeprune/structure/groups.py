@@ -1,9 +1,8 @@
 """Coupled channel groups of a network; the only importer of torch_pruning.
 
-torch-pruning's `DependencyGraph` says which layers' channels hang together. Here its groups become records of
-tensors and positions (`Group`, `Member`), so that masking, cutting and proving need no knowledge of it. It is
-trusted with nothing: `provable_groups` cuts every group on a copy and compares it with masking, and a group that
-differs is left out with the reason.
+torch-pruning's `DependencyGraph` finds the coupled layers. Here its groups become records of tensors and positions
+(`Group`, `Member`). `provable_groups` cuts every group on a copy and compares it with masking; a group that differs is
+left out with the reason.
 """
 
 import itertools
@@ -79,7 +78,7 @@ def provable_groups(network: nn.Module, graph: Graph, example: Tensor, seed: int
     """Keep the groups for which cutting half of the channels equals masking them; the others are left out.
 
     The proof runs on a disturbed copy (`surgery.disturbed`), or a residual branch whose last scale is 0 would hide a
-    wrong cut: structure is what is proven here, and `cut` proves the chosen masks again on the real weights.
+    wrong cut.
     """
     probe = models.disturbed(network, example, seed)
     masks = {g.name: _half(g, seed + i) for i, g in enumerate(graph.groups)}

@@ -1,8 +1,8 @@
-"""The PQ index: how sparse a vector is, how many of its entries matter, and how layers share a budget by that.
+"""The PQ index: how sparse a vector is, how many of its entries matter, and how layers share a budget by it.
 
-Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective" (ICLR 2023). Everything is computed in float64
-on magnitudes over their largest one, and as the log of a ratio of power means: d ** (1/q - 1/p) can't overflow then,
-and an index next to 1 keeps its digits.
+Diao et al., "Pruning Deep Neural Networks from a Sparsity Perspective" (ICLR 2023). In float64 on magnitudes over their
+largest one, as the log of a ratio of power means: d ** (1/q - 1/p) can't overflow, and an index next to 1 keeps its
+digits.
 """
 
 import math

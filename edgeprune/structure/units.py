@@ -1,8 +1,8 @@
-"""Prunable units: what is kept or removed whole, at one granularity.
+"""Prunable units: what is kept or removed as a whole, at one granularity.
 
 A unit is a coupled channel of a group ("channel"), one weight ("weight"), or one weight of a block of four of which
-two stay ("2:4"). Methods score and choose units; what a unit is made of is known here alone. A mask is
-{name: bool (n,)}, True stays: a name is a group's, or a parameter's whose entries are numbered in row-major order.
+two stay ("2:4"). A mask is {name: bool (n,)}, True stays: a name is a group's, or a parameter's whose entries are
+numbered in row-major order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Units:
         return {name: torch.ones(n, dtype=torch.bool) for name, n in self.sizes.items()}
 
     def norms(self, network: nn.Module) -> dict[str, Tensor]:
-        """|w|, or of a channel the L2 norm of all that it owns over the root of how much that is: float64 (n,)."""
+        """|w|, or the root mean square of all that a channel owns: float64 (n,)."""
         named = _parameters(network)
         if self.granularity != "channel":
             return {name: named[name].detach().double().abs().flatten().cpu() for name in self.sizes}
@@ -54,7 +54,7 @@ class Units:
         """A value per entry, summed over the entries that each unit owns.
 
         Args:
-            values: parameter -> a number per entry, shaped like it; missing ones count nothing.
+            values: parameter -> a number per entry; missing ones count as 0.
         """
         if self.granularity == "channel":
             return {name: channel_sums(group, values, roles).cpu() for name, group in self.groups.items()}
@@ -91,20 +91,20 @@ class Units:
         return out
 
     def apply(self, network: nn.Module, masks: Mapping[str, Tensor], roles: Sequence[str] = ROLES) -> None:
-        """Zero what is gone, in place; statistics of batch-norm stay, a zero scale hides them."""
+        """Zero what is pruned, in place; batch-norm statistics stay, because a zero scale hides them."""
         named = _parameters(network)
         with torch.no_grad():
             for name, stays in self.entries(masks, network, roles).items():
                 named[name].masked_fill_(~stays, 0)
 
     def masks(self, units: Mapping[str, Tensor]) -> Masks:
-        """The choice as the record that stages hand on."""
+        """The choice as a `Masks` record."""
         if self.granularity == "channel":
             return Masks(channels=dict(units))
         return Masks(weights={name: keep.view(self.shapes[name]) for name, keep in units.items()})
 
     def best_of_blocks(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of each block of four the two largest scores; of equal ones the first. Entries of no block stay."""
+        """Of each block of four the two largest scores; of equal ones the first. Other entries stay."""
         out = {}
         for name, n in self.sizes.items():
             blocks = self.blocks[name]
@@ -124,10 +124,7 @@ def of_weights(network: nn.Module, granularity: str, skip: Sequence[str] = ()) -
     """The weights of convolutions and linear layers as units.
 
     For 2:4 the blocks lie along the input channels, for each output and each position of the kernel, as TensorRT's
-    sparse kernels want it; layers whose input channels (of one group) are not a multiple of four stay dense.
-
-    Args:
-        granularity: "weight" or "2:4". skip: layers that are left alone, as patterns ("layer1.*").
+    sparse kernels require; layers whose input channels (of one group) are not a multiple of four stay dense.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     blocks: dict[str, Tensor] = {}
@@ -165,7 +162,7 @@ def exactly(scores: Mapping[str, Tensor], k: int, floors: Mapping[str, int]) -> 
     """The k largest scores of all names together, but at least the floor of each; equal ones by name, then place.
 
     Args:
-        scores: name -> float64 (n,). k: how many stay, from the sum of the floors to the number of scores.
+        k: from the sum of the floors to the number of scores.
     """
     out = {name: torch.zeros(len(s), dtype=torch.bool) for name, s in scores.items()}
     for name, s in scores.items():
@@ -190,11 +187,7 @@ def drop_smallest(scores: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 def channel_sums(group: Group, values: Mapping[str, Tensor], roles: Sequence[str]) -> Tensor:
-    """Sum a value per parameter entry over the entries that each channel owns.
-
-    Args:
-        values: state-dict name -> a number per entry, shaped like the parameter; missing tensors count nothing.
-    """
+    """A value per parameter entry, summed over the entries that each channel owns; missing tensors count as 0."""
     total = torch.zeros(group.channels, dtype=torch.float64)
     for member in group.members:
         if member.role not in roles or member.tensor not in values:

@@ -188,7 +188,7 @@ def test_units_that_are_always_zero_go_before_any_other(mode: str) -> None:
     thinned = thinning(network, mode=mode)
     thinned.run({"1": 16}, 0)
     assert (~thinned.alive["1"]).nonzero().flatten().tolist() == [0, 5, 10, 15]
-    assert thinned.said() == (f"Mode {mode}: 0 of 4 units were merged into another one, 4 were always 0.",)
+    assert thinned.notes() == (f"Mode {mode}: 0 of 4 units were merged into another one, 4 were always 0.",)
     torch.testing.assert_close(network(pixels()), expected)
 
 
@@ -207,10 +207,10 @@ def test_every_unit_is_accounted_for_on_networks_of_every_kind(name: str) -> Non
     assert {g: int(a.sum()) for g, a in thinned.alive.items()} == half(thinned)
     assert surgery.proof_failure(network, thinned.groups, thinned.alive, nets.example()) is None
     gone = sum(g.channels - g.channels // 2 for g in thinned.groups)
-    assert thinned.said()[0].startswith(f"Mode stochastic: {thinned.merged} of {gone} units were merged")
-    assert ("went alone" in thinned.said()[0]) == (thinned.merged + thinned.free < gone)
+    assert thinned.notes()[0].startswith(f"Mode stochastic: {thinned.merged} of {gone} units were merged")
+    assert ("went alone" in thinned.notes()[0]) == (thinned.merged + thinned.free < gone)
     assert bool(thinned.unbounded) == (name in ("groupnormed", "transposed")) and len(
-        thinned.said()
+        thinned.notes()
     ) == 1 + bool(thinned.unbounded)
 
 
@@ -233,11 +233,11 @@ def test_what_can_not_be_bounded_is_said_and_thinned_by_saliency() -> None:
     for each in (thinned, saliency):
         each.run({"a": 6, "b": 16}, 3)
     assert set(thinned.unbounded) == {"a"}
-    assert "cumsum can't be bounded" in thinned.said()[1]
+    assert "cumsum can't be bounded" in thinned.notes()[1]
     assert (
-        thinned.said()[1].startswith("1 of ") and "were thinned by saliency alone: a: " in thinned.said()[1]
+        thinned.notes()[1].startswith("1 of ") and "were thinned by saliency alone: a: " in thinned.notes()[1]
     )
-    assert torch.equal(thinned.alive["a"], saliency.alive["a"]) and len(saliency.said()) == 1
+    assert torch.equal(thinned.alive["a"], saliency.alive["a"]) and len(saliency.notes()) == 1
 
 
 def copies() -> list[nn.Module]:
@@ -283,7 +283,7 @@ def test_layers_without_bias_and_a_network_of_one_layer() -> None:
     assert [int(a.sum()) for a in thinned.alive.values()] == [8, 6]
     single = thinning(perceptron())
     single.run({}, 0)
-    assert single.alive == {} and single.said()[0].startswith("Mode stochastic: 0 of 0 units")
+    assert single.alive == {} and single.notes()[0].startswith("Mode stochastic: 0 of 0 units")
 
 
 def test_the_saliency_of_a_single_unit_is_what_makes_it_times_what_reads_it() -> None:

@@ -15,12 +15,16 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.methods._data_free.selection import (
     Candidates,
     anneal,
-    baseline,
     entropy,
     greedy,
     margin_score,
     paper_score,
 )
+
+
+def baseline(candidates: Candidates, quota: int) -> list[int]:
+    """The order of the list: what greedy does without a pool."""
+    return greedy(candidates, margin_score, quota, 0)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -1,6 +1,6 @@
-"""What taking a unit out changes where it begins: bounds at the layers that make or read it, to follow to the logits.
+"""Bounds of what removing a unit changes at the layers that make or read it, and their propagation to the logits.
 
-A merge changes the unit's place in front of the activation; a unit that goes alone changes what its readers get.
+A merge changes the unit before the activation; a unit that is removed without a merge changes its readers' inputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,14 @@ _RESHAPES = frozenset(("flatten", "view", "reshape", "_unsafe_view"))
 
 @dataclass(frozen=True)
 class Moments:
-    """mean, variance: float64 (C,), of a channel's entries over images and positions."""
+    """Mean and variance of a channel's entries over images and positions, float64 (C,)."""
 
     mean: Tensor
     variance: Tensor
 
 
 def expected_activations(program: Program, state: Mapping[str, Tensor]) -> dict[str, Moments]:
-    """Mean and variance of every value for which the batch-norms before it say them.
-
-    Returns:
-        Name of a call -> moments of its output's channels; calls that nothing is known of are absent.
-    """
+    """Name of a call -> moments of its output's channels, where the batch-norms upstream determine them."""
     found: dict[str, Moments] = {}
     for call in program.calls:
         moments = _batch_norm(call, state) if call.op == "batch_norm" else _behind(call, found)
@@ -85,7 +81,7 @@ def _behind(call: Call, found: Mapping[str, Moments]) -> Moments | None:
 
 
 def _keeps_channels(call: Call) -> bool:
-    """Whether a mean is over positions; other pools are by their nature."""
+    """Whether a mean is over positions; other pools always are."""
     if call.op != "mean":
         return True
     dims = call.arg("dim") if "dim" in call.names else None
@@ -109,7 +105,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class BoundedNetwork:
-    """A network at one moment: its program, its weights as they are now, the bounds of its activations."""
+    """A network with the bounds of its activations for its current weights."""
 
     program: Program
     network: nn.Module
@@ -117,7 +113,7 @@ class BoundedNetwork:
 
 
 def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> Interval:
-    """Bounds of what each candidate changes in the logits, for every input in the box: float64 (n, K)."""
+    """Bounds of each candidate's change of the logits, for every input in the box: float64 (n, K)."""
     found: list[Interval] = []
     alone = any(p.keep == p.remove for p in pairs)
     means = mean_contribution(scene.program, scene.network, group) if alone else {}
@@ -130,16 +126,16 @@ def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) ->
 
 
 def always_zero(scene: BoundedNetwork, group: Group) -> frozenset[int]:
-    """Units of which every reader gets 0 whatever the input: they can go and nothing changes."""
+    """Units whose readers always get 0: removing them changes nothing."""
     received = [_received(scene.bounds, *reading) for reading in _reads(scene.program, group)]
     dead = [frozenset(dead_units(low, high)[0]) for low, high in received]
     return frozenset.intersection(*dead) if dead else frozenset()
 
 
 def mean_contribution(program: Program, network: nn.Module, group: Group) -> dict[str, Tensor]:
-    """Reader's path -> float64 (channels of its input,): the mean of what it gets, to be put into its bias.
+    """Reader's path -> float64 (channels of its input,): the mean of its input, to be put into its bias.
 
-    The means are those that batch-norms remember; 0 where none says them, or the reader has nowhere to put them.
+    0 where the batch-norms do not determine it, or the reader has nowhere to put it.
     """
     expected = expected_activations(program, tensors(network))
     found: dict[str, Tensor] = {}
@@ -181,7 +177,7 @@ def _merges(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[
 def _removals(
     scene: BoundedNetwork, group: Group, pairs: Sequence[Pair], means: dict[str, Tensor]
 ) -> dict[str, Interval]:
-    """A unit that goes alone takes h away from each of its readers and leaves its mean: the change is mean - h."""
+    """A unit that is removed takes h away from each of its readers and leaves its mean: the change is mean - h."""
     starts: dict[str, Interval] = {}
     units = [p.remove for p in pairs]
     for call, positions in _reads(scene.program, group):
@@ -203,7 +199,7 @@ def _reads(program: Program, group: Group) -> list[tuple[Call, tuple[tuple[int, 
 
 
 def _received(bounds: Bounds, call: Call, positions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Bounds of what a reader gets of each unit: two of (C, entries), units with fewer entries repeat one."""
+    """Bounds of each unit in a reader's input: two of (C, entries), units with fewer entries repeat one."""
     at = _bounds_at(bounds, call.reads[0])
     axis = _channel_axis(call)
     lo, hi = (t.movedim(axis, 0).flatten(1) for t in (at.lo, at.hi))
@@ -231,7 +227,7 @@ def _behind_norm(program: Program, producer: Call) -> Call:
 
 
 def _patch(at: Interval, producer: Call, width: int) -> tuple[Tensor, Tensor]:
-    """The bounds of each entry of a patch that a layer multiplies with its rows: two of float64 (F,)."""
+    """The bounds of each entry of a layer's patch: two of float64 (F,)."""
     axis = _channel_axis(producer)
     lo = at.lo.movedim(axis, 0).flatten(1).amin(1).double()
     hi = at.hi.movedim(axis, 0).flatten(1).amax(1).double()
@@ -257,7 +253,7 @@ Removed = Mapping[str, Sequence[tuple[int, Sequence[int]]]]
 
 
 def input_box(spec: InputSpec) -> Interval:
-    """All inputs that the bare network may get, normalized: float64 (1, C, H, W)."""
+    """All normalized inputs of the bare network: float64 (1, C, H, W)."""
     channels = spec.shape[0]
     mean = torch.tensor(spec.mean or (0.0,) * channels, dtype=torch.float64)
     std = torch.tensor(spec.std or (1.0,) * channels, dtype=torch.float64)

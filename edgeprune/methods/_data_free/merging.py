@@ -1,10 +1,10 @@
-"""Take units out of a network by editing weights: merge a unit into another one, or put its mean into a bias.
+"""Remove units by editing weights: merge a unit into another one, or put its mean into a bias.
 
-Works in place on the bare network, on the tensors of a dependency-graph group; afterwards the unit is zeroed everywhere
-and can be cut. A merge (Meng et al.; Srinivas and Babu 2015) lets the readers take from `keep` what they took from
-`remove`. Where units can't stand in for each other (residual sums, depthwise filters), what a unit contributes on
-average goes into the next layer's bias or its batch-norm's mean, as Ye, Lu, Lin and Wang do with constant channels
-("Rethinking the Smaller-Norm-Less-Informative Assumption in Channel Pruning of Convolution Layers", 2018).
+Works in place on the bare network; afterwards the unit is zeroed and can be cut. A merge (Meng et al.; Srinivas and
+Babu 2015) adds the outgoing weights of `remove` to those of `keep`. Where units are not interchangeable (residual sums,
+depthwise filters), the mean contribution of a unit goes into the next layer's bias or its batch-norm's mean, as Ye, Lu,
+Lin and Wang do with constant channels ("Rethinking the Smaller-Norm-Less-Informative Assumption in Channel Pruning of
+Convolution Layers", 2018).
 """
 
 import math
@@ -30,8 +30,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Rows:
     """The weights of each unit of a group, batch-norm folded in: pre-activation = incoming . patch + bias.
 
-    incoming: float64 (C, F). bias: float64 (C,). outgoing: (C, G), everything that reads the unit, in the network's
-    own precision (a classifier behind a flatten has 10^8 of them).
+    incoming: float64 (C, F). bias: float64 (C,). outgoing: (C, G), all weights that read the unit, in the network's own
+    precision (a classifier behind a flatten has 10^8 of them).
     """
 
     incoming: Tensor
@@ -40,10 +40,10 @@ class Rows:
 
 
 def why_not_mergeable(program: Program, network: nn.Module, group: Group) -> str | None:
-    """Why no unit of a group can stand in for another one by weights alone, or None when it can.
+    """Why no unit of a group can replace another one by weights alone, or None when it can.
 
-    Merging needs one ungrouped convolution or linear layer that makes the units, at most a batch-norm right behind
-    it, and between that and every reader only what treats each channel by itself and all alike.
+    Merging needs one ungrouped convolution or linear layer that makes the units, at most a batch-norm right behind it,
+    and between that and every reader only operators that treat all channels alike.
     """
     tied = _tied(group)
     if tied is not None:
@@ -58,10 +58,9 @@ def why_not_mergeable(program: Program, network: nn.Module, group: Group) -> str
 
 
 def is_homogeneous(program: Program, group: Group) -> bool:
-    """Whether c > 0 times the pre-activation of a unit gives c times all that its readers get.
+    """Whether c > 0 times the pre-activation of a unit gives c times the input of all its readers.
 
-    True when behind the batch-norm there are only ReLU, leaky ReLU, pooling, flatten and the like: then a unit that is
-    a multiple of another one is merged exactly. False for a group that can't be merged.
+    Then a unit that is a multiple of another one is merged exactly. False for a group that can't be merged.
     """
     if _tied(group) is not None:
         return False
@@ -96,9 +95,9 @@ def unit_rows(network: nn.Module, group: Group) -> Rows:
 
 
 def merge(network: nn.Module, group: Group, pairs: Sequence[Pair]) -> None:
-    """Let `keep` of each pair do the work of `remove`, in place: w_keep += scale w_remove, then `remove` is zeroed.
+    """Merge `remove` of each pair into `keep`, in place: w_keep += scale w_remove, then `remove` is zeroed.
 
-    Exact for units with equal rows, and for multiples of each other when the way to the readers is homogeneous.
+    Exact for equal rows, and for multiples of each other when the path to the readers is homogeneous.
     """
     used = Counter(u for pair in pairs for u in (pair.keep, pair.remove))
     wrong = next((u for u, times in used.items() if times > 1 or not 0 <= u < group.channels), None)
@@ -131,15 +130,14 @@ def compensate(
     removed: Sequence[int],
     mean: Tensor | Mapping[str, Tensor],
 ) -> tuple[str, ...]:
-    """Zero units, in place, and put what they contributed on average into the biases of the layers that read them.
+    """Zero units, in place, and add their mean contribution to the biases of the layers that read them.
 
-    The contribution is mean * w summed over a convolution's taps, as in the interior of an image. It goes into the
-    reader's bias or, when it has none, out of the running mean of the batch-norm right behind it. For any group that
-    can be cut, residual sums, depthwise and grouped convolutions included.
+    The contribution is mean * w summed over a convolution's taps, as in the interior of an image. Without a bias it is
+    subtracted from the running mean of the batch-norm right behind the reader. For any group that can be cut.
 
     Args:
-        mean: (C,), the mean of each unit as every reader gets it; or reader's path -> (channels of its input,), the
-            means of all of its inputs, which is needed where readers or positions of a unit differ.
+        mean: (C,), the mean of each unit in every reader's input; or reader's path -> (channels of its input,), which
+        is needed where readers or positions of a unit differ.
 
     Returns:
         The readers that could not be compensated: they have neither a bias nor a batch-norm of their own behind them.
@@ -156,11 +154,7 @@ def compensate(
 
 
 def dead_units(lo: Tensor, hi: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Units that need nothing but to be removed, and units that `compensate` removes exactly.
-
-    Returns:
-        Units that are 0 whatever the input; and units that are always the same other number, at all positions.
-    """
+    """Units that are always 0; and units that are always the same other number, at all positions."""
     low, high = lo.reshape(len(lo), -1).amin(1), hi.reshape(len(hi), -1).amax(1)
     constant = low == high
     dead = constant & (low == 0)
@@ -210,7 +204,7 @@ def _contribution(
     removed: Sequence[int],
     mean: Tensor | Mapping[str, Tensor],
 ) -> Tensor:
-    """What a layer's outputs get from the removed units on average, float64 (outputs,)."""
+    """The mean contribution of the removed units to a layer's outputs, float64 (outputs,)."""
     name = _path(member.tensor)
     layer = network.get_submodule(name)
     weight = layer.get_parameter("weight").detach().double()

@@ -1,10 +1,10 @@
-"""Pair saliency: what it costs to let one unit of a group do the work of another, and who is paired with whom.
+"""Pair saliency: the loss of merging one unit of a group into another, and a matching of the pairs.
 
 Merging unit r into unit s (w_s += c w_r, w_r = 0) changes the next layer by (c h_s - h_r) w_r, and because ReLU-like
 activations are 1-Lipschitz |c h_s - h_r| <= ||c W_s - W_r|| ||x|| on rows that carry the bias as one more weight.
 After Meng, Bai, Teo, Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning", and Srinivas and
 Babu, "Data-free parameter pruning for Deep Neural Networks" (2015). Ours: the bias is part of the row (the published
-code's ratio |b_i - b_j| / |b_i + b_j| is 0/0 without biases), both directions of a pair are looked at, and a unit may
+code's ratio |b_i - b_j| / |b_i + b_j| is 0/0 without biases), both directions of a pair are tried, and a unit may
 be a multiple of another one.
 """
 
@@ -26,7 +26,7 @@ _WALK = 65536
 
 @dataclass(frozen=True)
 class Pair:
-    """Unit `remove` goes, and `keep` takes over `scale` times what `remove` feeds into the next layers."""
+    """Unit `remove` goes, and `keep` gets `scale` times its outgoing weights."""
 
     keep: int
     remove: int
@@ -148,7 +148,7 @@ def _blocks(rows: _Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def _direct(
     rows: _Rows, squares: Tensor, near: Tensor, pair: tuple[Tensor, Tensor], *, normalized: bool
 ) -> Tensor:
-    """A block (i, j) of squared distances with those that are `near` 0 computed again from differences."""
+    """A block (i, j) of squared distances; those that are `near` 0 are computed again from differences."""
     first, second = pair
     if int(near.sum()) > near.numel() // 16:
         weights, bias = rows.unit(first, normalized=normalized)

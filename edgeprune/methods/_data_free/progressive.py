@@ -1,10 +1,9 @@
-"""Progressive removal of units by weights and bounds alone: small steps over all groups, each pair merged or averaged.
+"""Progressive removal of units by weights and bounds alone: small steps over all groups, units merged or averaged.
 
 Meng, Bai, Teo and Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning" (2022): in every step the
-pairs that differ least are candidates; what merging each one can do to the logits is bounded over the whole input box,
-and a score of those bounds accepts or rejects it. Units that can't stand in for each other (residual sums, depthwise
-filters) go alone, and what they are on average, by batch-norm, stays in the biases. Units that are 0 whatever the input
-go first.
+most similar pairs are candidates, the effect of each merge on the logits is bounded over the whole input box, and a
+score of those bounds accepts or rejects it. Units that are not interchangeable (residual sums, depthwise filters) are
+removed, and their mean, by batch-norm, stays in the biases. Units that are always 0 go first.
 """
 
 import math
@@ -47,11 +46,7 @@ FEWEST = 64
 
 @dataclass(frozen=True)
 class Rules:
-    """mode: of MODES. score: of SCORES. alpha: the share of the widths in the paper's score.
-
-    step: share of a group that goes in one step. pool: candidates of a step, times its quota. scaled: whether a unit
-    may take over another one's work in proportion.
-    """
+    """The options of `DataFree`, with a resolved mode."""
 
     mode: str = "stochastic"
     score: str = "paper"
@@ -65,8 +60,8 @@ class Rules:
 class Thinning:
     """A network that loses units in place. alive: group -> bool (C,).
 
-    unbounded: group -> why its candidates were chosen by saliency alone. merged, free: how many units went into
-    another one, and how many were always 0.
+    unbounded: group -> why its candidates were chosen by saliency alone. merged, free: how many units were merged, and
+    how many were always 0.
     """
 
     network: nn.Module
@@ -80,7 +75,7 @@ class Thinning:
     free: int = 0
 
     def run(self, kept: Mapping[str, int], seed: int) -> None:
-        """Remove units step by step until each group keeps as many as told; groups that are not told of stay whole."""
+        """Remove units step by step until each group keeps as many as `kept` says; other groups do not change."""
         generator = torch.Generator().manual_seed(seed)
         self.alive = {g.name: torch.ones(g.channels, dtype=torch.bool) for g in self.groups}
         # Asked for once: a parameter with an entry per channel is uneven as soon as channels are zeroed.
@@ -96,8 +91,8 @@ class Thinning:
                         excess[group.name] -= gone
                         advance(gone)
 
-    def said(self) -> tuple[str, ...]:
-        """How the units went, and what could not be bounded."""
+    def notes(self) -> tuple[str, ...]:
+        """Notes on how the units went, and what could not be bounded."""
         gone = sum(int((~alive).sum()) for alive in self.alive.values())
         alone = gone - self.merged - self.free
         parts = [f"{self.merged} of {gone} units were merged into another one"]
@@ -117,7 +112,7 @@ class Thinning:
         return tuple(notes)
 
     def _step(self, group: Group, quota: int, way: str, generator: torch.Generator) -> int:
-        """Take up to `quota` units of a group out of the network, or as many as there are pairs; how many went."""
+        """Remove up to `quota` units of a group, or as many as there are pairs; how many went."""
         scene = self._scene()
         free = self._always_zero(group, scene)[:quota]
         self._alone(group, free)
@@ -137,7 +132,7 @@ class Thinning:
         return len(free) + len(chosen)
 
     def _scene(self) -> BoundedNetwork | None:
-        """The network as it is now with its bounds; None where nothing asks for them."""
+        """The network with its current bounds; None in mode baseline."""
         if self.rules.mode == "baseline":
             return None
         with torch.no_grad():
@@ -203,7 +198,7 @@ class Thinning:
         return paper_score(candidates.lo, candidates.hi, self.rules.alpha)
 
     def _candidates(self, group: Group, pairs: list[Pair], scene: BoundedNetwork) -> Candidates | None:
-        """What each candidate can do to the logits; None where it can't be bounded."""
+        """Bounds of each candidate's change of the logits; None where it can't be bounded."""
         try:
             found = logit_changes(scene, group, pairs)
         except Unbounded as reason:
@@ -216,7 +211,7 @@ class Thinning:
 
 
 def single_saliency(network: nn.Module, group: Group) -> Tensor:
-    """Norm of what makes each unit times the norm of what reads it: float64 (C,)."""
+    """Norm of the weights that make each unit times the norm of those that read it: float64 (C,)."""
     squares = {name: p.detach().double() ** 2 for name, p in network.named_parameters()}
     made = channel_sums(group, squares, ("producer", "norm"))
     return (made * channel_sums(group, squares, ("consumer",))).sqrt()

@@ -1,15 +1,12 @@
-"""Which candidates of a list go: scores of what they do to the logits, and three ways to choose by them.
+"""Which candidates of a list go: scores of the bounds of their logit changes, and two ways to choose by them.
 
-A candidate is a pair to merge or a unit to remove, with bounds of what it changes in the logits. After Meng, Bai, Teo,
-Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning": a small shift of all logits that is nearly
-the same for each does not change the class, so small and uniform bounds are good ones.
+A candidate is a pair to merge or a unit to remove. After Meng, Bai, Teo, Dong, "Supervised Robustness-preserving
+Data-free Neural Network Pruning": a small and nearly uniform shift of all logits does not change the class.
 
-Ours: bounds of what was accepted add up while a step runs, and a candidate is judged by the *mean* bounds per accepted
-candidate, (sum + candidate) / (accepted + 1): the widths of a sum only grow, so against the sum itself hardly any
-second candidate would ever be "no worse". How much worse it is, is the change of that mean times accepted + 1, which is
-what the candidate itself is worse than the mean of the others, in the unit of single scores however many there are. The
-temperature falls as the quota fills up, from the spread of single scores; what was rejected is walked through again,
-and a walk that accepts nothing ends it.
+Ours: a candidate is judged by the *mean* bounds per accepted candidate, (sum + candidate) / (accepted + 1): the widths
+of a sum only grow, so against the sum hardly any second candidate would be "no worse". The change of that mean times
+accepted + 1 is the candidate's own excess over the mean of the others. The temperature falls as the quota fills up,
+from the spread of single scores; rejected candidates are tried again, until a pass accepts none.
 """
 
 from __future__ import annotations
@@ -37,8 +34,8 @@ _MOST_LOGITS = 128
 class Candidates:
     """What may go, in ascending saliency.
 
-    lo, hi: float64 (n, K), finite, bounds of what each of n candidates changes in K logits.
-    units: the units that each one uses up; of two candidates that share a unit only one is accepted.
+    lo, hi: float64 (n, K), finite, bounds of each candidate's change of K logits. units: the units that each one uses;
+    of two candidates that share a unit only one is accepted.
     """
 
     lo: Tensor
@@ -61,11 +58,11 @@ class Candidates:
 
 
 def entropy(lo: Tensor, hi: Tensor, threshold: float = 0.9) -> Tensor:
-    """How little the bounds of the logits are alike: -sum_i p_i ln p_i.
+    """How dissimilar the bounds of the logits are: -sum_i p_i ln p_i.
 
     p_i is the share of logits j (i included) with similarity 1 - (|lo_i - lo_j| + |hi_i - hi_j|) / (2 U) of at least
     `threshold`, U the width of the hull of all bounds and 0. No probability distribution: up to n / e for n logits.
-    Of more than 128 logits, 128 that are spread evenly stand for all i; the cost is that of comparing all with all.
+    Of more than 128 logits, i runs over 128 that are spread evenly.
     """
     points = torch.stack([lo, hi], 2).double()
     hull = (points.amax((1, 2)).clamp_min(0) - points.amin((1, 2)).clamp_max(0))[:, None, None]
@@ -88,12 +85,11 @@ def paper_score(lo: Tensor, hi: Tensor, alpha: float = 0.75) -> Score:
     """The paper's score, alpha L + (1 - alpha) ENT, with L and ENT as ranks in a list of candidates.
 
     L is the sum of the widths over all logits. The paper puts both through a sigmoid, which is 1 to the last digit for
-    every L of a real network, so that L counts nothing; instead each is replaced by its rank among the candidates of
-    the list, in [0, 1], ties at their mean. A value that is not in the list, such as that of several candidates
-    together, lies on the straight line between its neighbours' ranks, and beyond the ends goes on with the mean slope.
+    every L of a real network; instead each is replaced by its rank in the list, in [0, 1], ties at their mean. Values
+    that are not in the list are interpolated between their neighbours' ranks, and extrapolated with the mean slope.
 
     Args:
-        lo, hi: (n, K), the list: bounds of single candidates. alpha: in [0, 1], the share of L.
+        lo, hi: (n, K), bounds of single candidates. alpha: in [0, 1], the share of L.
     """
     width_rank, entropy_rank = _Ranks.among((hi - lo).double().sum(1)), _Ranks.among(entropy(lo, hi))
 
@@ -105,10 +101,9 @@ def paper_score(lo: Tensor, hi: Tensor, alpha: float = 0.75) -> Score:
 
 
 def margin_score(lo: Tensor, hi: Tensor) -> Tensor:
-    """R = max over logits i != j of hi_i - lo_j: the most by which one logit can gain on another one.
+    """R = max over logits i != j of hi_i - lo_j: the most that one logit can gain on another.
 
-    A change of the logits with R below the margin between the best and the second never changes the class. With a
-    single logit the width.
+    R below the margin between the best and the second logit never changes the class. With a single logit the width.
     """
     lo, hi = lo.double(), hi.double()
     if lo.shape[1] == 1:
@@ -119,15 +114,8 @@ def margin_score(lo: Tensor, hi: Tensor) -> Tensor:
     return torch.where(apart, most.values[:, 0] - least.values[:, 0], second)
 
 
-def baseline(candidates: Candidates, quota: int) -> list[int]:
-    """The first candidates of the list, by saliency alone."""
-    state = _State(candidates, quota)
-    state.fill(range(len(candidates.units)))
-    return state.accepted
-
-
 def greedy(candidates: Candidates, score: Score, quota: int, pool: int) -> list[int]:
-    """Again and again the candidate with the best score together with those accepted, of the first `pool` of the list.
+    """Repeatedly the candidate with the best joint score with those accepted, of the first `pool` of the list.
 
     When the pool's units are used up before the quota is met, the rest of the list fills it in order.
     """
@@ -155,16 +143,13 @@ def anneal(
 ) -> list[int]:
     """Walk through the list and accept what does not worsen the score, or worsens it with falling probability.
 
-    exp(-(accepted + 1) (new - current) / T) with T = start (1 - accepted / quota); the first is always accepted. What
-    was rejected is walked through again until the quota is met; when a walk accepts nothing the list fills it in order.
+    exp(-(accepted + 1) (new - current) / T) with T = start (1 - accepted / quota); the first is always accepted.
+    Rejected candidates are tried again until the quota is met; when a pass accepts none the list fills it in order.
 
     Args:
-        generator: gives one float64 per candidate that is looked at, so a seed decides the same on every machine.
+        generator: one float64 per candidate, so that a seed decides the same on every machine.
         start_temperature: in units of the score; 0 is hill climbing, infinity the order of the list, None the
             standard deviation of the scores of the first 32 candidates.
-
-    Returns:
-        At most `quota` indices into the list, in the order of acceptance, no unit twice; fewer only when the units of
     """
     state = _State(candidates, quota)
     start = _spread(candidates, score) if start_temperature is None else start_temperature
@@ -192,7 +177,7 @@ def anneal(
 
 
 def _odds(change: float, start: float, state: _State) -> float:
-    """The probability to accept what changes the mean score by so much: 0 at a temperature of 0, 1 at infinity."""
+    """The probability to accept a change of the mean score: 0 at a temperature of 0, 1 at infinity."""
     temperature = start * (1 - len(state.accepted) / state.quota)
     return math.exp(-change * (len(state.accepted) + 1) / temperature) if temperature > 0 else 0.0
 
@@ -223,7 +208,7 @@ def _scored(state: _State, score: Score, waiting: list[int]) -> Iterator[tuple[i
 
 @dataclass
 class _State:
-    """What is accepted so far: indices, the units used up, the sums of the bounds."""
+    """What is accepted so far: indices, the units used, the sums of the bounds."""
 
     candidates: Candidates
     quota: int
@@ -238,18 +223,18 @@ class _State:
         return len(self.accepted) >= self.quota
 
     def is_free(self, index: int) -> bool:
-        """Whether none of a candidate's units is used up."""
+        """Whether none of a candidate's units is used."""
         return self.used.isdisjoint(self.candidates.units[index])
 
     def accept(self, index: int) -> None:
-        """Take a candidate, use up its units, add its bounds."""
+        """Add a candidate."""
         self.accepted.append(index)
         self.used.update(self.candidates.units[index])
         self.lo = self.lo + self.candidates.lo[index].double()
         self.hi = self.hi + self.candidates.hi[index].double()
 
     def fill(self, order: range) -> None:
-        """Accept what is free in the order of the list until the quota is met."""
+        """Accept free candidates in the order of the list until the quota is met."""
         taken = set(self.accepted)
         for index in order:
             if self.full:
