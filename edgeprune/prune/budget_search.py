@@ -120,7 +120,7 @@ def _chooser(
             # Training once is enough: limits are tried with the largest channels, then the method gets them.
             squares = {g: norms**2 for g, norms in tighter.units.norms(network).items()}
             shares = {g: s / torch.clamp(s.sum(), min=1e-30) for g, s in squares.items()}
-            return tighter.masks(tighter.keep(shares))
+            return tighter.units.masks(tighter.keep(shares))
         if survey is None:
             return method(deepcopy(network), tighter)
         return _first(task.groups, counts(survey, tighter))
