@@ -1,4 +1,4 @@
-"""What a file answers on a device: its logits on held-out images, their accuracy, and how far two files agree."""
+"""A file's logits on a device, their accuracy on held-out images, and the agreement of two files."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +19,7 @@ from edgeprune.records import Artifact, Reading
 from edgeprune.serialization import replace_file, scratch_folder
 
 RUNTIME = "onnxruntime"
-# What one child process is given: files of this size at most, and the bar moves after each of them.
+# At most so much goes into one child process; the bar moves after each of them.
 CHUNK_BYTES = 128 * 2**20
 CHUNK_IMAGES = 2500
 BATCH = 250
@@ -33,7 +33,7 @@ class Images(Protocol):
 
     @property
     def name(self) -> str:
-        """What the part is called."""
+        """Name of the part."""
         ...
 
     def __len__(self) -> int: ...
@@ -111,11 +111,7 @@ def predict(
     label: str,
     runtime: str = RUNTIME,
 ) -> Logits:
-    """The file's logits (N, K) for batches of float32 (n, C, H, W), in few processes on the device.
-
-    Raises:
-        DeviceError, MissingDependency, ModelError: as for `measure.latency`.
-    """
+    """The file's logits (N, K) for batches of float32 (n, C, H, W), in few processes on the device."""
     if device.times_alone:
         raise UsageError(
             f"{device.name} answers no images: {device.times_alone}", "--device local answers them here"
@@ -145,7 +141,7 @@ def _bar(total: int, label: str) -> AbstractContextManager[Callable[..., None]]:
 
 
 def _pixels(split: Images, labels: list[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.float32]]:
-    """The images, batch by batch; the labels that go with them are added to the list on the way."""
+    """The images, batch by batch; their labels are added to the list."""
     for x, y in split.batches(BATCH):
         labels.append(np.asarray(y, dtype=np.int64))
         yield np.asarray(x, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Engines for a device: built there from the ONNX files, brought back, and held against ONNX Runtime's answers."""
+"""TensorRT engines: built on the device from ONNX files, copied back, and compared with ONNX Runtime's outputs."""
 
 import hashlib
 import re
@@ -26,10 +26,10 @@ _ASK_S = 120.0
 
 @contextmanager
 def timings(device: Device, folder: str) -> Iterator[None]:
-    """Lay what was timed before into a folder on the device, and fetch what is there in the end.
+    """Copy TensorRT's timing cache into a folder on the device, and back afterwards.
 
-    It lies in ~/.cache/edgeprune/timings, a file for each device, board and version of TensorRT, which itself refuses
-    what another GPU timed. Where that folder can't be written nothing is kept.
+    Kept in ~/.cache/edgeprune/timings, one for each device, board and version of TensorRT, which itself refuses the
+    timings of another GPU. Where that folder can't be written nothing is kept.
     """
     kept, there = _kept(device), f"{folder}/{CACHE}"
     if kept is None:
@@ -72,7 +72,7 @@ IMAGES = 128
 
 @dataclass(frozen=True)
 class Place:
-    """Where engines are built: the device, the machine that it should be, and the folder here that they come to."""
+    """Where engines are built. folder: here, for the copies."""
 
     device: Device
     target: Target
@@ -82,7 +82,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that was built on a device. path: here. facts: what is known of it (`runtimes.engine.files`)."""
+    """An engine that was built on a device, and its copy here (`path`)."""
 
     path: Path
     onnx: Path
@@ -108,11 +108,7 @@ class Engine:
 
 
 def choose(target: Target, device: Device) -> tuple[str, tuple[str, ...]]:
-    """The runtime that files are measured with on a device, and what a reader must know of that.
-
-    It is the target's where the device has it. A Jetson without TensorRT's Python package is measured with ONNX
-    Runtime on its CPU, and that is said.
-    """
+    """The runtime to measure with on a device, and notes: the target's, or ONNX Runtime where the device lacks it."""
     if target.runtime != TENSORRT:
         return RUNTIME, ()
     try:
@@ -147,11 +143,7 @@ def precision_of(path: Path) -> str:
 
 
 def built_engines(files: Mapping[str, Path], place: Place) -> dict[str, Engine]:
-    """Build an engine of each ONNX file on the device.
-
-    Returns:
-        Name -> engine, copied into the folder as NAME.engine with NAME.engine.json beside it. What TensorRT timed is
-    """
+    """Build an engine of each ONNX file on the device and copy it here as NAME.engine, with NAME.engine.json."""
     device = place.device
     options = {"workspace_mib": workspace_mib(place.target.memory_bytes), "sparse": place.sparse}
     with device.holding(files) as paths, timings(device, str(Path(next(iter(paths.values()))).parent)):
@@ -183,7 +175,7 @@ def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping
 
 
 def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], device: Device) -> str:
-    """Hold an engine's answers on a device against ONNX Runtime's for its ONNX file, here, on the same images."""
+    """Compare an engine's outputs on a device with ONNX Runtime's here for its ONNX file, on the same images."""
     expected = _logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
     found = _logits(engine.path, spec, images, device, TENSORRT)
     worst, same = _apart(expected, found)

@@ -40,13 +40,12 @@ _START_S = 120.0
 
 @dataclass(frozen=True)
 class Latency:
-    """Timings that were taken together, alternately, in one process.
+    """Timings taken alternately in one process.
 
     readings: model -> latency_p50, latency_p90, latency_p99. samples: model -> wall time of one image in s, in order.
     ratios: "wall", and with one thread "cpu": dense over compressed, empty unless both were timed.
-    contended: other work ran on the machine, so the wall times are too long and the CPU times are to be believed.
-    inconclusive: why the two can't be told apart, or "". emulated: no ratio, because the times say nothing.
-    powered: the device can measure its power. notes: what a reader must know of how it was had.
+    contended: other work made the wall times too long. inconclusive: why the two can't be distinguished, or "".
+    emulated: the times mean nothing, so there is no ratio. powered: the device measures its power.
     """
 
     where: str
@@ -88,10 +87,7 @@ def latency(
     """Time models on one image, alternately, so that noise hits all of them.
 
     It ends when the medians are known within `PRECISION`, or at `table.iterations` runs or `table.seconds` of each.
-
-    Args:
-        models: name -> ONNX file, or engine with what is known of it beside it; "dense" and "compressed" are
-            compared with each other.
+    "dense" and "compressed" are compared.
     """
     there = place(device)
     with held(device, models) as paths:

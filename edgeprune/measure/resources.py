@@ -1,4 +1,4 @@
-"""Memory and energy of one file on a device: what its process adds, and what its power sensors see."""
+"""Memory and energy of one file on a device."""
 
 import statistics
 from pathlib import Path

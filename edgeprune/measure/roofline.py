@@ -77,8 +77,7 @@ def estimate(
 ) -> Reading:
     """The latency of one image on a target, from its facts alone.
 
-    Returns:
-        latency_p50 with `where` "estimated: roofline of TARGET"; its value is None, with the reason, where the target's
+    latency_p50 with `where` "estimated: roofline of TARGET"; without a value where the target's facts lack a peak.
     """
     if precision not in WIDTH:
         raise UsageError(f"precision {precision!r} is not one of {', '.join(WIDTH)}")
@@ -115,10 +114,9 @@ def validated(
 
 
 def validate(files: Mapping[str, Path], device: Device, table: MeasureTable) -> Validation | None:
-    """Hold the formula against the layers of files on a device, in fp32, with the device's own roof.
+    """Compare the formula with layers timed on a device, in fp32, with the device's own roof.
 
-    Returns:
-        None where fewer than LEAST_LAYERS layers take long enough to tell, or the processor is emulated.
+    None where fewer than LEAST_LAYERS layers take long enough, or the processor is emulated.
     """
     there = place(device)
     if there.emulated:

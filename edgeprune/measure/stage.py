@@ -1,4 +1,4 @@
-"""measure: everything that is read off the dense and the compressed file of one run, side by side."""
+"""measure: all readings of the dense and the compressed file of a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,21 +15,17 @@ from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Artifact, InputSpec, Plan, Reading, Target
 from edgeprune.serialization import scratch_folder
 
-# Somebody else's measuring is over in minutes; a run that has trained for hours is not given up for that.
+# Other measurements end in minutes; a run that has trained for hours waits for them.
 WAIT_S = 600.0
 # No more than this for the plots and for whoever reads report.json.
 MOST_SAMPLES = 2000
-# What the note begins with that says that the target itself is still to be measured.
+# Start of the note that the target itself is still to be measured.
 NOT_THERE = "Nothing has been measured on"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the files said.
-
-    samples: "dense"/"compressed" -> time of one image in s, in order. times: the same -> layer -> s.
-    notes: what a reader must know of how it was had.
-    """
+    """samples: "dense"/"compressed" -> time of one image in s, in order. times: the same -> layer -> s."""
 
     before: tuple[Reading, ...]
     after: tuple[Reading, ...]
@@ -40,11 +36,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class MeasureRequest:
-    """What to read: where, how long, for which target, and on which images (`data.collection.Split` or None).
+    """What to measure. images: `data.collection.Split` or None.
 
-    engines: where engines that are built on the device are kept, None for nowhere. sparse: the file holds the 2:4
-    pattern. wait_s: how long to wait for somebody else who measures on the device. judged: the file that answers
-    images, and that engines are built from, where that is another one than the file that is timed.
+    engines: folder for engines that are built on the device, or None. sparse: the file holds the 2:4 pattern.
+    wait_s: how long to wait for the device to be free. judged: the file whose accuracy is measured and that engines
+    are built from, where it is not the file that is timed.
     """
 
     spec: InputSpec
@@ -131,8 +127,9 @@ def _run(
     notes = [*_notes(wanted, timed, subject), *timed.notes, *subject.notes]
     if plan is not None and (timed.ratios or timed.emulated):
         median = next(r.value for r in timed.readings["compressed"] if r.metric == "latency_p50")
+        machine = targets.target("local") if _elsewhere(wanted) else wanted.target
         known = why_not_faster.clues(
-            plan, _machine(wanted), engines.precision_of(subject.onnx["compressed"]),
+            plan, machine, engines.precision_of(subject.onnx["compressed"]),
             nodes=nodes["compressed"], latency_s=median or 0.0,
         )  # fmt: skip
         known = replace(known, nothing_removed=_nothing_removed(plan, subject))
@@ -148,14 +145,6 @@ def _run(
 
 def _elsewhere(wanted: MeasureRequest) -> bool:
     return wanted.device.name == "fake" or not place.on_target(wanted.target, wanted.device)
-
-
-def _itself(wanted: MeasureRequest) -> bool:
-    return wanted.device.name == "local" and wanted.target.device != "local" and not _elsewhere(wanted)
-
-
-def _machine(wanted: MeasureRequest) -> Target:
-    return targets.target("local") if _elsewhere(wanted) else wanted.target
 
 
 def _by_layer(nodes: Any) -> dict[str, float]:
@@ -174,7 +163,7 @@ def _counted(plan: Plan, name: str) -> tuple[Reading, ...]:
 
 
 def _with_work(plan: Plan, name: str, subject: _Subject, rows: tuple[Reading, ...]) -> tuple[Reading, ...]:
-    """Note at the times of a file that does exactly the dense file's work that a small gain is none, or any is."""
+    """Mark times of a file that does exactly the dense file's work: a small gain is then none."""
     if name == "dense" or plan.macs != plan.macs_before:
         return rows
     same = {"same_work": True, **({"nothing_removed": True} if _nothing_removed(plan, subject) else {})}
@@ -211,7 +200,8 @@ def _file_readings(
         if timed.powered
         else ()
     )
-    there = {"on_target": True} if _itself(wanted) else {}
+    on_board = device.name == "local" and wanted.target.device != "local" and not _elsewhere(wanted)
+    there = {"on_target": True} if on_board else {}
     taken = [replace(r, conditions={**r.conditions, **there}) for r in (*rows, memory, *seen)]
     return (size, counts.compressed_size(onnx_file, name=name), *taken)
 
@@ -219,7 +209,7 @@ def _file_readings(
 def _with_answers(
     wanted: MeasureRequest, subject: _Subject, readings: Mapping[str, tuple[Reading, ...]]
 ) -> dict[str, tuple[Reading, ...]]:
-    """Add the accuracy of each file, and how far they agree, where there are held-out images; or why it is not had."""
+    """Add the accuracy of each file and their agreement, or the reason why there is none."""
     if wanted.images is None:
         return dict(readings)
     if wanted.device.times_alone:

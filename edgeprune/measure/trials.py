@@ -1,4 +1,4 @@
-"""Timing trials: files that are timed while a run still decides, by the runtime that it measures with in the end."""
+"""Timing trials during a run, with the runtime of the final measurement."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +21,9 @@ _ASK_S = 120.0
 
 @dataclass(frozen=True)
 class Trials:
-    """A device and how files are timed there; where the target has TensorRT, engines of them are built first.
+    """Times files on a device; where the target has TensorRT, their engines.
 
-    wait_s: how long to wait for somebody else who measures there; None where the caller is alone on it already.
+    wait_s: how long to wait for the device to be free; None where the caller holds it already.
     sparse: the files hold the 2:4 pattern.
     """
 

@@ -1,4 +1,4 @@
-"""What is said of two files without labels: how alike their outputs for synthetic images are (no accuracy)."""
+"""Agreement of two files on synthetic images, where there are no labels."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +22,9 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images float32 (N, C, H, W) that were made from the network itself; facts: how, and what they were used for.
+    """Synthetic images float32 (N, C, H, W). facts: how they were made.
 
-    fitted: whether the compressed network was repaired on these very images, which flatters it.
+    fitted: the compressed network was repaired on these very images, which flatters it.
     """
 
     images: Tensor
@@ -44,12 +44,7 @@ def measure_unlabelled(
     device: Device,
     log: Callable[[str], None],
 ) -> tuple[Reading, ...]:
-    """Everything that is said without labels.
-
-    Args:
-        device: where the files answer; of one that gives no answers the readings are absent, with the reason, and for
-            one without ONNX Runtime, as a board with TensorRT may be, this machine answers, and the readings say so.
-    """
+    """Agreement and divergence on a device; on this machine where the device lacks ONNX Runtime."""
     readings: tuple[Reading, ...] = ()
     if pictures is not None and device.times_alone:
         about = {"images": "synthetic", "fitted": pictures.fitted}

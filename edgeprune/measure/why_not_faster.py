@@ -1,4 +1,4 @@
-"""What two latencies say in plain words: how many times faster, or not faster and why not."""
+"""Explain the ratio of two latencies: how many times faster, or not faster and why."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,11 +27,10 @@ CONVERTERS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 @dataclass(frozen=True)
 class Clues:
-    """What is known about a cut and about the machine that timed it; a field left at its default says nothing.
+    """What is known about a cut and about the machine that timed it; defaults mean unknown.
 
-    macs_before, macs_after: counted. channels: layer -> channels that it kept. multiple_of: what the channels of a
-    layer should be a multiple of on the machine that was timed. nodes: of the compressed file, as they ran.
-    latency_s: the compressed model's median. nothing_removed: as for `speed.verdict`. balance:
+    channels: layer -> kept channels. multiple_of: of the channels on that machine. nodes: of the compressed file, as
+    they ran. latency_s: median of the compressed model. nothing_removed: as for `speed.verdict`. balance:
     multiply-accumulates per byte, and bandwidth: bytes per second of that machine.
     """
 

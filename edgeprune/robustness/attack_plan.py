@@ -1,4 +1,4 @@
-"""Which attacks a victim goes through, in which order, and how each makes its images."""
+"""Which attacks are run on a model, in which order, and how each makes its images."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ Craft = Callable[[Tensor, Tensor, torch.Generator, Advance], tuple[Tensor, int]]
 
 
 def apgd_ce(network: nn.Module, job: Job) -> Craft:
-    """APGD-CE that takes no image for broken: to the logits comes a class that is always the likeliest, and right."""
+    """APGD-CE that never stops early: a class is added to the logits that is always the likeliest, and right."""
 
     def answers(quick: nn.Module, at: Tensor) -> Tensor:
         found = full(logits(quick, at))
@@ -70,11 +70,11 @@ def pgd(network: nn.Module, job: Job) -> Craft:
     return craft
 
 
-# Attacks stop at the first image that the network in torch gets wrong, which a file that rounds otherwise, or another
-# network, may still get right. What is to be replayed there comes from attacks that go on to the end.
+# Attacks stop at the first image that the network in torch gets wrong, which a file that rounds differently, or another
+# network, may still get right. What is replayed there comes from attacks that continue.
 TO_THE_END = "-to-the-end"
 GO_ON = {"standard": ("apgd-ce", apgd_ce), "pgd": ("pgd", pgd)}
-# What attacks are called that have their gradients from the straight-through twin of a quantized file.
+# Suffix of attacks with gradients of a quantized file's straight-through form.
 STRAIGHT = "-straight-through"
 NO_GRADIENT = (
     "No gradient reaches the network's input (detach, argmax or rounding in its forward): attacks without gradients "
@@ -84,7 +84,7 @@ NO_GRADIENT = (
 
 @dataclass(frozen=True)
 class Reach:
-    """Whether gradients reach the images: of the network `twin`, and of the straight-through twin of the file."""
+    """Whether gradients reach the images in the two networks of a model."""
 
     twin: bool
     straight: bool
@@ -124,8 +124,8 @@ def reaches(network: nn.Module | None, x: Tensor) -> bool:
         return torch.autograd.grad(answer.sum(), point, allow_unused=True)[0] is not None
 
 
-def how_words(victim: ModelUnderAttack, reach: Reach) -> str:
-    """How gradients are had, in words."""
+def describe_gradients(victim: ModelUnderAttack, reach: Reach) -> str:
+    """How gradients were obtained, for a report."""
     more = " and on its straight-through twin" if reach.straight else ""
     if victim.twin is None:
         return "black box on the file: no gradients, which overstates robustness"
@@ -143,11 +143,10 @@ def steps_of(
     """The attacks in the order in which they run, after a look at the images as they are.
 
     First those with gradients of the network in torch, then, for a quantized file, those with gradients of its
-    straight-through twin, then those that only ask. A file also gets what PGD, or in the standard evaluation APGD-CE,
-    finds when it goes on to the end, and every victim gets what that finds on the others.
-
-    An attack with gradients is left out where there are none; where the network is cut off from its input, it is left
-    out if another one only asks, and goes where chance leads otherwise.
+    straight-through form, then those that need only logits. A file also gets the images of a PGD, or in the standard
+    evaluation an APGD-CE, that continues past the first success, and every model gets those made on the others.
+    An attack with gradients is left out where there are none; where none reaches the input, only if another attack
+    needs none.
     """
     white = _with_gradients(job)
     found: list[Step] = []
@@ -163,17 +162,24 @@ def steps_of(
     if victim.straight is not None and reach.straight:
         for step in _climbing(victim.straight, job, placement, goes_on=True):
             found.append(replace(step, name=f"{step.name}{STRAIGHT}"))
-    found += [_asking(n, a, job, victim, placement) for n, a in job.attacks.items() if n not in white]
+    found += [
+        _without_gradients(n, a, job, victim, placement) for n, a in job.attacks.items() if n not in white
+    ]
     if not found:
         raise UsageError(
             f"--attack {job.table.name} needs gradients, and {victim.name} has none",
             "take --attack standard, which asks without gradients too; or give the run directory or the torch model",
         )
-    return (Step(CLEAN, _as_they_are, placement.images), *found)
+
+    def unchanged(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
+        advance(len(x))
+        return x, len(x)
+
+    return (Step(CLEAN, unchanged, placement.images), *found)
 
 
 def from_(name: str) -> str:
-    """What the names of attacks end in whose images were made on another network."""
+    """The suffix of attacks whose images were made on another network."""
     return f"-from-{name}"
 
 
@@ -184,7 +190,7 @@ def _with_gradients(job: Job) -> dict[str, Attack]:
 def _climbing(
     network: nn.Module, job: Job, placement: ExecutionConfig, *, goes_on: bool, then: Sequence[Step] = ()
 ) -> list[Step]:
-    """The attacks with the gradients of a network; after the first one that which goes on to the end, and `then`."""
+    """The attacks with gradients of a network; after the first the one that continues past success, and `then`."""
     found = [
         Step(name, _crafting(attack, network, job), placement.images)
         for name, attack in _with_gradients(job).items()
@@ -196,11 +202,6 @@ def _climbing(
     return [*found[:1], *more, *then, *found[1:]]
 
 
-def _as_they_are(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
-    advance(len(x))
-    return x, len(x)
-
-
 def _crafting(attack: Attack, network: nn.Module, job: Job) -> Craft:
     def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
         found = attack(network, x, y.to(x.device), job.ball, generator, advance)
@@ -209,10 +210,10 @@ def _crafting(attack: Attack, network: nn.Module, job: Job) -> Craft:
     return craft
 
 
-def _asking(
+def _without_gradients(
     name: str, attack: Attack, job: Job, victim: ModelUnderAttack, placement: ExecutionConfig
 ) -> Step:
-    """An attack that only asks: the artifact itself (on its device), or a copy of it that answers many at a time."""
+    """An attack without gradients, on the artifact itself or on a copy of it with large batches."""
     answers: Logits = victim.fast or victim.answers
 
     def craft(x: Tensor, y: Tensor, generator: torch.Generator, advance: Advance) -> tuple[Tensor, int]:
@@ -267,5 +268,5 @@ def _free_bytes(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0])
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):  # a system that does not say
+    except (ValueError, OSError):  # not told by the system
         return float(BUDGET_BYTES)

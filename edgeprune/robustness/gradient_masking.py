@@ -19,7 +19,7 @@ from edgeprune.robustness.attack_plan import NO_GRADIENT, placed, reaches
 from edgeprune.robustness.job import Job, ModelUnderAttack, Verdicts, ask, wrong
 from edgeprune.train import Ball, ExecutionConfig, crafting, cross_entropy, pgd, seeded_generator
 
-# So many images are looked at; attacks of many steps are made on the first few of them.
+# Images that are probed; attacks of many steps take the first few of them.
 LOOKED_AT = 64
 TRIED = 16
 # A few images decide otherwise by chance; these shares do not.
@@ -27,18 +27,18 @@ FEW = 0.1
 SLIGHT = 0.01
 STEPS, MANY_STEPS = 10, 100
 PROBE_QUERIES = 200
-# What is said instead of NO_GRADIENT where nothing that only asks was among the attacks.
+# Instead of NO_GRADIENT, where every attack needs gradients.
 AT_RANDOM = (
     "No gradient reaches the network's input (detach, argmax or rounding in its forward): the attacks went in random "
     "directions, which overstates robustness. Take --attack standard, which asks without gradients too."
 )
-# The same batch answered twice, relative to the largest logit.
+# Difference of two outputs for the same batch, relative to the largest logit.
 NOISE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """Some images that are right without an attack, where they were laid out, and what became of all images."""
+    """Some images that are classified right without an attack, and the verdicts on all images."""
 
     victim: ModelUnderAttack
     job: Job
@@ -68,7 +68,6 @@ def flags(victim: ModelUnderAttack, split: Split, job: Job, verdicts: Verdicts) 
 
 
 def _guessing(split: Split, victim: ModelUnderAttack, verdicts: Verdicts) -> list[str]:
-    """Accuracy as by chance: mostly wrong normalization, or classes in another order."""
     n, right = len(verdicts.by), sum(verdicts.clean_right)
     classes = len(split.labels.unique())
     if classes < 2 or binomial(right, n)[0] > 1 / classes:
@@ -123,13 +122,9 @@ def _black_box(probe: _Probe) -> list[str]:
     if not with_gradients or binomial(broken, len(probe.verdicts.by))[0] <= SLIGHT:
         return []
     return [
-        f"{', '.join(asking)}, which only asks, broke {_images(broken)} that the attacks with gradients left: the "
-        "gradients are masked, so a stronger attack may break more."
+        f"{', '.join(asking)}, which only asks, broke {broken} image{'s' * (broken != 1)} that the attacks with "
+        "gradients left: the gradients are masked, so a stronger attack may break more."
     ]
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
 
 
 def _zero_gradients(probe: _Probe) -> list[str]:
@@ -185,7 +180,7 @@ def _standing(probe: _Probe, ball: Ball, steps: int) -> int:
 
 
 def _queries(probe: _Probe) -> list[str]:
-    """Where nothing was only asked: a short attack that does, on images that the others left."""
+    """Where every attack needed gradients: a short attack without, on images that survived."""
     if any(not attack.gradients for attack in probe.job.attacks.values()):
         return []
     rows = [row for row, right in enumerate(probe.verdicts.clean_right) if right][: len(probe.x)]

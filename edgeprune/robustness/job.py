@@ -1,4 +1,4 @@
-"""The nouns of an attacked evaluation: who is attacked, with what, and what became of every image."""
+"""The types of an evaluation under attack: the model, the attacks, and the verdict on every image."""
 
 import hashlib
 import json
@@ -20,24 +20,21 @@ from edgeprune.train import Ball
 from edgeprune.version import __version__
 
 RESULT_VERSION = 3
-# What an image is called that is wrong without any attack.
+# The verdict on an image that is misclassified without an attack.
 CLEAN = "clean"
 
 
 @dataclass(frozen=True, eq=False)
 class ModelUnderAttack:
-    """Whose answers count, and whose gradients are used.
+    """The artifact whose outputs count, and the networks whose gradients are used.
 
-    name: "dense", "compressed" or a file's name. sha256: of the file or of the weights. where: the place, as in
-    readings.
-    answers: the artifact itself: its session, or the network in torch. Pixels in [0, 1] to logits.
-    twin: the network in torch whose gradients are used, or None; `answers` itself where that is a network.
+    answers: the artifact: its session, or the network in torch. Pixels in [0, 1] to logits.
+    twin: the network in torch with the gradients, or None; `answers` itself where that is a network.
     others: name -> network whose adversarial images are tried too.
-    fast: answers as `answers` does, many images at a time; what breaks it is tried again on `answers`. Or None.
-    notes: what a reader must know of how all this was had.
-    straight: of a quantized file, its own graph in torch with gradients that pass the rounding (`onnx_module`), or
-    None. own: `twin` was read from the file, too. What was read from the file is believed when `proven` says so.
-    asked: what to enter while many questions are asked; a session on a device stays open then.
+    fast: the same outputs for large batches, or None; images that break it are tried again on `answers`.
+    straight: of a quantized file, its own graph with gradients through the rounding (`onnx_module`), or None.
+    own: `twin` was read from the file; `proven` checks what was.
+    asked: entered while there are many queries; keeps a session on a device open.
     """
 
     name: str
@@ -65,7 +62,7 @@ class ModelUnderAttack:
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to a victim. data: changes when the images do. attacks: name -> member, in their order."""
+    """The attacks in their order. data: a digest of the images."""
 
     table: AttackTable
     ball: Ball
@@ -91,12 +88,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What became of every image, in the order of the split.
+    """The verdict on every image, in the order of the split.
 
-    by: "" for one that survived everything, "clean" for one that is wrong without an attack, or else the name of the
-    attack that broke it. tried, queries, seconds: of each attack: images that it was given, forward passes for one
-    image summed over them, and its time. how: how gradients were had. batch: images at a time. steps: the attacks
-    that there were, in their order, whether or not an image was left for them.
+    by: "" for an image that survived, "clean" for one misclassified without an attack, or the name of the attack.
+    tried, queries, seconds: of each attack: its images, their forward passes, and its time. how: how gradients were
+    obtained. steps: all attacks in their order, whether or not an image was left for them.
     """
 
     by: tuple[str, ...]
@@ -140,7 +136,7 @@ def ask(answers: Logits, x: Tensor) -> Tensor:
 
 
 def wrong(answers: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """Which images do not get their label, bool (N,) on the CPU; an answer that is not finite is wrong."""
+    """Misclassified images, bool (N,) on the CPU; logits that are not finite are wrong."""
     found = ask(answers, x)
     right = (found.argmax(1) == y.to(found.device)) & found.isfinite().all(1)
     return ~right.cpu()

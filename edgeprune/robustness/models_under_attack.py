@@ -1,4 +1,4 @@
-"""Who is attacked: a network in torch, a bare ONNX file, or the file of a run with the gradients of its network."""
+"""Models to attack: a network in torch, an ONNX file, or the file of a run with gradients of its network."""
 
 import re
 import sys
@@ -32,18 +32,17 @@ from edgeprune.runtimes import OnnxRuntime, Session
 # How far the copy may be from the file, relative to the largest logit; rounding in another order gives 1e-6.
 TOLERANCE = 1e-4
 _TRIED = 3
-# Of many images each thread answers so many at a time by itself: threads that share one question wait for each other
-# behind every operator, and what more images leave behind does not stay in the processor's caches.
+# Images that a thread computes at a time, by itself: threads that share a batch wait for each other after every
+# operator, and the activations of more images exceed the processor's caches.
 ROWS = 24
 # Fewer are not worth a thread.
 LEAST = 2
 
 
 def open_file(path: Path, folder: Path, threads: int) -> tuple[Logits, Logits | None]:
-    """The answers of an ONNX file, and those of a session for many images, where one can be had.
+    """The logits of an ONNX file, and those of a session for large batches, or None.
 
-    Where the file's batch is fixed, a copy is opened whose batch is free. It is used only if it answers images as the
-    file does. Searching on it is several times as fast.
+    Where the file's batch is fixed, a copy with a free batch is used, provided that its outputs are the file's.
     """
     if not path.is_file():
         raise UsageError(f"no file {str(path)!r}", "give an .onnx file or a finished run directory")
@@ -84,18 +83,18 @@ def _shared_out(many: Any, threads: int) -> Logits:
 
     def answers(x: Tensor) -> Tensor:
         pixels = np.ascontiguousarray(x.detach().cpu().numpy(), dtype=np.float32)
-        lanes = min(threads, len(pixels) // LEAST)
-        if lanes < 2:
+        replicas = min(threads, len(pixels) // LEAST)
+        if replicas < 2:
             return torch.from_numpy(some(pixels))
-        rounds = -(-len(pixels) // (lanes * ROWS))
-        parts = np.array_split(pixels, lanes * rounds)
+        rounds = -(-len(pixels) // (replicas * ROWS))
+        parts = np.array_split(pixels, replicas * rounds)
         return torch.from_numpy(np.concatenate(list(pool.map(some, parts))))
 
     return answers
 
 
 def _freed(path: Path, out: Path) -> Path | None:
-    """A copy whose batch is free, also where reshapes say its size; or None where it can't be written."""
+    """A copy with a free batch, also in reshapes; None where it can't be written."""
     try:
         model = onnx.load(str(path))
     except ONNX_ERRORS:
@@ -119,7 +118,7 @@ def _same(session: Session, answers: Logits) -> bool:
 
 
 FILE = "model.onnx"
-# As long as measuring waits for somebody else.
+# As long as measuring waits for the device.
 WAIT_S = 600.0
 # Architectures that import nothing but their package, whoever names them.
 HARMLESS = re.compile(r"|(timm|torchvision):[\w.]+(\?(num_classes|in_chans)=\d{1,5}(&in_chans=\d{1,5})?)?")
@@ -149,10 +148,10 @@ def of_file(
     twin: nn.Module | None = None,
     others: Mapping[str, nn.Module] | None = None,
 ) -> ModelUnderAttack:
-    """An ONNX file that answers through ONNX Runtime on this machine.
+    """An ONNX file, run by ONNX Runtime on this machine.
 
     Where `twin` is not given it is read from the file, of a quantized one without the rounding. A quantized file also
-    gets a straight-through twin. Both are believed only when `proven` says so.
+    gets a straight-through form. `proven` checks both.
     """
     answers, fast = open_file(path, scratch, torch.get_num_threads())
     victim = ModelUnderAttack(name, sha256_file(path), answers, twin, dict(others or {}), fast, where)
@@ -174,10 +173,7 @@ def of_file(
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Where a file is judged: a device, and the target whose runtime it should have (None: ONNX Runtime).
-
-    scratch: a folder for engines that are built there. log, wait_s: as of `Device.exclusively`.
-    """
+    """A device that judges a file. target: names its runtime (None: ONNX Runtime). scratch: for engines built there."""
 
     device: Device
     target: Target | None
@@ -187,18 +183,17 @@ class OnDevice:
 
 
 def elsewhere(device: Device) -> bool:
-    """Whether a device answers by itself: not with this process's own ONNX Runtime, and not with canned answers."""
+    """Whether a device has a runtime other than this process's own ONNX Runtime."""
     if device.name in ("local", "fake"):
         return device.name == "local" and device.agent()[0] != sys.executable
     return True
 
 
 def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDevice) -> ModelUnderAttack:
-    """The same file judged by a device: whatever an attack finds counts when the device errs on it.
+    """The same file judged by a device: an image is broken when the device misclassifies it.
 
-    Attacks that only ask, as Square, ask the device too: a session there stays open, and one at a time has it. A device
-    whose agent can't stay open is only asked for verdicts, and Square asks this machine's copy of the file. Of one that
-    gives no answers at all, the file stays judged here, and the notes say so.
+    Square queries the device too, in a session that stays open. A device whose agent can't stay open gives only
+    verdicts, and Square queries this machine's copy. Of one without outputs the file is judged here; the notes say so.
     """
     device = there.device
     if device.times_alone:
@@ -228,7 +223,7 @@ def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDe
 
 
 def _engine(victim: ModelUnderAttack, path: Path, there: OnDevice) -> Path:
-    """The engine of a file, built on the device once and brought here; each session opens it without building."""
+    """The engine of a file, built on the device once and copied here."""
     assert there.target is not None
     there.log(f"attack: build an engine of {path.name} on {there.device.name}")
     there.scratch.mkdir(parents=True, exist_ok=True)
@@ -250,12 +245,15 @@ def _without(victim: ModelUnderAttack, why: str) -> ModelUnderAttack:
 def of_run(
     run: Path, scratch: Path, where: str, given: ModelTable, *, trusted: bool = False
 ) -> ModelUnderAttack:
-    """The file of a run: gradients of its network in torch, and images made against the dense one where it is had."""
+    """The file of a run, with gradients of its network and images made against the dense one where it is available."""
     bundle = load_bundle(ModelTable(path=str(run)))
     dense, why = _dense(run, given, trusted)
     others = {} if dense is None else {"dense": deployed(dense)}
     victim = of_file(FILE, run / FILE, scratch, where, twin=deployed(bundle), others=others)
-    return victim if dense is not None else _with_note(victim, why)
+    if dense is not None:
+        return victim
+    note = f"Images made against the dense model were not tried: {why}."
+    return replace(victim, notes=(*victim.notes, note))
 
 
 def _dense(run: Path, given: ModelTable, trusted: bool) -> tuple[Bundle | None, str]:
@@ -291,8 +289,3 @@ def _check_named(run: Path, table: ModelTable, given: ModelTable) -> None:
             f"{run / 'recipe.toml'} says {', '.join(named)}, which runs code that this command does not name",
             f"give --trust-run if the run is your own, or attack {run / FILE} alone",
         )
-
-
-def _with_note(victim: ModelUnderAttack, why: str) -> ModelUnderAttack:
-    note = f"Images made against the dense model were not tried: {why}."
-    return replace(victim, notes=(*victim.notes, note))

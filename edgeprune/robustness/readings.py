@@ -1,4 +1,4 @@
-"""What became of the images, as readings with all that is needed to believe them."""
+"""The verdicts as readings, with the conditions of the measurement."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +16,9 @@ STAGES = ("dense", "pruned", "repaired", "bn recalibrated", "tuned", "exported",
 def readings_of(
     victim: ModelUnderAttack, job: Job, verdicts: Verdicts, *, part: str, flags: Sequence[str] = ()
 ) -> tuple[Reading, ...]:
-    """The accuracy without and under attack, and what each attack broke of what was left when its turn came.
+    """clean_accuracy, robust_accuracy, and "broken_by_NAME" for each attack, a share of the images that it was given.
 
-    Returns:
-        clean_accuracy, robust_accuracy, and "broken_by_NAME" for each attack, a share of the images that it was given.
-        Of a quantized file robust_accuracy's conditions have "transfer_only", what was left before the attacks that
+    Of a quantized file robust_accuracy's conditions have "transfer_only", without straight-through attacks.
     """
     clean, robust = sum(verdicts.clean_right), sum(verdicts.survived)
     used = _conditions(victim, job, verdicts, part)
@@ -43,11 +41,7 @@ def ledger(
 
 
 def merged(clean: Sequence[Reading], attacked: Sequence[Reading]) -> tuple[Reading, ...]:
-    """One ledger of what stages measured themselves and of what was measured under attack.
-
-    Stage by stage: the accuracy on all images where it was measured, and, when these were fewer, that on the attacked
-    ones, which stands beside the accuracy under attack.
-    """
+    """One ledger, stage by stage: the accuracy on all images, and, when fewer were attacked, on these as well."""
     same = {(r.conditions["stage"], r.metric, r.n) for r in clean}
     more = [r for r in attacked if (r.conditions["stage"], r.metric, r.n) not in same]
 
@@ -58,7 +52,7 @@ def merged(clean: Sequence[Reading], attacked: Sequence[Reading]) -> tuple[Readi
     return tuple(sorted((*clean, *more), key=place))
 
 
-def told(verdicts: Verdicts) -> str:
+def describe_broken(verdicts: Verdicts) -> str:
     """Which attack broke what, in a sentence."""
     n, clean, left = len(verdicts.by), sum(verdicts.clean_right), sum(verdicts.survived)
     broken = ", ".join(f"{name} {count}" for name, count in verdicts.broken.items())
@@ -66,11 +60,9 @@ def told(verdicts: Verdicts) -> str:
 
 
 def compare(dense: Verdicts, compressed: Verdicts) -> dict[str, dict[str, Any]]:
-    """How accuracies differ on the same images, tested in pairs (McNemar's exact test).
+    """Test the difference of accuracies on the same images in pairs (McNemar's exact test, two-sided).
 
-    Returns:
-        "clean_accuracy" and "robust_accuracy" -> gained and lost (images that only the compressed or only the dense
-        one gets right), change (a fraction, compressed minus dense), p (two-sided), words.
+    gained, lost: images that only the compressed or only the dense one classifies right; change is their difference.
     """
     if len(dense.by) != len(compressed.by):
         raise ValueError(f"verdicts on {len(dense.by)} and on {len(compressed.by)} images can't be paired")

@@ -1,4 +1,4 @@
-"""attack, on a device: a file's session there that stays open while it is asked, image by image or many at a time."""
+"""A file's session on a device that stays open during an attack."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,10 +25,7 @@ Pixels = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Place:
-    """A file on a device, as it is asked there. runtime: the device's. file: the ONNX file, or the engine of it.
-
-    wait_s: how long to wait for somebody else who is alone on the device. log: called once when it waits.
-    """
+    """A file on a device. file: the ONNX file, or its engine. wait_s: how long to wait for the device to be free."""
 
     device: ShellDevice
     runtime: str
@@ -39,9 +36,9 @@ class Place:
 
 @dataclass
 class Asked:
-    """A file's answers on a device. Within `open` one session there answers all questions; else one for each.
+    """A file's logits on a device. Within `open` there is one session for all queries, else one for each.
 
-    images, sent: how many were asked about, and how many bytes went to the device for it.
+    sent: bytes.
     """
 
     place: Place
@@ -54,7 +51,7 @@ class Asked:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Keep the session from the first question to the end, alone on the device. Not to be nested."""
+        """Keep the session from the first query to the end, alone on the device. Not to be nested."""
         with ExitStack() as stack:
             self._stack = stack
             try:
@@ -112,7 +109,7 @@ class Asked:
         first = talk.hear(agent.HEAD_BYTES, timeout_s)
         found = agent.head(first)
         if found is None:
-            # What is no message are words: why the agent ended, or could not start.
+            # Anything but a message is text: why the agent ended, or could not start.
             ended = talk.end()
             words = first.decode(errors="replace") + ended.stdout
             device = self.place.device

@@ -13,10 +13,18 @@ from edgeprune.data import Split
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.progress import bar
 from edgeprune.records import Reading
-from edgeprune.robustness.attack_plan import Reach, Step, batch_size, how_words, placed, reaches, steps_of
+from edgeprune.robustness.attack_plan import (
+    Reach,
+    Step,
+    batch_size,
+    describe_gradients,
+    placed,
+    reaches,
+    steps_of,
+)
 from edgeprune.robustness.gradient_masking import flags
 from edgeprune.robustness.job import CLEAN, Job, ModelUnderAttack, Verdicts, ask, wrong
-from edgeprune.robustness.readings import compare, ledger, readings_of, told
+from edgeprune.robustness.readings import compare, describe_broken, ledger, readings_of
 from edgeprune.robustness.surrogate_check import proven
 from edgeprune.train import ExecutionConfig, seeded_generator
 
@@ -27,7 +35,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Attacked:
-    """What a run says of attacks: robust_accuracy of the first and of the last victim, lines of the ledger, notes."""
+    """before, after: robust_accuracy of the first and of the last stage."""
 
     before: tuple[Reading, ...]
     after: tuple[Reading, ...]
@@ -37,7 +45,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class _State:
-    """How far an evaluation has come. step: number of the one at work; todo: its images; done: how many of them."""
+    """Progress of an evaluation: number of the current step, its images, and how many of them are done."""
 
     key: str
     verdicts: Verdicts
@@ -49,10 +57,8 @@ class _State:
 def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log: Log) -> Verdicts:
     """Attack every image until something breaks it on the artifact; the cheapest attacks first.
 
-    Gradients come from `victim.twin` and, for a quantized file, then from `victim.straight`, and what they find
-    counts when `victim.answers` errs on it. Attacks without gradients ask the artifact itself. An image that is
-    broken is not attacked again. After every batch the state is written to `scratch`: the same job started again goes
-    on there and ends as an undisturbed one does.
+    Gradients come from `victim.twin` and, for a quantized file, then from `victim.straight`; an image is broken when
+    `victim.answers` misclassifies it. After every batch the state is written to `scratch`, where the same job resumes.
     """
     if not len(split):
         raise UsageError(
@@ -67,7 +73,7 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log:
         if state is None:
             _check_labels(victim, split, placement)
             batch = job.table.batch or min(batch_size(n, one) for n in (victim.twin, victim.straight))
-            none = Verdicts(("",) * len(split), {}, {}, {}, how_words(victim, reach), batch, names)
+            none = Verdicts(("",) * len(split), {}, {}, {}, describe_gradients(victim, reach), batch, names)
             state = _State(job.key(victim), none, 0, tuple(range(len(split))), 0)
         else:
             log(
@@ -79,7 +85,7 @@ def run(victim: ModelUnderAttack, split: Split, job: Job, *, scratch: Path, log:
             step = steps[state.step]
             state = _attacked(state, step, (victim, split, job), scratch)
             if state.todo:
-                log(_said(state.verdicts, step.name))
+                log(_describe(state.verdicts, step.name))
             left = tuple(row for row, by in enumerate(state.verdicts.by) if not by)
             state = replace(state, step=state.step + 1, todo=left, done=0)
     return state.verdicts
@@ -106,7 +112,7 @@ def run_stages(
     after = replace(rows[last], conditions={**rows[last].conditions, "paired": pair["robust_accuracy"]})
     notes = [f"Accuracy under attack, dense to {last}: {pair['robust_accuracy']['words']}."]
     for stage in dict.fromkeys((first, last)):
-        notes.append(f"{rows[stage].artifact} under {job.table.name}: {told(found[stage])}.")
+        notes.append(f"{rows[stage].artifact} under {job.table.name}: {describe_broken(found[stage])}.")
         more = (*rows[stage].conditions["flags"], *rows[stage].conditions["notes"])
         notes += [f"{rows[stage].artifact}: {line}" for line in more]
     return Attacked((rows[first],), (after,), tuple(lines), tuple(notes))
@@ -133,7 +139,7 @@ def _attacked(state: _State, step: Step, what: tuple[ModelUnderAttack, Split, Jo
 
 
 def _counted(verdicts: Verdicts, name: str, images: tuple[Tensor, int], cost: tuple[int, float]) -> Verdicts:
-    """With one batch more. images: which were broken, and how many were tried. cost: forward passes and seconds."""
+    """Add a batch. images: which were broken, and how many were tried. cost: forward passes and seconds."""
     by = list(verdicts.by)
     for row in images[0].tolist():
         by[row] = name
@@ -168,7 +174,7 @@ def _check_labels(victim: ModelUnderAttack, split: Split, placement: ExecutionCo
         )
 
 
-def _said(verdicts: Verdicts, name: str) -> str:
+def _describe(verdicts: Verdicts, name: str) -> str:
     left = verdicts.by.count("")
     if name == CLEAN:
         return f"attack: {left} of {len(verdicts.by)} images are right without an attack"
@@ -184,7 +190,7 @@ def _resumed(scratch: Path, key: str, count: int, steps: tuple[str, ...]) -> _St
     try:
         state = serialization.read(_State, scratch / STATE, WorkdirError)
     except WorkdirError:
-        # It starts again then, and ends the same.
+        # It starts again.
         return None
     same = state.key == key and len(state.verdicts.by) == count and state.verdicts.steps == steps
     return state if same else None

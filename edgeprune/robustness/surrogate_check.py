@@ -1,10 +1,10 @@
-"""Whether a network that was read from a file answers as the file does; only then its gradients are used."""
+"""Compare a network that was read from a file with the file; only if they agree its gradients are used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeprune.data import Split
 from edgeprune.errors import ModelError
@@ -12,10 +12,10 @@ from edgeprune.models import logits
 from edgeprune.robustness.attack_plan import placed
 from edgeprune.robustness.job import ModelUnderAttack, ask
 
-# So many images are compared.
+# Images that are compared; the share on which both must predict the same class.
 IMAGES = 256
-# On how many both must name the same class; of how far apart logits may be as a share of the largest one.
 SAME = 0.99
+# Difference of logits, as a share of the largest one.
 FLOAT, QUANTIZED = 1e-3, 0.05
 
 Log = Callable[[str], None]
@@ -31,10 +31,10 @@ class Alike:
 
 
 def proven(victim: ModelUnderAttack, split: Split, *, log: Log) -> ModelUnderAttack:
-    """The victim, without networks from its file that answer otherwise than the file does; notes say so then.
+    """The model, without networks from its file whose outputs differ from the file's; a note says so.
 
-    ONNX Runtime may compute quantized graphs in another order than the file says, and a rounding that goes the other
-    way is a whole step: classes whose logits are that near count as the same.
+    ONNX Runtime may compute quantized graphs in another order, and a different rounding is a whole step: classes whose
+    logits are that near count as the same.
     """
     network = victim.straight if victim.straight is not None else victim.twin if victim.own else None
     if network is None:
@@ -46,7 +46,8 @@ def proven(victim: ModelUnderAttack, split: Split, *, log: Log) -> ModelUnderAtt
     wanted = ask(victim.fast or victim.answers, x)
     try:
         with placed(victim, split) as placement, torch.no_grad():
-            found = _answers(network, placement.images(x))
+            parts = placement.images(x).split(32)
+            found = torch.cat([logits(network, part).float().cpu() for part in parts])
     except ModelError as error:
         return _doubted(victim, f"it fails on images ({error.message})", log)
     if found.shape != wanted.shape:
@@ -72,10 +73,6 @@ def compared(wanted: Tensor, found: Tensor, tolerance: float) -> Alike:
     same = (wanted.amax(1) - mine) <= tolerance * scale
     apart = float((found - wanted).square().mean().sqrt()) / scale
     return Alike(float(same.float().mean()), apart, len(wanted))
-
-
-def _answers(network: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([logits(network, part).float().cpu() for part in x.split(32)])
 
 
 def _doubted(victim: ModelUnderAttack, why: str, log: Log) -> ModelUnderAttack:

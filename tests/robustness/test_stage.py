@@ -30,7 +30,7 @@ from edgeprune.robustness import (
 )
 from edgeprune.robustness.attack_plan import batch_size
 from edgeprune.robustness.job import ModelUnderAttack, Verdicts, attack_job
-from edgeprune.robustness.readings import told
+from edgeprune.robustness.readings import describe_broken
 from edgeprune.train.adversarial import Ball
 
 CLASSES, PIXELS = 4, 3 * 8 * 8
@@ -574,7 +574,10 @@ def test_a_note_says_which_attack_broke_what() -> None:
     verdicts = Verdicts(
         ("", "pgd", "clean", "pgd", "square"), {"clean": 5, "pgd": 4, "square": 2}, {}, {}, "", 1
     )
-    assert told(verdicts) == "of 5 images 1 are wrong as they are; broken by pgd 2, square 1; 1 survive"
+    assert (
+        describe_broken(verdicts)
+        == "of 5 images 1 are wrong as they are; broken by pgd 2, square 1; 1 survive"
+    )
 
 
 def test_verdicts_are_compared_image_by_image() -> None:
