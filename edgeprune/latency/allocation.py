@@ -28,7 +28,7 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     if rules.cuts is not None:
         return allocate(losses, costs, rules)
     multiple, steps = fitting_levels(losses, costs, rules, timed=True)
-    state = TimedChoice({}, {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    state = Choice({}, {g: v.tolist() for g, v in losses.items()}, costs, rules.limits, _predicted)
     finer = {}
     for group, counts in steps.items():
         halves = levels(costs.channels[group], max(1, multiple // 2), rules.floor)
@@ -45,7 +45,7 @@ def allocate_timed(losses: Mapping[str, Tensor], costs: TimedCosts, rules: Rules
     return Allocation(best[1], costs.cost(best[1]), multiple)
 
 
-def _starts(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+def _starts(state: Choice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
     """Choices that fit: of a greedy descent, and of prices of time that are just high enough."""
     dense = {g: counts[0] for g, counts in steps.items()}
     state.put(dense)
@@ -69,7 +69,7 @@ def _starts(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[di
     return [found[0], *[kept for kept in list(unique.values())[::-1] if kept != found[0]][:STARTS]]
 
 
-def _relax(state: TimedChoice, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
+def _relax(state: Choice, steps: Mapping[str, tuple[int, ...]], price: float) -> None:
     for _ in range(SWEEPS):
         changed = False
         for group, counts in steps.items():
@@ -86,25 +86,22 @@ def _relax(state: TimedChoice, steps: Mapping[str, tuple[int, ...]], price: floa
             return
 
 
-class TimedChoice(Choice):
-    """Predicts anew only the segments that a change touches."""
-
-    def after(self, changes: Mapping[str, int]) -> dict[str, float]:
-        """The costs when these groups keep these counts."""
-        assert isinstance(self.costs, TimedCosts)
-        model = self.costs.model
-        new = {**self.kept, **changes}
-        out = {}
-        if any(metric != TIME for metric in self.limits):
-            counted = self.costs.counted.cost(new)
-            out = {metric: counted[metric] for metric in self.limits if metric != TIME}
-        if TIME in self.limits:
-            touched = dict.fromkeys(p for g in changes for p in model.touched[g])
-            out[TIME] = self.now[TIME] + sum(model.of(p, new) - model.of(p, self.kept) for p in touched)
-        return out
+def _predicted(state: Choice, changes: Mapping[str, int]) -> dict[str, float]:
+    """The costs after some changes of counts; predicts anew only the segments that they touch."""
+    assert isinstance(state.costs, TimedCosts)
+    model = state.costs.model
+    new = {**state.kept, **changes}
+    out = {}
+    if any(metric != TIME for metric in state.limits):
+        counted = state.costs.counted.cost(new)
+        out = {metric: counted[metric] for metric in state.limits if metric != TIME}
+    if TIME in state.limits:
+        touched = dict.fromkeys(p for g in changes for p in model.touched[g])
+        out[TIME] = state.now[TIME] + sum(model.of(p, new) - model.of(p, state.kept) for p in touched)
+    return out
 
 
-def _exchange(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> None:
+def _exchange(state: Choice, steps: Mapping[str, tuple[int, ...]]) -> None:
     for _ in range(EXCHANGES):
         best: tuple[float, str, int, str, int] | None = None
         for up, counts in steps.items():
@@ -123,7 +120,7 @@ def _exchange(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _cheapest(
-    state: TimedChoice, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
+    state: Choice, steps: Mapping[str, tuple[int, ...]], raised: tuple[str, int], gain: float
 ) -> tuple[float, str, int] | None:
     """The cheapest reduction of another group with which the raised one fits: total loss (< 0), group, count."""
     best: tuple[float, str, int] | None = None
@@ -160,7 +157,7 @@ def refine(
     """
     losses, costs, rules = problem
     _, steps = fitting_levels(losses, costs, rules, timed=True)
-    state = TimedChoice(dict(start), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits)
+    state = Choice(dict(start), {g: v.tolist() for g, v in losses.items()}, costs, rules.limits, _predicted)
     best, failures, left = joint_loss(state.kept), 0, tries
     with bar(tries, "joint loss of layers") as advance:
         moves = _moves(state, steps)
@@ -178,7 +175,7 @@ def refine(
     return dict(state.kept)
 
 
-def _moves(state: TimedChoice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
+def _moves(state: Choice, steps: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
     found = []
     for up, counts in steps.items():
         for more in [c for c in counts if c > state.kept[up]][-UP:]:

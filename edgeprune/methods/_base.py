@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -227,6 +228,11 @@ def _finite(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return scores
 
 
+def group_shares(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the units as shares of their group's sum: independent of its width and scale."""
+    return {name: v / torch.clamp(v.sum(), min=1e-30) for name, v in values.items()}
+
+
 def counts(survey: Survey, task: PruneTask) -> dict[str, int]:
     """How many channels each group keeps within the budget."""
     return allocate(survey.losses, task.costs, task.rules).kept
@@ -236,7 +242,7 @@ def need_images(name: str, task: PruneTask) -> tuple[Tensor, Tensor]:
     """The calibration images and labels; refuses a task without."""
     if task.images is None or task.labels is None:
         raise UsageError(
-            f"method {name} looks at training images, and there are none",
+            f"method {name} needs training images, and there are none",
             "give --data with a training part, or choose --method data-free",
         )
     return task.images, task.labels
@@ -246,10 +252,32 @@ def need_training(name: str, task: PruneTask) -> Training:
     """The training data of the task; refuses a task without."""
     if task.training is None:
         raise UsageError(
-            f"method {name} trains the network, and there is nothing to train on, or for no epoch",
+            f"method {name} trains the network, and there are no training images or no epochs",
             "give --data with a training part (without --data-use evaluate) and --epochs, or choose --method data-free",
         )
     return task.training
+
+
+def reinitialize(network: nn.Module, seed: int) -> tuple[str, ...]:
+    """Draw new weights by the seed, on the CPU; a note names those that no layer can initialize."""
+    fresh, drawn = deepcopy(network).cpu(), set[str]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path, layer in fresh.named_modules():
+            reset = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+                own = layer.named_parameters(path, recurse=False)
+                drawn |= {name for name, _ in own}
+    if not drawn:
+        raise UsageError("no layer of the network can be initialized anew", "train from the given weights")
+    network.load_state_dict(fresh.state_dict())
+    old = [name for name, _ in network.named_parameters() if name not in drawn]
+    return (
+        (f"These keep the given values, because no layer can initialize them: {', '.join(old)}.",)
+        if old
+        else ()
+    )
 
 
 def verify(name: str, masks: Masks, task: PruneTask) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import UsageError
-from edgeprune.methods._base import PruneTask, Survey, SurveyMethod
+from edgeprune.methods._base import PruneTask, Survey, SurveyMethod, group_shares
 from edgeprune.methods._data_free import progressive
 from edgeprune.methods._data_free.impact import input_box
 from edgeprune.models import Program, normalized_example, trace
@@ -62,8 +62,8 @@ class DataFree(SurveyMethod):
         mode = self._mode(task)
         if mode == "reconstruction":
             return _by_reconstruction(network, task)
-        scores = {g.name: _share(progressive.single_saliency(network, g)) for g in task.groups}
-        return Survey(losses_of(scores))
+        squares = {g.name: progressive.single_saliency(network, g).pow(2) for g in task.groups}
+        return Survey(losses_of(group_shares(squares)))
 
     def choose(self, network: nn.Module, task: PruneTask, survey: Survey, kept: Mapping[str, int]) -> Masks:
         """Which units stay; in the paper's modes the others are merged into them, in place."""
@@ -137,9 +137,8 @@ def _by_reconstruction(network: nn.Module, task: PruneTask) -> Survey:
         group.name: _order(group, readers[group.name], (network, program), moments)
         for group in track(task.groups, len(task.groups), "eliminate units")
     }
-    plant = SensitivityProbe(whole, network, program, moments)
-    found = losses(plant, task.groups, orders, readers, images, macs)
-    return Survey(found, orders)
+    probe = SensitivityProbe(whole, network, program, moments)
+    return Survey(losses(probe, task.groups, orders, readers, images, macs), orders)
 
 
 def _order(
@@ -166,19 +165,13 @@ def _without(order: Order, kept: int) -> Tensor:
     return keep
 
 
-def _share(saliency: Tensor) -> Tensor:
-    """Squared, as a share of the group's sum: independent of its width and scale."""
-    squared = saliency.pow(2)
-    return squared / torch.clamp(squared.sum(), min=1e-30)
-
-
 def _example(task: PruneTask) -> Tensor:
     return normalized_example(_spec(task), task.seed)
 
 
 def _spec(task: PruneTask) -> InputSpec:
     if task.spec is None:
-        raise UsageError("data-free needs to know what the network eats", "give PruneTask.spec")
+        raise UsageError("data-free needs the shape of the network's input", "give PruneTask.spec")
     return task.spec
 
 

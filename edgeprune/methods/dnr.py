@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from edgeprune import train
 from edgeprune.errors import UsageError
-from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_training
+from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_training, reinitialize
 from edgeprune.methods._dnr.rewiring import ChannelBudget, largest_remainder
 from edgeprune.methods._dnr.sparse_training import REGULARIZERS, Plan, SparseTraining
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
-from edgeprune.structure import BOTTLENECK, allocate, keep_largest, levels
+from edgeprune.structure import allocate, fitting_levels, keep_largest
 from edgeprune.train import TrainingJob, fit, seeded_generator
 
 STARTS = ("given", "scratch")
@@ -69,7 +69,7 @@ class DNR(TrainingMethod):
             )
         objective = self._objective(training)
         if self.start == "scratch":
-            task.notes.extend(_reset(network, training.seed))
+            task.notes.extend(reinitialize(network, training.seed))
         wiring = self._wiring(network, task, training)
         job = TrainingJob(
             training.split,
@@ -98,7 +98,8 @@ class DNR(TrainingMethod):
         masks = _first(self, network, task, training.seed)
         settings = f"{self!r} {sorted(task.rules.limits.items())}"
         if task.units.granularity == "channel":
-            budget = ChannelBudget(task.costs.cost, task.rules.limits, _steps(task))
+            steps = fitting_levels(task.units.sizes, task.costs, task.rules)[1]
+            budget = ChannelBudget(task.costs.cost, task.rules.limits, steps)
             return SparseTraining(network, task.units, plan, masks, budget=budget, settings=settings)
         floors = _floors(task) if task.units.granularity == "weight" else {}
         return SparseTraining(network, task.units, plan, masks, floors, settings=settings)
@@ -142,22 +143,6 @@ class DNR(TrainingMethod):
         return objective
 
 
-def _reset(network: nn.Module, seed: int) -> list[str]:
-    """Draw every weight anew, in place; a note names those that no layer can initialize."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        left: list[str] = []
-        for path, layer in network.named_modules():
-            reset = getattr(layer, "reset_parameters", None)
-            if callable(reset):
-                reset()
-                continue
-            left += [f"{path}.{name}" if path else name for name, _ in layer.named_parameters(recurse=False)]
-    if not left:
-        return []
-    return [f"DNR from scratch: {', '.join(left[:5])} kept the given values, no layer says how to draw them."]
-
-
 def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[str, Tensor]:
     """The masks before the first step, exactly within the budget."""
     init = rules.init
@@ -176,16 +161,15 @@ def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[s
         counts = _uniform(task)
         return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
     # The allocation also uses half steps, rewiring only whole ones.
-    kept = _even(task) if init != "global" else {n: int(m.sum()) for n, m in task.keep(scores).items()}
+    if init == "global":
+        kept = {n: int(m.sum()) for n, m in task.keep(scores).items()}
+    else:
+        losses = {name: torch.zeros(n + 1, dtype=torch.float64) for name, n in units.sizes.items()}
+        kept = allocate(losses, task.costs, replace(task.rules, cuts=task.rules.cuts or {})).kept
     return {
         name: keep_largest(scores[name], max((k for k in steps if k <= kept[name]), default=steps[-1]))
-        for name, steps in _steps(task).items()
+        for name, steps in fitting_levels(units.sizes, task.costs, task.rules)[1].items()
     }
-
-
-def _even(task: PruneTask) -> dict[str, int]:
-    losses = {name: torch.zeros(n + 1, dtype=torch.float64) for name, n in task.units.sizes.items()}
-    return allocate(losses, task.costs, replace(task.rules, cuts=task.rules.cuts or {})).kept
 
 
 def _uniform(task: PruneTask) -> Mapping[str, int]:
@@ -205,18 +189,3 @@ def _floors(task: PruneTask) -> dict[str, int]:
         for n, least in floors.items()
     }
     return preferred if sum(preferred.values()) <= task.quota() else floors
-
-
-def _steps(task: PruneTask) -> dict[str, tuple[int, ...]]:
-    """The levels that counts keep to: as coarse as the budget allows, and above a bottleneck where possible."""
-    rules, costs = task.rules, task.costs
-    preferred = max(1, rules.multiple_of)
-    halves = [preferred >> k for k in range(preferred.bit_length())]
-    comfortable = [(multiple, max(BOTTLENECK, rules.floor)) for multiple in halves[:2]]
-    found: dict[str, tuple[int, ...]] = {}
-    for multiple, floor in [*comfortable, *((multiple, rules.floor) for multiple in halves)]:
-        found = {name: levels(n, multiple, floor) for name, n in task.units.sizes.items()}
-        least = costs.cost({name: steps[-1] for name, steps in found.items()})
-        if all(least[metric] <= limit for metric, limit in rules.limits.items()):
-            break
-    return found

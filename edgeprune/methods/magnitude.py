@@ -8,10 +8,9 @@ the score is |w| (Han et al., "Learning both Weights and Connections", 2015), ov
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from edgeprune.methods._base import PruneTask, ScoreMethod
+from edgeprune.methods._base import PruneTask, ScoreMethod, group_shares
 from edgeprune.structure import channel_sums
 
 
@@ -24,8 +23,5 @@ class Magnitude(ScoreMethod):
         if task.weights is not None:
             return task.weights.norms(network)
         squares = {name: p.detach().double() ** 2 for name, p in network.named_parameters() if p.ndim > 1}
-        out = {}
-        for group in task.groups:
-            energy = channel_sums(group, squares, ("producer", "norm", "consumer"))
-            out[group.name] = energy / torch.clamp(energy.sum(), min=1e-30)
-        return out
+        roles = ("producer", "norm", "consumer")
+        return group_shares({g.name: channel_sums(g, squares, roles) for g in task.groups})

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgeprune import distributed, models, train
 from edgeprune.errors import UsageError
-from edgeprune.methods._base import PruneTask, TrainingMethod, need_training
+from edgeprune.methods._base import PruneTask, TrainingMethod, need_training, reinitialize
 from edgeprune.methods._sap import schedule
-from edgeprune.methods._sap.schedule import CutSchedule, Rule, reinitialize
+from edgeprune.methods._sap.schedule import CutSchedule, Rule
 from edgeprune.quantities import suggest
 from edgeprune.records import Masks
 from edgeprune.structure import pqi
@@ -268,7 +269,7 @@ class _Work:
         goal = cutter.excess(state.masks) ** ((left - 1) / left) if paced else math.inf
         after, rounds = cutter.next(scores, state.masks, goal)
         state.curves["counts"][-1] = rounds
-        stuck = schedule.same(after, state.masks)
+        stuck = all(torch.equal(after[name], keep) for name, keep in state.masks.items())
         if task.free:
             why = "its count is 0 everywhere: the PQ index calls nothing superfluous any more"
             return replace(state, stopped=why) if stuck else replace(state, masks=after)

@@ -75,24 +75,24 @@ class Taylor(ScoreMethod):
         work = max(repair.WORK, PASSES * self.images * macs)
         count, widths = repair.effort(len(task.groups), macs, work, MOST)
         count = min(count, len(images), max(LEAST, PIXELS // images[0, 0].numel()))
-        told = Survey(losses_of(scores), scores)
+        by_scores = Survey(losses_of(scores), scores)
         if not self.measured or task.rules.cuts is not None or count < LEAST or not normalizers(network):
-            return told
+            return by_scores
         rows = positions(len(images), count)
         x, y = images[rows], labels[rows]
 
-        def loss(thinned: nn.Module) -> float:
-            return float(functional.cross_entropy(task.logits(thinned, x), y))
+        def loss(other: nn.Module) -> float:
+            return float(functional.cross_entropy(task.logits(other, x), y))
 
         orders = {group: _order(values) for group, values in scores.items()}
         try:
-            plant = repair.Renormalized(network, loss, task.groups, orders)
+            thinned = repair.Renormalized(network, loss, task.groups, orders)
             tries = min(TRIES, int(work / (count * macs)))
-            return Survey(plant.losses(widths), scores, plant.rise, tries)
+            return Survey(thinned.losses(widths), scores, thinned.rise, tries)
         except FORWARD_ERRORS as error:
             not_short()
-            task.notes.append(f"Channels were shared out by their scores, not by what layers miss: {error}.")
-            return told
+            task.notes.append(f"Channels were allocated by their scores, not by the measured loss: {error}.")
+            return by_scores
 
 
 def _order(scores: Tensor) -> Order:

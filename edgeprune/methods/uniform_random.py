@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgeprune.methods._base import PruneTask, ScoreMethod
+from edgeprune.methods._base import PruneTask, ScoreMethod, group_shares
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,4 @@ class UniformRandom(ScoreMethod):
             name: torch.rand(n, generator=generator, dtype=torch.float64)
             for name, n in task.units.sizes.items()
         }
-        if task.weights is not None:
-            return draws
-        return {name: values / values.sum() for name, values in draws.items()}
+        return draws if task.weights is not None else group_shares(draws)

@@ -20,6 +20,7 @@ from edgeprune.errors import UnsupportedModel
 from edgeprune.models.dynamic_batch import free_batch
 from edgeprune.models.export_layers import Layer, layer_of
 from edgeprune.models.parametrizations import RANDOM, fold
+from edgeprune.models.torch_export import module_path
 from edgeprune.safe_loading import check_names
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -183,11 +184,8 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def _caller(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    for prefix in ("L['self']", "L__self__", "self"):
-        path = path.removeprefix(prefix)
-    return path.strip(".") if path.replace(".", "").replace("_", "").isalnum() else ""
+    path = module_path(node)
+    return path if path.replace(".", "").replace("_", "").isalnum() else ""
 
 
 def _state_of(program: ExportedProgram) -> _State:
@@ -251,7 +249,7 @@ def _user_input(program: ExportedProgram) -> fx.Node:
         if isinstance(value, torch.Tensor):
             what = f"a {value.ndim}-dimensional tensor of {value.dtype}"
         raise UnsupportedModel(
-            f"the program eats {what}, expected one batch of images: a float tensor (N, C, H, W)",
+            f"the program takes {what}, expected one batch of images: a float tensor (N, C, H, W)",
             "export the part of the network from images to logits",
         )
     return placeholders[names[0]]

@@ -7,7 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
 
@@ -55,6 +55,15 @@ def check_logits(module: nn.Module, spec: InputSpec) -> None:
             f"the network answers one image with {found}; accepted: one tensor of logits {(1, spec.classes)}",
             "wrap it so that forward() returns the logits alone",
         )
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module around a node; torch writes "L['self'].a.b", or "a.b@1" for its second call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    for prefix in ("L['self']", "L__self__", "self"):
+        path = path.removeprefix(prefix)
+    return path.strip(".")
 
 
 def capture(module: nn.Module, spec: InputSpec, *, dynamic_batch: bool) -> ExportedProgram:

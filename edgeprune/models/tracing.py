@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from edgeprune.errors import UnsupportedModel
-from edgeprune.models.torch_export import FORWARD_ERRORS, capture, quiet, reason
+from edgeprune.models.torch_export import FORWARD_ERRORS, capture, module_path, quiet, reason
 from edgeprune.records import InputSpec
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -136,8 +136,8 @@ class Program:
 def trace(network: nn.Module, example: Tensor) -> Program:
     """Trace a bare network in eval mode, for a batch of one.
 
-    In-place operators become their pure forms; what the output does not depend on is left out. When the network
-    answers with several tensors, the first one counts.
+    In-place operators become their pure forms; what the output does not depend on is left out. Of several
+    outputs the first one counts.
     """
     copy = deepcopy(network).cpu().float().eval()
     exported = capture(copy, InputSpec(tuple(example.shape[1:]), 0), dynamic_batch=False)  # type: ignore[arg-type]
@@ -196,7 +196,15 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Call:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         args = tuple(_plain(a, values) for a in node.args)
-        return Call(node.name, target.__name__, args, _shape(node), _layer(node), ("input", "index"), target)
+        return Call(
+            node.name,
+            target.__name__,
+            args,
+            _shape(node),
+            _layer(node),
+            ("input", "index"),
+            target,
+        )
     schema = target._schema.arguments
     named = {a.name: v for a, v in zip(schema, node.args, strict=False)} | dict(node.kwargs)
     given = {a.name: _plain(named.get(a.name, a.default_value), values) for a in schema}
@@ -204,7 +212,13 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Call:
     if op in _BATCH_NORMS:
         return _batch_norm(node, given)
     return Call(
-        node.name, op.rstrip("_"), tuple(given.values()), _shape(node), _layer(node), tuple(given), target
+        node.name,
+        op.rstrip("_"),
+        tuple(given.values()),
+        _shape(node),
+        _layer(node),
+        tuple(given),
+        target,
     )
 
 
@@ -239,22 +253,17 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _layer(node: fx.Node) -> str:
-    """The path of the innermost module; torch writes "L['self'].a.b" or "a.b@1" for its second call."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    for prefix in ("L['self']", "L__self__", "self"):
-        path = path.removeprefix(prefix)
-    return path.split("@")[0].strip(".")
+    return module_path(node).split("@")[0]
 
 
 def _output(exported: ExportedProgram, values: Mapping[fx.Node, Any]) -> str:
     last = next(n for n in exported.graph.nodes if n.op == "output")
     kinds = [s.kind for s in exported.graph_signature.output_specs]
-    answers = [v for v, kind in zip(last.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT]
-    first = values.get(answers[0]) if answers else None
+    outputs = [v for v, kind in zip(last.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT]
+    first = values.get(outputs[0]) if outputs else None
     if not isinstance(first, Ref):
         raise UnsupportedModel(
-            "the network's answer does not depend on its input", "wrap it so that forward() returns logits"
+            "the network's output does not depend on its input", "wrap it so that forward() returns logits"
         )
     return first.name
 

@@ -15,7 +15,16 @@ from torch import nn
 from edgeprune import models
 from edgeprune.errors import InfeasibleBudget, NoLayerTimes, UnsupportedModel, UsageError
 from edgeprune.latency import Predictor
-from edgeprune.methods import Method, PruneTask, Survey, SurveyMethod, TrainingMethod, counts, verify
+from edgeprune.methods import (
+    Method,
+    PruneTask,
+    Survey,
+    SurveyMethod,
+    TrainingMethod,
+    counts,
+    group_shares,
+    verify,
+)
 from edgeprune.models import CostModel
 from edgeprune.prune import latency_search
 from edgeprune.records import METRICS, Budget, Group, Masks
@@ -119,8 +128,7 @@ def _chooser(
         if isinstance(method, TrainingMethod):
             # Training once is enough: limits are tried with the largest channels, then the method gets them.
             squares = {g: norms**2 for g, norms in tighter.units.norms(network).items()}
-            shares = {g: s / torch.clamp(s.sum(), min=1e-30) for g, s in squares.items()}
-            return tighter.units.masks(tighter.keep(shares))
+            return tighter.units.masks(tighter.keep(group_shares(squares)))
         if survey is None:
             return method(deepcopy(network), tighter)
         return _first(task.groups, counts(survey, tighter))

@@ -45,14 +45,16 @@ def patches(layer: nn.Module, x: Tensor, most: int = ROWS, *, padded: bool = Fal
         (rows, F + 1); for a convolution F = C * kernel, channels first, as in `weight.flatten(1)`.
     """
     if isinstance(layer, nn.Conv2d):
-        rows = _unfolded(layer, x if padded else _padded(layer, x), most)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = x if padded else functional.pad(x, layer._reversed_padding_repeated_twice, mode)
+        rows = _unfolded(layer, x, most)
     else:
         rows = x.reshape(-1, x.shape[-1])
         rows = rows[positions(len(rows), most)]
     return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
 
-def answers(layer: nn.Module, y: Tensor, most: int = ROWS) -> Tensor:
+def output_rows(layer: nn.Module, y: Tensor, most: int = ROWS) -> Tensor:
     """The outputs of a layer in the order of `patches`: (rows, outputs)."""
     rows = y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.permute(0, 2, 3, 1).flatten(0, 2)
     return rows[positions(len(rows), most)]
@@ -87,32 +89,32 @@ def moments_of_inputs(
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     narrow = {n: layer for n, layer in layers.items() if width(layer) <= WIDEST}
-    with torch.no_grad(), bar(len(images), "look at the layers") as advance:
+    with torch.no_grad(), bar(len(images), "measure inputs of layers") as advance:
         for chunk in images.split(batch):
             most = max(1, ROWS * len(chunk) // len(images))
 
-            def see(name: str, layer: nn.Module, x: Tensor, most: int = most) -> None:
+            def add(name: str, layer: nn.Module, x: Tensor, most: int = most) -> None:
                 patch = patches(layer, x, most)
                 moment = (patch.T @ patch).double()
                 sums[name] = sums[name] + moment if name in sums else moment
                 rows[name] = rows.get(name, 0) + len(patch)
 
-            with watching(narrow, see):
+            with input_hooks(narrow, add):
                 logits(network, chunk)
             advance(len(chunk))
     return {name: moment / rows[name] for name, moment in sums.items()}
 
 
 @contextmanager
-def watching(
-    layers: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Tensor], None]
+def input_hooks(
+    layers: Mapping[str, nn.Module], visit: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call `see(path, layer, input)` before each of the layers runs."""
+    """Call `visit(path, layer, input)` before each of the layers runs."""
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda layer, given: see(name, layer, given[0])
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, inputs: visit(name, layer, inputs[0])
 
-    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -124,11 +126,6 @@ def features(layer: nn.Module, channels: Sequence[int]) -> list[int]:
     """Which entries of a patch belong to input channels (of a linear layer: to inputs)."""
     taps = 1 if isinstance(layer, nn.Linear) else layer.get_parameter("weight")[0, 0].numel()
     return [channel * taps + tap for channel in channels for tap in range(taps)]
-
-
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return functional.pad(x, layer._reversed_padding_repeated_twice, mode)
 
 
 def _unfolded(layer: nn.Conv2d, x: Tensor, most: int) -> Tensor:

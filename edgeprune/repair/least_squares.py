@@ -63,13 +63,13 @@ class CutOff:
     at: Tensor
     side: Tensor
 
-    def hides(self, answers: Tensor) -> Tensor:
+    def clips(self, outputs: Tensor) -> Tensor:
         """Which outputs are clipped: bool (n, O)."""
-        return (answers - self.at) * self.side < 0
+        return (outputs - self.at) * self.side < 0
 
-    def through(self, answers: Tensor) -> Tensor:
+    def clipped(self, outputs: Tensor) -> Tensor:
         """The outputs after clipping."""
-        return torch.where(self.hides(answers), self.at.expand_as(answers), answers)
+        return torch.where(self.clips(outputs), self.at.expand_as(outputs), outputs)
 
 
 class Rows:
@@ -111,7 +111,7 @@ class Rows:
             found = (x.double() @ weights).to(y.dtype) if self._wide else x @ weights.to(x.dtype)
             wanted = y
             if cut_off is not None:
-                found, wanted = cut_off.through(found), cut_off.through(y)
+                found, wanted = cut_off.clipped(found), cut_off.clipped(y)
             squared += float((found - wanted).double().pow(2).sum())
             count += y.numel()
         return squared / count
@@ -123,8 +123,8 @@ class Rows:
             wanted = y
             if cut_off is not None and weights is not None:
                 found = x @ weights.to(x.dtype)
-                free = torch.where(cut_off.hides(found), found, cut_off.at.expand_as(found))
-                wanted = torch.where(cut_off.hides(y), free, y)
+                free = torch.where(cut_off.clips(found), found, cut_off.at.expand_as(found))
+                wanted = torch.where(cut_off.clips(y), free, y)
             total = total + _gram(x, wanted)
         return total
 

@@ -37,12 +37,13 @@ class Downstream:
     rectified: bool
 
 
-def behind(program: Program, call: Call) -> Downstream:
+def downstream_of(program: Program, call: Call) -> Downstream:
     """What follows a layer's call, as far as nothing else reads the values between."""
     end, norm, total, shortcut = call, None, None, ""
     axis = len(call.shape) - 1 if call.op == "linear" else 1
     follower = _only_user(program, end)
-    if follower is not None and follower.op == "batch_norm" and axis == 1 and _is_fixed(follower):
+    normalizes = follower is not None and follower.op == "batch_norm" and axis == 1
+    if follower and normalizes and follower.arg("running_mean") is not None and not follower.arg("training"):
         end, norm = follower, follower
         follower = _only_user(program, end)
     plain = follower is not None and follower.op == "add" and len(follower.reads) == 2
@@ -52,7 +53,7 @@ def behind(program: Program, call: Call) -> Downstream:
     return Downstream(axis, norm, total, shortcut, follower is not None and follower.op in _RECTIFIERS)
 
 
-def scale_of(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tuple[Tensor, Tensor]:
+def norm_scale(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tuple[Tensor, Tensor]:
     """A batch-norm's scale of each output (1 without one), and where it is next to 0: (O,) each."""
     if norm is None:
         return torch.ones(outputs), torch.zeros(outputs, dtype=torch.bool)
@@ -67,7 +68,7 @@ def scale_of(norm: Call | None, state: Mapping[str, Tensor], outputs: int) -> tu
 
 def residual_target(found: Downstream, state: Mapping[str, Tensor], dense: Tensor, small: Tensor) -> Tensor:
     """What the layer's output should gain so that the sum is the dense one."""
-    scale, faint = scale_of(found.norm, state, small.shape[found.axis])
+    scale, faint = norm_scale(found.norm, state, small.shape[found.axis])
     gain = torch.where(faint, 0.0, 1 / scale)
     return (dense - small) * _along(gain, small.ndim, found.axis)
 
@@ -86,17 +87,13 @@ def active_mask(
     """
     if not found.rectified or (found.total is not None and shortcut is None):
         return None
-    scale, faint = scale_of(found.norm, state, len(level))
+    scale, faint = norm_scale(found.norm, state, len(level))
     shift = found.norm.arg("bias") if found.norm is not None else None
     bias = state[shift.name].detach() if shift is not None else torch.zeros(len(level))
     at = _along(level.float() - bias / scale, ndim, found.axis)
     if shortcut is not None:
         at = at - shortcut / _along(scale, ndim, found.axis)
     return CutOff(at, torch.where(faint, 0.0, scale.sign()))
-
-
-def _is_fixed(norm: Call) -> bool:
-    return norm.arg("running_mean") is not None and not norm.arg("training")
 
 
 def _along(values: Tensor, ndim: int, axis: int) -> Tensor:

@@ -51,17 +51,15 @@ def divergence(dense: Tensor, other: Tensor) -> float:
     Args:
         dense, other: logits (N, K); a single one is for one class against another whose logit is 0.
     """
-    first, second = (functional.log_softmax(_both(answers).double(), 1) for answers in (dense, other))
+    if dense.shape[1] == 1:
+        dense, other = (torch.cat([outputs, torch.zeros_like(outputs)], 1) for outputs in (dense, other))
+    first, second = (functional.log_softmax(outputs.double(), 1) for outputs in (dense, other))
     found = float((first.exp() * (first - second)).sum(1).mean())
     return max(0.0, found) if math.isfinite(found) else math.inf
 
 
-def _both(answers: Tensor) -> Tensor:
-    return torch.cat([answers, torch.zeros_like(answers)], 1) if answers.shape[1] == 1 else answers
-
-
 def losses(
-    plant: SensitivityProbe,
+    probe: SensitivityProbe,
     groups: Sequence[Group],
     orders: Mapping[str, Order],
     readers: Mapping[str, Sequence[Consumer]],
@@ -76,15 +74,15 @@ def losses(
     count, widths = effort(len(groups), macs)
     used = images[positions(len(images), count)]
     with torch.no_grad():
-        dense = logits(plant.network, used)
+        dense = logits(probe.network, used)
     found = {}
-    for group in track(groups, len(groups), "what each layer can miss"):
+    for group in track(groups, len(groups), "measure thinned layers"):
         order = orders[group.name]
         knots = {group.channels: 0.0}
         for kept in _tried(group.channels, widths):
             gone = order.units[: group.channels - kept]
-            with _Thinned(plant, group, readers[group.name], gone), torch.no_grad():
-                knots[kept] = min(WORST, divergence(dense, logits(plant.network, used)))
+            with _Thinned(probe, group, readers[group.name], gone), torch.no_grad():
+                knots[kept] = min(WORST, divergence(dense, logits(probe.network, used)))
         found[group.name] = curve(order, knots)
     return found
 
@@ -102,14 +100,14 @@ class Renormalized:
         groups: Sequence[Group],
         orders: Mapping[str, Order],
     ) -> None:
-        self._twin, self._loss, self._groups, self._orders = deepcopy(network).eval(), loss, groups, orders
-        for layer in normalizers(self._twin):
+        self._copy, self._loss, self._groups, self._orders = deepcopy(network).eval(), loss, groups, orders
+        for layer in normalizers(self._copy):
             # Without them it takes those of the batch, whatever mode it is put in.
             layer.running_mean = layer.running_var = None  # type: ignore[assignment]
-        self._tensors = tensors(self._twin)
+        self._tensors = tensors(self._copy)
         self._known: dict[tuple[int, ...], float] = {}
         with torch.no_grad():
-            self._dense = loss(self._twin)
+            self._dense = loss(self._copy)
 
     def rise(self, kept: Mapping[str, int]) -> float:
         """The rise of the loss with so many units per group, all at once; missing groups keep all."""
@@ -121,7 +119,7 @@ class Renormalized:
                 if gone:
                     before += _without(self._tensors, group, gone)
             with torch.no_grad():
-                rise = self._loss(self._twin) - self._dense
+                rise = self._loss(self._copy) - self._dense
                 for tensor, values in reversed(before):
                     tensor.copy_(values)
             self._known[counts] = min(WORST, rise) if math.isfinite(rise) else WORST
@@ -130,7 +128,7 @@ class Renormalized:
     def losses(self, widths: int) -> dict[str, Tensor]:
         """As `losses`: each group thinned alone, to so many widths."""
         found = {}
-        for group in track(self._groups, len(self._groups), "what each layer can miss"):
+        for group in track(self._groups, len(self._groups), "measure thinned layers"):
             tried = _tried(group.channels, widths)
             knots = {kept: self.rise({group.name: kept}) for kept in tried}
             found[group.name] = curve(self._orders[group.name], {group.channels: 0.0, **knots})
@@ -180,16 +178,18 @@ class _Thinned:
     """A context in which a group's readers lack some units, solved again where their moments are known."""
 
     def __init__(
-        self, plant: SensitivityProbe, group: Group, readers: Sequence[Consumer], gone: Sequence[int]
+        self, probe: SensitivityProbe, group: Group, readers: Sequence[Consumer], gone: Sequence[int]
     ) -> None:
-        self._plant, self._group, self._gone = plant, group, gone
-        self._readers = [reader for reader in readers if reader.path in plant.moments]
+        self._probe, self._group, self._gone = probe, group, gone
+        self._readers = [reader for reader in readers if reader.path in probe.moments]
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> None:
         for reader in self._readers:
             self._thin(reader)
-        self._blind({f"{reader.path}.weight" for reader in self._readers})
+        # The others only lose the units: grouped and transposed convolutions, very wide layers.
+        solved = {f"{reader.path}.weight" for reader in self._readers}
+        self._before += _without(tensors(self._probe.bare), self._group, self._gone, solved)
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
@@ -200,8 +200,8 @@ class _Thinned:
         weight = reader.layer.get_parameter("weight")
         lost = [f for unit in self._gone for f in reader.features[unit]]
         self._remember(weight)
-        moments = self._plant.moments[reader.path]
-        bias = bias_of(self._plant.program, self._plant.bare, reader.path)
+        moments = self._probe.moments[reader.path]
+        bias = bias_of(self._probe.program, self._probe.bare, reader.path)
         for tensor in (bias.bias, bias.running_mean):
             if tensor is not None:
                 self._remember(tensor)
@@ -211,10 +211,6 @@ class _Thinned:
         with torch.no_grad():
             weight.copy_(solved[:-1].T.reshape(weight.shape).to(weight.dtype))
         bias.add(solved[-1])
-
-    def _blind(self, solved: Set[str]) -> None:
-        """The others only lose the units: grouped and transposed convolutions, very wide layers."""
-        self._before += _without(tensors(self._plant.bare), self._group, self._gone, solved)
 
     def _remember(self, tensor: Tensor) -> None:
         self._before.append((tensor, tensor.detach().clone()))

@@ -23,15 +23,23 @@ from edgeprune.progress import bar
 from edgeprune.recipe import PruneTable
 from edgeprune.records import Bundle, InputSpec, Reading
 from edgeprune.repair.consumers import bias_of
-from edgeprune.repair.input_moments import ROWS, WIDEST, affordable, answers, patches, reads_patches, width
+from edgeprune.repair.input_moments import (
+    ROWS,
+    WIDEST,
+    affordable,
+    output_rows,
+    patches,
+    reads_patches,
+    width,
+)
 from edgeprune.repair.least_squares import CutOff, Rows
 from edgeprune.repair.paired_execution import (
     Downstream,
     Execution,
     active_mask,
-    behind,
     check_batches,
     check_same_calls,
+    downstream_of,
     residual_target,
     run_pairwise,
 )
@@ -104,7 +112,7 @@ class _Solver:
         weight, bias = layer.get_parameter("weight"), bias_of(self.small.program, self.small.network, path)
         level = self._level(task)
         start = torch.cat([weight.detach().flatten(1).T.double(), level[None]])
-        rows = self._rows(task, self._taken_off(task))
+        rows = self._rows(task, self._subtracted_mean(task))
         solved = rows.solution(start, constant=bias.free)
         old, new = rows.error(start), rows.error(solved)
         if not new < old:
@@ -128,9 +136,9 @@ class _Solver:
         assert dense is not None, "the networks make the same calls"
         return dense.double()[task.kept] - bias.running_mean.double()
 
-    def _taken_off(self, task: _Layer) -> Tensor:
+    def _subtracted_mean(self, task: _Layer) -> Tensor:
         """What the batch-norm after the layer subtracts, (O,); zeros without one."""
-        norm = behind(self.dense.program, task.first).norm
+        norm = downstream_of(self.dense.program, task.first).norm
         if norm is None:
             return torch.zeros(len(task.kept))
         return self.dense.state[norm.arg("running_mean").name][task.kept]
@@ -139,7 +147,7 @@ class _Solver:
         inputs = self.small.values[task.second.reads[0]]
         outputs = self.dense.values[task.first.name]
         linear = isinstance(task.layer, nn.Linear)
-        found = behind(self.small.program, task.second)
+        found = downstream_of(self.small.program, task.second)
         shortcuts = self._shortcuts(task, found)
         if shortcuts is None:
             found = replace(found, rectified=found.rectified and found.total is None)
@@ -154,8 +162,10 @@ class _Solver:
                 wanted = wanted + residual_target(found, self.small.state, shortcuts[0][i], shortcut)
             edge = active_mask(found, self.small.state, level, shortcut, wanted.ndim)
             if edge is not None:
-                edge = CutOff(answers(task.layer, edge.at.expand_as(wanted), share), edge.side)
-            rows.add(patches(task.layer, x, share, padded=padded), answers(task.layer, wanted, share), edge)
+                edge = CutOff(output_rows(task.layer, edge.at.expand_as(wanted), share), edge.side)
+            rows.add(
+                patches(task.layer, x, share, padded=padded), output_rows(task.layer, wanted, share), edge
+            )
         return rows
 
     def _shortcuts(self, task: _Layer, found: Downstream) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -200,8 +210,8 @@ def _kept(
 ) -> Repaired:
     done = replace(small, module=fixed)
     with torch.no_grad():
-        wanted = _answers(dense, images)
-        before, after = (divergence(wanted, _answers(b, images)) for b in (small, done))
+        expected = _outputs(dense, images)
+        before, after = (divergence(expected, _outputs(b, images)) for b in (small, done))
     facts: dict[str, float | int | str] = {
         "layers": len(errors), "images": len(images), "kl before": before, "kl after": after,
         "squared error before": sum(old for old, _ in errors.values()),
@@ -211,19 +221,19 @@ def _kept(
         note = "There was nothing to repair: no layer that could be solved gets other inputs than before the cut."
         return Repaired(small, (note,), facts)
     if not after < before:
-        note = f"The repair was not kept: the answers are {after:.3g} nats from the dense ones, {before:.3g} before."
+        note = f"The repair was not kept: the outputs are {after:.3g} nats from the dense ones, {before:.3g} before."
         return Repaired(small, (note,), {**facts, "layers": 0})
     return Repaired(
         done,
         (
-            f"{len(errors)} layers were solved in closed form on {len(images)} images: the answers are "
+            f"{len(errors)} layers were solved in closed form on {len(images)} images: the outputs are "
             f"{after:.3g} nats from the dense ones, {before:.3g} before.",
         ),
         facts,
     )
 
 
-def _answers(bundle: Bundle, images: Tensor) -> Tensor:
+def _outputs(bundle: Bundle, images: Tensor) -> Tensor:
     network = deployed(bundle).eval()
     return torch.cat([logits(network, chunk) for chunk in images.split(CHUNK)])
 
@@ -232,13 +242,13 @@ RESULT_VERSION = 1
 
 
 def source_of(table: PruneTable, method: str, trainable: bool) -> str:
-    """Which images a network is repaired on: "synthetic", "data" or "none".
+    """The images that a network is repaired on: "synthetic", "data" or "none".
 
     "auto" repairs only for the method data-free, which prunes with the same images: training images if there are any.
     """
     if table.repair == "data" and not trainable:
         raise UsageError(
-            "prune.repair = 'data' needs images to learn from, and there are none",
+            "prune.repair = 'data' needs training images, and there are none",
             "give --data with a training part (without --data-use evaluate), or --set prune.repair=synthetic",
         )
     if table.granularity != "channel" and table.repair not in ("auto", "none"):

@@ -158,7 +158,7 @@ class _Machine:
         for verb, of, judge, value in self.acts:
             reason = judge(value) if judge else ""
             if judge is None or reason:
-                self.found.append(f"{verb} {_say(of)}" + (f" with {reason}" if reason else ""))
+                self.found.append(f"{verb} {_describe(of)}" + (f" with {reason}" if reason else ""))
 
     def permit(self, value: Any) -> Permit:
         name = value.name if isinstance(value, Global) else value.of if isinstance(value, Made) else ""
@@ -207,30 +207,12 @@ def _persistent(machine: _Machine, _: Any) -> None:
     machine.stack.append(Made("storage"))
 
 
-def _append(machine: _Machine, _: Any) -> None:
-    item = machine.stack.pop()
-    _into_list(machine, [item])
-
-
-def _appends(machine: _Machine, _: Any) -> None:
-    _into_list(machine, machine.pop_mark())
-
-
 def _into_list(machine: _Machine, items: list[Any]) -> None:
     target = machine.stack[-1]
     if not isinstance(target, list):
-        machine.found.append(f"an append to {_say(target)}")
+        machine.found.append(f"an append to {_describe(target)}")
         return
     target.extend(items)
-
-
-def _setitem(machine: _Machine, _: Any) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    _into_dict(machine, [key, value])
-
-
-def _setitems(machine: _Machine, _: Any) -> None:
-    _into_dict(machine, machine.pop_mark())
 
 
 def _into_dict(machine: _Machine, items: list[Any]) -> None:
@@ -239,7 +221,7 @@ def _into_dict(machine: _Machine, items: list[Any]) -> None:
         isinstance(target, Made) and target.of in ("collections.OrderedDict", "collections.Counter")
     )
     if not known:
-        machine.found.append(f"items for {_say(target)}")
+        machine.found.append(f"items for {_describe(target)}")
         return
     target.items.extend(zip(items[::2], items[1::2], strict=True))
 
@@ -265,7 +247,7 @@ def _put(machine: _Machine, argument: Any) -> None:
     machine.memo[int(argument)] = machine.stack[-1]
 
 
-def _say(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Global):
         return value.name
     return f"an object of {value.of}" if isinstance(value, Made) else f"a {type(value).__name__}"
@@ -289,10 +271,10 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "NEWOBJ": _newobj,
     "BUILD": _build,
     "BINPERSID": _persistent,
-    "APPEND": _append,
-    "APPENDS": _appends,
-    "SETITEM": _setitem,
-    "SETITEMS": _setitems,
+    "APPEND": lambda machine, _: _into_list(machine, [machine.stack.pop()]),
+    "APPENDS": lambda machine, _: _into_list(machine, machine.pop_mark()),
+    "SETITEM": lambda machine, _: _into_dict(machine, [machine.stack.pop() for _ in range(2)][::-1]),
+    "SETITEMS": lambda machine, _: _into_dict(machine, machine.pop_mark()),
     "MARK": _mark,
     "TUPLE": _tuple(0),
     "TUPLE1": _tuple(1),

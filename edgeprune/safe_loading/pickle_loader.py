@@ -1,9 +1,9 @@
 """Pickled networks and checkpoints, loaded so that no code in the file runs.
 
 Four layers, each enough by itself against the attacks known for it: the file's globals must be names of a short list
-or classes that are nn.Modules; every operation of the pickle is judged with its arguments (`pickle_scan`) before
+or classes that are nn.Modules; every operation of the pickle is judged with its arguments (`pickle_interpreter`) before
 anything is made; torch's own restricted unpickler (`weights_only=True`) does the making, with just those classes; and
-the networks that were made are looked at once more.
+the networks that were made are checked once more.
 """
 
 import importlib
@@ -30,7 +30,6 @@ from edgeprune.safe_loading.user_code import (
 
 _LOG = logging.getLogger("edgeprune")
 _MODULE_HOMES = ("torch.nn.modules.", "torchvision.", "timm.")
-_REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
 # magic, protocol version, system information, the object itself, the keys of its storages
 _LEGACY_PICKLES = 5
 
@@ -162,7 +161,7 @@ def _library_class(name: str) -> type | None:
 def _unsafe(where: str, refused: Sequence[str], found: Sequence[str]) -> UnsafeModel:
     shown = refused or found
     listed = ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-    what = "names globals that nobody allowed" if refused else "would do what nobody allowed"
+    what = "names globals that are not allowed" if refused else "would do what is not allowed"
     flags = " ".join(f"--allow-class {name}" for name in refused if _may_be_module(name))
     parts = [
         f"if you trust them, add {flags}" if flags else "",

@@ -5,7 +5,7 @@ are used where the budget can't be met otherwise.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -202,6 +202,7 @@ class Choice:
     losses: Mapping[str, list[float]]
     costs: Costs
     limits: Mapping[str, float]
+    predict: Callable[["Choice", Mapping[str, int]], dict[str, float]] | None = None
     now: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,7 +219,7 @@ class Choice:
 
     def after(self, changes: Mapping[str, int]) -> dict[str, float]:
         """The costs when these counts change."""
-        return self._limited({**self.kept, **changes})
+        return self.predict(self, changes) if self.predict else self._limited({**self.kept, **changes})
 
     def fits(self, cost: Mapping[str, float]) -> bool:
         """Whether costs are within every limit."""

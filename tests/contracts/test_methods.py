@@ -309,7 +309,7 @@ def test_taylor_says_when_a_network_does_not_take_batch_norm_without_statistics(
 
 def test_taylor_without_images_says_what_to_do() -> None:
     network, task = task_for("plain", {"macs": 0.5})
-    with pytest.raises(UsageError, match="looks at training images") as caught:
+    with pytest.raises(UsageError, match="needs training images") as caught:
         plugins.build("methods", "taylor", {})(network, replace(task, images=None, labels=None))
     assert "--data" in caught.value.hint
 

@@ -100,7 +100,7 @@ def test_the_training_part_is_neither_opened_nor_learned_from(
 
 def test_what_would_learn_is_refused_before_anything_is_made(folders: Path, tmp_path: Path) -> None:
     for tables, says in (
-        ({"prune": {"repair": "data"}}, "needs images to learn from"),
+        ({"prune": {"repair": "data"}}, "needs training images"),
         ({"prune": {"options": {"batch": 8}}}, "data-free has no option 'batch'"),
         ({"tune": {"epochs": 1}}, "needs images to train on"),
     ):

@@ -213,7 +213,7 @@ def test_reconstruction_without_images_says_where_they_come_from() -> None:
 @pytest.mark.parametrize("mode", ["reconstruction", "stochastic"])
 def test_a_task_that_says_nothing_of_the_input_is_refused(mode: str) -> None:
     network = nets.build("plain")
-    with pytest.raises(UsageError, match="needs to know what the network eats"):
+    with pytest.raises(UsageError, match="needs the shape of the network's input"):
         method(mode)(network, task_for(network, spec=None))
 
 

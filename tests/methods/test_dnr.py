@@ -402,7 +402,7 @@ def test_weights_that_no_layer_can_draw_are_named(tmp_path: Path) -> None:
     task = task_of(network, "weight", tmp_path)
     DNR(start="scratch")(network, task)
     assert len(task.notes) == 1
-    assert "scale kept the given values" in task.notes[0]
+    assert "no layer can initialize them: scale" in task.notes[0]
 
 
 # Learning, and refusals
@@ -463,7 +463,7 @@ def test_without_a_budget_images_or_epochs_it_says_what_to_give(tmp_path: Path) 
         with pytest.raises(UsageError, match="budget") as error:
             DNR()(network, task_of(network, kind, tmp_path, limits={}))
         assert "--budget" in error.value.hint
-    with pytest.raises(UsageError, match="nothing to train on"):
+    with pytest.raises(UsageError, match="no training images or no epochs"):
         DNR()(network, replace(task_of(network, "weight", tmp_path), training=None))
     with pytest.raises(UsageError, match=r"tune\.epochs is 0"):
         DNR()(network, task_of(network, "weight", tmp_path, replace(TABLE, epochs=0)))

@@ -65,7 +65,7 @@ def test_a_repair_on_real_images_synthesizes_none(tmp_path: Path) -> None:
         "repair",
         *CHOOSING[3:],
     ]
-    with pytest.raises(UsageError, match="needs images to learn from"):
+    with pytest.raises(UsageError, match="needs training images"):
         keys(tmp_path, data=WATCH, prune={"repair": "data"})
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from edgeprune.repair import input_moments
 from edgeprune.repair.input_moments import (
     affordable,
-    answers,
     features,
+    input_hooks,
     moments_of_inputs,
+    output_rows,
     patches,
     positions,
-    watching,
 )
 
 LAYERS = {
@@ -51,8 +51,8 @@ def test_patches_times_weights_are_the_outputs_of_a_convolution(kind: str) -> No
         expected = layer(x)
     rows = patches(layer, x)
     assert rows.shape == (expected[:, 0].numel(), input_moments.width(layer) + 1)
-    torch.testing.assert_close(rows @ weights(layer), answers(layer, expected))
-    assert answers(layer, expected)[-1].tolist() == expected[-1, :, -1, -1].tolist()
+    torch.testing.assert_close(rows @ weights(layer), output_rows(layer, expected))
+    assert output_rows(layer, expected)[-1].tolist() == expected[-1, :, -1, -1].tolist()
 
 
 @pytest.mark.parametrize("shape", [(6, 7), (6, 3, 7), (2, 3, 5, 7)])
@@ -60,7 +60,7 @@ def test_patches_times_weights_are_the_outputs_of_a_linear_layer(shape: tuple[in
     layer, x = nn.Linear(7, 4), torch.randn(shape)
     with torch.no_grad():
         expected = layer(x)
-    torch.testing.assert_close(patches(layer, x) @ weights(layer), answers(layer, expected))
+    torch.testing.assert_close(patches(layer, x) @ weights(layer), output_rows(layer, expected))
     assert len(patches(layer, x)) == x.numel() // 7
 
 
@@ -79,7 +79,7 @@ def test_the_rows_that_are_chosen_are_the_same_of_inputs_and_of_outputs(
         few = patches(layer, x, most)
         assert len(few) == most
         torch.testing.assert_close(few, everything[positions(len(everything), most)], rtol=0, atol=0)
-        torch.testing.assert_close(few @ weights(layer), answers(layer, y, most))
+        torch.testing.assert_close(few @ weights(layer), output_rows(layer, y, most))
 
 
 def test_an_input_that_is_padded_already_is_not_padded_again() -> None:
@@ -110,7 +110,7 @@ def test_rows_are_chosen_from_every_column_and_every_class() -> None:
 
 def hand_made(network: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
     seen: list[Tensor] = []
-    with watching({"layer": layer}, lambda _, m, x: seen.append(patches(m, x).double())), torch.no_grad():
+    with input_hooks({"layer": layer}, lambda _, m, x: seen.append(patches(m, x).double())), torch.no_grad():
         network(images)
     rows = torch.cat(seen)
     return rows.T @ rows / len(rows)
@@ -167,7 +167,7 @@ def test_looking_changes_nothing_and_stops_when_the_network_fails() -> None:
     network = nets.build("plain")
     before = {k: v.clone() for k, v in network.state_dict().items()}
     moments_of_inputs(network, {"a.0": network.a[0]}, nets.example(3), 2)
-    with pytest.raises(ZeroDivisionError), watching({"fc": network.fc}, lambda *_: 1 / 0):  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError), input_hooks({"fc": network.fc}, lambda *_: 1 / 0):  # type: ignore[arg-type, return-value]
         network(nets.example(1))
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert not any(m._forward_pre_hooks for m in network.modules())

@@ -68,8 +68,8 @@ def test_parts_of_rows_are_as_good_as_all_at_once() -> None:
 def test_what_is_beyond_the_edge_is_cut_off() -> None:
     edge = CutOff(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([1.0, -1.0, 0.0]))
     answers = torch.tensor([[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
-    assert edge.hides(answers).tolist() == [[True, False, False], [False, True, False]]
-    assert edge.through(answers).tolist() == [[1, 0, 0], [2, 1, 2]]
+    assert edge.clips(answers).tolist() == [[True, False, False], [False, True, False]]
+    assert edge.clipped(answers).tolist() == [[1, 0, 0], [2, 1, 2]]
 
 
 def rectified(answers: Tensor, scale: Tensor, level: Tensor, shift: Tensor) -> Tensor:

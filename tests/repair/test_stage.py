@@ -176,7 +176,7 @@ def test_a_repair_that_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch
     found = repair(dense, small, images(16), seed=0)
     assert found.bundle is small and found.facts["layers"] == 0
     assert found.notes == (
-        "The repair was not kept: the answers are 0.25 nats from the dense ones, 0.25 before.",
+        "The repair was not kept: the outputs are 0.25 nats from the dense ones, 0.25 before.",
     )
 
 

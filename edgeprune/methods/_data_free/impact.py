@@ -41,7 +41,7 @@ def expected_activations(program: Program, state: Mapping[str, Tensor]) -> dict[
     """Name of a call -> moments of its output's channels, where the batch-norms upstream determine them."""
     found: dict[str, Moments] = {}
     for call in program.calls:
-        moments = _batch_norm(call, state) if call.op == "batch_norm" else _behind(call, found)
+        moments = _batch_norm(call, state) if call.op == "batch_norm" else _propagated(call, found)
         if moments is not None:
             found[call.name] = moments
     return found
@@ -58,7 +58,7 @@ def _batch_norm(call: Call, state: Mapping[str, Tensor]) -> Moments | None:
     )
 
 
-def _behind(call: Call, found: Mapping[str, Moments]) -> Moments | None:
+def _propagated(call: Call, found: Mapping[str, Moments]) -> Moments | None:
     known = [found.get(name) for name in call.reads]
     if not known or any(m is None for m in known):
         return None
@@ -112,22 +112,22 @@ class BoundedNetwork:
     bounds: Bounds
 
 
-def logit_changes(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> Interval:
+def logit_changes(bounded: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> Interval:
     """Bounds of each candidate's change of the logits, for every input in the box: float64 (n, K)."""
     found: list[Interval] = []
     alone = any(p.keep == p.remove for p in pairs)
-    means = mean_contribution(scene.program, scene.network, group) if alone else {}
+    means = mean_contribution(bounded.program, bounded.network, group) if alone else {}
     with torch.no_grad():
         for start in range(0, len(pairs), BATCH):
             part = pairs[start : start + BATCH]
-            starts = _removals(scene, group, part, means) if alone else _merges(scene, group, part)
-            found.append(delta_from(scene.program, tensors(scene.network), scene.bounds, starts))
+            starts = _removals(bounded, group, part, means) if alone else _merges(bounded, group, part)
+            found.append(delta_from(bounded.program, tensors(bounded.network), bounded.bounds, starts))
     return Interval(torch.cat([i.lo for i in found]).double(), torch.cat([i.hi for i in found]).double())
 
 
-def always_zero(scene: BoundedNetwork, group: Group) -> frozenset[int]:
+def always_zero(bounded: BoundedNetwork, group: Group) -> frozenset[int]:
     """Units whose readers always get 0: removing them changes nothing."""
-    received = [_received(scene.bounds, *reading) for reading in _reads(scene.program, group)]
+    received = [_received(bounded.bounds, *reading) for reading in _reads(bounded.program, group)]
     dead = [frozenset(dead_units(low, high)[0]) for low, high in received]
     return frozenset.intersection(*dead) if dead else frozenset()
 
@@ -150,21 +150,22 @@ def mean_contribution(program: Program, network: nn.Module, group: Group) -> dic
     return found
 
 
-def _merges(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[str, Interval]:
-    path = follow(scene.program, group)
+def _merges(bounded: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[str, Interval]:
+    path = follow(bounded.program, group)
     assert not isinstance(path, str), "the group is mergeable"
-    rows = unit_rows(scene.network, group)
+    rows = unit_rows(bounded.network, group)
     keep, gone = (torch.tensor([getattr(p, side) for p in pairs]) for side in ("keep", "remove"))
     scale = torch.tensor([p.scale for p in pairs], dtype=torch.float64)
     low, high = _patch(
-        _bounds_at(scene.bounds, path.producer.reads[0]), path.producer, rows.incoming.shape[1]
+        _bounds_at(bounded.bounds, path.producer.reads[0]), path.producer, rows.incoming.shape[1]
     )
     difference = scale[:, None] * rows.incoming[keep] - rows.incoming[gone]
     close = _affine(difference, scale * rows.bias[keep] - rows.bias[gone], low, high)
     own = _affine(rows.incoming, rows.bias, low, high)
     apart = Interval(scale * own.lo[keep] - own.hi[gone], scale * own.hi[keep] - own.lo[gone])
     both = close.intersect(apart)
-    end = _behind_norm(scene.program, path.producer)
+    users = bounded.program.users(path.producer.name)
+    end = users[0] if len(users) == 1 and users[0].op == "batch_norm" else path.producer
     axis = _channel_axis(end)
     starts = torch.zeros(2, len(pairs), end.shape[axis], dtype=torch.float64)
     index = torch.arange(len(pairs))
@@ -175,18 +176,18 @@ def _merges(scene: BoundedNetwork, group: Group, pairs: Sequence[Pair]) -> dict[
 
 
 def _removals(
-    scene: BoundedNetwork, group: Group, pairs: Sequence[Pair], means: dict[str, Tensor]
+    bounded: BoundedNetwork, group: Group, pairs: Sequence[Pair], means: dict[str, Tensor]
 ) -> dict[str, Interval]:
     """A unit that is removed takes h away from each of its readers and leaves its mean: the change is mean - h."""
     starts: dict[str, Interval] = {}
     units = [p.remove for p in pairs]
-    for call, positions in _reads(scene.program, group):
-        low, high = _received(scene.bounds, call, positions)
+    for call, positions in _reads(bounded.program, group):
+        low, high = _received(bounded.bounds, call, positions)
         mean = means[call.weights[0].rpartition(".")[0]].to(low)
         left = torch.stack([mean[list(positions[u])].mean() for u in units])
         change = Interval(left - high.amax(1)[units], left - low.amin(1)[units])
         entries = [positions[u] for u in units]
-        starts[call.name] = consumer_impact(scene.program, tensors(scene.network), call, entries, change)
+        starts[call.name] = consumer_impact(bounded.program, tensors(bounded.network), call, entries, change)
     return starts
 
 
@@ -221,25 +222,17 @@ def _channel_axis(call: Call) -> int:
     return len(call.shape) - 1 if call.op == "linear" else 1
 
 
-def _behind_norm(program: Program, producer: Call) -> Call:
-    users = program.users(producer.name)
-    return users[0] if len(users) == 1 and users[0].op == "batch_norm" else producer
-
-
 def _patch(at: Interval, producer: Call, width: int) -> tuple[Tensor, Tensor]:
     """The bounds of each entry of a layer's patch: two of float64 (F,)."""
     axis = _channel_axis(producer)
     lo = at.lo.movedim(axis, 0).flatten(1).amin(1).double()
     hi = at.hi.movedim(axis, 0).flatten(1).amax(1).double()
-    if producer.op.startswith("conv_transpose") or (producer.op != "linear" and _is_padded(producer)):
+    padding = producer.arg("padding") if producer.op != "linear" else "valid"
+    padded = padding == "same" or (padding != "valid" and any(padding))
+    if padded or producer.op.startswith("conv_transpose"):
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     taps = width // len(lo)
     return lo.repeat_interleave(taps), hi.repeat_interleave(taps)
-
-
-def _is_padded(producer: Call) -> bool:
-    padding = producer.arg("padding")
-    return padding == "same" or (padding != "valid" and any(padding))
 
 
 def _affine(rows: Tensor, constant: Tensor, low: Tensor, high: Tensor) -> Interval:
@@ -247,9 +240,6 @@ def _affine(rows: Tensor, constant: Tensor, low: Tensor, high: Tensor) -> Interv
     center, radius = rows @ ((low + high) / 2) + constant, rows.abs() @ ((high - low) / 2)
     slack = 1e-12 * (radius + rows.abs() @ ((low + high) / 2).abs() + constant.abs())
     return Interval(center - radius - slack, center + radius + slack)
-
-
-Removed = Mapping[str, Sequence[tuple[int, Sequence[int]]]]
 
 
 def input_box(spec: InputSpec) -> Interval:

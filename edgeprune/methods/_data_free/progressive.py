@@ -113,8 +113,8 @@ class Thinning:
 
     def _step(self, group: Group, quota: int, way: str, generator: torch.Generator) -> int:
         """Remove up to `quota` units of a group, or as many as there are pairs; how many went."""
-        scene = self._scene()
-        free = self._always_zero(group, scene)[:quota]
+        bounded = self._bounded()
+        free = self._always_zero(group, bounded)[:quota]
         self._alone(group, free)
         self.free += len(free)
         rest = quota - len(free)
@@ -122,7 +122,7 @@ class Thinning:
             return len(free)
         alone = way == ALONE
         pairs = self._singles(group, rest) if alone else self._pairs(group, rest, scaled=way == SCALED)
-        chosen = self._accept(group, pairs, rest, scene, generator)
+        chosen = self._accept(group, pairs, rest, bounded, generator)
         if alone:
             self._alone(group, [pair.remove for pair in chosen])
         else:
@@ -131,7 +131,7 @@ class Thinning:
             self.merged += len(chosen)
         return len(free) + len(chosen)
 
-    def _scene(self) -> BoundedNetwork | None:
+    def _bounded(self) -> BoundedNetwork | None:
         """The network with its current bounds; None in mode baseline."""
         if self.rules.mode == "baseline":
             return None
@@ -145,11 +145,11 @@ class Thinning:
             compensate(self.program, self.network, group, units, means)
             self.alive[group.name][units] = False
 
-    def _always_zero(self, group: Group, scene: BoundedNetwork | None) -> list[int]:
-        if scene is None:
+    def _always_zero(self, group: Group, bounded: BoundedNetwork | None) -> list[int]:
+        if bounded is None:
             return []
         try:
-            found = always_zero(scene, group)
+            found = always_zero(bounded, group)
         except Unbounded as reason:
             self.unbounded.setdefault(group.name, str(reason))
             return []
@@ -177,12 +177,12 @@ class Thinning:
         group: Group,
         pairs: list[Pair],
         quota: int,
-        scene: BoundedNetwork | None,
+        bounded: BoundedNetwork | None,
         generator: torch.Generator,
     ) -> list[Pair]:
-        if scene is None or len(pairs) <= quota:
+        if bounded is None or len(pairs) <= quota:
             return pairs[:quota]
-        candidates = self._candidates(group, pairs, scene)
+        candidates = self._candidates(group, pairs, bounded)
         if candidates is None:
             return pairs[:quota]
         score = self._score(candidates)
@@ -197,10 +197,10 @@ class Thinning:
             return margin_score
         return paper_score(candidates.lo, candidates.hi, self.rules.alpha)
 
-    def _candidates(self, group: Group, pairs: list[Pair], scene: BoundedNetwork) -> Candidates | None:
+    def _candidates(self, group: Group, pairs: list[Pair], bounded: BoundedNetwork) -> Candidates | None:
         """Bounds of each candidate's change of the logits; None where it can't be bounded."""
         try:
-            found = logit_changes(scene, group, pairs)
+            found = logit_changes(bounded, group, pairs)
         except Unbounded as reason:
             self.unbounded.setdefault(group.name, str(reason))
             return None

@@ -87,7 +87,12 @@ def rewire(
         masks: name -> bool (n,). weights, momenta: name -> a tensor of n entries, in row-major order.
         floors: name -> the least that stay active; a layer with fewer keeps what it has.
     """
-    means = {name: _mean(momenta[name], mask) for name, mask in masks.items()}
+    means = {
+        name: float(momenta[name].detach().reshape(-1).abs().cpu()[mask].double().mean())
+        if mask.any()
+        else 0.0
+        for name, mask in masks.items()
+    }
     shares = normalized(means, {name: len(mask) for name, mask in masks.items()})
     removed = {name: math.floor(rate * int(m.sum()) + ROUNDING) for name, m in masks.items()}
     stayed = {name: drop_smallest(magnitude(weights[name]), m, removed[name]) for name, m in masks.items()}
@@ -170,11 +175,6 @@ def _capped(shares: Sequence[float], total: int, caps: Sequence[int]) -> list[in
     for i in sorted((i for i in open_ if out[i] < caps[i]), key=lambda i: (out[i] - quotas[i], i))[:short]:
         out[i] += 1
     return out
-
-
-def _mean(momentum: Tensor, mask: Tensor) -> float:
-    active = momentum.detach().reshape(-1).abs().cpu()[mask].double()
-    return float(active.mean()) if len(active) else 0.0
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ For 2:4 a cut imposes the pattern on half as many blocks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeprune.errors import UsageError
 from edgeprune.quantities import suggest
@@ -144,7 +143,9 @@ class CutSchedule:
             if kept:
                 _impose((self.units, scores, kept), after, vector, count // KEPT_OF_BLOCK)
             elif not vector.name:
-                return _global(scores, masks, count, self.least)
+                left = sum(int(keep.sum()) for keep in masks.values()) - count
+                chosen = exactly(alive(scores, masks), left, self.least)
+                return {name: keep & masks[name] for name, keep in chosen.items()}
             else:
                 part = slice(vector.start, vector.stop)
                 after[vector.name][part] = drop_smallest(
@@ -247,10 +248,6 @@ def energy(scores: Scores, masks: Scores) -> UnitMasks:
     return out
 
 
-def same(a: Scores, b: Scores) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 def turned(curve: Sequence[float]) -> bool:
     """Whether an index that had risen is falling now: the network collapses. Changes below TURN don't count."""
     lowest, peak = math.inf, 0.0
@@ -258,12 +255,6 @@ def turned(curve: Sequence[float]) -> bool:
         lowest = min(lowest, value)
         peak = max(peak, value) if value > lowest * (1 + TURN) or peak else 0.0
     return bool(curve) and peak > 0 and curve[-1] < peak * (1 - TURN)
-
-
-def _global(scores: Scores, masks: Scores, count: int, least: Mapping[str, int]) -> UnitMasks:
-    left = sum(int(keep.sum()) for keep in masks.values())
-    chosen = exactly(alive(scores, masks), left - count, least)
-    return {name: keep & masks[name] for name, keep in chosen.items()}
 
 
 def _impose(
@@ -283,22 +274,3 @@ def _impose(
     for (name, blocks), taken in zip(whole.items(), chosen.split([len(x) for x in losses]), strict=True):
         entries = blocks[taken].flatten()
         masks[name][entries] = kept[name][entries]
-
-
-def reinitialize(network: nn.Module, seed: int) -> tuple[str, ...]:
-    """New weights by the seed, drawn on the CPU; notes of what could not be drawn."""
-    fresh, known = deepcopy(network).cpu(), set[str]()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for path, layer in fresh.named_modules():
-            reset = getattr(layer, "reset_parameters", None)
-            if callable(reset):
-                reset()
-                known |= {
-                    f"{path}.{name}" if path else name for name, _ in layer.named_parameters(recurse=False)
-                }
-    if not known:
-        raise UsageError("no layer of the network can be initialized anew", "train from the given weights")
-    network.load_state_dict(fresh.state_dict())
-    old = [name for name, _ in network.named_parameters() if name not in known]
-    return (f"Not initialized anew, because it is no layer's: {', '.join(old)}.",) if old else ()
