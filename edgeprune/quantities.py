@@ -62,6 +62,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return "accepted: " + ", ".join(known) if known else ""
 
 
+def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
+    """Refuse a setting whose value is none of the accepted ones."""
+    if value not in accepted:
+        raise UsageError(
+            f"{name} = {value!r} is not one of {', '.join(accepted)}", suggest(str(value), accepted)
+        )
+
+
 def number(text: str, unit: str) -> float:
     """Read a quantity of the base unit "s", "B", "J", "dB", "" (a count) or "fraction".
 
@@ -161,8 +169,7 @@ def eps_of(text: str, norm: str) -> float:
     Raises:
         UsageError: not a number, not more than 0, or so large that levels of 255 were meant.
     """
-    if norm not in USUAL_EPS:
-        raise UsageError(f"norm = {norm!r} is not one of {', '.join(USUAL_EPS)}", suggest(norm, USUAL_EPS))
+    check_choice("norm", norm, USUAL_EPS)
     if not text.strip():
         return USUAL_EPS[norm]
     value = number(text, "fraction")

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgeprune import models, serialization
 from edgeprune.errors import ModelError, WorkdirError
-from edgeprune.models import deployed, load_tensors, logits, save_tensors, total_macs
+from edgeprune.models import deployed, load_tensors, logits, save_tensors, temporary_hooks, total_macs
 from edgeprune.progress import bar
 from edgeprune.recipe import SynthesizeTable
 from edgeprune.records import Bundle, InputSpec
@@ -153,12 +153,8 @@ class _Task:
                 )
             )
 
-        hooks = [layer.register_forward_pre_hook(compare) for layer in self.remembered]
-        try:
+        with temporary_hooks(layer.register_forward_pre_hook(compare) for layer in self.remembered):
             answers = logits(self.network, self._pixels(free))
-        finally:
-            for hook in hooks:
-                hook.remove()
         terms = [shift.pow(2).mean() + stretch.pow(2).mean() for shift, stretch in seen]
         distance = sum(float(shift.detach().abs().mean()) for shift, _ in seen) / max(1, len(seen))
         # Classes only where nothing else is known: they make images that are surer than any photograph, and layers

@@ -1,4 +1,4 @@
-"""Prune without data: units merged under bounds (Meng et al. 2022), or removed by their effect on synthesized images.
+"""Prune without data: units merged under bounds, or removed by their effect on synthesized images.
 
 Meng, Bai, Teo and Dong, "Supervised Robustness-preserving Data-free Neural Network Pruning" (2022), for convolutional
 and residual networks too. `mode` baseline, greedy and stochastic are the paper's: units are merged in small steps by
@@ -21,7 +21,7 @@ from edgeprune.methods._data_free import progressive
 from edgeprune.methods._data_free.impact import input_box
 from edgeprune.models import Program, normalized_example, trace
 from edgeprune.progress import track
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.records import Group, InputSpec, Masks
 from edgeprune.repair import (
     Consumer,
@@ -101,12 +101,8 @@ class DataFree(SurveyMethod):
         return out
 
     def _mode(self, task: PruneTask) -> str:
-        for name, value, accepted in (("mode", self.mode, MODES), ("score", self.score, progressive.SCORES)):
-            if value not in accepted:
-                raise UsageError(
-                    f"data-free: {name} = {value!r} is not one of {', '.join(accepted)}",
-                    suggest(value, accepted),
-                )
+        check_choice("data-free: mode", self.mode, MODES)
+        check_choice("data-free: score", self.score, progressive.SCORES)
         if not 0 <= self.alpha <= 1 or not 0 < self.step <= 1 or self.pool < 1:
             raise UsageError(
                 f"data-free: alpha = {self.alpha} must be in [0, 1], step = {self.step} in (0, 1] and "

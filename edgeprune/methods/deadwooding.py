@@ -19,7 +19,7 @@ from edgeprune import models, train
 from edgeprune.errors import UsageError
 from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_training
 from edgeprune.methods._deadwooding import constrained_distillation, shrinkage
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.records import Masks
 from edgeprune.train import masking_hooks, objective_of
 
@@ -67,17 +67,10 @@ class Deadwooding(TrainingMethod):
     cap: float = 10.0
 
     def __post_init__(self) -> None:
-        choices = (
-            ("score", SCORES),
-            ("distance", constrained_distillation.DISTANCES),
-            ("loss_a", LOSSES),
-            ("loss_b", LOSSES),
-        )
-        for name, accepted in choices:
-            value = getattr(self, name)
-            if value not in accepted:
-                found = f"deadwooding: {name} = {value!r} is not one of {', '.join(accepted)}"
-                raise UsageError(found, suggest(str(value), accepted))
+        check_choice("deadwooding: score", self.score, SCORES)
+        check_choice("deadwooding: distance", self.distance, constrained_distillation.DISTANCES)
+        check_choice("deadwooding: loss_a", self.loss_a, LOSSES)
+        check_choice("deadwooding: loss_b", self.loss_b, LOSSES)
         if self.per_weight not in (True, False):
             raise UsageError(f"deadwooding: per_weight = {self.per_weight!r} must be true or false")
         for name, (low, high) in RANGES.items():
@@ -212,6 +205,6 @@ class Deadwooding(TrainingMethod):
             return own
         task.notes.append(
             f"deadwooding: the dense model is not robust itself (its distance under attack is {own:.3g}, that of "
-            f"an answer that knows nothing {nothing:.3g}), so the constraint on adversarial images has no slack."
+            f"a constant output {nothing:.3g}), so the constraint on adversarial images has no slack."
         )
         return 0.0

@@ -1,4 +1,4 @@
-"""Train sparse and rewire every epoch: the weakest units go, those with the most momentum come; robust with an attack.
+"""Train sparse and rewire every epoch: weakest units go, those with most momentum come; robust with an attack.
 
 Kundu, Nazemi, Beerel and Pedram, "DNR: A Tunable Robust Pruning Framework Through Dynamic Network Rewiring of DNNs"
 (ASP-DAC 2021): one training within the budget, on a hybrid loss of clean and adversarial images plus a dynamic L2
@@ -18,7 +18,7 @@ from edgeprune.errors import UsageError
 from edgeprune.methods._base import PruneTask, Training, TrainingMethod, need_training, reinitialize
 from edgeprune.methods._dnr.rewiring import ChannelBudget, largest_remainder
 from edgeprune.methods._dnr.sparse_training import REGULARIZERS, Plan, SparseTraining
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.records import Masks
 from edgeprune.structure import allocate, fitting_levels, keep_largest
 from edgeprune.train import TrainingJob, fit, seeded_generator
@@ -105,16 +105,9 @@ class DNR(TrainingMethod):
         return SparseTraining(network, task.units, plan, masks, floors, settings=settings)
 
     def _check(self) -> None:
-        choices = (
-            ("start", self.start, STARTS),
-            ("init", self.init, INITS),
-            ("regularizer", self.regularizer, REGULARIZERS),
-        )
-        for name, value, accepted in choices:
-            if value not in accepted:
-                raise UsageError(
-                    f"dnr: {name} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
-                )
+        check_choice("dnr: start", self.start, STARTS)
+        check_choice("dnr: init", self.init, INITS)
+        check_choice("dnr: regularizer", self.regularizer, REGULARIZERS)
         ranges = (
             ("rate", self.rate, 1.0),
             ("until", self.until, 1.0),

@@ -23,7 +23,7 @@ from edgeprune.errors import UsageError
 from edgeprune.methods._base import PruneTask, TrainingMethod, need_training, reinitialize
 from edgeprune.methods._sap import schedule
 from edgeprune.methods._sap.schedule import CutSchedule, Rule
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.records import Masks
 from edgeprune.structure import pqi
 from edgeprune.train import masking_hooks, objective_of
@@ -89,12 +89,8 @@ class Sap(TrainingMethod):
         return self.variant == "paper" or (self.variant == "tune" and self.start == "scratch")
 
     def _rule(self) -> Rule:
-        for name, accepted in (("variant", VARIANTS), ("start", STARTS)):
-            value = getattr(self, name)
-            if value not in accepted:
-                raise UsageError(
-                    f"sap: {name} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
-                )
+        check_choice("sap: variant", self.variant, VARIANTS)
+        check_choice("sap: start", self.start, STARTS)
         if self.iterations < 0:
             raise UsageError(f"sap: iterations = {self.iterations} must be at least 0")
         if not 0 <= self.tolerance <= 1:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ModelError, not_short
 from edgeprune.models.inference import logits, modes
-from edgeprune.models.torch_export import FORWARD_ERRORS
+from edgeprune.models.torch_export import FORWARD_ERRORS, temporary_hooks
 
 # Their exact classes: a subclass may compute its weight, and so does a parametrization, which makes a subclass.
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -126,12 +126,8 @@ def _recording(layers: Sequence[nn.Module], calls: list[_Call]) -> Iterator[None
         if len(given) == 1 and isinstance(given[0], Tensor) and isinstance(made, Tensor):
             calls.append(_Call(layer, given[0], made))
 
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    try:
+    with temporary_hooks(layer.register_forward_hook(record) for layer in layers):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _absorb(weighted: Any, norm: Any) -> None:

@@ -1,4 +1,4 @@
-"""Loading, wrapping and rebuilding a Bundle: a network with all that is needed to prune it and to have it again."""
+"""Loading, wrapping and rebuilding a Bundle: a network with all that is needed to prune and to rebuild it."""
 
 import hashlib
 import logging
@@ -53,7 +53,7 @@ def load_bundle(table: ModelTable) -> Bundle:
             "leave --input out, or export it again",
         )
     if not given and not known:
-        raise UsageError(f"{path} doesn't say what images it eats", _HOW)
+        raise UsageError(f"{path} does not say the shape of its input", _HOW)
     mean, std = (table.mean, table.std) if table.mean or table.std else known[1:] if known else ((), ())
     bundle = _checked(module, source, given or known[0], (mean, std))  # type: ignore[index]
     return replace(bundle, labels=labels if len(labels) == bundle.input.classes else ())
@@ -136,8 +136,7 @@ class Deployed(nn.Module):
         """x: pixels in [0, 1], float32 (N, C, H, W). Returns logits (N, K)."""
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
-        answer = self.network(x)
-        return answer if isinstance(answer, Tensor) else main_output(answer)
+        return main_output(self.network(x))
 
 
 def sha256_file(path: str | Path) -> str:
@@ -235,7 +234,7 @@ def _original(source: Source) -> nn.Module:
 
 
 def image_shape(text: str) -> tuple[int, int, int]:
-    """The shape that --input says."""
+    """Read the shape given as --input."""
     match = _SHAPE.fullmatch(text.strip().lower())
     if not match or not all(int(n) for n in match.groups()):
         raise UsageError(
@@ -285,7 +284,7 @@ def _check_normalization(mean: tuple[float, ...], std: tuple[float, ...], channe
 
 
 def _prepare(module: nn.Module, where: str) -> tuple[str, ...]:
-    """Check the names of a network and make it what the stages take; returns what its user should know about that."""
+    """Check the names of a network, put it on the CPU in float32 and evaluation mode; notes for the user."""
     check_names(module, where)
     check_strides(module, where)
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()} - {torch.float32}

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeprune.models.surgery import checked_logits
+from edgeprune.models.torch_export import temporary_hooks
 from edgeprune.records import Group, InputSpec
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -83,12 +84,17 @@ class CostModel:
 
 
 def normalized_example(spec: InputSpec, seed: int, batch: int = 1) -> Tensor:
-    """Random pixels as the bare network eats them: float32 (batch, C, H, W), normalized by the spec's mean and std."""
+    """Random input of the bare network: float32 (batch, C, H, W), normalized by the spec's mean and std."""
     generator = torch.Generator().manual_seed(seed)
     x = spec.low + (spec.high - spec.low) * torch.rand((batch, *spec.shape), generator=generator)
-    if spec.mean:
-        x = (x - torch.tensor(spec.mean).view(-1, 1, 1)) / torch.tensor(spec.std).view(-1, 1, 1)
-    return x
+    return normalize(x, spec)
+
+
+def normalize(x: Tensor, spec: InputSpec) -> Tensor:
+    """Pixels (N, C, H, W) by the spec's mean and std, where it has them."""
+    if not spec.mean:
+        return x
+    return (x - torch.tensor(spec.mean).view(-1, 1, 1)) / torch.tensor(spec.std).view(-1, 1, 1)
 
 
 def layer_costs(network: nn.Module, example: Tensor) -> tuple[LayerCost, ...]:
@@ -99,12 +105,9 @@ def layer_costs(network: nn.Module, example: Tensor) -> tuple[LayerCost, ...]:
         counted = inputs[0] if isinstance(module, _TRANSPOSED) else output
         entries[module] = entries.get(module, 0) + counted.numel() // example.shape[0]
 
-    handles = [m.register_forward_hook(remember) for m in network.modules() if isinstance(m, LAYERS)]
-    try:
+    layers = [m for m in network.modules() if isinstance(m, LAYERS)]
+    with temporary_hooks(m.register_forward_hook(remember) for m in layers):
         checked_logits(network, example)
-    finally:
-        for handle in handles:
-            handle.remove()
     return tuple(_row(name, m, entries[m]) for name, m in network.named_modules() if m in entries)
 
 
@@ -120,7 +123,7 @@ def total_macs(network: nn.Module, example: Tensor) -> int:
 
 
 def uncounted(network: nn.Module, example: Tensor) -> tuple[str, ...]:
-    """Operators that the network runs and whose multiply-accumulates nobody knows: of other packages, and a few."""
+    """Operators that the network runs and whose multiply-accumulates are not known: of other packages, and a few."""
     with _Seen() as seen, counting():
         checked_logits(network, example)
     return tuple(sorted(seen.names))

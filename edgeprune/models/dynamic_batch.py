@@ -2,7 +2,7 @@
 
 Such a program has the batch size written into its reshapes. Where the batch lies in each tensor is followed from the
 input on, by running the program with more images; a size that it reaches is replaced by the input's own. Sizes that
-are 1 leave choices, so the result is kept only if every image of a larger batch gets the answer that it gets alone.
+are 1 leave choices, so the result is kept only if every image of a larger batch has the output that it has alone.
 """
 
 import operator
@@ -67,7 +67,7 @@ def _works(module: nn.Module, shape: tuple[int, ...], *, tell_apart: bool = Fals
 
 
 def _lively(module: nn.Module) -> nn.Module:
-    """A copy whose constant parameters are random: a new network's last layer is often zero and tells nothing apart."""
+    """A copy whose constant parameters are random: the last layer of a new network is often zero."""
     copy = deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgeprune.errors import ModelError, UnsupportedModel
 from edgeprune.models.from_export import ExportedNetwork
-from edgeprune.models.torch_export import FORWARD_ERRORS, running_layers, title
+from edgeprune.models.torch_export import FORWARD_ERRORS, running_layers, temporary_hooks, title
 
 # Kernels for other batch sizes add up in another order; what mixes images differs by far more of the largest value.
 TOLERANCE = 1e-3
@@ -37,8 +37,12 @@ def logits(module: nn.Module, x: Tensor) -> Tensor:
         mode = "training" if module.training else "evaluation"
         raise ModelError(f"the network fails on a batch {tuple(x.shape)} in {mode} mode: {error}") from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
-        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ModelError(f"the network answers a batch {tuple(x.shape)} with {found}, not with logits (N, K)")
+        found = (
+            f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        )
+        raise ModelError(
+            f"the output of the network for a batch {tuple(x.shape)} is {found}, not logits (N, K)"
+        )
     return output
 
 
@@ -118,11 +122,11 @@ def _refusal(output: Any, count: int, where: str) -> UnsupportedModel:
         )
     if isinstance(output, Tensor) and output.ndim == 2 and output.numel() and bool(output.isnan().all()):
         return UnsupportedModel(
-            f"{where} answers {count} images of noise with NaN only; accepted: finite logits",
+            f"the output of {where} for {count} images of noise is NaN only; accepted: finite logits",
             "look for a division by 0, a root or a logarithm of what is below 0",
         )
     return UnsupportedModel(
-        f"{where} answers {count} images with {_what(output)}, expected float logits ({count}, K)",
+        f"the output of {where} for {count} images is {_what(output)}, expected float logits ({count}, K)",
         "give the part of the network that classifies images",
     )
 
@@ -228,12 +232,8 @@ def _outputs(module: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
         for name, part in module.named_modules(remove_duplicate=False)
         if name
     ]
-    try:
-        with torch.no_grad():
-            found[""] = _tensors(module(x))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with temporary_hooks(handles), torch.no_grad():
+        found[""] = _tensors(module(x))
     return found
 
 

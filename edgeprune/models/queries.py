@@ -11,7 +11,7 @@ from edgeprune.models import inference
 from edgeprune.models.inference import full
 from edgeprune.models.replicas import Replicas
 
-# On the processor so many images at a time go through an attempt: what is known of them stays in its caches.
+# On the processor so many images at a time go through an attempt: their activations stay in its caches.
 ROWS = 32
 
 Logits = Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ Attempt = Callable[[Tensor], "AttackResult"]
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attempt came to.
+    """The result of an attempt.
 
     images: float (N, C, H, W), the best it found. broken: bool (N,). queries: int64 (N,), images that were queried.
     """
@@ -33,11 +33,7 @@ class AttackResult:
 
 
 def as_logits(model: nn.Module | Logits) -> Logits:
-    """The classifier as a function whose output is (N, K) and at least float32; gradients pass where they did.
-
-    Raises (when called):
-        ModelError: a network fails on the batch, or the answer is not one row of logits for each image.
-    """
+    """The classifier as a function whose output is (N, K) and at least float32; gradients pass where they did."""
 
     def query(x: Tensor) -> Tensor:
         if isinstance(model, nn.Module):
@@ -45,7 +41,7 @@ def as_logits(model: nn.Module | Logits) -> Logits:
         output = model(x)
         if output.ndim != 2 or len(output) != len(x):
             raise ModelError(
-                f"the model answers a batch {tuple(x.shape)} with {tuple(output.shape)}, not with logits (N, K)"
+                f"the output of the model for a batch {tuple(x.shape)} is {tuple(output.shape)}, not logits (N, K)"
             )
         return full(output)
 
@@ -61,7 +57,7 @@ def wrong(output: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_and_gradient(
-    answers: Logits, at: Tensor, loss: Callable[[Tensor], Tensor]
+    query: Logits, at: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The logits, the losses and their gradients by the images.
 
@@ -71,7 +67,7 @@ def loss_and_gradient(
     # An evaluation may run where gradients are switched off; a clone of what was made in inference mode can have them.
     with torch.inference_mode(False), torch.enable_grad():
         point = (at.clone() if at.is_inference() else at.detach()).requires_grad_()
-        output = answers(point)
+        output = query(point)
         losses = loss(output)
         found = None
         if losses.requires_grad:

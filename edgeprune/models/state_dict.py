@@ -69,9 +69,9 @@ def fit(module: nn.Module, tensors: Mapping[str, Tensor], where: str, arch: str)
     given = _without_prefix(tensors, own, where)
     for name in [name for name in own if name not in given]:
         # Batch counters are not in old files, and tensors tied to another are not in safetensors.
-        twin = next((k for k in given if k in own and _same_memory(own[k], own[name])), "")
-        if twin or name.endswith("num_batches_tracked"):
-            given[name] = given[twin] if twin else own[name]
+        tied = next((k for k in given if k in own and _same_memory(own[k], own[name])), "")
+        if tied or name.endswith("num_batches_tracked"):
+            given[name] = given[tied] if tied else own[name]
     missing, unexpected = [k for k in own if k not in given], [k for k in given if k not in own]
     if missing or unexpected:
         raise ModelError(

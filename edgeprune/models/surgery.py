@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
-from edgeprune.models.torch_export import FORWARD_ERRORS
+from edgeprune.models.inference import main_output
+from edgeprune.models.torch_export import FORWARD_ERRORS, temporary_hooks
 from edgeprune.records import Group, Plan
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -115,16 +116,13 @@ def proof_failure(
 
 
 def checked_logits(network: nn.Module, x: Tensor) -> Tensor:
-    """The network's main output without gradients; the first one when it returns several."""
+    """The network's main output without gradients."""
     with torch.no_grad():
-        out = network(x)
-    if isinstance(out, Mapping):
-        out = next(iter(out.values()))
-    return out[0] if isinstance(out, (tuple, list)) else out
+        return main_output(network(x))
 
 
 def disturbed(network: nn.Module, example: Tensor, seed: int) -> nn.Module:
-    """A copy in which every branch and channel speaks: what is wrong in structure must show in the outputs.
+    """A copy in which every branch and channel changes the output, so that a wrong cut shows in it.
 
     A scale of zero at the end of a residual branch, or a channel that never passes its ReLU, would hide a wrong cut.
     So norms get fresh scales and upward shifts and the statistics of `example`, and other constant parameters noise.
@@ -156,8 +154,6 @@ def disturbed(network: nn.Module, example: Tensor, seed: int) -> nn.Module:
 
 
 def _fit_statistics(network: nn.Module, example: Tensor) -> None:
-    handles = []
-
     def fit(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         statistics = tensors(module)
         if "running_mean" not in statistics:
@@ -168,12 +164,9 @@ def _fit_statistics(network: nn.Module, example: Tensor) -> None:
         statistics["running_mean"].copy_(x.mean(axes))
         statistics["running_var"].copy_(spread)
 
-    try:
-        handles = [m.register_forward_pre_hook(fit) for m in network.modules() if isinstance(m, BATCH_NORMS)]
+    layers = [m for m in network.modules() if isinstance(m, BATCH_NORMS)]
+    with temporary_hooks(m.register_forward_pre_hook(fit) for m in layers):
         checked_logits(network, example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _difference(expected: Tensor, found: Tensor, tolerance: float) -> str | None:

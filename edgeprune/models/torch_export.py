@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
+from torch.utils.hooks import RemovableHandle
 
 from edgeprune.errors import UnsupportedModel
 from edgeprune.records import InputSpec
@@ -40,7 +41,7 @@ def example(spec: InputSpec, batch: int = 1) -> Tensor:
 
 
 def check_logits(module: nn.Module, spec: InputSpec) -> None:
-    """Run the network once and look at what comes out."""
+    """Run the network once and check its output."""
     try:
         with torch.no_grad():
             logits = module(example(spec))
@@ -49,10 +50,10 @@ def check_logits(module: nn.Module, spec: InputSpec) -> None:
         raise UnsupportedModel(
             f"{where} fails on an input of shape {spec.shape}: {reason(error)}", "check --input and --arch"
         ) from error
-    found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-    if found != f"shape {(1, spec.classes)}":
+    found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != f"a tensor {(1, spec.classes)}":
         raise UnsupportedModel(
-            f"the network answers one image with {found}; accepted: one tensor of logits {(1, spec.classes)}",
+            f"the output of the network for one image is {found}; accepted: one tensor of logits {(1, spec.classes)}",
             "wrap it so that forward() returns the logits alone",
         )
 
@@ -121,6 +122,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def temporary_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks of layers afterwards."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def running_layers(module: nn.Module) -> Iterator[list[str]]:
     """The paths of the layers that run, the innermost last; when forward() fails, those that did not end."""
     running: list[str] = []
@@ -132,11 +144,8 @@ def running_layers(module: nn.Module) -> Iterator[list[str]]:
     for path, part in module.named_modules():
         handles.append(part.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
         handles.append(part.register_forward_hook(leave))
-    try:
+    with temporary_hooks(handles):
         yield running
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stopped_at(module: nn.Module, pixels: Tensor, *, export: bool = False) -> str:

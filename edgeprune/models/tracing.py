@@ -85,7 +85,7 @@ class Call:
 class Program:
     """A network in eval mode: calls in an order in which they can be run, from one input to one output.
 
-    input: name of the input's value. output: name of the value that the network answers with.
+    input: name of the input's value. output: name of the value of its output.
     constants: tensors that no state dict holds (non-persistent buffers, literals). input_shape: (1, C, H, W).
     """
 

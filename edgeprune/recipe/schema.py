@@ -7,7 +7,7 @@ from typing import Any, Mapping, Tuple
 
 from edgeprune import plugins
 from edgeprune.errors import UsageError
-from edgeprune.quantities import eps_of, limit, suggest
+from edgeprune.quantities import check_choice, eps_of, limit, suggest
 
 GRANULARITIES = ("channel", "weight", "2:4")
 ALLOCATIONS = ("global", "uniform", "pqi")
@@ -53,10 +53,7 @@ def check(recipe: Recipe) -> None:
         ("attack.norm", recipe.attack.norm, NORMS),
     )
     for where, value, accepted in words:
-        if value not in accepted:
-            raise UsageError(
-                f"{where} = {value!r} is not one of {', '.join(accepted)}", suggest(value, accepted)
-            )
+        check_choice(where, value, accepted)
     _check_options(recipe.prune)
     _check_ranges(recipe)
     eps_of(recipe.tune.eps, recipe.tune.norm)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeprune.models import logits
+from edgeprune.models import logits, temporary_hooks
 from edgeprune.progress import bar
 
 # Most inputs of a layer: memory grows with the square, and time with the cube.
@@ -114,12 +114,8 @@ def input_hooks(
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda layer, inputs: visit(name, layer, inputs[0])
 
-    hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
+    with temporary_hooks(layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def features(layer: nn.Module, channels: Sequence[int]) -> list[int]:

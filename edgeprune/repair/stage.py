@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from edgeprune import train
 from edgeprune.data import Split
 from edgeprune.errors import UnsupportedModel, UsageError
-from edgeprune.models import Call, deployed, logits, normalized_example, trace
+from edgeprune.models import Call, deployed, logits, normalize, normalized_example, trace
 from edgeprune.progress import bar
 from edgeprune.recipe import PruneTable
-from edgeprune.records import Bundle, InputSpec, Reading
+from edgeprune.records import Bundle, Reading
 from edgeprune.repair.consumers import bias_of
 from edgeprune.repair.input_moments import (
     ROWS,
@@ -69,7 +69,7 @@ def repair(dense: Bundle, small: Bundle, images: Tensor, *, seed: int) -> Repair
     except UnsupportedModel as error:
         return Repaired(small, (f"The cut network was not repaired: {error}.",), {"layers": 0})
     images = affordable(images, small.plans[-1].macs_before)
-    pixels = _normalized(images, dense.input)
+    pixels = normalize(images, dense.input)
     several = len(pixels) > 1 and all(
         check_batches(net, p, pixels[:2]) for net, p in zip((dense.module, fixed), programs, strict=True)
     )
@@ -196,13 +196,6 @@ class _Layer:
     first: Call
     second: Call
     kept: Tensor
-
-
-def _normalized(images: Tensor, spec: InputSpec) -> Tensor:
-    if not spec.mean:
-        return images
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
-    return (images - mean) / std
 
 
 def _kept(

@@ -14,7 +14,7 @@ from edgeprune import train
 from edgeprune.attacks import Attack, Task, climb, cross_entropies
 from edgeprune.data import Split
 from edgeprune.errors import UsageError
-from edgeprune.models import Logits, folded, full, logits, modes, on_replicas
+from edgeprune.models import Logits, folded, full, logits, modes, on_replicas, temporary_hooks
 from edgeprune.robustness.job import CLEAN, Job, ModelUnderAttack
 from edgeprune.train import CPU, ExecutionConfig, crafting, fastest_config, restored_device
 
@@ -249,17 +249,9 @@ def _outputs_bytes(network: nn.Module, x: Tensor) -> int:
         if isinstance(output, Tensor):
             total += output.numel() * output.element_size()
 
-    hooks = [
-        layer.register_forward_hook(count)
-        for layer in network.modules()
-        if next(layer.children(), None) is None
-    ]
-    try:
-        with torch.no_grad():
-            logits(network, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [layer for layer in network.modules() if next(layer.children(), None) is None]
+    with temporary_hooks(layer.register_forward_hook(count) for layer in layers), torch.no_grad():
+        logits(network, x)
     return total
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.models import full, logits, modes
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.recipe import NORMS
 
 # An FGSM step of 1.25 eps from a random point (Wong et al. 2020); steps of PGD that add up to 2.5 eps, so that any
@@ -30,10 +30,7 @@ class Ball:
     eps: float
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise UsageError(
-                f"norm = {self.norm!r} is not one of {', '.join(NORMS)}", suggest(self.norm, NORMS)
-            )
+        check_choice("norm", self.norm, NORMS)
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UsageError(f"eps = {self.eps} must be finite and more than 0", "for example 8/255")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgeprune.errors import ModelError, UsageError
-from edgeprune.models import logits, modes
+from edgeprune.models import logits, modes, temporary_hooks
 from edgeprune.progress import bar
 
 
@@ -25,17 +25,13 @@ def recalibrate_bn(module: nn.Module, images: Tensor, batch: int = 256) -> int:
         raise UsageError(f"{len(images)} calibration image, batch-norm statistics need at least 2")
     sums = {name: _Moments() for name in layers}
     hooks = [layer.register_forward_pre_hook(sums[name].add) for name, layer in layers.items()]
-    try:
-        with modes(None, module), torch.no_grad():
-            for layer in layers.values():
-                layer.train()
-            with bar(len(images), "batch-norm") as advance:
-                for chunk in torch.tensor_split(images, math.ceil(len(images) / batch)):
-                    logits(module, chunk)
-                    advance(len(chunk))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with temporary_hooks(hooks), modes(None, module), torch.no_grad():
+        for layer in layers.values():
+            layer.train()
+        with bar(len(images), "batch-norm") as advance:
+            for chunk in torch.tensor_split(images, math.ceil(len(images) / batch)):
+                logits(module, chunk)
+                advance(len(chunk))
     used = {name: moments for name, moments in sums.items() if moments.count}
     for name, moments in used.items():
         _set_statistics(name, layers[name], moments)

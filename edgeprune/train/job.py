@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.data import Split
-from edgeprune.errors import ModelError, UsageError
-from edgeprune.quantities import suggest
+from edgeprune.errors import ModelError
+from edgeprune.quantities import check_choice
 from edgeprune.recipe import OPTIMIZERS, TuneTable
 
 MOMENTUM = 0.9
@@ -33,12 +33,10 @@ def optimizer_of(module: nn.Module, table: TuneTable) -> torch.optim.Optimizer:
         raise ModelError(
             "the network has no parameter that can be trained", "set requires_grad on its parameters"
         )
+    check_choice("tune.optimizer", table.optimizer, OPTIMIZERS)
     if table.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=table.lr, momentum=MOMENTUM, nesterov=True)
-    if table.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=table.lr)
-    found = f"tune.optimizer = {table.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
-    raise UsageError(found, suggest(table.optimizer, OPTIMIZERS))
+    return torch.optim.AdamW(groups, lr=table.lr)
 
 
 def momentum(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from edgeprune.data import Split
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.models import Checkpoint, Progress, modes
 from edgeprune.progress import bar
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.recipe import KEEPS
 from edgeprune.train.augmentation import KINDS, augment
 from edgeprune.train.evaluation import attacked, some
@@ -105,10 +105,7 @@ def _check(job: TrainingJob) -> None:
     if batch < least:
         found = f"a batch of {batch} is too small for {distributed.size()} processes: each needs at least 2 images"
         raise UsageError(found, f"--set tune.batch={least}, or fewer processes")
-    if table.keep not in KEEPS:
-        raise UsageError(
-            f"tune.keep = {table.keep!r} is not one of {', '.join(KEEPS)}", suggest(table.keep, KEEPS)
-        )
+    check_choice("tune.keep", table.keep, KEEPS)
     if table.keep == "best" and not job.validation:
         raise UsageError(
             'tune.keep = "best" chooses an epoch by its accuracy on validation images, and there are none',

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from edgeprune.errors import UsageError
 from edgeprune.models import full, logits, modes
-from edgeprune.quantities import eps_of, suggest
+from edgeprune.quantities import check_choice, eps_of
 from edgeprune.recipe import OBJECTIVES, TuneTable
 from edgeprune.train.adversarial import FGSM_REACH, PGD_REACH, Ball, pgd, trades
 
@@ -38,9 +38,7 @@ class Objective:
     teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in OBJECTIVES:
-            found = f"tune.objective = {self.kind!r} is not one of {', '.join(OBJECTIVES)}"
-            raise UsageError(found, suggest(self.kind, OBJECTIVES))
+        check_choice("tune.objective", self.kind, OBJECTIVES)
         checks = (
             ("attack_steps", self.steps, self.steps >= 1, "at least 1"),
             ("attack_step", self.step, 0 < self.step < math.inf, "finite and more than 0"),

@@ -8,9 +8,9 @@ from itertools import chain, product
 import torch
 from torch import Tensor, nn
 
-from edgeprune.errors import ModelError, UsageError
+from edgeprune.errors import ModelError
 from edgeprune.models import logits, modes
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.recipe import MIXED
 
 CPU = torch.device("cpu")
@@ -103,8 +103,7 @@ def _runs(network: nn.Module, example: Tensor, placement: ExecutionConfig) -> bo
 
 
 def _candidates(mixed: str) -> list[ExecutionConfig]:
-    if mixed not in MIXED:
-        raise UsageError(f"tune.mixed = {mixed!r} is not one of {', '.join(MIXED)}", suggest(mixed, MIXED))
+    check_choice("tune.mixed", mixed, MIXED)
     devices = [CPU]
     if torch.cuda.is_available():
         devices.insert(0, torch.device("cuda", torch.cuda.current_device()))

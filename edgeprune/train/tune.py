@@ -61,29 +61,22 @@ def run(  # noqa: PLR0913
     measured: bool = False,
     masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[Bundle, tuple[Reading, ...]]:
-    """Tune a copy of a network, and measure the accuracy before, after batch-norm and after fine-tuning.
+    """Tune a copy of a network: recalibrate batch-norm, fine-tune, and measure the accuracy before and after each.
 
-    Held-out images only measure; without training images only the accuracy before is measured.
+    Without training images only the accuracy before is measured.
 
     Args:
-        calibration: the recipe of `calibration/` whose images set the batch-norm statistics. The old statistics stay
-            where their loss on those images is smaller.
-        scratch: a folder for checkpoints, from which an interrupted run goes on.
+        calibration: the recipe of `calibration/` whose images set the batch-norm statistics.
+        scratch: a folder for checkpoints, from which an interrupted run resumes.
         measured: an earlier stage has measured the accuracy of `bundle`.
-
-    Returns:
-        The tuned bundle, and readings of clean_accuracy, one for each `conditions["stage"]`: pruned, bn recalibrated,
-        tuned.
     """
     copy = replace(bundle, module=deepcopy(bundle.module))
     network = models.deployed(copy)
     readings = [] if measured else [evaluation.reading(network, data.held_out, "pruned", {})]
     if data.train is None:
         return copy, tuple(readings)
-    if table.recalibrate:
-        used = _recalibrate(network, data, data.train.labels, calibration)
-        if used:
-            readings.append(evaluation.reading(network, data.held_out, "bn recalibrated", used))
+    if table.recalibrate and (used := _recalibrate(network, data, data.train.labels, calibration)):
+        readings.append(evaluation.reading(network, data.held_out, "bn recalibrated", used))
     if table.epochs:
         unfreeze(copy.module)
         dense = models.deployed(teacher) if teacher is not None and table.distill > 0 else None
@@ -101,10 +94,9 @@ def run(  # noqa: PLR0913
 
 
 def _recalibrate(network: nn.Module, data: Data, labels: Tensor, calibration: str) -> dict[str, Any]:
-    """The conditions of the reading; {} without batch-norm.
+    """Set new statistics where they lower the loss on the calibration images; the conditions, {} without batch-norm.
 
-    A network that lost little may have been trained on other statistics than those of plain images (such as
-    with black borders); new ones make it worse. So the loss of both is compared on the calibration images.
+    A network that lost little may have been trained on images with other statistics (such as black borders).
     """
     images = calibration_images(data, calibration)
     chosen = labels[calibration_indices(labels, calibration)]

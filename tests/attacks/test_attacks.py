@@ -401,8 +401,8 @@ def test_images_and_labels_that_do_not_fit_are_refused(x: Tensor, y: Tensor, mes
 def test_a_model_that_does_not_answer_with_logits_is_refused() -> None:
     x, y = blobs(2, 5, 0)
     for answer, message in (
-        (torch.zeros(2), r"answers a batch \(2, 1, 6, 6\) with \(2,\)"),
-        (torch.zeros(3, 5), r"with \(3, 5\), not with logits"),
+        (torch.zeros(2), r"for a batch \(2, 1, 6, 6\) is \(2,\)"),
+        (torch.zeros(3, 5), r"is \(3, 5\), not logits"),
         (torch.zeros(2, 1), "has 1 logit"),
     ):
         with pytest.raises(ModelError, match=message):

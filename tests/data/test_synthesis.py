@@ -246,7 +246,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
 
 def test_a_network_that_does_not_classify_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5), nn.Unflatten(1, (5, 1)))
-    with pytest.raises(ModelError, match="not with logits"):
+    with pytest.raises(ModelError, match="not logits"):
         make(network.eval())
 
 

@@ -265,7 +265,7 @@ def test_what_only_torchs_stricter_tracing_takes_is_exported_too(tmp_path: Path)
 def test_other_answers_than_logits_are_refused(tmp_path: Path) -> None:
     network = nets.build("plain")
     with pytest.raises(
-        UnsupportedModel, match=r"with shape \(1, 5\); accepted: one tensor of logits \(1, 7\)"
+        UnsupportedModel, match=r"is a tensor \(1, 5\); accepted: one tensor of logits \(1, 7\)"
     ):
         ship(network, tmp_path / "m.onnx", spec=InputSpec(nets.SHAPE, 7))
 

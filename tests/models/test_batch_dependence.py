@@ -151,7 +151,7 @@ def only_one(_: nn.Module, inputs: tuple[Tensor]) -> None:
 
 
 def test_logits_that_are_all_nan_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="with NaN only"):
+    with pytest.raises(UnsupportedModel, match="is NaN only"):
         from_module(Net(end=lambda x: (x - x.abs() - 1).log()), X)
 
 

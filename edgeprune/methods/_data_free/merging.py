@@ -31,7 +31,7 @@ class Rows:
     """The weights of each unit of a group, batch-norm folded in: pre-activation = incoming . patch + bias.
 
     incoming: float64 (C, F). bias: float64 (C,). outgoing: (C, G), all weights that read the unit, in the network's own
-    precision (a classifier behind a flatten has 10^8 of them).
+    precision (a classifier after a flatten has 10^8 of them).
     """
 
     incoming: Tensor
@@ -42,7 +42,7 @@ class Rows:
 def why_not_mergeable(program: Program, network: nn.Module, group: Group) -> str | None:
     """Why no unit of a group can replace another one by weights alone, or None when it can.
 
-    Merging needs one ungrouped convolution or linear layer that makes the units, at most a batch-norm right behind it,
+    Merging needs one ungrouped convolution or linear layer that makes the units, at most a batch-norm right after it,
     and between that and every reader only operators that treat all channels alike.
     """
     tied = _tied(group)
@@ -133,7 +133,7 @@ def compensate(
     """Zero units, in place, and add their mean contribution to the biases of the layers that read them.
 
     The contribution is mean * w summed over a convolution's taps, as in the interior of an image. Without a bias it is
-    subtracted from the running mean of the batch-norm right behind the reader. For any group that can be cut.
+    subtracted from the running mean of the batch-norm right after the reader. For any group that can be cut.
 
     Args:
         mean: (C,), the mean of each unit in every reader's input; or reader's path -> (channels of its input,), which

@@ -40,7 +40,7 @@ from edgeprune.structure import channel_sums
 PLAIN, SCALED, ALONE = "plain", "scaled", "alone"
 MODES = ("baseline", "greedy", "stochastic")
 SCORES = ("paper", "margin")
-# A step looks at no fewer candidates than this, where there are so many: at a whole matching of up to 128 units.
+# A step compares no fewer candidates than this, where there are so many: at a whole matching of up to 128 units.
 FEWEST = 64
 
 
@@ -78,7 +78,7 @@ class Thinning:
         """Remove units step by step until each group keeps as many as `kept` says; other groups do not change."""
         generator = torch.Generator().manual_seed(seed)
         self.alive = {g.name: torch.ones(g.channels, dtype=torch.bool) for g in self.groups}
-        # Asked for once: a parameter with an entry per channel is uneven as soon as channels are zeroed.
+        # Determined once: a parameter with an entry per channel is uneven as soon as channels are zeroed.
         ways = {g.name: _way(self.program, self.network, g, scaled=self.rules.scaled) for g in self.groups}
         excess = {g.name: g.channels - kept.get(g.name, g.channels) for g in self.groups}
         with bar(sum(excess.values()), "merge units") as advance:
@@ -100,7 +100,7 @@ class Thinning:
             parts.append(f"{self.free} were always 0")
         if alone:
             parts.append(
-                f"{alone} went alone and left their mean, as far as batch-norm tells it, in the next bias"
+                f"{alone} went alone and left their mean, where batch-norm determines it, in the next bias"
             )
         notes = [f"Mode {self.rules.mode}: {', '.join(parts)}."]
         if self.unbounded:

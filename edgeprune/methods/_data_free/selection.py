@@ -68,17 +68,17 @@ def entropy(lo: Tensor, hi: Tensor, threshold: float = 0.9) -> Tensor:
     hull = (points.amax((1, 2)).clamp_min(0) - points.amin((1, 2)).clamp_max(0))[:, None, None]
     points = points / torch.where(hull > 0, hull, 1.0)
     classes = points.shape[1]
-    asked = (
+    chosen = (
         torch.linspace(0, max(0, classes - 1), min(classes, _MOST_LOGITS), dtype=torch.float64).round().long()
     )
-    rows = max(1, _BLOCK_BYTES // (16 * max(1, classes * len(asked))))
+    rows = max(1, _BLOCK_BYTES // (16 * max(1, classes * len(chosen))))
     counts = [
         # A similarity on the threshold counts on every machine, whatever its last digit.
-        (torch.cdist(part[:, asked], part, p=1) / 2 <= 1 - threshold + 1e-12).sum(2)
+        (torch.cdist(part[:, chosen], part, p=1) / 2 <= 1 - threshold + 1e-12).sum(2)
         for part in points.split(rows)
     ]
     share = torch.cat(counts).double() / max(1, classes)
-    return -torch.special.xlogy(share, share).sum(1) * (classes / max(1, len(asked))) + 0.0
+    return -torch.special.xlogy(share, share).sum(1) * (classes / max(1, len(chosen))) + 0.0
 
 
 def paper_score(lo: Tensor, hi: Tensor, alpha: float = 0.75) -> Score:
@@ -152,7 +152,10 @@ def anneal(
             standard deviation of the scores of the first 32 candidates.
     """
     state = _State(candidates, quota)
-    start = _spread(candidates, score) if start_temperature is None else start_temperature
+    start = start_temperature
+    if start is None:
+        first = score(candidates.lo[:_WARM_UP], candidates.hi[:_WARM_UP])
+        start = float(first.std(correction=0)) if len(first) else 0.0
     current: float | None = None
     waiting, walked = list(range(len(candidates.units))), -1
     while not state.full and len(state.accepted) > walked:
@@ -180,11 +183,6 @@ def _odds(change: float, start: float, state: _State) -> float:
     """The probability to accept a change of the mean score: 0 at a temperature of 0, 1 at infinity."""
     temperature = start * (1 - len(state.accepted) / state.quota)
     return math.exp(-change * (len(state.accepted) + 1) / temperature) if temperature > 0 else 0.0
-
-
-def _spread(candidates: Candidates, score: Score) -> float:
-    first = score(candidates.lo[:_WARM_UP], candidates.hi[:_WARM_UP])
-    return float(first.std(correction=0)) if len(first) else 0.0
 
 
 def _with_slack(value: float) -> float:

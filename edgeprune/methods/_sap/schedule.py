@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import UsageError
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 from edgeprune.structure import (
     BLOCK,
     KEPT_OF_BLOCK,
@@ -56,9 +56,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_rule(self.p, self.q, self.eta, self.gamma, self.beta)
-        if self.scope not in SCOPES:
-            found = f"sap: scope = {self.scope!r} is not one of {', '.join(SCOPES)}"
-            raise UsageError(found, suggest(self.scope, SCOPES))
+        check_choice("sap: scope", self.scope, SCOPES)
         if not 0 <= self.ratio < 1:
             raise UsageError(
                 f"sap: ratio = {self.ratio:g} must be in [0, 1)",
