@@ -277,7 +277,7 @@ def test_other_answers_than_logits_are_refused(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": self.network(x)}
 
-    with pytest.raises(UnsupportedModel, match="with a dict"):
+    with pytest.raises(UnsupportedModel, match="is a dict"):
         stage.run(Pair(), PLAIN, tmp_path / "m.onnx", opset=20, table=ExportTable(), meta={}, real=None)
 
 

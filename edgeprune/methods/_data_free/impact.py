@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.bounds import Bounds, Interval, consumer_impact, delta_from
-from edgeprune.methods._data_free.merging import dead_units, unit_rows
+from edgeprune.methods._data_free.merging import unit_rows
 from edgeprune.methods._data_free.pairing import Pair
 from edgeprune.models import Call, Program, tensors
 from edgeprune.records import Group, InputSpec
@@ -128,7 +128,8 @@ def logit_changes(bounded: BoundedNetwork, group: Group, pairs: Sequence[Pair]) 
 def always_zero(bounded: BoundedNetwork, group: Group) -> frozenset[int]:
     """Units whose readers always get 0: removing them changes nothing."""
     received = [_received(bounded.bounds, *reading) for reading in _reads(bounded.program, group)]
-    dead = [frozenset(dead_units(low, high)[0]) for low, high in received]
+    zero = [(low.flatten(1) == 0).all(1) & (high.flatten(1) == 0).all(1) for low, high in received]
+    dead = [frozenset(which.nonzero().flatten().tolist()) for which in zero]
     return frozenset.intersection(*dead) if dead else frozenset()
 
 

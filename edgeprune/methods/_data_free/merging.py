@@ -124,41 +124,22 @@ def merge(network: nn.Module, group: Group, pairs: Sequence[Pair]) -> None:
 
 
 def compensate(
-    program: Program,
-    network: nn.Module,
-    group: Group,
-    removed: Sequence[int],
-    mean: Tensor | Mapping[str, Tensor],
-) -> tuple[str, ...]:
+    program: Program, network: nn.Module, group: Group, removed: Sequence[int], means: Mapping[str, Tensor]
+) -> None:
     """Zero units, in place, and add their mean contribution to the biases of the layers that read them.
 
     The contribution is mean * w summed over a convolution's taps, as in the interior of an image. Without a bias it is
-    subtracted from the running mean of the batch-norm right after the reader. For any group that can be cut.
+    subtracted from the running mean of the batch-norm right after the reader; without either it is lost. For any group
+    that can be cut.
 
     Args:
-        mean: (C,), the mean of each unit in every reader's input; or reader's path -> (channels of its input,), which
-        is needed where readers or positions of a unit differ.
-
-    Returns:
-        The readers that could not be compensated: they have neither a bias nor a batch-norm of their own behind them.
+        means: reader's path -> (channels of its input,), the mean of each.
     """
     readers = [m for m in group.members if m.role == "consumer"]
-    lost = {_path(m.tensor): _contribution(network, group, m, removed, mean) for m in readers}
-    failed = tuple(
-        layer
-        for layer, value in lost.items()
-        if bool(value.any()) and not _absorb(program, network, layer, value)
-    )
+    lost = {_path(m.tensor): _contribution(network, m, removed, means) for m in readers}
+    for layer, value in lost.items():
+        _absorb(program, network, layer, value)
     _zero(network, group, removed)
-    return failed
-
-
-def dead_units(lo: Tensor, hi: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Units that are always 0; and units that are always the same other number, at all positions."""
-    low, high = lo.reshape(len(lo), -1).amin(1), hi.reshape(len(hi), -1).amax(1)
-    constant = low == high
-    dead = constant & (low == 0)
-    return _indices(dead), _indices(constant & ~dead)
 
 
 def _tied(group: Group) -> str | None:
@@ -170,10 +151,6 @@ def _tied(group: Group) -> str | None:
     if any(len({len(p) for p in m.positions}) != 1 for m in group.members):
         return "its units do not all have the same number of readers"
     return None
-
-
-def _indices(which: Tensor) -> tuple[int, ...]:
-    return tuple(which.nonzero().flatten().tolist())
 
 
 def _path(tensor: str) -> str:
@@ -198,11 +175,7 @@ def _zero(network: nn.Module, group: Group, removed: Sequence[int]) -> None:
 
 
 def _contribution(
-    network: nn.Module,
-    group: Group,
-    member: Member,
-    removed: Sequence[int],
-    mean: Tensor | Mapping[str, Tensor],
+    network: nn.Module, member: Member, removed: Sequence[int], means: Mapping[str, Tensor]
 ) -> Tensor:
     """The mean contribution of the removed units to a layer's outputs, float64 (outputs,)."""
     name = _path(member.tensor)
@@ -215,27 +188,20 @@ def _contribution(
         taps = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
     sets = int(getattr(layer, "groups", 1))
     width = taps.shape[1]
-    means = torch.zeros((sets, width), dtype=torch.float64)
-    given = mean if isinstance(mean, Tensor) else mean.get(name)
-    expected = group.channels if isinstance(mean, Tensor) else sets * width
-    if given is None or given.shape != (expected,):
+    given = means.get(name)
+    if given is None or given.shape != (sets * width,):
         shape = "none" if given is None else str(tuple(given.shape))
-        raise EdgepruneError(f"means ({expected},) are needed for what {name} reads, got {shape}")
-    values = given.detach().double()
-    for unit in removed:
-        places = list(member.positions[unit])
-        means[:, places] = values[unit] if isinstance(mean, Tensor) else values.view(sets, width)[:, places]
-    return torch.einsum("goi,gi->go", taps.reshape(sets, -1, width), means).flatten()
+        raise EdgepruneError(f"means ({sets * width},) are needed for the input of {name}, got {shape}")
+    gone = torch.zeros((sets, width), dtype=torch.float64)
+    places = [place for unit in removed for place in member.positions[unit]]
+    gone[:, places] = given.detach().double().view(sets, width)[:, places]
+    return torch.einsum("goi,gi->go", taps.reshape(sets, -1, width), gone).flatten()
 
 
-def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> bool:
+def _absorb(program: Program, network: nn.Module, layer: str, value: Tensor) -> None:
     bias = models.tensors(network.get_submodule(layer)).get("bias")
     if bias is not None:
         bias.data.copy_(bias.data.double() + value)
-        return True
-    norm = following_batch_norm(program, layer)
-    if norm is None:
-        return False
-    running_mean = network.get_submodule(norm).get_buffer("running_mean")
-    running_mean.copy_(running_mean.double() - value)
-    return True
+    elif norm := following_batch_norm(program, layer):
+        running_mean = network.get_submodule(norm).get_buffer("running_mean")
+        running_mean.copy_(running_mean.double() - value)
