@@ -39,7 +39,7 @@ class Row:
 
     seconds: in the network with the operators fused into it, from the staircase through the timings. n: number of
     timings at exactly these widths; low, high: the fastest and slowest of them, or `seconds` where there is none.
-    alone: seconds of the layer in a file by itself; 0 where it was not timed.
+    alone: seconds of the layer alone in a file; 0 where it was not timed.
     """
 
     layer: str

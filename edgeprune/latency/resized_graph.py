@@ -49,7 +49,7 @@ class Resizer:
         return _checked(model)
 
     def layer(self, kept: Mapping[str, int], name: str) -> ModelProto:
-        """One node of the graph at those counts in a graph by itself, with nothing that may be fused into it."""
+        """One node of the graph at those counts alone in a graph, with nothing that may be fused into it."""
         resized = Resized(self, kept)
         node = next(n for n in resized.nodes if n.name == name)
         shape = resized.shapes[node.input[0]]

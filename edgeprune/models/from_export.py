@@ -1,7 +1,7 @@
 """An exported graph back into nn.Modules with the network's own names, so that it can be pruned, trained and saved.
 
 torch.export leaves a flat list of operators over parameters. Here each operator that owns parameters becomes its layer
-again, at the place in the tree that the parameters' names tell; dropout becomes a module so that training has it back;
+again, at the place in the tree that the parameters' names give; dropout becomes a module so that training has it back;
 everything else stays a call of the operator. Same parameters, same operators: same outputs, to the bit.
 """
 
@@ -167,7 +167,7 @@ class _Builder:
         return ""
 
     def _free_path(self, node: fx.Node, layer: Layer) -> str:
-        """A name for a layer without tensors: its own where the program tells it and it is free."""
+        """A name for a layer without tensors: its own where the program has it and it is free."""
         stem = _caller(node)
         if not stem or any(name == stem or name.startswith(stem + ".") for name in self.state.tensors):
             stem = f"{stem}.{layer.config[0].lower()}".lstrip(".")

@@ -62,17 +62,17 @@ def fold(
         tensors: state-dict name -> tensor. The computed ones take the place of those that they are made of.
     """
     fixed = _fixed(nodes, name_of)
-    wanted = _wanted(nodes, fixed, name_of, caller)
+    weights = _computed_weights(nodes, fixed, name_of, caller)
     while True:
-        needed = _needed(nodes, fixed, wanted)
+        needed = _needed(nodes, fixed, weights)
         taken = {name_of[n.name] for n in needed if n.name in name_of}
-        kept = {node: name for node, name in wanted.items() if name not in taken}
-        if len(kept) == len(wanted):
+        kept = {node: name for node, name in weights.items() if name not in taken}
+        if len(kept) == len(weights):
             break
-        wanted = kept
+        weights = kept
     values: dict[fx.Node, Any] = {}
     found: dict[str, torch.Tensor] = {}
-    for node, name in wanted.items():
+    for node, name in weights.items():
         value = _value(node, tensors, name_of, values)
         if not torch.equal(found.setdefault(name, value), value):
             return set()
@@ -84,7 +84,7 @@ def fold(
     for name, value in found.items():
         copy = value.detach().clone(memory_format=torch.contiguous_format)
         tensors[name] = nn.Parameter(copy, requires_grad=copy.is_floating_point())
-    name_of.update({node.name: name for node, name in wanted.items()})
+    name_of.update({node.name: name for node, name in weights.items()})
     return {node for node in fixed if node.op == "call_function"} - needed
 
 
@@ -132,7 +132,7 @@ def _fixed(nodes: Sequence[fx.Node], name_of: Mapping[str, str]) -> set[fx.Node]
     return fixed
 
 
-def _wanted(
+def _computed_weights(
     nodes: Sequence[fx.Node],
     fixed: set[fx.Node],
     name_of: Mapping[str, str],
@@ -142,7 +142,7 @@ def _wanted(
     def tensor_of(value: Any) -> torch.Tensor | None:
         return value.meta.get("val") if isinstance(value, fx.Node) and value in fixed else None
 
-    wanted: dict[fx.Node, str] = {}
+    weights: dict[fx.Node, str] = {}
     for node in nodes:
         layer = None if node in fixed or node.op != "call_function" else layer_of(node, tensor_of)
         for attribute, source in layer.tensors.items() if layer else ():
@@ -151,8 +151,8 @@ def _wanted(
                 f"{path}.parametrizations."
             )
             if path and inside:
-                wanted.setdefault(source, f"{path}.{attribute}")
-    return wanted
+                weights.setdefault(source, f"{path}.{attribute}")
+    return weights
 
 
 def _owner(source: fx.Node, name_of: Mapping[str, str]) -> str:
@@ -161,12 +161,12 @@ def _owner(source: fx.Node, name_of: Mapping[str, str]) -> str:
     return name_of.get(source.name, "").partition(".parametrizations.")[0].rpartition(".")[0]
 
 
-def _needed(nodes: Sequence[fx.Node], fixed: set[fx.Node], wanted: Mapping[fx.Node, str]) -> set[fx.Node]:
+def _needed(nodes: Sequence[fx.Node], fixed: set[fx.Node], weights: Mapping[fx.Node, str]) -> set[fx.Node]:
     pending = [source for node in nodes if node not in fixed for source in node.all_input_nodes]
     needed: set[fx.Node] = set()
     while pending:
         node = pending.pop()
-        if node in fixed and node not in wanted and node not in needed:
+        if node in fixed and node not in weights and node not in needed:
             needed.add(node)
             pending.extend(node.all_input_nodes)
     return needed

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edgeprune.models.inference import logits
 from edgeprune.models.torch_export import FORWARD_ERRORS
 
-# Of malloc.h: from which size on memory comes from the system by itself, and how much may lie idle at the end.
+# Of malloc.h: from which size on memory comes directly from the system, and how much may lie idle at the end.
 _TRIM, _MAP = -1, -3
 # The largest that the library takes.
 _LARGEST_BLOCK = 32 * 2**20
@@ -46,7 +46,7 @@ def on_replicas(network: nn.Module, x: Tensor) -> Iterator[nn.Module]:
     """The network, or one with the same outputs that runs on as many threads as torch may use.
 
     In the block torch's own operators take one thread each; afterwards as many as before. The network's tensors are
-    shared, and what its code keeps in its layers while it runs is not, so it need not know of threads.
+    shared, and what its code keeps in its layers while it runs is not, so its code need not be thread-safe.
     """
     threads = torch.get_num_threads()
     replicas = min(threads, MOST_REPLICAS)

@@ -81,7 +81,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def masks_to_tensors(channels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Boolean masks as bytes, which every safetensors reader knows."""
+    """Boolean masks as bytes, which every safetensors reader supports."""
     return {name: keep.to(torch.uint8) for name, keep in channels.items()}
 
 

@@ -111,9 +111,7 @@ def _by_table(
     """Counts by a latency table, or None with the reason why there is no table."""
     try:
         model = latency_model(task.costs)
-    except UnsupportedModel as error:
-        return None, (f"No latency table for this network ({error.message}): searched by trying shares.",)
-    except NoLayerTimes as error:
+    except (UnsupportedModel, NoLayerTimes) as error:
         return None, (f"No latency table ({error.message}): searched by trying shares.",)
     return latency_search.search(task, survey, model, limits, lambda kept: read(_first(task.groups, kept)))
 

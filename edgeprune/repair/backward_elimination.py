@@ -15,8 +15,8 @@ from torch import Tensor
 
 # Added to the moments' diagonal, as a share of its mean: they are estimates, and often of less than full rank.
 RIDGE = 1e-3
-# Units that go between two looks at all of a group, as a share of it. They are the best of the POOL times as many that
-# looked cheapest, and go one by one even so: of two that stand in for each other only one is cheap.
+# Units removed between two rankings of the whole group, as a share of it. They are the best of the POOL times as many
+# cheapest ones, and go one by one: of two that replace each other only one is cheap.
 AT_ONCE = 1 / 64
 POOL = 4
 

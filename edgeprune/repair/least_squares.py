@@ -43,11 +43,11 @@ class Ridge:
     def solve(self, cross: Tensor) -> Tensor:
         """The weights (F + 1, O) for outputs Y, 0 in unused features. cross: X^T Y, (F + 1, O)."""
         out = torch.zeros_like(self._start)
-        wanted = cross[self._index] + self._added
+        target = cross[self._index] + self._added
         if self._general:
-            out[self._index] = torch.linalg.solve(self._system, wanted)
+            out[self._index] = torch.linalg.solve(self._system, target)
         else:
-            out[self._index] = torch.cholesky_solve(wanted, self._lower)
+            out[self._index] = torch.cholesky_solve(target, self._lower)
         if not self._constant:
             out[-1] = self._start[-1]
         return out
@@ -109,10 +109,10 @@ class Rows:
         squared, count = 0.0, 0
         for x, y, cut_off in self._rows:
             found = (x.double() @ weights).to(y.dtype) if self._wide else x @ weights.to(x.dtype)
-            wanted = y
+            target = y
             if cut_off is not None:
-                found, wanted = cut_off.clipped(found), cut_off.clipped(y)
-            squared += float((found - wanted).double().pow(2).sum())
+                found, target = cut_off.clipped(found), cut_off.clipped(y)
+            squared += float((found - target).double().pow(2).sum())
             count += y.numel()
         return squared / count
 
@@ -120,12 +120,12 @@ class Rows:
         """X^T Y; with weights, without the outputs that are clipped for both them and the target."""
         total = torch.zeros((), dtype=torch.float64)
         for x, y, cut_off in self._rows:
-            wanted = y
+            target = y
             if cut_off is not None and weights is not None:
                 found = x @ weights.to(x.dtype)
                 free = torch.where(cut_off.clips(found), found, cut_off.at.expand_as(found))
-                wanted = torch.where(cut_off.clips(y), free, y)
-            total = total + _gram(x, wanted)
+                target = torch.where(cut_off.clips(y), free, y)
+            total = total + _gram(x, target)
         return total
 
     def _dual(self, start: Tensor, ridge: float, *, constant: bool) -> Tensor:

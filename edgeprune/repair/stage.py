@@ -155,16 +155,16 @@ class _Solver:
         most, total = min(ROWS, CELLS // (width(task.layer) + 1)), sum(len(x) for x in inputs)
         rows = Rows(wide=width(task.layer) > WIDEST)
         for i, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
-            wanted = y.index_select(-1 if linear else 1, task.kept)
+            target = y.index_select(-1 if linear else 1, task.kept)
             share, shortcut = max(1, most * len(x) // total), None
             if shortcuts is not None:
                 shortcut = shortcuts[1][i]
-                wanted = wanted + residual_target(found, self.small.state, shortcuts[0][i], shortcut)
-            edge = active_mask(found, self.small.state, level, shortcut, wanted.ndim)
+                target = target + residual_target(found, self.small.state, shortcuts[0][i], shortcut)
+            edge = active_mask(found, self.small.state, level, shortcut, target.ndim)
             if edge is not None:
-                edge = CutOff(output_rows(task.layer, edge.at.expand_as(wanted), share), edge.side)
+                edge = CutOff(output_rows(task.layer, edge.at.expand_as(target), share), edge.side)
             rows.add(
-                patches(task.layer, x, share, padded=padded), output_rows(task.layer, wanted, share), edge
+                patches(task.layer, x, share, padded=padded), output_rows(task.layer, target, share), edge
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""What kind of model file some bytes are: told by their content first, and by the name only where that is silent."""
+"""The kind of a model file, by its content; by its name only where the content does not decide."""
 
 import io
 import logging
@@ -116,7 +116,7 @@ def _torchscript(path: Path) -> UnsupportedModel:
 
 
 def _check_sums(data: bytes, path: Path) -> None:
-    """torch writes a CRC-32 for each member of an archive, but does not look at it when it loads the file."""
+    """torch writes a CRC-32 for each member of an archive, but does not check it when it loads the file."""
     name = ""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -139,7 +139,7 @@ def _check_sums(data: bytes, path: Path) -> None:
 
 
 def _refuse_foreign_archive(data: bytes, path: Path) -> None:
-    """A whole archive that torch did not write gets another message than a broken one."""
+    """A whole archive that torch did not write gets another message than a damaged one."""
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):

@@ -1,4 +1,4 @@
-"""What torch takes of a network without a look: names that it writes into Python source, and strides that crash it.
+"""Checks of what torch uses unchecked: names that it writes into Python source, and strides that crash it.
 
 torch.fx and torch.export put the paths of modules, parameters and buffers into generated code without escaping them.
 """
@@ -27,7 +27,7 @@ def check_name(name: Any, where: str) -> None:
 
 
 def check_names(module: nn.Module, where: str) -> None:
-    """Refuse a network with a module, a parameter or a buffer of a name that is none, before source is made of it."""
+    """Refuse a network with a module, a parameter or a buffer whose name can't be one, before source is made of it."""
     for part in module.modules():
         for table in (part._modules, part._parameters, part._buffers):
             for name in table:

@@ -52,7 +52,7 @@ class Pairs:
 class Permit:
     """What a pickle may do with one global: None forbids; otherwise a judge of the arguments or of the state.
 
-    A judge returns "" when it agrees, or says what is wrong.
+    A judge returns "" or what is wrong.
     """
 
     call: Callable[[tuple[Any, ...]], str] | None = None
@@ -79,10 +79,10 @@ def globals_of(data: bytes, *, count: int | None = None) -> list[str]:
 
 
 def faults(data: bytes, permits: Mapping[str, Permit], *, count: int = 1) -> list[str]:
-    """What the pickles in `data` would do that nobody permitted; empty when they are harmless.
+    """What the pickles in `data` would do without a permit; empty when they are harmless.
 
     Args:
-        permits: global name -> what may be done with it. A global that is not there is a fault by itself.
+        permits: global name -> what may be done with it. Any other global is a fault.
     """
     stream = io.BytesIO(data)
     found: list[str] = []
@@ -136,7 +136,7 @@ class _Machine:
         self.acts: list[tuple[str, Any, Callable[[Any], str] | None, Any]] = []
 
     def step(self, operation: str, argument: Any) -> bool:
-        """Do one operation. False: it is a fault that nothing after it can be told from."""
+        """Do one operation. False: a fault after which nothing can be judged."""
         if operation in _CONSTANTS:
             self.stack.append(_CONSTANTS[operation](argument))
         elif operation in _HANDLERS:

@@ -108,7 +108,7 @@ def _pickles_in(data: bytes, where: str) -> tuple[bytes, int]:
     if names:
         raise _unsafe(where, names, ["a plain pickle, which torch.save did not write"])
     raise ModelError(
-        f"{where} is not a file of torch.save, nor any other model file known here",
+        f"{where} is not a file of torch.save, nor any other supported model file",
         "save it again with torch.save",
     )
 

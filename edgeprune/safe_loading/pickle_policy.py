@@ -39,7 +39,7 @@ def class_permit(cls: type, *, vouched: bool) -> Permit:
 
 
 def data_objects(names: Sequence[str]) -> list[Any]:
-    """The objects behind those of `names` that torch's restricted unpickler doesn't know by itself."""
+    """The objects of `names` that torch's restricted unpickler does not accept by default."""
     found: list[Any] = []
     for name in names:
         if name in _BEYOND_TORCH:

@@ -1,8 +1,8 @@
-"""`.pt2` archives of torch.export: looked into before they are loaded, because loading one can run code.
+"""`.pt2` archives of torch.export: checked before they are loaded, because loading one can run code.
 
 torch 2.13 runs code out of an archive by pickles (sample inputs, weights, constants), by Python expressions (symbolic
 sizes, guards), by names that end up in generated source, by operators given as dotted paths, and by modules that a
-tree of containers asks to import. Only what genuine archives hold is accepted.
+tree of containers imports. Only what genuine archives hold is accepted.
 """
 
 import contextlib

@@ -91,10 +91,10 @@ class Objective:
         return distillation(output, target, y, self.distill, self.temperature)
 
     def _trades(self, clean: Tensor, moved: Tensor, target: Tensor | None, y: Tensor) -> Tensor:
-        loss = functional.cross_entropy(clean, y) + self.trades * _divergence(clean, moved, 1.0)
+        loss = functional.cross_entropy(clean, y) + self.trades * kl_divergence(clean, moved, 1.0)
         if target is None:
             return loss
-        distilled = self.temperature**2 * _divergence(target, moved, self.temperature)
+        distilled = self.temperature**2 * kl_divergence(target, moved, self.temperature)
         return (1 - self.distill) * loss + self.distill * distilled
 
 
@@ -123,11 +123,11 @@ def distillation(
 
     Means over the images. Hinton et al. 2015; T^2 keeps the gradient's size the same at every temperature.
     """
-    divergence = _divergence(teacher_logits.detach(), student_logits, temperature)
+    divergence = kl_divergence(teacher_logits.detach(), student_logits, temperature)
     return (1 - weight) * functional.cross_entropy(student_logits, y) + weight * temperature**2 * divergence
 
 
-def _divergence(target: Tensor, output: Tensor, temperature: float) -> Tensor:
+def kl_divergence(target: Tensor, output: Tensor, temperature: float) -> Tensor:
     """KL(softmax(target / T) || softmax(output / T)), mean over the images; gradients flow into both."""
     return functional.kl_div(
         functional.log_softmax(output / temperature, dim=1),

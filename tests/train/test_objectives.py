@@ -86,8 +86,8 @@ def test_the_main_answer_is_found_in_tuples_and_mappings() -> None:
         assert logits(Answers(lambda _, answer=answer: answer), x) is wanted
     for answer, found in (
         (None, "NoneType"),
-        (torch.rand(3), "shape (3,)"),
-        (torch.rand(4, 5), "shape (4, 5)"),
+        (torch.rand(3), "tensor (3,)"),
+        (torch.rand(4, 5), "tensor (4, 5)"),
         ((), "tuple"),
     ):
         with pytest.raises(ModelError) as caught:

@@ -18,7 +18,7 @@ from edgeprune import distributed
 from edgeprune.data import Split
 from edgeprune.methods._deadwooding import shrinkage
 from edgeprune.models import full, logits, modes
-from edgeprune.train import Objective, fastest_config, restored_device, seeded_generator
+from edgeprune.train import Objective, fastest_config, kl_divergence, restored_device, seeded_generator
 
 DISTANCES = ("teacher_clean", "ce", "tv", "w1")
 OWN_IMAGES = 1024
@@ -153,12 +153,7 @@ def teacher_distance(
 
 def divergence(target: Tensor, output: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(target / T) || softmax(output / T)) of logits (N, K), the mean over the images."""
-    return temperature**2 * functional.kl_div(
-        functional.log_softmax(output / temperature, dim=1),
-        functional.log_softmax(target / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
+    return temperature**2 * kl_divergence(target, output, temperature)
 
 
 def on_labels(module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
