@@ -65,7 +65,6 @@ def from_module(
     *,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
-    source: Source | None = None,
 ) -> Bundle:
     """A bundle of a module in memory; the module itself is copied and never changed.
 
@@ -92,12 +91,12 @@ def from_module(
             f"{type(module).__name__} can't be copied: {error}", "give a module that copy.deepcopy takes"
         ) from error
     _, channels, height, width = example.shape
-    known = source or Source(
+    source = Source(
         "memory",
         sha256=key(str(copy), (copy,), None),
         arch=f"{type(module).__module__}.{type(module).__qualname__}",
     )
-    return _checked(copy, known, (channels, height, width), (tuple(mean), tuple(std)))
+    return _checked(copy, source, (channels, height, width), (tuple(mean), tuple(std)))
 
 
 def rebuild(source: Source, input: InputSpec, plans: tuple[Plan, ...], weights: Path) -> Bundle:  # noqa: A002
