@@ -53,15 +53,11 @@ def explain_layers(
         LayerReason(
             layer=r.name, op=r.op, channels=r.channels, params=r.params, macs=r.macs, macs_share=r.macs / macs,
             time_share=times[r.name] / seconds if r.name in times and seconds > 0 else None,
-            pqi=_index(bundle.module.get_submodule(r.name)),
+            pqi=pqi(bundle.module.get_parameter(f"{r.name}.weight".lstrip("."))),
             group=makers.get(r.name, ""), why_not="" if r.name in makers else _reason(r.name, graph),
         )
         for r in rows
     )  # fmt: skip
-
-
-def _index(layer: Any) -> float:
-    return pqi(layer.weight)
 
 
 def _graph(bundle: Bundle, example: Any, skip: tuple[str, ...]) -> Graph:

@@ -61,7 +61,11 @@ def run(
     statuses = {check.status for check in checks}
     exit_code = 1 if "fail" in statuses else 8 if statuses - {"pass"} else 0
     notes = [*_baseline_notes(report, budget, baseline, baseline_missing)]
-    notes += [] if any(_far(view) for view in further) else _target_notes(first, budget)
+    notes += (
+        []
+        if any(not where_of(view).startswith(("local", "fake")) for view in further)
+        else _target_notes(first, budget)
+    )
     notes += [f"Without readings of {url}: {why}" for url, why in unread(report).items()]
     return Verdict(tuple(checks), exit_code == 0, exit_code, tuple(notes))
 
@@ -77,10 +81,6 @@ def _silent(metric: str, view: Report) -> bool:
 def _place(metric: str, view: Report) -> str:
     after = find(view.after, metric)
     return after.where if after is not None else where_of(view) or "the first device"
-
-
-def _far(view: Report) -> bool:
-    return not where_of(view).startswith(("local", "fake"))
 
 
 def _base(bases: Mapping[str, Report], view: Report) -> Report | None:

@@ -172,7 +172,10 @@ def joined(run: Context, measured: Measured, beside: OtherDevices) -> Joined:
         *({"url": site.url, "where": site.where, **report.machine(site.facts)} for site, _ in named),
         *({"url": url, "why": error.message} for url, error in beside.failed.items()),
     ]
-    notes = [*_first_notes(measured.notes, first, beside), *_missing(beside)]
+    notes = _first_notes(measured.notes, first, beside)
+    notes += [
+        f"Without readings: {concurrency.describe(url, error)}." for url, error in beside.failed.items()
+    ]
     for site, part in named:
         notes += [_said(note, site.where) for note in part.notes if note not in measured.notes]
     found = replace(
@@ -212,10 +215,6 @@ def _first_notes(notes: tuple[str, ...], first: str, beside: OtherDevices) -> li
 
 def _elsewhere(note: str) -> bool:
     return note.startswith(NOT_THERE)
-
-
-def _missing(beside: OtherDevices) -> list[str]:
-    return [f"Without readings: {concurrency.describe(url, error)}." for url, error in beside.failed.items()]
 
 
 def _said(note: str, where: str) -> str:

@@ -167,7 +167,9 @@ def _bisect(
         tried.append(f"{100 * built / dense:.0f} % of the {name}: {found}")
         if not closest or all(readings[m] <= closest[m] for m in readings):
             closest = readings
-        if _fits(readings, targets):
+        if all(
+            v <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1) for m, v in readings.items()
+        ):
             low, best = share, limits
             if share == 1.0:
                 break
@@ -177,13 +179,6 @@ def _bisect(
     if best is None:
         raise latency_search.infeasible(closest, targets)
     return best, ("Searched by building the file at " + "; ".join(tried) + ".",)
-
-
-def _fits(readings: Mapping[str, float], targets: Mapping[str, float]) -> bool:
-    return all(
-        value <= targets[m] * (TIMING_MARGIN if m.startswith("latency") else 1.0)
-        for m, value in readings.items()
-    )
 
 
 def _read(

@@ -136,7 +136,7 @@ def _chapter(topic: str, record: Mapping[str, Any]) -> Chapter:
         if key == counted or (lists and key in AXES) or not lists:
             continue
         name, about = CURVES.get((topic, key), (key, ""))
-        curves = tuple(Curve(n, at or _counting(len(v)), v) for n, v in lists.items())
+        curves = tuple(Curve(n, at or tuple(map(float, range(1, len(v) + 1))), v) for n, v in lists.items())
         word = counted.removesuffix("s") if counted else axis
         plots.append(
             Plot(name, about, word, _unit(key, curves), curves, not isinstance(record[key], Mapping))
@@ -166,10 +166,6 @@ def _counts(key: str, found: Mapping[str, Mapping[str, tuple[float | None, ...]]
     known = [n for n in found.get(key, {}).get(key, ()) if n is not None]
     others = {len(v) for name, lists in found.items() if name not in AXES for v in lists.values()}
     return others == {len(known)} == {len(found[key][key])} and all(a < b for a, b in pairwise(known))
-
-
-def _counting(n: int) -> tuple[float, ...]:
-    return tuple(float(i) for i in range(1, n + 1))
 
 
 def _numbers(value: Any) -> tuple[float | None, ...]:

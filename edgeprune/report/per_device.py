@@ -15,7 +15,7 @@ def views(report: Report) -> tuple[Report, ...]:
 
     The second and later ones have an `environment.device` and samples of their own, and say nothing of layers.
     """
-    further = _further(report)
+    further = {str(row["where"]): row for row in _rows(report) if row.get("where")}
     if not further:
         return (report,)
     first = replace(
@@ -41,10 +41,6 @@ def unread(report: Report) -> dict[str, str]:
 def _rows(report: Report) -> list[Mapping[str, Any]]:
     rows = report.environment.get("devices")
     return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, (list, tuple)) else []
-
-
-def _further(report: Report) -> dict[str, Mapping[str, Any]]:
-    return {str(row["where"]): row for row in _rows(report) if row.get("where")}
 
 
 def _view(report: Report, where: str, facts: Mapping[str, Any]) -> Report:

@@ -261,13 +261,19 @@ def drawing(plot: Plot) -> Drawing:
     rows = [
         (tick, _tick_text(tick, plot.unit)) for tick in ticks(frame.low, frame.high, height // TICK_HEIGHT)
     ]
+    # The axis counts: a fraction of an epoch is no place on it.
+    whole = (
+        [t for t in ticks(frame.first, frame.last) if t == round(t)]
+        if frame.first < frame.last
+        else [frame.first]
+    )
     return Drawing(
         label=label,
         height=height,
         legend=(*named.items(), *rest),
         lines=tuple(_line(plot, curve, named.get(curve.name, "other"), frame) for curve in order),
         rows=tuple((fixed(frame.down(tick)), text) for tick, text in rows),
-        columns=tuple((fixed(frame.across(at)), f"{at:g}") for at in _whole_ticks(frame.first, frame.last)),
+        columns=tuple((fixed(frame.across(at)), f"{at:g}") for at in whole),
     )
 
 
@@ -324,11 +330,6 @@ def _line(plot: Plot, curve: Curve, color: str, frame: _Frame) -> Line:
     dotted = color != "other" and len(curve.values) <= MOST_DOTS
     title = f"{curve.name}: {plot.text(curve.known[0])} to {plot.text(curve.known[-1])}"
     return Line(color, title, tuple(" ".join(run) for run in runs if run), tuple(dots) if dotted else ())
-
-
-def _whole_ticks(first: float, last: float) -> list[float]:
-    """Round places of an axis that counts; a fraction of an epoch is none."""
-    return [first] if first == last else [t for t in ticks(first, last) if t == round(t)]
 
 
 def _tick_text(value: float, unit: str) -> str:

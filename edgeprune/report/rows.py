@@ -365,22 +365,21 @@ def candidates(report: Report) -> tuple[list[str], list[list[str]]]:
         for key, head, unit in COLUMNS
         if any(_number(row.get(key)) is not None for row in tried)
     ]
-    rows = [[_name(row), *(_text(row, key, unit) for key, _, unit in used), _end(row)] for row in tried]
+    rows = [
+        [
+            str(row.get("name") or row.get("precision") or "-"),
+            *(quantity(_number(row.get(key)), unit) for key, _, unit in used),
+            _end(row),
+        ]
+        for row in tried
+    ]
     return ["candidate", *(head for _, head, _ in used), "outcome"], rows
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return str(row.get("name") or row.get("precision") or "-")
 
 
 def _number(value: Any) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > _LARGEST:
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _text(row: Mapping[str, Any], key: str, unit: str) -> str:
-    return quantity(_number(row.get(key)), unit)
 
 
 def _end(row: Mapping[str, Any]) -> str:

@@ -54,7 +54,9 @@ def kind_of(data: bytes, path: Path) -> str:
         return _archive_kind(data, path)
     if path.suffix == ".safetensors" or _is_safetensors(data):
         return "safetensors"
-    if path.suffix == ".onnx" or _is_onnx(data):
+    # A ModelProto starts with its IR version (field 1), then the producer's name or the graph.
+    proto = len(data) > 4 and data[0] == 0x08 and 3 <= data[1] <= 20 and data[2] in (0x12, 0x1A, 0x3A, 0x42)
+    if path.suffix == ".onnx" or proto:
         raise UnsupportedModel(
             f"{path} is an ONNX graph, which can't be trained or cut as modules",
             "give the PyTorch model that it was made from, for example as a .pt2: "
@@ -155,8 +157,3 @@ def _refuse_foreign_archive(data: bytes, path: Path) -> None:
 def _is_safetensors(data: bytes) -> bool:
     length = int.from_bytes(data[:8], "little")
     return 2 <= length <= min(len(data), _LONGEST_HEADER) and data[8:9] == b"{"
-
-
-def _is_onnx(data: bytes) -> bool:
-    """A ModelProto starts with its IR version (field 1), then the producer's name or the graph."""
-    return len(data) > 4 and data[0] == 0x08 and 3 <= data[1] <= 20 and data[2] in (0x12, 0x1A, 0x3A, 0x42)

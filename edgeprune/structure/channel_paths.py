@@ -73,7 +73,7 @@ def follow(program: Program, group: Group) -> Path | str:
 
 def following_batch_norm(program: Program, layer: str) -> str | None:
     """The path of the batch-norm that alone reads a layer's output and reads nothing else; or None."""
-    calls = program.readers(_join(layer, "weight"))
+    calls = program.readers(f"{layer}.weight".lstrip("."))
     followers = [program.users(call.name) for call in calls]
     if not calls or any(len(f) != 1 or f[0].op != "batch_norm" for f in followers):
         return None
@@ -221,10 +221,6 @@ def _arithmetic(program: Program, call: Call, places: Mapping[str, _Place]) -> _
 
 def _layer_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
-
-
-def _join(layer: str, tensor: str) -> str:
-    return f"{layer}.{tensor}" if layer else tensor
 
 
 def _where(call: Call) -> str:

@@ -78,10 +78,6 @@ def _product(x: Tensor, axes: list[int], *, keepdim: bool) -> Tensor:
     return x
 
 
-def _root_of_squares(x: Tensor, axes: list[int], *, keepdim: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=axes, keepdim=keepdim)
-
-
 def _arg_max(node: Node, x: Inputs) -> Tensor:
     if node.get("select_last_index", 0):
         raise refuse(node, "select_last_index")
@@ -94,10 +90,6 @@ def _einsum(node: Node, x: Inputs) -> Tensor:
 
 def _modulo(node: Node, x: Inputs) -> Tensor:
     return (torch.fmod if node.get("fmod", 0) else torch.remainder)(need(x, 0), need(x, 1))
-
-
-def _where(node: Node, x: Inputs) -> Tensor:
-    return torch.where(need(x, 0), need(x, 1), need(x, 2))
 
 
 ACTIVATIONS: Mapping[str, Operator] = {
@@ -139,7 +131,7 @@ ARITHMETIC: Mapping[str, Operator] = {
     "And": _binary(torch.logical_and),
     "Or": _binary(torch.logical_or),
     "Not": _unary(torch.logical_not),
-    "Where": _where,
+    "Where": lambda _, x: torch.where(need(x, 0), need(x, 1), need(x, 2)),
     "Einsum": _einsum,
     **{
         name: _unary(function)
@@ -158,7 +150,7 @@ REDUCTIONS: Mapping[str, Operator] = {
     "ReduceMin": _reduced(torch.amin),
     "ReduceProd": _reduced(_product),
     "ReduceL1": _reduced(lambda x, axes, keepdim: x.abs().sum(axes, keepdim=keepdim)),
-    "ReduceL2": _reduced(_root_of_squares),
+    "ReduceL2": _reduced(lambda x, axes, keepdim: torch.linalg.vector_norm(x, dim=axes, keepdim=keepdim)),
     "ReduceSumSquare": _reduced(lambda x, axes, keepdim: x.square().sum(axes, keepdim=keepdim)),
     "ArgMax": _arg_max,
 }

@@ -118,10 +118,6 @@ def _expand(node: Node, x: Inputs) -> Tensor:
     return whole.expand(torch.broadcast_shapes(whole.shape, tuple(shape)))
 
 
-def _tile(node: Node, x: Inputs) -> Tensor:
-    return need(x, 0).repeat(ints(node, x, 1, "repeats") or [])
-
-
 def _shape(node: Node, x: Inputs) -> Tensor:
     return torch.tensor(need(x, 0).shape[node.get("start", 0) : node.get("end", None)], dtype=torch.int64)
 
@@ -193,7 +189,7 @@ VIEWS: Mapping[str, Operator] = {
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Squeeze": _squeeze,
-    "Tile": _tile,
+    "Tile": lambda node, x: need(x, 0).repeat(ints(node, x, 1, "repeats") or []),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
