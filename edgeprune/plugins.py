@@ -20,7 +20,7 @@ FAMILIES = ("methods", "attacks", "runtimes", "devices")
 
 def names(family: str) -> List[str]:
     """The members of a family, sorted."""
-    return sorted(spelled(p.stem) for p in _folder(family).glob("*.py") if not p.stem.startswith("_"))
+    return sorted(spelled(p.stem) for p in members_folder(family).glob("*.py") if not p.stem.startswith("_"))
 
 
 def spelled(name: str) -> str:
@@ -35,7 +35,7 @@ def path_of(family: str, name: str) -> Path:
         UsageError: no such family or member; says the closest one.
     """
     stem = name.replace("-", "_")
-    path = _folder(family) / f"{stem}.py"
+    path = members_folder(family) / f"{stem}.py"
     if spelled(stem) not in names(family):
         raise UsageError(f"no {family.rstrip('s')} is named {name!r}", suggest(name, names(family)))
     return path
@@ -105,7 +105,8 @@ def importer(package: str, **homes: str) -> Callable[[str], Any]:
     return find
 
 
-def _folder(family: str) -> Path:
+def members_folder(family: str) -> Path:
+    """The folder that holds the members of a family."""
     if family not in FAMILIES:
         raise UsageError(f"no family is named {family!r}", suggest(family, FAMILIES))
     return Path(__file__).resolve().parent / family

@@ -43,7 +43,7 @@ Write = Callable[..., str]
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Writes NAME.py into a family of the test's own, which stands in for `devices`."""
-    monkeypatch.setattr(plugins, "_folder", lambda family: tmp_path)
+    monkeypatch.setattr(plugins, "members_folder", lambda family: tmp_path)
     monkeypatch.setattr(devices, "__path__", [str(tmp_path)])
     before = set(sys.modules)
 

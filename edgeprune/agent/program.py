@@ -33,7 +33,7 @@ def main() -> int:
     try:
         request = _request(sys.stdin)
         if request.get("op") == "serve":
-            runtime = _runtime(request.get("runtime"), request.get("options", {}))
+            runtime = runtime_of(request.get("runtime"), request.get("options", {}))
             serve.serve(request, runtime, sys.stdin.fileno(), answer_to)
             return 0
         with told_shortage():
@@ -72,7 +72,7 @@ def handle(request: Mapping[str, Any]) -> Dict[str, Any]:
     op = request.get("op")
     if op not in operations:
         raise UsageError(f"the agent has no operation {op!r}; accepted: {', '.join(operations)}")
-    return operations[str(op)](request, _runtime(request.get("runtime"), request.get("options", {})))
+    return operations[str(op)](request, runtime_of(request.get("runtime"), request.get("options", {})))
 
 
 def _request(stream: IO[str]) -> Mapping[str, Any]:
@@ -94,7 +94,8 @@ def _parsed(text: str) -> Any:
         raise UsageError(f"the request is not JSON: {error}") from error
 
 
-def _runtime(name: Any, options: Any) -> Runtime:
+def runtime_of(name: Any, options: Any) -> Runtime:
+    """The runtime of a request, by name, with its options."""
     # Not plugins.build: that lists a folder, and on a device this package lies in a zip file.
     if not isinstance(name, str) or not re.match(r"^[a-z][a-z0-9_]*$", name):
         raise UsageError(f"runtime must be a name, got {name!r}")

@@ -111,9 +111,9 @@ def open_data(table: DataTable, spec: InputSpec, seed: int) -> Data:
     used = [part for part in (choice.train, choice.held_out) if part]
     fits = sum(len(part.labels) for part in used) * int(np.prod(spec.shape)) <= MEMORY_BYTES
     for part in used:
-        notes += _notes(part, found.labels, spec)
-    held_out = _decode(choice.held_out, spec, fits)
-    train = _decode(choice.train, spec, fits) if choice.train else None
+        notes += notes_on(part, found.labels, spec)
+    held_out = decode_set(choice.held_out, spec, fits)
+    train = decode_set(choice.train, spec, fits) if choice.train else None
     if train:
         train, copies = _without_copies(train, held_out)
         notes += copies
@@ -178,7 +178,8 @@ def calibration_set(data: Data, name_or_path: str) -> tuple[Tensor, Tensor]:
     return images, data.train.labels[calibration_indices(data.train.labels, name_or_path)]
 
 
-def _decode(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
+def decode_set(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
+    """The images of a part, at once or as they are read."""
     if isinstance(part.content, np.ndarray):
         pixels: images.Pixels = images.from_array(part.content, spec.shape)
     else:
@@ -186,7 +187,8 @@ def _decode(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
     return Split(part.name, torch.from_numpy(part.labels), pixels)
 
 
-def _notes(part: splits.Part, labels: tuple[str, ...], spec: InputSpec) -> tuple[str, ...]:
+def notes_on(part: splits.Part, labels: tuple[str, ...], spec: InputSpec) -> tuple[str, ...]:
+    """What a reader of the report must know about a part."""
     notes = []
     present = set(part.labels.tolist())
     missing = [name for index, name in enumerate(labels) if index not in present]

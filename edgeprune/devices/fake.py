@@ -39,7 +39,7 @@ _SHAPE = (
     0.99,
     1.3,
 )
-_CANNED: Dict[str, Any] = {
+CANNED: Dict[str, Any] = {
     "facts": {
         "machine": "aarch64", "system": "Linux", "board": "Canned board", "cpu": "Canned core", "cores": 4,
         "memory_kb": 4000000, "governor": "performance", "clock_khz": 1500000, "clock_max_khz": 1500000,
@@ -80,7 +80,7 @@ class Fake(Device):
             shutil.rmtree(plain[2], ignore_errors=True)
             return Answer(0, "", "")
         if plain == self.agent():
-            return Answer(0, json.dumps(_answer(json.loads(stdin), self._readings())), "")
+            return Answer(0, json.dumps(canned_row(json.loads(stdin), self._readings())), "")
         return Answer(127, "", f"fake: {plain[0]}: no such command")
 
     def put(self, here: Path, there: str) -> None:
@@ -97,17 +97,17 @@ class Fake(Device):
 
     def _readings(self) -> Dict[str, Any]:
         if not self.address:
-            return _CANNED
+            return CANNED
         try:
             given = serialization.load(Path(self.address))
         except (OSError, ValueError) as error:
             raise UsageError(f"--device fake:{self.address}: not a readable JSON file: {error}") from error
-        if not isinstance(given, dict) or not set(given) <= set(_CANNED):
-            raise UsageError(f"{self.address} must be an object with some of the keys {', '.join(_CANNED)}")
+        if not isinstance(given, dict) or not set(given) <= set(CANNED):
+            raise UsageError(f"{self.address} must be an object with some of the keys {', '.join(CANNED)}")
         for key, value in given.items():
             if not _like(value, key):
-                raise UsageError(f"{self.address}: {key} = {value!r:.60} must be like {_CANNED[key]!r:.60}")
-        return {**_CANNED, **given}
+                raise UsageError(f"{self.address}: {key} = {value!r:.60} must be like {CANNED[key]!r:.60}")
+        return {**CANNED, **given}
 
 
 def _number(value: Any) -> bool:
@@ -131,7 +131,8 @@ def _like(value: Any, key: str) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _answer(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str, Any]:
+def canned_row(request: Mapping[str, Any], readings: Mapping[str, Any]) -> Dict[str, Any]:
+    """The reply to a request, from readings that are given."""
     op = request["op"]
     if op == "about":
         return {

@@ -40,11 +40,11 @@ OPTIONAL = (
 )
 TRTEXEC = Path("/usr/src/tensorrt/bin/trtexec")
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
-_IMPORT_S = 180.0
+IMPORT_S = 180.0
 # Their Python part refuses to load when torchvision was built for another torch;
 # models/architectures.py helps it over that.
-_ON_TORCHVISION = ("torchvision", "timm")
-_HELP = "from edgeprune.safe_loading.user_code import prepare_torchvision; prepare_torchvision()"
+ON_TORCHVISION = ("torchvision", "timm")
+HELP = "from edgeprune.safe_loading.user_code import prepare_torchvision; prepare_torchvision()"
 
 # Each module is named before it is tried, so that one that kills the process can be told.
 _TRY = """
@@ -69,7 +69,7 @@ def check_environment(target: Target | None, *device_urls: str) -> tuple[Finding
     # First, because trying the packages is work that the load would show.
     looks = concurrency.start({url: partial(look, device, target) for url, device in devices.items()})
     found = [finding for future in looks.values() for finding in future.result()]
-    return (*_python(), *_packages(), _trtexec(target), *found)
+    return (*_python(), *check_packages(), _trtexec(target), *found)
 
 
 def _python() -> tuple[Finding, ...]:
@@ -84,18 +84,19 @@ def _python() -> tuple[Finding, ...]:
     )
 
 
-def _packages() -> list[Finding]:
+def check_packages() -> list[Finding]:
+    """Each package that edgeprune needs or can use: whether it loads, and its version."""
     versions = {name: _version(name) for name, _, _ in (*REQUIRED, *OPTIONAL)}
     modules = [module for name, module, _ in (*REQUIRED, *OPTIONAL) if module and versions[name]]
-    broken = _broken(modules)
-    retried = [module for module in _ON_TORCHVISION if module in broken]
-    helped = set(retried) - set(_broken(retried, _HELP))
+    broken = broken_imports(modules)
+    retried = [module for module in ON_TORCHVISION if module in broken]
+    helped = set(retried) - set(broken_imports(retried, HELP))
     least, torch = _least(), _version("torch")
     findings: list[Finding] = []
     for name, module, use in (*REQUIRED, *OPTIONAL):
         absent = "missing" if (name, module, use) in REQUIRED else "optional"
         version = versions[name]
-        pip = _pip(name, torch)
+        pip = pip_line(name, torch)
         if module in helped:
             found = (
                 f"{version}; models load, torchvision's own operators do not: it is built for another torch"
@@ -107,7 +108,7 @@ def _packages() -> list[Finding]:
             findings.append(
                 Finding(name, absent, f"{version} is installed, but does not load: {broken[module]}", pip)
             )
-        elif _older(version, least.get(name.lower(), "")):
+        elif is_older(version, least.get(name.lower(), "")):
             findings.append(
                 Finding(name, absent, f"{version}; {least[name.lower()]} or newer is needed", pip)
             )
@@ -139,12 +140,13 @@ def _least() -> dict[str, str]:
     return {match.group(1).lower(): match.group(2) for match in found if match}
 
 
-def _older(version: str, least: str) -> bool:
+def is_older(version: str, least: str) -> bool:
+    """Whether a version comes before another."""
     numbers = [[int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3]] for text in (version, least)]
     return numbers[0] < numbers[1]
 
 
-def _pip(name: str, torch_version: str) -> str:
+def pip_line(name: str, torch_version: str) -> str:
     """The line that installs a package; torchvision must be built for the very torch that is there."""
     build = torch_version.partition("+")[2]
     if name in ("torchvision", "timm") and build:
@@ -154,14 +156,14 @@ def _pip(name: str, torch_version: str) -> str:
     return "pip install tensorrt-cu12" if name == "tensorrt" else f"pip install --upgrade {name}"
 
 
-def _broken(modules: Sequence[str], first: str = "") -> dict[str, str]:
+def broken_imports(modules: Sequence[str], first: str = "") -> dict[str, str]:
     """Module -> why it does not load. All of them are tried in one child; after a crash, the rest in another."""
     local, root = device_from_url("local"), str(Path(edgeprune.__file__).resolve().parent.parent)
     broken: dict[str, str] = {}
     left = list(modules)
     while left:
         try:
-            answer = local.run([sys.executable, "-c", _TRY, root, first, *left], "", _IMPORT_S)
+            answer = local.run([sys.executable, "-c", _TRY, root, first, *left], "", IMPORT_S)
         except DeviceError as error:
             return {**broken, **dict.fromkeys(left, error.message[:200])}
         said = [line.split(" ", 2) for line in answer.stdout.splitlines() if line.startswith("@")]

@@ -176,8 +176,8 @@ def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping
 
 def compare(engine: Engine, spec: InputSpec, images: npt.NDArray[np.float32], device: Device) -> str:
     """Compare an engine's outputs on a device with ONNX Runtime's here for its ONNX file, on the same images."""
-    expected = _logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
-    found = _logits(engine.path, spec, images, device, TENSORRT)
+    expected = engine_logits(engine.onnx, spec, images, device_from_url("local"), RUNTIME)
+    found = engine_logits(engine.path, spec, images, device, TENSORRT)
     worst, same = _apart(expected, found)
     said = (
         f"the engine of {engine.onnx.name} answers {len(images)} images as ONNX Runtime does but for {worst:.1e} of "
@@ -199,8 +199,9 @@ def _apart(expected: Logits, found: Logits) -> tuple[float, float]:
     return worst, float((expected.argmax(axis=1) == found.argmax(axis=1)).mean())
 
 
-def _logits(
+def engine_logits(
     path: Path, spec: InputSpec, images: npt.NDArray[np.float32], device: Device, runtime: str
 ) -> Logits:
+    """The logits (N, K) of a file on a device."""
     made = Artifact(str(path), "onnx", "fp32", spec, "", path.stat().st_size)
     return predict(made, [images], device, total=len(images), label=f"{path.name}: answers", runtime=runtime)

@@ -108,12 +108,12 @@ def divergence(dense: Logits, compressed: Logits) -> Reading:
         )
     spread = None
     if n > 1:
-        spread = _interval_of_mean(each)
+        spread = interval_of_mean(each)
         conditions |= {"interval": f"bootstrap, {RESAMPLES} resamples", "largest": float(each.max())}
     return Reading("synthetic_kl", float(each.mean()), "nats", n, spread, "counted", "compressed", conditions)
 
 
-def _interval_of_mean(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+def interval_of_mean(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     """The middle 95 % of the means of resamples with replacement (Efron, percentile method)."""
     generator, rows = np.random.default_rng(SEED), max(1, AT_ONCE // len(values))
     means = [

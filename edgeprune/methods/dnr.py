@@ -70,7 +70,7 @@ class DNR(TrainingMethod):
         objective = self._objective(training)
         if self.start == "scratch":
             task.notes.extend(reinitialize(network, training.seed))
-        wiring = self._wiring(network, task, training)
+        wiring = self.sparse_training(network, task, training)
         job = TrainingJob(
             training.split,
             training.table,
@@ -84,7 +84,8 @@ class DNR(TrainingMethod):
         task.record["dnr"] = {**wiring.record, "loss": list(history.losses)}
         return task.units.masks(wiring.masks)
 
-    def _wiring(self, network: nn.Module, task: PruneTask, training: Training) -> SparseTraining:
+    def sparse_training(self, network: nn.Module, task: PruneTask, training: Training) -> SparseTraining:
+        """The training with sparse gradients that the options ask for."""
         epochs = training.table.epochs
         usual = SCRATCH_RATE if self.start == "scratch" else GIVEN_RATE
         plan = Plan(
@@ -95,13 +96,13 @@ class DNR(TrainingMethod):
             self.rho,
             self.revive_value,
         )
-        masks = _first(self, network, task, training.seed)
+        masks = first_masks(self, network, task, training.seed)
         settings = f"{self!r} {sorted(task.rules.limits.items())}"
         if task.units.granularity == "channel":
             steps = fitting_levels(task.units.sizes, task.costs, task.rules)[1]
             budget = ChannelBudget(task.costs.cost, task.rules.limits, steps)
             return SparseTraining(network, task.units, plan, masks, budget=budget, settings=settings)
-        floors = _floors(task) if task.units.granularity == "weight" else {}
+        floors = layer_floors(task) if task.units.granularity == "weight" else {}
         return SparseTraining(network, task.units, plan, masks, floors, settings=settings)
 
     def _check(self) -> None:
@@ -136,7 +137,7 @@ class DNR(TrainingMethod):
         return objective
 
 
-def _first(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[str, Tensor]:
+def first_masks(rules: DNR, network: nn.Module, task: PruneTask, seed: int) -> dict[str, Tensor]:
     """The masks before the first step, exactly within the budget."""
     init = rules.init
     if init == "auto":
@@ -169,12 +170,12 @@ def _uniform(task: PruneTask) -> Mapping[str, int]:
     sizes = task.units.sizes
     if task.counts is not None:
         return task.counts
-    n, floors = list(sizes.values()), _floors(task)
+    n, floors = list(sizes.values()), layer_floors(task)
     found = largest_remainder([float(size) for size in n], task.quota(), n, [floors[name] for name in sizes])
     return dict(zip(sizes, found, strict=True))
 
 
-def _floors(task: PruneTask) -> dict[str, int]:
+def layer_floors(task: PruneTask) -> dict[str, int]:
     """The least of each layer: an eighth of its outputs, or the task's floors where that would be too many."""
     floors, shapes = task.floors(), task.units.shapes
     preferred = {

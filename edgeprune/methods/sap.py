@@ -73,7 +73,7 @@ class Sap(TrainingMethod):
         key = self._key(network, task)
         notes = reinitialize(network, task.seed) if self.start == "scratch" else ()
         cutter = _cutter(task, rule)
-        plan = self._plan(task, lambda: cutter.needed(task.units.norms(network)))
+        plan = self.training_epochs(task, lambda: cutter.needed(task.units.norms(network)))
         work = _Work(self, cutter, network, task, plan, key, deepcopy(network.state_dict()))
         state = work.first(notes)
         while not state.stopped:
@@ -97,7 +97,7 @@ class Sap(TrainingMethod):
             raise UsageError(f"sap: tolerance = {self.tolerance:g} must be in [0, 1]")
         return Rule(self.p, self.q, self.eta, self.gamma, self.beta, self.scope, self.ratio)
 
-    def _plan(self, task: PruneTask, needed: Callable[[], int]) -> tuple[int, ...]:
+    def training_epochs(self, task: PruneTask, needed: Callable[[], int]) -> tuple[int, ...]:
         """Epochs of each training: the one before the first cut (0 for none), and the one after each cut."""
         if self.variant == "oneshot":
             cuts = self.iterations or (1 if task.free else needed())

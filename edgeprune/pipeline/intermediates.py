@@ -63,7 +63,7 @@ def quantize_job(run: Context, folders: Mapping[str, Path], scratch: Path) -> qu
     return quantize.Job(
         table=run.recipe.quantize, precision=run.recipe.export.precision, precisions=run.target.precisions,
         scheme=run.target.int8, calibration=_calibration(run, folders), scratch=scratch, log=run.log,
-        timer=_timer(run), limits=run.budget.limits,
+        timer=choice_timer(run), limits=run.budget.limits,
         dense=folders["dense"] / "dense.onnx",
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def timing_trials(run: Context) -> Trials:
     return Trials(run.device, run.target, run.log, WAIT_S, sparse)
 
 
-def _timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] | None:
+def choice_timer(run: Context) -> Callable[[Mapping[str, Path]], dict[str, Reading]] | None:
     """What times files to choose among them; None where the target is not at hand or only emulated."""
     if not run.decisions.on_target:
         return None

@@ -28,7 +28,7 @@ BINS = 4096
 _FINEST = 20
 _SMALLEST_EXPONENT = -100
 # The most bytes of all activations of one batch, and the largest batch.
-_BATCH_BYTES, _MOST_IMAGES = 64_000_000, 64
+_BATCH_BYTES, MOST_IMAGES = 64_000_000, 64
 # So many values fit into the cache of a core while they are counted.
 _CHUNK = 1 << 15
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -83,7 +83,7 @@ def observe(model: ModelProto, images: Tensor, *, free: bool = False, label: str
         )
     session = open_session(freed(watched) if free else watched)
     first = _run(session, names, {entry: images[: fixed or 1].contiguous().numpy()})
-    size = fixed or max(1, min(_MOST_IMAGES, _BATCH_BYTES // max(1, sum(value.nbytes for value in first))))
+    size = fixed or max(1, min(MOST_IMAGES, _BATCH_BYTES // max(1, sum(value.nbytes for value in first))))
     tallies = {name: Tally(name) for name in (entry, *names)}
     with bar(len(images), label or "activations") as advance:
         for batch in images.split(size):

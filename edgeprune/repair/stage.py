@@ -86,7 +86,7 @@ def repair(dense: Bundle, small: Bundle, images: Tensor, *, seed: int) -> Repair
             advance()
 
         run_pairwise(before, after, visit)
-    return _kept(dense, small, fixed, images, solver.errors)
+    return accepted(dense, small, fixed, images, solver.errors)
 
 
 @dataclass
@@ -198,9 +198,10 @@ class _Layer:
     kept: Tensor
 
 
-def _kept(
+def accepted(
     dense: Bundle, small: Bundle, fixed: nn.Module, images: Tensor, errors: Mapping[str, tuple[float, float]]
 ) -> Repaired:
+    """The repaired network if it is closer to the dense one than the cut network, else that, and the facts."""
     done = replace(small, module=fixed)
     with torch.no_grad():
         expected = _outputs(dense, images)

@@ -134,7 +134,7 @@ def _attacked(state: _State, step: Step, what: tuple[ModelUnderAttack, Split, Jo
             spent = time.monotonic() - start
             verdicts = _counted(state.verdicts, step.name, (rows[broken], len(rows)), (queries, spent))
             state = replace(state, verdicts=verdicts, done=state.done + len(rows))
-            _write(scratch, state)
+            write_state(scratch, state)
     return state
 
 
@@ -196,5 +196,6 @@ def _resumed(scratch: Path, key: str, count: int, steps: tuple[str, ...]) -> _St
     return state if same else None
 
 
-def _write(scratch: Path, state: _State) -> None:
+def write_state(scratch: Path, state: _State) -> None:
+    """Write how far the attack is, whole or not at all."""
     serialization.write(scratch / STATE, state)

@@ -66,13 +66,13 @@ class OnnxRuntime(Runtime):
 
     def make(self, onnx: Path, out: Path, precision: str) -> None:
         """Copy the file, after a look that ONNX Runtime takes it; the precision is in the file already."""
-        _session(onnx, threads=1)
+        new_session(onnx, threads=1)
         if onnx.resolve() != out.resolve():
             shutil.copyfile(onnx, out)
 
     def open(self, built: Path, threads: int) -> Session:
         """As Runtime.open."""
-        return _wrap(_session(built, threads=threads), built)
+        return _wrap(new_session(built, threads=threads), built)
 
     def profile(
         self, built: Path, threads: int, runs: int, shape: Optional[Tuple[int, int, int]]
@@ -80,8 +80,8 @@ class OnnxRuntime(Runtime):
         """As Runtime.profile."""
         warmup = max(1, runs // 10)
         with _scratch(built) as folder:
-            inner = _session(built, threads=threads, profile_to=str(folder / "profile"))
-            profiled, plain = _wrap(inner, built), _wrap(_session(built, threads=threads), built)
+            inner = new_session(built, threads=threads, profile_to=str(folder / "profile"))
+            profiled, plain = _wrap(inner, built), _wrap(new_session(built, threads=threads), built)
             x = plain.image(shape)
             seconds = []
             for _ in range(warmup + runs):
@@ -89,7 +89,7 @@ class OnnxRuntime(Runtime):
                 start = time.perf_counter()
                 plain.infer(x)
                 seconds.append(time.perf_counter() - start)
-            events = _events(Path(inner.end_profiling()))
+            events = profile_events(Path(inner.end_profiling()))
         return _without_profiler(_node_times(events, warmup), statistics.median(seconds[warmup:]))
 
 
@@ -153,7 +153,7 @@ def _scratch(built: Path) -> Iterator[Path]:
         yield folder
 
 
-def _events(profile: Path) -> List[Dict[str, Any]]:
+def profile_events(profile: Path) -> List[Dict[str, Any]]:
     """What ONNX Runtime wrote of a run; it does not say when it could not write all of it."""
     try:
         return json.loads(profile.read_text(encoding="utf-8"))
@@ -179,7 +179,8 @@ def _errors() -> Tuple[Type[Exception], ...]:
     return (RuntimeError, ValueError, *(state[name] for name in _RAISED if name in state))
 
 
-def _session(path: Path, *, threads: int, profile_to: str = "") -> Any:
+def new_session(path: Path, *, threads: int, profile_to: str = "") -> Any:
+    """A session of ONNX Runtime on the CPU, for a file."""
     ort = _library()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -72,7 +72,7 @@ def check_program(table: Any, where: str) -> None:
     parts = list(parts_of(program.graph_module))
     texts = {part.expr_str for part in parts if isinstance(part, schema.SymExpr)}
     if (
-        sum(_check_expression(text, where) for text in {*texts, *program.range_constraints})
+        sum(check_expression(text, where) for text in {*texts, *program.range_constraints})
         > _MOST_TERMS_IN_ALL
     ):
         raise UnsafeModel(f"{where} was not loaded: its {len(texts)} symbolic sizes take too long to read")
@@ -177,7 +177,7 @@ def _plain_context(context: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(key, (str, int)) for key in value))
 
 
-def _check_expression(text: Any, where: str) -> int:
+def check_expression(text: Any, where: str) -> int:
     """Symbolic sizes are read by sympy, which evaluates them as Python. Returns how many terms it can have at most."""
     problem, size = "" if isinstance(text, str) and len(text) < 2000 else "too long", _Size()
     try:

@@ -119,7 +119,7 @@ class RecordedRuntime(Runtime):
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedRuntime:
     runtime = RecordedRuntime()
-    monkeypatch.setattr(program, "_runtime", lambda name, options: runtime)
+    monkeypatch.setattr(program, "runtime_of", lambda name, options: runtime)
     return runtime
 
 

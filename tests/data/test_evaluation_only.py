@@ -82,17 +82,17 @@ def test_the_training_part_is_neither_opened_nor_learned_from(
     """Its files are no images, and its pixels raise when they are taken; each control run dies of its poison."""
     with pytest.raises(UsageError, match="can.t be decoded"):
         compressed(folders, tmp_path / "control", "all", [])
-    decode = collection._decode
+    decode = collection.decode_set
 
     def poisoned(part: splits.Part, spec: InputSpec, at_once: bool) -> Split:
         if part.name == "test":
             return decode(part, spec, at_once)
         return Split(part.name, torch.from_numpy(part.labels), Poison())
 
-    monkeypatch.setattr(collection, "_decode", poisoned)
+    monkeypatch.setattr(collection, "decode_set", poisoned)
     said: list[str] = []
     check(compressed(folders, tmp_path / "run", "evaluate", said), said)
-    monkeypatch.setattr(collection, "_notes", lambda *_: ())  # it reads the size of some training images
+    monkeypatch.setattr(collection, "notes_on", lambda *_: ())  # it reads the size of some training images
     for tables in ({}, {"prune": {"method": "magnitude", "repair": "data"}}, {"tune": {"epochs": 1}}):
         with pytest.raises(Opened):
             compressed(folders, tmp_path / "control", "all", [], **tables)

@@ -170,7 +170,7 @@ def test_a_package_that_crashes_the_interpreter_is_told_apart_from_those_beside_
     (tmp_path / "raising.py").write_text("raise RuntimeError('operator x::nms does not exist\\nmore')\n")
     (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    broken = environment._broken(["noisy", "crashing", "raising", "leaving", "decimal"])
+    broken = environment.broken_imports(["noisy", "crashing", "raising", "leaving", "decimal"])
     assert broken == {
         "crashing": "python ended with status -11",
         "raising": "RuntimeError: operator x::nms does not exist",
@@ -181,8 +181,8 @@ def test_a_package_that_crashes_the_interpreter_is_told_apart_from_those_beside_
 def test_a_package_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hanging.py").write_text("import threading\nthreading.Event().wait()\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(environment, "_IMPORT_S", 1.0)
-    assert "longer than 1 s" in environment._broken(["hanging"])["hanging"]
+    monkeypatch.setattr(environment, "IMPORT_S", 1.0)
+    assert "longer than 1 s" in environment.broken_imports(["hanging"])["hanging"]
 
 
 def test_a_package_that_needs_help_to_load_is_a_warning(
@@ -193,10 +193,10 @@ def test_a_package_that_needs_help_to_load_is_a_warning(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(environment, "REQUIRED", (("torch", "", "networks"),))
     monkeypatch.setattr(environment, "OPTIONAL", (("pytest", "pytest_of_another_build", "tests"),))
-    monkeypatch.setattr(environment, "_ON_TORCHVISION", ("pytest_of_another_build",))
-    monkeypatch.setattr(environment, "_HELP", "import sys; sys.helped = True")
+    monkeypatch.setattr(environment, "ON_TORCHVISION", ("pytest_of_another_build",))
+    monkeypatch.setattr(environment, "HELP", "import sys; sys.helped = True")
     assert by_name(environment.check_environment(None, "fake"))["pytest"].status == "warning"
-    monkeypatch.setattr(environment, "_HELP", "")
+    monkeypatch.setattr(environment, "HELP", "")
     found = by_name(environment.check_environment(None, "fake"))["pytest"]
     assert found.status == "optional"
     assert "does not load: AssertionError" in found.found
@@ -213,7 +213,7 @@ def test_a_package_that_needs_help_to_load_is_a_warning(
     ],
 )
 def test_versions_are_compared_by_their_numbers(version: str, least: str, older: bool) -> None:
-    assert environment._older(version, least) == older
+    assert environment.is_older(version, least) == older
 
 
 def test_a_package_that_is_too_old_says_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,11 +228,11 @@ def test_a_package_that_is_too_old_says_which_is_needed(monkeypatch: pytest.Monk
 
 
 def test_torchvision_is_installed_for_the_torch_that_is_there() -> None:
-    assert environment._pip("torchvision", "2.13.0+cpu").endswith(
+    assert environment.pip_line("torchvision", "2.13.0+cpu").endswith(
         "--index-url https://download.pytorch.org/whl/cpu"
     )
-    assert environment._pip("torchvision", "2.13.0") == "pip install --upgrade torchvision"
-    assert environment._pip("tensorrt", "") == "pip install tensorrt-cu12"
+    assert environment.pip_line("torchvision", "2.13.0") == "pip install --upgrade torchvision"
+    assert environment.pip_line("tensorrt", "") == "pip install tensorrt-cu12"
 
 
 def test_an_old_python_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

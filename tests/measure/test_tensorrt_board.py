@@ -194,7 +194,7 @@ def test_how_far_apart_answers_may_be_depends_on_the_precision(
     found = expected.copy()
     found[1::2, 0] += noise
     answers = iter([expected, found])
-    monkeypatch.setattr(engines, "_logits", lambda *given: next(answers))
+    monkeypatch.setattr(engines, "engine_logits", lambda *given: next(answers))
     engine = engines.Engine(tmp_path / "a.engine", tmp_path / "a.onnx", precision)
     images = np.zeros((16, 3, 8, 8), np.float32)
     if good:

@@ -98,6 +98,6 @@ def test_nothing_is_decided_by_the_times_of_an_emulated_processor(tmp_path: Path
         UsageError, match="a budget on latency_p90 can't be held .* its processor is emulated"
     ):
         intermediates.measured_limits(run_on(Emulated()), tmp_path)
-    assert intermediates._timer(run_on(Emulated())) is None
+    assert intermediates.choice_timer(run_on(Emulated())) is None
     assert intermediates.measured_limits(run_on(Local()), tmp_path)["latency_p90"].dense > 0
-    assert intermediates._timer(run_on(Local())) is not None
+    assert intermediates.choice_timer(run_on(Local())) is not None

@@ -54,16 +54,16 @@ def test_the_interval_of_the_mean_covers_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        low, high = unlabelled._interval_of_mean(rng.exponential(size=60))
+        low, high = unlabelled.interval_of_mean(rng.exponential(size=60))
         covered += low <= 1.0 <= high
     assert 0.88 <= covered / 200 <= 0.98
 
 
 def test_the_interval_is_the_same_however_much_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(2).exponential(size=40)
-    whole = unlabelled._interval_of_mean(values)
+    whole = unlabelled.interval_of_mean(values)
     monkeypatch.setattr(unlabelled, "AT_ONCE", 100)
-    assert unlabelled._interval_of_mean(values) == pytest.approx(whole, rel=0.05)
+    assert unlabelled.interval_of_mean(values) == pytest.approx(whole, rel=0.05)
 
 
 def test_answers_that_are_no_numbers_are_left_out_and_counted() -> None:

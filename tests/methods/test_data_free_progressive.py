@@ -61,8 +61,8 @@ def half(thinned: Thinning) -> dict[str, int]:
 class Counting(Thinning):
     """Keeps what was alive after every step."""
 
-    def _step(self, *args: object) -> int:
-        gone = Thinning._step(self, *args)  # type: ignore[arg-type]
+    def step(self, *args: object) -> int:
+        gone = Thinning.step(self, *args)  # type: ignore[arg-type]
         self.__dict__.setdefault("seen", []).append(
             (args[0], gone, {g: a.clone() for g, a in self.alive.items()})
         )

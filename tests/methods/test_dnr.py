@@ -322,7 +322,7 @@ def test_the_cut_network_answers_as_the_masked_one(
 def first(kind: str, method: DNR) -> dict[str, Tensor]:
     network = build("residual")
     task = task_of(network, kind, Path())
-    return dnr._first(method, network, task, 3)
+    return dnr.first_masks(method, network, task, 3)
 
 
 def test_first_masks_are_exact_whatever_they_are_chosen_by() -> None:
@@ -333,7 +333,7 @@ def test_first_masks_are_exact_whatever_they_are_chosen_by() -> None:
         check_budget(task, masks)
         if init != "global":
             density = task.quota() / sum(task.units.sizes.values())
-            floors = dnr._floors(task)
+            floors = dnr.layer_floors(task)
             for name, size in task.units.sizes.items():
                 assert int(masks[name].sum()) >= floors[name]
                 assert abs(int(masks[name].sum()) - density * size) <= 1
@@ -347,7 +347,7 @@ def test_trained_weights_are_traded_more_gently_than_random_ones() -> None:
     task = task_of(network, "weight", Path())
     assert task.training is not None
     for method, rate in ((DNR(), 0.2), (DNR(start="scratch"), 0.5), (DNR(rate=0.3), 0.3)):
-        assert method._wiring(network, task, task.training).plan.rate == rate
+        assert method.sparse_training(network, task, task.training).plan.rate == rate
 
 
 @pytest.mark.parametrize("init", ["global", "uniform", "random"])
@@ -366,7 +366,7 @@ def test_a_recipe_that_shares_out_the_weights_is_heard_first(tmp_path: Path) -> 
     short = task.quota() - sum(counts.values())
     counts[max(counts, key=lambda n: counts[n])] += short
     for init in ("global", "uniform", "random"):
-        masks = dnr._first(DNR(init=init), network, replace(task, counts=counts), 3)
+        masks = dnr.first_masks(DNR(init=init), network, replace(task, counts=counts), 3)
         assert {name: int(m.sum()) for name, m in masks.items()} == counts
 
 
@@ -376,8 +376,8 @@ def test_floors_give_way_where_the_budget_leaves_no_choice(tmp_path: Path) -> No
     least = sum(task.floors().values())
     others = total_params(network) - sum(task.units.sizes.values())
     tight = replace(task, rules=Rules({"params": float(others + least)}))
-    assert dnr._floors(tight) == task.floors()
-    assert dnr._floors(task)["one.0.weight"] == max(2, task.floors()["one.0.weight"])
+    assert dnr.layer_floors(tight) == task.floors()
+    assert dnr.layer_floors(task)["one.0.weight"] == max(2, task.floors()["one.0.weight"])
     check_budget(tight, flat(DNR(start="scratch")(network, tight)))
 
 

@@ -24,7 +24,7 @@ from edgeprune.train.objectives import objective_of
 def wired(kind: str, network: nn.Module, **plan: Any) -> tuple[SparseTraining, torch.optim.Optimizer]:
     """A network after a few steps of SGD on its budget."""
     task = task_of(network, kind, Path())
-    wiring = DNR()._wiring(network, task, task.training)  # type: ignore[arg-type]
+    wiring = DNR().sparse_training(network, task, task.training)  # type: ignore[arg-type]
     wiring.plan = Plan(**{"epochs": 10, **plan})
     optimizer = optimizer_of(network, replace(TABLE, lr=0.05))
     split = images(32, 4)

@@ -117,7 +117,9 @@ def test_every_scope_and_variant_meets_the_budget_and_loses_units_for_good(
         return real(self, scores, masks, goal)
 
     network, task = task_for("plain", granularity, tmp_path, epochs=4)
-    monkeypatch.setattr(Sap, "_plan", lambda *_: (1, 1, 1, 1) if variant != "oneshot" else (0, 0, 0, 0))
+    monkeypatch.setattr(
+        Sap, "training_epochs", lambda *_: (1, 1, 1, 1) if variant != "oneshot" else (0, 0, 0, 0)
+    )
     monkeypatch.setattr(CutSchedule, "next", spy)
     masks = Sap(scope=scope, variant=variant)(network, task)
     seen.append({name: keep.flatten() for name, keep in kept(masks).items()})
@@ -280,7 +282,7 @@ def test_all_epochs_are_shared_out_and_training_follows_the_last_cut(
     sap: Sap, epochs: int, plan: tuple[int, ...], tmp_path: Path
 ) -> None:
     _, task = task_for("plain", "weight", tmp_path, epochs=epochs)
-    assert sap._plan(task, lambda: 7) == plan
+    assert sap.training_epochs(task, lambda: 7) == plan
     assert sum(plan) in (0, epochs)
 
 

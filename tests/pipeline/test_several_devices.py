@@ -452,7 +452,7 @@ def test_profile_keeps_the_readings_of_those_that_answer(tmp_path: Path) -> None
 
 
 def test_the_doctor_looks_at_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_packages", lambda: [Finding("torch", "ok", "there")])
+    monkeypatch.setattr(environment, "check_packages", lambda: [Finding("torch", "ok", "there")])
     done = runner.invoke(
         app, ["doctor", "--device", "fake", "--device", "local", "--device", "fake", "--json"]
     )
@@ -465,7 +465,7 @@ def test_the_doctor_s_exit_status_tells_a_device_that_is_away_from_a_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        environment, "_packages", lambda: [Finding("onnx", "missing", "not installed", "pip")]
+        environment, "check_packages", lambda: [Finding("onnx", "missing", "not installed", "pip")]
     )
     assert runner.invoke(app, ["doctor", "--device", "fake"]).exit_code == 3
     done = runner.invoke(app, ["doctor", "--device", "ssh://127.0.0.1:1", "--json"])

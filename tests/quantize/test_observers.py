@@ -74,7 +74,7 @@ def test_neither_the_order_nor_the_size_of_batches_changes_what_is_seen(
     model = residual(batch)
     whole = observe(model, images)
     assert_same(whole, observe(model, images.flip(0)))
-    monkeypatch.setattr(observers, "_MOST_IMAGES", 1)
+    monkeypatch.setattr(observers, "MOST_IMAGES", 1)
     assert_same(whole, observe(model, images), means=1e-5)
 
 

@@ -57,13 +57,13 @@ def divergence(dense: Bundle, other: Bundle, x: Tensor) -> float:
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[Errors]:
     """The squared error of each solved layer on its images, before and after; one entry for each repair."""
     seen: list[Errors] = []
-    kept = stage._kept
+    kept = stage.accepted
 
     def spy(*given: object) -> stage.Repaired:
         seen.append(given[-1])  # type: ignore[arg-type]
         return kept(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage, "_kept", spy)
+    monkeypatch.setattr(stage, "accepted", spy)
     return seen
 
 

@@ -129,7 +129,7 @@ def batched() -> job.Job:
 def test_an_evaluation_that_was_killed_goes_on_at_its_last_batch_with_the_same_verdicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    victim, write, count = models_under_attack.of_network("net", Linear(), "w"), stage._write, 0
+    victim, write, count = models_under_attack.of_network("net", Linear(), "w"), stage.write_state, 0
 
     def writing(limit: int) -> Callable[..., None]:
         def counted(*arguments: object) -> None:
@@ -141,14 +141,14 @@ def test_an_evaluation_that_was_killed_goes_on_at_its_last_batch_with_the_same_v
 
         return counted
 
-    monkeypatch.setattr(stage, "_write", writing(0))
+    monkeypatch.setattr(stage, "write_state", writing(0))
     undisturbed, batches, count = run(victim, batched(), tmp_path / "a"), count, 0
     assert batches >= 17
-    monkeypatch.setattr(stage, "_write", writing(stop))
+    monkeypatch.setattr(stage, "write_state", writing(stop))
     with pytest.raises(KeyboardInterrupt):
         run(victim, batched(), tmp_path / "b")
     count = 0
-    monkeypatch.setattr(stage, "_write", writing(0))
+    monkeypatch.setattr(stage, "write_state", writing(0))
     resumed = run(victim, batched(), tmp_path / "b")
     assert (resumed.by, resumed.tried, resumed.queries) == (
         undisturbed.by, undisturbed.tried, undisturbed.queries,

@@ -166,14 +166,14 @@ def test_a_profile_leaves_nothing_and_writes_nothing_into_a_folder_of_somebodys_
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    open_session = onnxruntime._session
+    open_session = onnxruntime.new_session
     seen: list[Path] = []
 
     def session(path: Path, *, threads: int, profile_to: str = "") -> Any:
         seen.extend([Path(profile_to).parent] if profile_to else [])
         return open_session(path, threads=threads, profile_to=profile_to)
 
-    monkeypatch.setattr(onnxruntime, "_session", session)
+    monkeypatch.setattr(onnxruntime, "new_session", session)
     assert OnnxRuntime().profile(net, 1, 3, None)
     (net.parent / ".keeper").write_text("1 1\n")
     assert OnnxRuntime().profile(net, 1, 3, None)
@@ -201,10 +201,10 @@ def test_a_full_disk_is_told_from_a_profile_that_is_damaged(
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2**30, 0, free))  # type: ignore[attr-defined]
     (tmp_path / "profile.json").write_text("[{")
     with pytest.raises(DeviceError if free > 4095 else NoRoom, match=why) as caught:
-        onnxruntime._events(tmp_path / "profile.json")
+        onnxruntime.profile_events(tmp_path / "profile.json")
     assert f"{free} bytes are free there" in caught.value.message
     with pytest.raises(EdgepruneError, match="0 bytes were written"):
-        onnxruntime._events(tmp_path / "absent.json")
+        onnxruntime.profile_events(tmp_path / "absent.json")
 
 
 def test_a_disk_without_room_for_a_folder_is_a_device_error(

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from edgeprune.errors import ModelError, UnsafeModel, UnsupportedModel
 from edgeprune.safe_loading import pt2_archive
-from edgeprune.safe_loading.pt2_graph import _check_expression
+from edgeprune.safe_loading.pt2_graph import check_expression
 
 WEIGHTS = "data/weights/model_weights_config.json"
 CONSTANTS = "data/constants/model_constants_config.json"
@@ -299,7 +299,7 @@ def test_the_attacks_are_real(attack: Callable[[bytes, Path], bytes], genuine: b
      "FloorDiv(s0*s1*s2*64, s1*s2)", " + ".join(f"s{i}" for i in range(40)), "1 << 9"],
 )  # fmt: skip
 def test_the_arithmetic_that_torch_writes_for_sizes_is_let_through(text: str) -> None:
-    _check_expression(text, "model.pt2")
+    check_expression(text, "model.pt2")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_the_arithmetic_that_torch_writes_for_sizes_is_let_through(text: str) ->
 )  # fmt: skip
 def test_anything_else_as_a_size_is_refused(text: str) -> None:
     with pytest.raises(UnsafeModel):
-        _check_expression(text, "model.pt2")
+        check_expression(text, "model.pt2")
 
 
 @pytest.mark.parametrize(

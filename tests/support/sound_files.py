@@ -145,7 +145,7 @@ def _write_images(stock: Path) -> None:
 def _write_answers(stock: Path) -> None:
     from edgeprune.devices import fake
 
-    (stock / "fake.json").write_text(json.dumps({**fake._CANNED, "classes": len(CLASSES)}))
+    (stock / "fake.json").write_text(json.dumps({**fake.CANNED, "classes": len(CLASSES)}))
     requests = {
         "about": {}, "memory": {"name": "dense"}, "profile": {"name": "dense"},
         "time": {"models": ["net"], "iterations": 20, "warmup": 3},
@@ -153,7 +153,7 @@ def _write_answers(stock: Path) -> None:
     (stock / "answers").mkdir()
     for op, request in requests.items():
         (stock / "answers" / f"{op}.json").write_text(
-            json.dumps(fake._answer({"op": op, **request}, fake._CANNED))
+            json.dumps(fake.canned_row({"op": op, **request}, fake.CANNED))
         )
     energy = {"joule": None, "why": "no power sensor", "runtime": "canned 0.0"}
     (stock / "answers/energy.json").write_text(json.dumps(energy))

@@ -86,7 +86,7 @@ class Thinning:
                 for group in self.groups:
                     quota = min(excess[group.name], math.ceil(self.rules.step * group.channels))
                     if quota:
-                        gone = self._step(group, quota, ways[group.name], generator)
+                        gone = self.step(group, quota, ways[group.name], generator)
                         assert gone, "of two units that live one can go"
                         excess[group.name] -= gone
                         advance(gone)
@@ -111,7 +111,7 @@ class Thinning:
             )
         return tuple(notes)
 
-    def _step(self, group: Group, quota: int, way: str, generator: torch.Generator) -> int:
+    def step(self, group: Group, quota: int, way: str, generator: torch.Generator) -> int:
         """Remove up to `quota` units of a group, or as many as there are pairs; how many went."""
         bounded = self._bounded()
         free = self._always_zero(group, bounded)[:quota]
