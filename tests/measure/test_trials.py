@@ -86,7 +86,8 @@ class Emulated(Local):
 
 def run_on(device: Device) -> Any:
     return SimpleNamespace(
-        device=device, target=targets.target("local"), log=lambda _line: None, on_target=True, file_share=0.0,
+        device=device, target=targets.target("local"), log=lambda _line: None,
+        decisions=SimpleNamespace(on_target=True, file_share=0.0),
         budget=Budget({"latency_p90": limit("latency_p90", "50 %")}),
         recipe=SimpleNamespace(prune=PruneTable(), measure=TABLE),
     )  # fmt: skip
