@@ -79,7 +79,6 @@ def _last(n: int, holds: Callable[[int], bool]) -> int:
 
 
 def _binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X binomial (n, p)."""
     if k < 0:
         return 0.0
     return 1.0 if k >= n else _beta(1.0 - p, n - k, k + 1)

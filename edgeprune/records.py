@@ -347,7 +347,6 @@ def is_place(where: str) -> bool:
 
 
 def _fault(reading: Reading) -> str:
-    """What is impossible about a reading: found and accepted; "" where nothing is."""
     info, value, ends = METRICS.get(reading.metric), reading.value, reading.spread or ()
     if not 0 <= reading.n <= MOST_SAMPLES or (
         info and value is not None and reading.measured and not reading.n

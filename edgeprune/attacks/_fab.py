@@ -124,7 +124,6 @@ def _solved(points: Tensor, normal: Tensor, value: Tensor, norm: str) -> Tensor:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Of the rows of two (M, F): (M,)."""
     return torch.bmm(one.unsqueeze(1), other.unsqueeze(2)).flatten()
 
 

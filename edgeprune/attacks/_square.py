@@ -128,7 +128,6 @@ def _side(x: Tensor, share: float, norm: str) -> int:
 
 
 def _stripes(x: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
-    """Vertical stripes of width 1, +eps or -eps in each channel (section 3.2)."""
     count, channels, _, width = x.shape
     return (x + ball.eps * _signs((count, channels, 1, width), generator).to(x)).clamp(0, 1)
 
@@ -203,7 +202,6 @@ def _box(x: Tensor, side: int, generator: torch.Generator) -> Box:
 
 
 def _overlap(one: Box, other: Box) -> Box:
-    """What two boxes share; empty where they don't meet."""
     begins = [max(a.start, b.start) for a, b in zip(one, other, strict=True)]
     ends = [min(a.stop, b.stop) for a, b in zip(one, other, strict=True)]
     rows, columns = (slice(begin, max(begin, end)) for begin, end in zip(begins, ends, strict=True))
@@ -216,10 +214,8 @@ def _energy(energy: Tensor, box: Box) -> Tensor:
 
 
 def _unit(change: Tensor) -> Tensor:
-    """Each image's change with length 1."""
     return change / (TINY + change.square().sum((1, 2, 3), keepdim=True).sqrt())
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """-1.0 or 1.0 with equal chance."""
     return 2.0 * torch.randint(2, shape, generator=generator) - 1.0

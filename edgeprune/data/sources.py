@@ -135,8 +135,6 @@ def bomb(path: Path) -> UsageError:
 
 
 class _Unpacked:
-    """The content of a compressed tar, and no more of it than is sane."""
-
     def __init__(self, path: Path, stream: IO[bytes]) -> None:
         self._path, self._stream, self._limit = path, stream, most_bytes(path.stat().st_size)
 

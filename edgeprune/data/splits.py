@@ -76,7 +76,6 @@ def arrange(found: Found, where: str) -> Layout:
 
 
 def _words(found: Found) -> str:
-    """What is passed over: how many of each kind, with an example."""
     ordered = sorted(found.passed.items(), key=lambda item: -item[1][0])
     words = [
         f"{count} {kind if count == 1 else _several(kind)} (such as {first!r})"
@@ -87,7 +86,6 @@ def _words(found: Found) -> str:
 
 
 def _several(kind: str) -> str:
-    """The plural: files without an ending, links in a circle, hidden images."""
     noun, space, rest = kind.partition(" ") if kind[0] not in ".hb" else (kind, "", "")
     return f"{noun}s{space}{rest}"
 

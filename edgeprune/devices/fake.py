@@ -174,7 +174,6 @@ def _predicted(request: Mapping[str, Any], classes: int) -> Dict[str, Any]:
 
 
 def _of(table: Mapping[str, Any], name: str) -> Any:
-    """The reading of that model; of the first one for a name that has none."""
     return table.get(name, next(iter(table.values())))
 
 

@@ -92,7 +92,6 @@ def _trtexec(device: Device) -> Finding:
 
 
 def _machine(name: str, facts: Mapping[str, Any]) -> list[Finding]:
-    """The processor, memory and disk; what the device does not say has no line."""
     cores = int(facts.get("cores", 1))
     keys = ("board", "cpu", "machine", "system", "l4t")
     board = ", ".join(str(facts[key]) for key in keys if key in facts)

@@ -181,7 +181,6 @@ def _weight(name: str, array: Array, node: NodeProto, position: int) -> Weight:
 
 
 def _place(broken: Array, op: str) -> str:
-    """The output, the inputs and the kernel position of the first broken block."""
     *index, group, block = (int(i) for i in broken[0])
     kernel = f", kernel position {tuple(index[1:])}" if op.startswith("Conv") and index[1:] else ""
     batch = f", matrix {tuple(index[:-1])}" if op in ("Gemm", "MatMul") and index[:-1] else ""

@@ -168,7 +168,6 @@ def _set_shapes(model: ModelProto, spec: InputSpec, dynamic_batch: bool) -> None
 
 
 def _untranslatable(program: ExportedProgram, error: BaseException) -> UnsupportedModel:
-    """The operator without an ONNX form, and its layer."""
     match = re.search(
         r"Error when translating node %(\w+)[^\n]*?target=(?:torch\.ops\.)?([\w.]+)", str(error)
     )

@@ -224,7 +224,6 @@ def _interval(
 
 
 def _widths(reading: Reading) -> tuple[float, float]:
-    """How far the 95 % interval reaches below and above the value."""
     value = value_of(reading)
     if value is None:
         return 0.0, 0.0

@@ -109,7 +109,6 @@ def run(bundle: Bundle, file: Path, backend: TimingBackend, options: SurveyOptio
 
 
 def _counts(segment: Segment, network: ProfiledNetwork, steps: Steps) -> list[Mapping[str, int]]:
-    """Counts of a weighted layer's output groups; all other groups keep their channels."""
     full = dict(network.channels)
     first = next(n for n in network.resizer.model.graph.node if n.name == segment.layer)
     if first.op_type not in WEIGHTED or not segment.out_channels.per:

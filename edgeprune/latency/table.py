@@ -81,7 +81,6 @@ def fit(timed: Sequence[tuple[int, int, float]]) -> Staircase:
 
 
 def _terms(widths: Array) -> Array:
-    """(n, terms) of the time at (n, 2) input and output channels."""
     inputs, outputs = widths[:, 0], widths[:, 1]
     blocked_inputs = [np.ceil(inputs / b) * b for b in INPUT_BLOCKS]
     blocked_outputs = [np.ceil(outputs / b) * b for b in OUTPUT_BLOCKS]

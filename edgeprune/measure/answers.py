@@ -141,7 +141,6 @@ def _bar(total: int, label: str) -> AbstractContextManager[Callable[..., None]]:
 
 
 def _pixels(split: Images, labels: list[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.float32]]:
-    """The images, batch by batch; their labels are added to the list."""
     for x, y in split.batches(BATCH):
         labels.append(np.asarray(y, dtype=np.int64))
         yield np.asarray(x, dtype=np.float32)

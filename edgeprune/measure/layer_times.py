@@ -82,8 +82,6 @@ def _node(row: Any, device: str) -> NodeTime:
 
 
 class _Names:
-    """From what the runtime calls a node to what the file calls it."""
-
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.by_name: Mapping[str, onnx.NodeProto] = {n.name: n for n in graph.node if n.name}
         self.by_output: Mapping[str, onnx.NodeProto] = {o: n for n in graph.node for o in n.output}

@@ -365,7 +365,6 @@ def _asked(file: OnnxFile, value: ValueInfoProto) -> tuple[int, ...]:
 
 
 def _dims(value: ValueInfoProto) -> list[int] | None:
-    """The shape, 0 where it is open; None where there is none."""
     kind = value.type.tensor_type
     return [max(0, dim.dim_value) for dim in kind.shape.dim] if kind.HasField("shape") else None
 

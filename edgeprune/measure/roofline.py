@@ -172,7 +172,6 @@ def _overhead(target: Target) -> float:
 
 
 def _shares(rows: Sequence[Work], roof: Roof, width: int) -> dict[str, float]:
-    """What the time goes into: arithmetic, memory, start-up."""
     arithmetic = [2.0 * row.macs / roof.peak for row in rows]
     memory = [row.numbers * width / roof.bandwidth for row in rows]
     busy = [(a, 0.0) if a >= m else (0.0, m) for a, m in zip(arithmetic, memory, strict=True)]

@@ -155,7 +155,6 @@ class Method(ABC):
 
     @final
     def __call__(self, network: nn.Module, task: PruneTask) -> Masks:
-        """Prune, and verify the masks."""
         shapes = {k: v.shape for k, v in network.state_dict().items()}
         masks = self.prune(network, task)
         if {k: v.shape for k, v in network.state_dict().items()} != shapes:

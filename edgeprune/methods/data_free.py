@@ -172,8 +172,6 @@ def _spec(task: PruneTask) -> InputSpec:
 
 
 class _Whole(nn.Module):
-    """The network with its normalization, as the task runs it."""
-
     def __init__(self, network: nn.Module, task: PruneTask) -> None:
         nn.Module.__init__(self)
         self.network = network

@@ -101,7 +101,6 @@ class Deadwooding(TrainingMethod):
         return models.key(repr(settings), networks, {})
 
     def _cut(self, network: nn.Module, task: PruneTask, training: Training) -> dict[str, Any]:
-        """Stage A and the cut: the start of stage B."""
         table = training.table
         table = replace(table, epochs=self.stages(table.epochs)[0], keep="last", distill=0.0)
         penalty = shrinkage.Penalty(self.rho_s, self.tau, self.fixed_penalty, self.per_weight, self.cap)
@@ -131,7 +130,6 @@ class Deadwooding(TrainingMethod):
     def _distil(
         self, network: nn.Module, task: PruneTask, masks: Mapping[str, Tensor], teacher: nn.Module
     ) -> dict[str, Any]:
-        """Stage B, in place; its curves."""
         training = need_training("deadwooding", task)
         epochs = self.stages(training.table.epochs)
         table = replace(training.table, epochs=epochs[1], keep="best", distill=0.0)

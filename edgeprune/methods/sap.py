@@ -205,7 +205,6 @@ class _Work:
         train.fit(training.deployed(self.network), job, masking_hooks(self.network, stays))
 
     def _measured(self, state: _State, norms: Mapping[str, Tensor]) -> _State:
-        """The curves with one more point: the index and what is left, per layer and in total."""
         curves, rule, units = deepcopy(state.curves), self.cutter.rule, self.task.units
         left = {name: norms[name][state.masks[name]] for name in units.sizes}
         found = {name: pqi(values, rule.p, rule.q) for name, values in left.items()}

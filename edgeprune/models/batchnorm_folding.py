@@ -85,8 +85,6 @@ class _Watch(TorchDispatchMode):
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a layer got and what it made of it."""
-
     layer: nn.Module
     given: Tensor
     made: Tensor
@@ -131,7 +129,6 @@ def _recording(layers: Sequence[nn.Module], calls: list[_Call]) -> Iterator[None
 
 
 def _absorb(weighted: Any, norm: Any) -> None:
-    """The layer with the batch-norm in it, computed in float64."""
 
     def exact(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.double()

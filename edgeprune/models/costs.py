@@ -130,8 +130,6 @@ def uncounted(network: nn.Module, example: Tensor) -> tuple[str, ...]:
 
 
 class _Seen(TorchDispatchMode):
-    """Keeps the names of operators that are not counted."""
-
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()

@@ -117,7 +117,6 @@ def _stored(view: View, value: str) -> str:
 
 
 def _why_not(view: View, node: NodeProto, precision: str) -> str:
-    """Why a product is not in a precision; "" when it is."""
     if precision == "fp32":
         return "float32"
     if precision == "fp16":

@@ -175,7 +175,6 @@ def _trains(run: Context, name: str) -> bool:
 def _doing(
     work: Callable[[Step], None], run: Context, folders: Mapping[str, Path], key: str
 ) -> Callable[[Path], None]:
-    """The work of a stage as the run directory wants it: a function of the folder to write."""
     return lambda out: work(Step(run, dict(folders), out, run.work.scratch(key)))
 
 
@@ -219,7 +218,6 @@ def _prune(step: Step) -> None:
 
 
 def _synthetic(step: Step) -> Tensor | None:
-    """The images that were synthesized, float32 (N, C, H, W), or None."""
     return data.read(step.folders["synthesize"]).images if "synthesize" in step.folders else None
 
 
@@ -268,7 +266,6 @@ def _tune(step: Step) -> None:
 
 
 def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]:
-    """How a network is trained, with what is done to its images decided, and what a reader must know of that."""
     assert run.data is not None, "a method that trains is refused without data"
     dense = models.deployed(run.bundle).eval()
     found, notes = train.choose_augmentation(dense, run.data, table, run.recipe.seed)

@@ -54,7 +54,6 @@ class Block(nn.Module):
     """Two 3x3 convolutions with batch-norm, and a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        """From `inputs` to `outputs` channels; stride 2 halves the image."""
         nn.Module.__init__(self)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)

@@ -99,7 +99,6 @@ def _device(recipe: Recipe) -> Device:
 
 
 def _clean(path: Path, subject: Bundle | Judged, images: Split, device: Device) -> Reading:
-    """The accuracy of a network in torch, or of a file through its runtime on a device."""
     if isinstance(subject, Bundle):
         return measure.of_network(subject, images, path.name)
     artifact = measure.artifact(subject.path, subject.spec)

@@ -82,7 +82,6 @@ def side_by_side(
 
 
 def _further(run: Context) -> dict[str, Device]:
-    """URL, without a password -> each device but the first."""
     return {
         devices.redacted(url): devices.device_from_url(url, run.target.setup)
         for url in run.recipe.measure.beside

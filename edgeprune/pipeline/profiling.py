@@ -59,7 +59,6 @@ def profile(
 
 
 def _job(recipe: Recipe, file: OnnxFile, asked: tuple[int | None, str], log: Log) -> _Job:
-    """What is measured of a file. asked: the limit and the output."""
     (limit, output), spec = asked, file.spec(asked[1])
     log(f"profile: outputs of {file.path.name}: {file.said}")
     if not recipe.data.path:

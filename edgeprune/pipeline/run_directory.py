@@ -104,7 +104,6 @@ def _folder(stage: str) -> str:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """What lies in a folder and its folders; links are not followed."""
     for root, folders, files in os.walk(folder):
         yield from (Path(root, name) for name in (*folders, *files))
 

@@ -69,7 +69,6 @@ def _edited(module: nn.Module, edited: Mapping[str, Tensor]) -> nn.Module:
 def _verified(
     network: nn.Module, groups: Sequence[Group], channels: Mapping[str, Tensor], example: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The masks that pass all together, and the groups that fail alone."""
     if models.proof_failure(network, groups, channels, example) is None:
         return dict(channels), {}
     alone = {g: models.proof_failure(network, groups, {g: keep}, example) for g, keep in channels.items()}

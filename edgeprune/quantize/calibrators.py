@@ -150,7 +150,6 @@ def squared_error(centres: Array, weights: Array, bounds: Range, *, symmetric: b
 
 
 def _histogram(seen: Seen, symmetric: bool) -> tuple[Array, Array]:
-    """Edges and counts, of the magnitudes if symmetric."""
     edges = np.linspace(seen.edge_low, seen.edge_high, len(seen.counts) + 1)
     if not symmetric:
         return edges, seen.counts

@@ -98,8 +98,6 @@ def half(
 
 
 class _Reasons:
-    """Why nodes of a graph stay float32."""
-
     def __init__(self, view: View, seen: Activations, skip: Collection[str]) -> None:
         self.view, self.seen, self.skip = view, seen, frozenset(skip)
         self.inside = {name: node.name for node in view.graph.node for name in captured(node)}
@@ -130,7 +128,6 @@ class _Reasons:
             yield self._rounded(name)
 
     def _largest(self, name: str) -> float:
-        """The largest magnitude that was observed; 0 where nothing was."""
         seen = self.seen.get(name)
         return 0.0 if seen is None else max(abs(seen.low), abs(seen.high))
 
@@ -172,7 +169,6 @@ class _Reasons:
 
 
 def _no_half_form(view: View, node: NodeProto) -> str:
-    """Why ONNX has no float16 form of a node."""
     schema = _schema(view, node)
     if schema is None:
         return f"{node.op_type} is no standard operator"
@@ -246,7 +242,6 @@ class _Converter:
                 self._cast(name, FLOAT, name)
 
     def _as(self, name: str, kind: int) -> str:
-        """The name of a value in a type."""
         if name in self.view.initializers:
             return self._constant(name, kind)
         if (name, kind) not in self.names:

@@ -183,7 +183,6 @@ def _int8_nodes(
 
 
 def _pads_zeros(view: View, node: NodeProto) -> bool:
-    """Whether what a Pad adds is zero or a copy."""
     if attribute(node, "mode", b"constant") != b"constant" or not operand(node, 2):
         return True
     value = view.constant(node.input[2])

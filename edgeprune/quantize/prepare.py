@@ -72,7 +72,6 @@ def _with_shapes(model: ModelProto) -> ModelProto:
 
 
 def _drop_passing(model: ModelProto) -> None:
-    """Remove the nodes whose output is their input."""
     graph, view = model.graph, View(model)
     producers = dict(view.producers)
     for node in list(graph.node):
@@ -121,7 +120,6 @@ def _name_nodes(graph: GraphProto) -> None:
 
 
 def _fold_factors(model: ModelProto) -> None:
-    """Multiply the weight of a Gemm by alpha and its bias by beta."""
     view = View(model)
     for node in model.graph.node:
         for factor, position in (("alpha", 1), ("beta", 2)):

@@ -179,7 +179,6 @@ class _Writer:
         return output
 
     def _quantize_input(self) -> None:
-        """Append Q and DQ for an input that they normalize."""
         assert self.entry is not None
         entry, source = self.entry, self.view.graph.input[0].name
         outer = [self._store(entry.scales), self._store(entry.zeros)]
@@ -205,7 +204,6 @@ class _Writer:
         return self._store(np.float32(scale)), self._store(np.int8(0) if self.symmetric else np.uint8(zero))
 
     def _quantize_weight(self, original: NodeProto, node: NodeProto) -> None:
-        """Give a node its int8 weight and its bias."""
         weight = self._finite(original.input[1]).astype(np.float64)
         axis = 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
         input_scale, _ = self._grid(original.input[0])
@@ -272,7 +270,6 @@ class _Writer:
         return stored
 
     def _store(self, value: Any) -> str:
-        """The name of a constant; equal ones are stored once."""
         array = np.asarray(value)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.stored:

@@ -164,7 +164,6 @@ def _check_loss(built: Built, job: Job) -> None:
 
 
 def _slower(candidates: Sequence[Candidate], place: str) -> list[str]:
-    """A note where the requested precision is slower than the float file."""
     first, asked = candidates
     if first.seconds is None or asked.seconds is None or asked.seconds <= first.seconds:
         return []

@@ -251,7 +251,6 @@ def _check_zero(node: NodeProto, step: QuantizationParameters, *, constant: bool
 
 
 def _scheme(kinds: dict[str, str]) -> str:
-    """The scheme from the types of activations; kinds: type -> the first node that has it."""
     known = {"uint8": "u8", "int8": "s8"}
     for kind, node in kinds.items():
         if kind not in known:

@@ -143,7 +143,6 @@ def _unfolded(layer: nn.Conv2d, x: Tensor, most: int) -> Tensor:
 
 
 def _columns(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """(N, F, patches) of a padded input."""
     if layer.kernel_size == (1, 1):
         return x[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
     return functional.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)

@@ -145,7 +145,6 @@ class Rows:
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y in float64, summed in float32 over short blocks."""
     return sum(
         ((a.T @ b).double() for a, b in zip(x.split(8192), y.split(8192), strict=True)),
         torch.zeros((), dtype=torch.float64),

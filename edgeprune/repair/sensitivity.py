@@ -164,7 +164,6 @@ def curve(order: Order, knots: Mapping[int, float]) -> Tensor:
 
 
 def _between(xs: list[float], ys: list[float], x: float) -> float:
-    """Linear between the knots; beyond the last one in proportion to it."""
     if x >= xs[-1]:
         return ys[-1] * x / xs[-1] if xs[-1] > 0 else ys[-1]
     right = next(i for i, knot in enumerate(xs) if knot > x)

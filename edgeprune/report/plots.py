@@ -208,7 +208,6 @@ def _time_ticks(low: float, high: float) -> list[tuple[str, str]]:
 
 
 def _distribution_curve(values: Sequence[float], low: float, high: float) -> str:
-    """Points of the empirical distribution in a 100 x 100 box, thinned to about CURVE_POINTS steps."""
     stride = math.ceil(len(values) / CURVE_POINTS)
     points, share = ["0,100"], 0.0
     for rank in [*range(stride - 1, len(values), stride), len(values) - 1]:

@@ -313,7 +313,6 @@ def _ledger_row(reading: Reading) -> LedgerRow:
 
 
 def _radius(conditions: Mapping[str, Any]) -> str:
-    """Of what was read under attack or for a ball: what and how far."""
     if not conditions.get("eps") or not conditions.get("norm"):
         return ""
     attack = conditions.get("attack")

@@ -223,7 +223,6 @@ def on_device(victim: ModelUnderAttack, path: Path, spec: InputSpec, there: OnDe
 
 
 def _engine(victim: ModelUnderAttack, path: Path, there: OnDevice) -> Path:
-    """The engine of a file, built on the device once and copied here."""
     assert there.target is not None
     there.log(f"attack: build an engine of {path.name} on {there.device.name}")
     there.scratch.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,6 @@ class Asked:
                 self._stack, self._talk, self._last = None, None, None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The logits float32 (N, K) of pixels (N, C, H, W), on the CPU."""
         if self._stack is None:
             with self.open():
                 return self(x)
@@ -105,7 +104,6 @@ class Asked:
         return answer
 
     def _heard(self, talk: InteractiveCommand, kind: int, timeout_s: float) -> bytes:
-        """The body of the next message, which must be of that kind."""
         first = talk.hear(agent.HEAD_BYTES, timeout_s)
         found = agent.head(first)
         if found is None:

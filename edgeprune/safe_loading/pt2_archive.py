@@ -124,6 +124,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _last_line(error: BaseException) -> str:
-    """The last line of an error's text: torch puts the cause there."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -138,7 +138,6 @@ def _log_ratio(w: Tensor, p: float, q: float) -> float:
 
 
 def _scaled(w: Tensor) -> Tensor:
-    """Magnitudes over the largest one, float64 (d,); zeros stay."""
     flat = w.detach().flatten().double().abs()
     if not bool(torch.isfinite(flat).all()):
         bad = int((~torch.isfinite(flat)).sum())

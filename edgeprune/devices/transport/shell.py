@@ -243,7 +243,6 @@ def size_in(said: str) -> int | None:
 
 
 def _shown(argv: Sequence[str]) -> str:
-    """A command for a message; whole scripts are left out."""
     return " ".join("(script)" if "\n" in word or len(word) > _LAST else shlex.quote(word) for word in argv)
 
 

@@ -81,7 +81,6 @@ def _propagated(call: Call, found: Mapping[str, Moments]) -> Moments | None:
 
 
 def _keeps_channels(call: Call) -> bool:
-    """Whether a mean is over positions; other pools always are."""
     if call.op != "mean":
         return True
     dims = call.arg("dim") if "dim" in call.names else None
@@ -224,7 +223,6 @@ def _channel_axis(call: Call) -> int:
 
 
 def _patch(at: Interval, producer: Call, width: int) -> tuple[Tensor, Tensor]:
-    """The bounds of each entry of a layer's patch: two of float64 (F,)."""
     axis = _channel_axis(producer)
     lo = at.lo.movedim(axis, 0).flatten(1).amin(1).double()
     hi = at.hi.movedim(axis, 0).flatten(1).amax(1).double()

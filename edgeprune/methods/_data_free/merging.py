@@ -163,7 +163,6 @@ def _layers(group: Group, role: str) -> list[str]:
 
 
 def _by_unit(tensor: Tensor, member: Member) -> Tensor:
-    """(C, all entries that each unit owns in a tensor)."""
     places = torch.tensor(member.positions)
     return tensor.detach().movedim(member.axis, 0)[places.flatten()].reshape(len(places), -1)
 

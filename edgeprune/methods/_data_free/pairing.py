@@ -164,7 +164,6 @@ def _direct(
 
 
 def _distances(rows: _Rows, block: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """||W_i - W_j||^2 of a block."""
     first, second, dots = block
     size = rows.norms[first, None] + rows.norms[second]
     squares = size - 2 * dots

@@ -132,7 +132,6 @@ class Thinning:
         return len(free) + len(chosen)
 
     def _bounded(self) -> BoundedNetwork | None:
-        """The network with its current bounds; None in mode baseline."""
         if self.rules.mode == "baseline":
             return None
         with torch.no_grad():

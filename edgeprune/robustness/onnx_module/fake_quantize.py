@@ -137,7 +137,6 @@ def _along(numbers: Tensor, node: Node, x: Tensor) -> Tensor:
 
 
 def _quantize(node: Node, x: Inputs) -> Tensor:
-    """Whole numbers, as floats: saturate(round(x / scale) + zero point)."""
     whole, zero = need(x, 0), at(x, 2)
     scale = _along(need(x, 1), node, whole)
     low, high = node.options[LOW], node.options[HIGH]

@@ -90,7 +90,6 @@ def _conv_transpose(node: Node, x: Inputs) -> Tensor:
 
 
 def _grown(whole: Tensor, extra: list[int], bias: Tensor | None) -> Tensor:
-    """Rows and columns that no kernel reaches: the bias alone."""
     pads = ([0] * len(extra), extra)
     if bias is None:
         return _padded(whole, pads)

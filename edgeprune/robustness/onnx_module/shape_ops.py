@@ -133,7 +133,6 @@ def _range(node: Node, x: Inputs) -> Tensor:
 
 
 def _cast(node: Node, x: Inputs) -> Tensor:
-    """To another type: all floats are float32 here, all whole numbers int64."""
     to, whole = node.options["to"], need(x, 0)
     if to in FLOATS:
         return whole if whole.is_floating_point() else whole.to(torch.float32)
