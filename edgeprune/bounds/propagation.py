@@ -45,6 +45,7 @@ class Weights:
         self._constants = program.constants
 
     def __call__(self, name: str) -> Tensor:
+        """A tensor in the dtype of the bounds."""
         return self.cast((self._state[name] if name in self._state else self._constants[name]).detach())
 
     def cast(self, value: Any) -> Any:

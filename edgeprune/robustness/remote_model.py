@@ -60,6 +60,7 @@ class Asked:
                 self._stack, self._talk, self._last = None, None, None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The logits float32 (N, K) of pixels (N, C, H, W), on the CPU."""
         if self._stack is None:
             with self.open():
                 return self(x)

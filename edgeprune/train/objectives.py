@@ -57,6 +57,7 @@ class Objective:
         return self.kind == "trades" or (self.kind != "natural" and self.beta < 1)
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch; gradients pass."""
         target = self._teacher_logits(x)
         moved = self.attack(module, x, y, generator)
         beta = self.beta if self.attacks else 1.0
