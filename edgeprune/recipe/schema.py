@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Mapping, Tuple
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Mapping, Tuple, TypeVar
 
 from edgeprune import plugins
 from edgeprune.errors import UsageError
 from edgeprune.quantities import check_choice, eps_of, limit, suggest
+
+T = TypeVar("T")
 
 GRANULARITIES = ("channel", "weight", "2:4")
 ALLOCATIONS = ("global", "uniform", "pqi")
@@ -33,29 +35,11 @@ AUTO = ("taylor", "data-free")
 
 def check(recipe: Recipe) -> None:
     """Refuse a value that is not accepted."""
-    words = (
-        ("data.use", recipe.data.use, ("all", "evaluate")),
-        ("prune.granularity", recipe.prune.granularity, GRANULARITIES),
-        ("prune.allocation", recipe.prune.allocation, ALLOCATIONS),
-        ("prune.repair", recipe.prune.repair, REPAIRS),
-        ("tune.objective", recipe.tune.objective, OBJECTIVES),
-        ("tune.optimizer", recipe.tune.optimizer, OPTIMIZERS),
-        ("tune.norm", recipe.tune.norm, NORMS),
-        ("tune.keep", recipe.tune.keep, KEEPS),
-        ("tune.augment", recipe.tune.augment, AUGMENTS),
-        ("tune.mixed", recipe.tune.mixed, MIXED),
-        ("export.precision", recipe.export.precision, PRECISIONS),
-        ("quantize.calibrator", recipe.quantize.calibrator, CALIBRATORS),
-        ("quantize.scheme", recipe.quantize.scheme, SCHEMES),
-        ("quantize.equalize", recipe.quantize.equalize, SWITCHES),
-        ("quantize.bias_correction", recipe.quantize.bias_correction, SWITCHES),
-        ("attack.name", recipe.attack.name, ATTACKS),
-        ("attack.norm", recipe.attack.norm, NORMS),
-    )
-    for where, value, accepted in words:
-        check_choice(where, value, accepted)
+    _check_fields("", recipe)
+    for table in fields(recipe):
+        if is_dataclass(getattr(recipe, table.name)):
+            _check_fields(f"{table.name}.", getattr(recipe, table.name))
     _check_options(recipe.prune)
-    _check_ranges(recipe)
     eps_of(recipe.tune.eps, recipe.tune.norm)
     eps_of(recipe.attack.eps, recipe.attack.norm)
     for metric, text in recipe.budget.items():
@@ -64,41 +48,15 @@ def check(recipe: Recipe) -> None:
         limit(metric, text)
 
 
-def _check_ranges(recipe: Recipe) -> None:
-    ranges = (
-        ("seed", recipe.seed, 0, 2**32 - 1),
-        ("prune.floor", recipe.prune.floor, 0.0, 1.0),
-        ("prune.int8_file", recipe.prune.int8_file, 0.0, 1.0),
-        ("data.val_share", recipe.data.val_share, 0.01, 0.99),
-        ("tune.distill", recipe.tune.distill, 0.0, 1.0),
-        ("tune.lr", recipe.tune.lr, 0.0, 100.0),
-        ("tune.weight_decay", recipe.tune.weight_decay, 0.0, 1.0),
-        ("tune.temperature", recipe.tune.temperature, 0.01, 1000.0),
-        ("tune.epochs", recipe.tune.epochs, 0, 100000),
-        ("tune.batch", recipe.tune.batch, 2, 65536),
-        ("tune.attack_steps", recipe.tune.attack_steps, 1, 1000),
-        ("tune.attack_step", recipe.tune.attack_step, 0.0, 100.0),
-        ("tune.beta", recipe.tune.beta, 0.0, 1.0),
-        ("tune.trades", recipe.tune.trades, 0.0, 1000.0),
-        ("tune.val_share", recipe.tune.val_share, 0.01, 0.5),
-        ("prune.multiple_of", recipe.prune.multiple_of, 0, 1024),
-        ("synthesize.images", recipe.synthesize.images, 0, 65536),
-        ("synthesize.steps", recipe.synthesize.steps, 0, 10**6),
-        ("export.opset", recipe.export.opset, 0, 100),
-        ("export.tolerance", recipe.export.tolerance, 0.0, 1.0),
-        ("quantize.tolerance", recipe.quantize.tolerance, 0.0, 1.0),
-        ("measure.threads", recipe.measure.threads, 0, 1024),
-        ("measure.warmup", recipe.measure.warmup, 0, 10**6),
-        ("measure.iterations", recipe.measure.iterations, 10, 10**6),
-        ("measure.seconds", recipe.measure.seconds, 0.1, 86400.0),
-        ("attack.limit", recipe.attack.limit, 0, 10**9),
-        ("attack.steps", recipe.attack.steps, 1, 100000),
-        ("attack.restarts", recipe.attack.restarts, 1, 1000),
-        ("attack.batch", recipe.attack.batch, 0, 65536),
-    )
-    for where, value, low, high in ranges:
-        if not low <= value <= high:
-            raise UsageError(f"{where} = {value} must be between {low:.10g} and {high:.10g}")
+def _check_fields(prefix: str, table: Any) -> None:
+    for item in fields(table):
+        where, value = f"{prefix}{item.name}", getattr(table, item.name)
+        if "accepted" in item.metadata:
+            check_choice(where, value, item.metadata["accepted"])
+        if "between" in item.metadata:
+            low, high = item.metadata["between"]
+            if not low <= value <= high:
+                raise UsageError(f"{where} = {value} must be between {low:.10g} and {high:.10g}")
 
 
 def _check_options(table: PruneTable) -> None:
@@ -117,6 +75,14 @@ def _check_options(table: PruneTable) -> None:
             raise UsageError(f"prune.{key} = {value!r:.80} must be of type str")
         if default[:1].isdigit() and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UsageError(f"prune.{key} = {value!r:.80} must be a number")
+
+
+def _choice(default: str, accepted: Tuple[str, ...]) -> str:
+    return field(default=default, metadata={"accepted": accepted})
+
+
+def _number(default: T, low: float, high: float) -> T:
+    return field(default=default, metadata={"between": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -141,8 +107,8 @@ class DataTable:
     """
 
     path: str = ""
-    use: str = "all"
-    val_share: float = 0.2
+    use: str = _choice("all", ("all", "evaluate"))
+    val_share: float = _number(0.2, 0.01, 0.99)
     calibration: str = "default"
 
 
@@ -161,12 +127,12 @@ class PruneTable:
     """
 
     method: str = "auto"
-    granularity: str = "channel"
-    allocation: str = "global"
-    floor: float = 0.1
-    multiple_of: int = 0
+    granularity: str = _choice("channel", GRANULARITIES)
+    allocation: str = _choice("global", ALLOCATIONS)
+    floor: float = _number(0.1, 0.0, 1.0)
+    multiple_of: int = _number(0, 0, 1024)
     skip: Tuple[str, ...] = ()
-    repair: str = "auto"
+    repair: str = _choice("auto", REPAIRS)
     int8_file: float = 0.2
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -178,8 +144,8 @@ class SynthesizeTable:
     0 is as many as the cost of the network allows.
     """
 
-    images: int = 0
-    steps: int = 0
+    images: int = _number(0, 0, 65536)
+    steps: int = _number(0, 0, 10**6)
 
 
 @dataclass(frozen=True)
@@ -194,35 +160,35 @@ class TuneTable:
     (`false`), or "auto", those that the dense network does not mind.
     """
 
-    epochs: int = 0
-    objective: str = "natural"
-    lr: float = 0.03
-    batch: int = 128
-    weight_decay: float = 5e-4
-    optimizer: str = "sgd"
-    distill: float = 0.9
-    temperature: float = 4.0
-    augment: str = "auto"
+    epochs: int = _number(0, 0, 100000)
+    objective: str = _choice("natural", OBJECTIVES)
+    lr: float = _number(0.03, 0.0, 100.0)
+    batch: int = _number(128, 2, 65536)
+    weight_decay: float = _number(5e-4, 0.0, 1.0)
+    optimizer: str = _choice("sgd", OPTIMIZERS)
+    distill: float = _number(0.9, 0.0, 1.0)
+    temperature: float = _number(4.0, 0.01, 1000.0)
+    augment: str = _choice("auto", AUGMENTS)
     recalibrate: bool = True
     eps: str = ""
-    norm: str = "Linf"
-    attack_steps: int = 7
-    attack_step: float = 0.0
-    beta: float = 0.0
-    trades: float = 6.0
-    keep: str = "last"
-    val_share: float = 0.1
-    mixed: str = "auto"
+    norm: str = _choice("Linf", NORMS)
+    attack_steps: int = _number(7, 1, 1000)
+    attack_step: float = _number(0.0, 0.0, 100.0)
+    beta: float = _number(0.0, 0.0, 1.0)
+    trades: float = _number(6.0, 0.0, 1000.0)
+    keep: str = _choice("last", KEEPS)
+    val_share: float = _number(0.1, 0.01, 0.5)
+    mixed: str = _choice("auto", MIXED)
 
 
 @dataclass(frozen=True)
 class ExportTable:
     """[export]: the file that ships. opset 0 takes the target's."""
 
-    precision: str = "auto"
-    opset: int = 0
+    precision: str = _choice("auto", PRECISIONS)
+    opset: int = _number(0, 0, 100)
     dynamic_batch: bool = False
-    tolerance: float = 1e-4
+    tolerance: float = _number(1e-4, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -235,11 +201,11 @@ class QuantizeTable:
     layers go back to float, one after the other. skip: layers that stay float.
     """
 
-    calibrator: str = "auto"
-    scheme: str = "auto"
-    equalize: str = "auto"
-    bias_correction: str = "auto"
-    tolerance: float = 0.01
+    calibrator: str = _choice("auto", CALIBRATORS)
+    scheme: str = _choice("auto", SCHEMES)
+    equalize: str = _choice("auto", SWITCHES)
+    bias_correction: str = _choice("auto", SWITCHES)
+    tolerance: float = _number(0.01, 0.0, 1.0)
     skip: Tuple[str, ...] = ()
 
 
@@ -254,10 +220,10 @@ class MeasureTable:
 
     device: str = "local"
     beside: Tuple[str, ...] = ()
-    threads: int = 1
-    warmup: int = 10
-    iterations: int = 4000
-    seconds: float = 20.0
+    threads: int = _number(1, 0, 1024)
+    warmup: int = _number(10, 0, 10**6)
+    iterations: int = _number(4000, 10, 10**6)
+    seconds: float = _number(20.0, 0.1, 86400.0)
 
 
 @dataclass(frozen=True)
@@ -270,13 +236,13 @@ class AttackTable:
     pgd. batch: images at a time; 0 is sized to memory.
     """
 
-    name: str = "auto"
+    name: str = _choice("auto", ATTACKS)
     eps: str = ""
-    norm: str = "Linf"
-    limit: int = 500
-    steps: int = 20
-    restarts: int = 1
-    batch: int = 0
+    norm: str = _choice("Linf", NORMS)
+    limit: int = _number(500, 0, 10**9)
+    steps: int = _number(20, 1, 100000)
+    restarts: int = _number(1, 1, 1000)
+    batch: int = _number(0, 0, 65536)
 
 
 @dataclass(frozen=True)
@@ -284,7 +250,7 @@ class Recipe:
     """A run, decided completely: same recipe, same model, same data give the same result."""
 
     target: str = "local"
-    seed: int = 0
+    seed: int = _number(0, 0, 2**32 - 1)
     model: ModelTable = ModelTable()
     data: DataTable = DataTable()
     synthesize: SynthesizeTable = SynthesizeTable()
