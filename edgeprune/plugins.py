@@ -29,11 +29,7 @@ def spelled(name: str) -> str:
 
 
 def path_of(family: str, name: str) -> Path:
-    """The file of a member.
-
-    Raises:
-        UsageError: no such family or member; says the closest one.
-    """
+    """The file of a member."""
     stem = name.replace("-", "_")
     path = members_folder(family) / f"{stem}.py"
     if spelled(stem) not in names(family):
@@ -58,11 +54,7 @@ def options(family: str, name: str) -> Dict[str, str]:
 
 
 def check_options(family: str, name: str, given: Mapping[str, Any]) -> None:
-    """Refuse an option that the member does not have.
-
-    Raises:
-        UsageError: unknown member or option; says the closest one.
-    """
+    """Refuse an option that the member does not have."""
     known = options(family, name)
     for key in given:
         if key not in known:
@@ -73,11 +65,7 @@ def check_options(family: str, name: str, given: Mapping[str, Any]) -> None:
 
 
 def build(family: str, name: str, given: Mapping[str, Any]) -> Any:
-    """Import a member and construct it with the given options. A dotted path names a class outside the package.
-
-    Raises:
-        UsageError: unknown member or option, or a value that the member refuses.
-    """
+    """Import a member and construct it with the given options. A dotted path names a class outside the package."""
     if "." in name:
         cls = _outside(family, name)
     else:
@@ -90,11 +78,7 @@ def build(family: str, name: str, given: Mapping[str, Any]) -> Any:
 
 
 def importer(package: str, **homes: str) -> Callable[[str], Any]:
-    """A package's `__getattr__` (PEP 562) that imports a module when one of its names is first used.
-
-    Args:
-        homes: module -> the names that it has, with spaces between.
-    """
+    """A package's `__getattr__` (PEP 562) that imports modules on first use. homes: module -> its names in one text."""
     home = {name: module for module, names in homes.items() for name in names.split()}
 
     def find(name: str) -> Any:

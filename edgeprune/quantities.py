@@ -71,11 +71,7 @@ def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
 
 
 def number(text: str, unit: str) -> float:
-    """Read a quantity of the base unit "s", "B", "J", "dB", "" (a count) or "fraction".
-
-    Raises:
-        UsageError: not a finite number, or a unit that does not belong there.
-    """
+    """Read a finite quantity of the base unit "s", "B", "J", "dB", "" (a count) or "fraction"."""
     match = _NUMBER.fullmatch(text)
     scales = _SCALES[unit]
     if not match or match.group(3) not in scales:
@@ -89,11 +85,7 @@ def number(text: str, unit: str) -> float:
 
 
 def limit(metric: str, text: object) -> Limit:
-    """Read one limit of a budget: absolute with a unit, "50 %" of the dense model, or "-1 pp" for accuracies.
-
-    Raises:
-        UsageError: unknown metric, a number without its unit, a limit that can't be met by anything.
-    """
+    """Read one limit of a budget: absolute with a unit, "50 %" of the dense model, or "-1 pp" for accuracies."""
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r} in the budget", suggest(metric, METRICS))
     info, raw = METRICS[metric], str(text).strip()
@@ -164,11 +156,7 @@ def show(value: Optional[float], unit: str) -> str:
 
 
 def eps_of(text: str, norm: str) -> float:
-    """Read the radius of an attack: "8/255", "0.03" or "3 %" of the range of pixels; "" is the norm's usual one.
-
-    Raises:
-        UsageError: not a number, not more than 0, or so large that levels of 255 were meant.
-    """
+    """Read the radius of an attack: "8/255", "0.03" or "3 %" of the range of pixels; "" is the norm's usual one."""
     check_choice("norm", norm, USUAL_EPS)
     if not text.strip():
         return USUAL_EPS[norm]

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 
 from edgeprune import host
 from edgeprune.errors import UsageError
-from edgeprune.quantities import number, suggest
+from edgeprune.quantities import check_choice, number, suggest
 from edgeprune.records import Target
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -33,11 +33,7 @@ _OPTIONAL = {"setup", "board"}
 
 
 def folder(name: str) -> Path:
-    """The folder "targets" or "calibration" that came with this installation.
-
-    Raises:
-        UsageError: neither a wheel's nor a checkout's folder is there.
-    """
+    """The folder "targets" or "calibration" of this installation: of a wheel, or of a checkout."""
     here = Path(__file__).resolve().parent
     for candidate in (here / "_data" / name, here.parent / name):
         if candidate.is_dir():
@@ -51,11 +47,7 @@ def names(name: str) -> List[str]:
 
 
 def resolve(kind: str, name: str) -> Path:
-    """A bare name is a bundled file; anything with "/" or ending in ".toml" is a path.
-
-    Raises:
-        UsageError: no such file; says the closest name.
-    """
+    """A bare name is a bundled file; anything with "/" or ending in ".toml" is a path."""
     if "/" in name or name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -68,11 +60,7 @@ def resolve(kind: str, name: str) -> Path:
 
 
 def read_toml(path: Path) -> Dict[str, Any]:
-    """Parse a TOML file.
-
-    Raises:
-        UsageError: not readable or not TOML; says the line.
-    """
+    """Parse a TOML file."""
     try:
         return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -80,11 +68,7 @@ def read_toml(path: Path) -> Dict[str, Any]:
 
 
 def parse_toml(text: str) -> Dict[str, Any]:
-    """What a TOML text says.
-
-    Raises:
-        ValueError: not TOML, nested too deep, or a whole number of more than 64 bits, which TOML does not have.
-    """
+    """Parse a TOML text; a ValueError also where it is nested too deep or has an integer of more than 64 bits."""
     import tomllib
 
     try:
@@ -117,6 +101,7 @@ def target(name: str) -> Target:
     if "cpu" in table:
         table = _of_this_machine(path, table, host.this())
     _check_keys(path, table)
+    check_choice(f"{path}: int8", table["int8"], SCHEMES)
     return Target(
         name=path.stem,
         title=table["title"],
@@ -128,7 +113,7 @@ def target(name: str) -> Target:
         bandwidth=_bytes(path, table, "bandwidth"),
         peak=_peaks(path, table["peak"]),
         opset=_opset(path, table["opset"]),
-        int8=_scheme(path, table["int8"]),
+        int8=table["int8"],
         setup=dict(table.get("setup", {})),
         board=table.get("board", ""),
     )
@@ -190,12 +175,6 @@ def _bytes(path: Path, table: Mapping[str, Any], key: str) -> float:
         raise UsageError(f"{path}: {key} = {error.message}", error.hint) from error
     if value < 0:
         raise UsageError(f"{path}: {key} = {table[key]!r} must not be negative")
-    return value
-
-
-def _scheme(path: Path, value: str) -> str:
-    if value not in SCHEMES:
-        raise UsageError(f"{path}: int8 = {value!r} is not one of {', '.join(SCHEMES)}")
     return value
 
 

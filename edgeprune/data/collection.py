@@ -17,7 +17,7 @@ from edgeprune import targets
 from edgeprune.data import images, splits
 from edgeprune.errors import UsageError, shortened
 from edgeprune.progress import bar
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice, suggest
 from edgeprune.recipe import DataTable
 from edgeprune.records import InputSpec
 
@@ -255,6 +255,5 @@ def _calibration_recipe(path: Path) -> tuple[int, int, str]:
     for key, least, most in (("count", 1, 10**9), ("seed", 0, 2**32 - 1)):
         if not least <= table[key] <= most:
             raise UsageError(f"{path}: {key} = {table[key]} must be between {least} and {most}")
-    if table["selection"] not in SELECTIONS:
-        raise UsageError(f"{path}: selection = {table['selection']!r} is not one of {', '.join(SELECTIONS)}")
+    check_choice(f"{path}: selection", table["selection"], SELECTIONS)
     return table["count"], table["seed"], table["selection"]

@@ -107,9 +107,9 @@ def of(limit: Limit, after: Reading, report: Report) -> Speed:
     if found not in (speedup.NOT_FASTER, speedup.UNDECIDED):
         return Speed(found)
     known = f" (95 % interval {ratio.low:.3f}-{ratio.high:.3f})" if ratio.low < ratio.high else ""
-    said = "not faster" if found == speedup.NOT_FASTER else "not shown to be faster"
+    speed = "not faster" if found == speedup.NOT_FASTER else "not shown to be faster"
     words = (
-        f"{said}: {ratio.value:.3f}x the speed of the dense model{known}, and a limit in % asks for a gain"
+        f"{speed}: {ratio.value:.3f}x the speed of the dense model{known}, and a limit in % asks for a gain"
     )
     return Speed(found, words)
 
@@ -138,9 +138,14 @@ def worst(checks: Mapping[str, Check], *, alone: bool) -> Check:
     """The check that decides: a missed limit before one that can't be told, then the smallest margin.
 
     Returns:
-        that check; where several places were read, its detail says at which it was, and what the others said.
+        that check; where several devices have readings, its detail names the device, and those of the others.
     """
-    where = max(checks, key=lambda place: (ORDER.index(checks[place].status), -_share(checks[place])))
+
+    def badness(place: str) -> tuple[int, float]:
+        check = checks[place]
+        return ORDER.index(check.status), -(check.margin or 0.0) / abs(check.threshold or 1.0)
+
+    where = max(checks, key=badness)
     decides = checks[where]
     if alone:
         return decides
@@ -150,11 +155,5 @@ def worst(checks: Mapping[str, Check], *, alone: bool) -> Check:
         for place, check in checks.items()
         if place != where
     ]
-    said = f"the worst of {len(checks)} devices is {where}; {', '.join(rest)}" if rest else f"on {where}"
-    return replace(decides, detail="; ".join(text for text in (said, decides.detail) if text))
-
-
-def _share(check: Check) -> float:
-    if check.margin is None or not check.threshold:
-        return check.margin or 0.0
-    return check.margin / abs(check.threshold)
+    detail = f"the worst of {len(checks)} devices is {where}; {', '.join(rest)}" if rest else f"on {where}"
+    return replace(decides, detail="; ".join(text for text in (detail, decides.detail) if text))

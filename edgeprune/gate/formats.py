@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from xml.etree import ElementTree
 
 from edgeprune import serialization
-from edgeprune.errors import UsageError
-from edgeprune.quantities import show, suggest
+from edgeprune.quantities import check_choice, show
 from edgeprune.records import METRICS, Check, Verdict
 
 FORMATS = ("text", "json", "markdown", "junit")
@@ -34,17 +33,25 @@ def render(verdict: Verdict, format: str) -> str:  # noqa: A002 - the word of th
     """The verdict in one of FORMATS, without a newline at the end."""
     writers: dict[str, Callable[[Verdict], str]] = {
         "text": _text,
-        "json": _json,
+        "json": lambda found: json.dumps(serialization.to_json(found), indent=1, allow_nan=False),
         "markdown": _markdown,
         "junit": _junit,
     }
-    if format not in writers:
-        raise UsageError(f"no format is named {format!r}", suggest(format, FORMATS))
+    check_choice("format", format, FORMATS)
     return writers[format](verdict)
 
 
 def _text(verdict: Verdict) -> str:
-    rows = [(_word(c), c.metric, _shown(c, c.value), _limit(c), _margin(c)) for c in verdict.checks]
+    rows = [
+        (
+            c.status.upper() if c.status != "pass" else c.status,
+            c.metric,
+            _shown(c, c.value),
+            _limit(c),
+            _margin(c),
+        )
+        for c in verdict.checks
+    ]
     words, metrics, values, limits = ([row[i] for row in rows] for i in range(4))
     lines: list[str] = []
     for check, (word, metric, value, limit, margin) in zip(verdict.checks, rows, strict=True):
@@ -56,10 +63,6 @@ def _text(verdict: Verdict) -> str:
     advice = [line for check in verdict.checks for line in _advice(check)]
     last = f"gate: {WORDS[verdict.exit_code]} ({_tally(verdict)})"
     return "\n".join([*lines, *(["", *advice] if advice else []), "", last])
-
-
-def _json(verdict: Verdict) -> str:
-    return json.dumps(serialization.to_json(verdict), indent=1, allow_nan=False)
 
 
 def _markdown(verdict: Verdict) -> str:
@@ -91,16 +94,16 @@ def _junit(verdict: Verdict) -> str:
         case = ElementTree.SubElement(
             suite, "testcase", {"classname": "edgeprune.gate", "name": name, "time": "0"}
         )
-        said = _xml(
+        text = _xml(
             f"{_shown(check, check.value)}, limit {_limit(check)}, {_detail(check) or _margin(check)}"
         )
         if check.status == "pass":
-            ElementTree.SubElement(case, "system-out").text = said
+            ElementTree.SubElement(case, "system-out").text = text
             continue
         tag = "failure" if check.status == "fail" else "error"
         missed = tag == "failure" and (check.margin is None or check.margin < 0)
         message = _xml(_margin(check) if missed else _detail(check))
-        ElementTree.SubElement(case, tag, {"type": check.status, "message": message}).text = said
+        ElementTree.SubElement(case, tag, {"type": check.status, "message": message}).text = text
     if verdict.notes:
         ElementTree.SubElement(suite, "system-out").text = _xml("\n".join(verdict.notes))
     ElementTree.indent(root, " ")
@@ -110,10 +113,6 @@ def _junit(verdict: Verdict) -> str:
 
 def _widest(texts: Sequence[str]) -> int:
     return max(len(text) for text in texts)
-
-
-def _word(check: Check) -> str:
-    return check.status if check.status == "pass" else check.status.upper()
 
 
 def _detail(check: Check) -> str:

@@ -61,11 +61,8 @@ def run(
     statuses = {check.status for check in checks}
     exit_code = 1 if "fail" in statuses else 8 if statuses - {"pass"} else 0
     notes = [*_baseline_notes(report, budget, baseline, baseline_missing)]
-    notes += (
-        []
-        if any(not where_of(view).startswith(("local", "fake")) for view in further)
-        else _target_notes(first, budget)
-    )
+    if all(where_of(view).startswith(("local", "fake")) for view in further):
+        notes += _target_notes(first, budget)
     notes += [f"Without readings of {url}: {why}" for url, why in unread(report).items()]
     return Verdict(tuple(checks), exit_code == 0, exit_code, tuple(notes))
 
@@ -91,8 +88,7 @@ def _base(bases: Mapping[str, Report], view: Report) -> Report | None:
 
 
 def _ordered(report: Report, budget: Budget) -> Report:
-    """With what is to be held first, whatever the order in the file: measurements; where estimates are allowed, those
-    of the target before what was measured in its place."""
+    """Measurements first; where estimates are allowed, those of the target before measurements elsewhere."""
 
     def rank(reading: Reading) -> int:
         if not reading.measured:
@@ -164,10 +160,8 @@ def _missing(metric: str, after: Reading | None, reference: _Reference | None) -
 def _unchecked(after: Reading) -> str:
     if not after.measured and after.spread is None:
         why = after.conditions.get("validation")
-        said = (
-            why.removeprefix("none: ") if isinstance(why, str) else "no layers were timed to hold it against"
-        )
-        return f"the estimate was not validated: {said}"
+        reason = why.removeprefix("none: ") if isinstance(why, str) else "no layer times to compare it with"
+        return f"the estimate was not validated: {reason}"
     return ""
 
 

@@ -23,6 +23,7 @@ from edgeprune.measure.latency import latency
 from edgeprune.measure.layer_times import node_times
 from edgeprune.measure.place import place
 from edgeprune.onnx_graph import WIDTH, Work, work_of
+from edgeprune.quantities import check_choice
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import METRICS, Reading, Target
 from edgeprune.runtimes import NodeTime
@@ -79,8 +80,7 @@ def estimate(
 
     latency_p50 with `where` "estimated: roofline of TARGET"; without a value where the target's facts lack a peak.
     """
-    if precision not in WIDTH:
-        raise UsageError(f"precision {precision!r} is not one of {', '.join(WIDTH)}")
+    check_choice("precision", precision, WIDTH)
     rows = work_of(layers) if isinstance(layers, Path) else tuple(layers)
     if not rows:
         raise UsageError("there are no layers to estimate")

@@ -31,12 +31,19 @@ def build_report(
     plan = small.plans[-1]
     measured = serialization.read(measure.Measured, folders["measure"] / "measured.json", WorkdirError)
     further = joined(run, measured, beside or OtherDevices())
-    ledgers = [_ledger(folders[name]) for name in ("repair", "tune") if name in folders]
+    ledgers = [
+        serialization.read(Ledger, folders[name] / "ledger.json", WorkdirError)
+        for name in ("repair", "tune")
+        if name in folders
+    ]
     attacked = robustness.Attacked((), (), (), ())
     if "attack" in folders:
         attacked = serialization.read(type(attacked), folders["attack"] / "attacked.json", WorkdirError)
     example = models.normalized_example(run.bundle.input, run.recipe.seed)
     rows = (models.layer_costs(run.bundle.module, example), models.layer_costs(small.module, example))
+    nonzero = None
+    if run.recipe.prune.granularity != "channel":
+        nonzero = {"dense": count(run.bundle.module), "compressed": count(small.module)}
     chosen = prune.read(folders["prune"])
     environment = report.environment(run.device.facts(), run.target.title)
     parts: dict[str, Any] = {
@@ -45,7 +52,7 @@ def build_report(
         "before": (*measured.before, *attacked.before, *further.measured.before),
         "after": (*measured.after, *attacked.after, *further.measured.after),
         "samples": {**measured.samples, **further.measured.samples},
-        "layers": report.layers(*rows, measured.times, plan.left_out, nonzero=_nonzero(run, small)),
+        "layers": report.layers(*rows, measured.times, plan.left_out, nonzero=nonzero),
         "history": chosen.record,
     }  # fmt: skip
     made = quantize.read(folders["quantize"]) if "quantize" in folders else None
@@ -83,18 +90,8 @@ def lock_facts(run: Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ledger(folder: Path) -> Ledger:
-    return serialization.read(Ledger, folder / "ledger.json", WorkdirError)
-
-
-def _nonzero(run: Context, small: Bundle) -> dict[str, dict[str, int]] | None:
-    if run.recipe.prune.granularity == "channel":
-        return None
-    return {"dense": count(run.bundle.module), "compressed": count(small.module)}
-
-
 def _parity_notes(readings: Sequence[Reading]) -> list[str]:
-    """How far the files' answers are from the network's, relative to the largest logit; and the 2:4 pattern's proof."""
+    """How far the files' outputs are from the network's, relative to the largest logit; and the 2:4 pattern's proof."""
     proofs = [str(r.conditions["words"]) for r in readings if "words" in r.conditions]
     worst: dict[str, float] = {}
     for reading in readings:
@@ -102,8 +99,8 @@ def _parity_notes(readings: Sequence[Reading]) -> list[str]:
             worst[reading.artifact] = max(worst.get(reading.artifact, 0.0), reading.value)
     if not worst:
         return proofs
-    said = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
-    return [*proofs, f"Largest difference to the network in torch, relative to the largest logit: {said}."]
+    largest = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    return [*proofs, f"Largest difference to the network in torch, relative to the largest logit: {largest}."]
 
 
 def _why_float(run: Context) -> str:

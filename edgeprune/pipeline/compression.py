@@ -152,11 +152,16 @@ def _run(run: Context, keys: Mapping[str, str]) -> Result:
     )  # fmt: skip
     folders: dict[str, Path] = {}
     beside = OtherDevices()
+
+    def write(name: str, work: Callable[[Step], None], out: Path) -> None:
+        work(Step(run, dict(folders), out, run.work.scratch(keys[name])))
+
     for name, work in order:
         if name not in keys:
             continue
-        doing = _doing(work, run, folders, keys[name])
-        make = partial(run.work.stage, name, keys[name], doing, together=_trains(run, name))
+        make = partial(
+            run.work.stage, name, keys[name], partial(write, name, work), together=_trains(run, name)
+        )
         if name == "measure":
             folders[name], beside = side_by_side(run, keys, folders, make)
         else:
@@ -165,17 +170,9 @@ def _run(run: Context, keys: Mapping[str, str]) -> Result:
 
 
 def _trains(run: Context, name: str) -> bool:
-    return (
-        run.decisions.trains
-        if name == "prune"
-        else name == "tune" and run.decisions.trainable and run.decisions.tuning.epochs > 0
-    )
-
-
-def _doing(
-    work: Callable[[Step], None], run: Context, folders: Mapping[str, Path], key: str
-) -> Callable[[Path], None]:
-    return lambda out: work(Step(run, dict(folders), out, run.work.scratch(key)))
+    if name == "prune":
+        return run.decisions.trains
+    return name == "tune" and run.decisions.trainable and run.decisions.tuning.epochs > 0
 
 
 def _dense(step: Step) -> None:
@@ -193,8 +190,10 @@ def _synthesize(step: Step) -> None:
 
 def _prune(step: Step) -> None:
     run = step.run
-    words = f"{run.recipe.tune.epochs} epochs of training, " if run.decisions.trains else ""
-    run.log(f"prune: {run.decisions.method}, {words}{_budget_words(run)}")
+    training = f"{run.recipe.tune.epochs} epochs of training, " if run.decisions.trains else ""
+    pattern = "two of every four weights" if run.recipe.prune.granularity == "2:4" else "no limit"
+    limits = ", ".join(f"{m} {limit.text}" for m, limit in run.budget.limits.items()) or pattern
+    run.log(f"prune: {run.decisions.method}, {training}{limits}")
     if run.decisions.quantizes:
         quantize.check_skipped(step.folders["dense"] / "dense.onnx", run.recipe.quantize.skip)
     images = labels = None
@@ -349,8 +348,3 @@ def _finish(run: Context, folders: Mapping[str, Path], beside: OtherDevices) -> 
     count = 1 + len(run.recipe.measure.beside)
     trouble = concurrency.combined_error(beside.failed, count) if beside.failed else None
     return Result(run.work.root, report, verdict, small, trouble)
-
-
-def _budget_words(run: Context) -> str:
-    pattern = "two of every four weights" if run.recipe.prune.granularity == "2:4" else "no limit"
-    return ", ".join(f"{m} {limit.text}" for m, limit in run.budget.limits.items()) or pattern

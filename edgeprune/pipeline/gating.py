@@ -5,10 +5,9 @@ from pathlib import Path
 
 from edgeprune import gate as gate_module
 from edgeprune import report as report_stage
-from edgeprune.errors import UsageError
 from edgeprune.gate import FORMATS, budget_from, render
 from edgeprune.pipeline.run_directory import LOCKFILE, check_shipped
-from edgeprune.quantities import suggest
+from edgeprune.quantities import check_choice
 
 ONLY_A_REPORT = (
     "Only a report was read and no file was checked: give the run directory to have its model.onnx checked."
@@ -17,11 +16,7 @@ ONLY_A_REPORT = (
 
 def gate(run: Path, budget: list[str], baseline: Path | None, output_format: str) -> tuple[str, int]:
     """The verdict on a run as text, and the exit code."""
-    if output_format not in FORMATS:
-        raise UsageError(
-            f"--format {output_format!r} is not one of {', '.join(FORMATS)}",
-            suggest(output_format, FORMATS),
-        )
+    check_choice("--format", output_format, FORMATS)
     limits = budget_from(budget, Path())
     report = report_stage.load(run)
     folder = run if run.is_dir() else run.parent

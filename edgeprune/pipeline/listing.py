@@ -12,10 +12,9 @@ def members(family: str) -> list[dict[str, str]]:
     if family not in FAMILIES:
         raise UsageError(f"no family is named {family!r}", suggest(family, FAMILIES))
     if family in ("targets", "calibration"):
-        return [{"name": n, "about": _title(family, n)} for n in targets.names(family)]
+        tables = {n: targets.read_toml(targets.resolve(family, n)) for n in targets.names(family)}
+        return [
+            {"name": n, "about": str(table.get("title") or f"the same as {table.get('alias')}")}
+            for n, table in tables.items()
+        ]
     return [{"name": n, "about": plugins.describe(family, n)} for n in plugins.names(family)]
-
-
-def _title(family: str, name: str) -> str:
-    table = targets.read_toml(targets.resolve(family, name))
-    return str(table.get("title") or f"the same as {table.get('alias')}")

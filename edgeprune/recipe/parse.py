@@ -138,7 +138,10 @@ def _table(name: str, cls: Any, values: Any) -> Any:
         raise UsageError(f"[{name}] must be a table, got {values!r}")
     defaults = {f.name: getattr(cls(), f.name) for f in fields(cls)}
     known: Dict[str, Any] = {}
-    options = _options(values.get("options", {})) if name == "prune" else {}
+    options = values.get("options", {}) if name == "prune" else {}
+    if not isinstance(options, Mapping):
+        raise UsageError(f"prune.options = {options!r} must be a table of the method's options")
+    options = dict(options)
     if name == "measure":
         del defaults["beside"]
         known = _devices(values.get("device", defaults["device"]))
@@ -161,20 +164,11 @@ def _devices(given: Any) -> Dict[str, Any]:
     """Where to measure: one URL or several, the first of which decides; one that is named twice counts once."""
     if isinstance(given, str):
         return {"device": given}
-    urls = list(dict.fromkeys(given)) if isinstance(given, (list, tuple)) and _all_text(given) else []
+    listed = isinstance(given, (list, tuple)) and all(isinstance(url, str) for url in given)
+    urls = list(dict.fromkeys(given)) if listed else []
     if not urls:
         raise UsageError(f"measure.device = {given!r} must be a URL or a list of URLs", 'as in "local"')
     return {"device": urls[0], "beside": tuple(urls[1:])}
-
-
-def _all_text(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _options(values: Any) -> Dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise UsageError(f"prune.options = {values!r} must be a table of the method's options")
-    return dict(values)
 
 
 def _typed(where: str, value: Any, default: Any) -> Any:

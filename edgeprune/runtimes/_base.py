@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, ClassVar, List, Optional, Tuple
 
 from edgeprune.errors import UnsupportedModel, UsageError
+from edgeprune.quantities import check_choice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,8 +148,7 @@ class Runtime(ABC):
         Raises:
             UsageError: no such file, or a precision that this runtime does not know.
         """
-        if precision not in self.accepts:
-            raise UsageError(f"precision {precision!r} is not one of {', '.join(self.accepts)}")
+        check_choice("precision", precision, self.accepts)
         if not onnx.is_file():
             raise UsageError(f"no file {str(onnx)!r}")
         self.make(onnx, out, precision)

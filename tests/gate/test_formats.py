@@ -118,5 +118,5 @@ def test_no_text_makes_the_xml_invalid(text: str) -> None:
 def test_the_formats_are_named_in_the_error(verdict: Verdict) -> None:
     for name in formats.FORMATS:
         assert formats.render(verdict, name)
-    with pytest.raises(UsageError, match="no format is named 'html'"):
+    with pytest.raises(UsageError, match="format = 'html' is not one of"):
         formats.render(verdict, "html")
