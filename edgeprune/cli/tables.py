@@ -11,15 +11,17 @@ from rich.text import Text
 
 from edgeprune import report
 from edgeprune.quantities import show
-from edgeprune.records import METRICS, Check, Reading, Report
+from edgeprune.records import METRICS, Reading, Report
 from edgeprune.report import comparison, heading, views
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Result
 
+OUTCOMES = {"pass": "met", "fail": "MISSED", "missing": "not read", "inconclusive": "can't be told"}
 
-def terminal(report: Report) -> Table:
-    """The before/after table for a terminal; print it with rich."""
+
+def report_table(report: Report) -> Table:
+    """The before/after table."""
     model, target = heading(report)
     table = Table(title=Text(f"{model} for {target}"), title_justify="left", box=SIMPLE_HEAD)
     for name in ("metric", "dense", "compressed", "change"):
@@ -32,31 +34,21 @@ def terminal(report: Report) -> Table:
     return table
 
 
-def report_table(report: Report) -> Table:
-    """Before and after."""
-    return terminal(report)
-
-
 def summary(result: Result) -> list[str]:
     """Plain words below the table: the outcome, the budget, and where everything lies."""
     lines = list(report.summary_lines(result.report))
+    several = len(views(result.report)) > 1
     for check in result.verdict.checks:
         unit = METRICS[check.metric].unit
-        words = {"pass": "met", "fail": "MISSED", "missing": "not read", "inconclusive": "can't be told"}[
-            check.status
-        ]
+        outcome = OUTCOMES[check.status]
+        device = f"; {check.detail}" if several and check.detail else ""
         lines.append(
-            f"Budget {check.metric} {check.limit}: {words} "
-            f"({show(check.value, unit)}, limit {show(check.threshold, unit)}{_which(result.report, check)})."
+            f"Budget {check.metric} {check.limit}: {outcome} "
+            f"({show(check.value, unit)}, limit {show(check.threshold, unit)}{device})."
         )
     lines.append(f"Report: {result.folder / 'report.html'}")
     lines.append(f"Ship:   {result.folder / 'model.onnx'}")
     return lines
-
-
-def _which(report: Report, check: Check) -> str:
-    several = len(views(report)) > 1 and check.detail
-    return f"; {check.detail}" if several else ""
 
 
 def readings_table(readings: Sequence[Reading]) -> Table:

@@ -1,12 +1,13 @@
 """What two readings of one run say of each other: times taken in turn, and accuracies on the same images."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edgeprune import speedup
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Check, Limit, Reading, Report
+from edgeprune.report import find, value_of
 
 # Two-sided 95 % of the normal distribution.
 Z = 1.959964
@@ -30,17 +31,6 @@ def unlike_attacks(after: Reading, reference: Reading, name: str) -> str:
         if was != now:
             return f"not comparable: the {name} one is under {fact} {was}, this one under {now}"
     return ""
-
-
-def find(readings: Sequence[Reading], metric: str) -> Reading | None:
-    """The first reading of a metric that has a value, or the first without one, or None."""
-    found = [reading for reading in readings if reading.metric == metric]
-    return next((r for r in found if value_of(r) is not None), found[0] if found else None)
-
-
-def value_of(reading: Reading | None) -> float | None:
-    """The value of a reading where it is there."""
-    return reading.value if reading is not None else None
 
 
 def _times(after: Reading, dense: Reading) -> tuple[float, float] | None:
@@ -96,7 +86,7 @@ class Speed:
 
 
 def of(limit: Limit, after: Reading, report: Report) -> Speed:
-    """The verdict that a limit on a time in % asks for: that of the medians at the place of its reading."""
+    """The verdict on a limit on a time in %: that of the medians on the device of its reading."""
     if limit.kind != "share" or not limit.metric.startswith("latency"):
         return Speed()
     pair = _pair(MEDIAN, after.where, report) or _pair(limit.metric, after.where, report)

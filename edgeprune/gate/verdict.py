@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edgeprune.gate import comparison
-from edgeprune.gate.comparison import find, value_of, worst
+from edgeprune.gate.comparison import worst
 from edgeprune.quantities import show
 from edgeprune.recipe import ALLOW_ESTIMATES
 from edgeprune.records import METRICS, Budget, Check, Limit, Reading, Report, Verdict
-from edgeprune.report import unread, views, where_of
+from edgeprune.report import find, unread, value_of, views, where_of
 
 TIMED = ("latency_p50", "latency_p90", "latency_p99", "energy")
 OF_THE_MACHINE = (*TIMED, "peak_memory")

@@ -11,8 +11,8 @@ from edgeprune.models.inference import modes, nudged, unfreeze
 from edgeprune.models.queries import Advance, AttackResult, Logits, as_logits, by_image, in_parallel, lengths
 from edgeprune.models.queries import loss_and_gradient, sequentially, wrong
 from edgeprune.models.replicas import Replicas, on_replicas
-from edgeprune.models.storage import Checkpoint, Progress, key, load_plan, load_state, load_tensors, masks_to_tensors
-from edgeprune.models.storage import CutNetwork, save_network, save_plan, save_state, save_tensors
+from edgeprune.models.storage import Checkpoint, Progress, key, load_state, load_tensors
+from edgeprune.models.storage import CutNetwork, save_network, save_state, save_tensors
 from edgeprune.models.surgery import checked_logits, cut, disturbed, mask, proof_failure
 from edgeprune.models.surgery import removed_positions, tensors
 from edgeprune.models.torch_export import FORWARD_ERRORS, PREFIX, capture, check_logits, example, quiet, reason

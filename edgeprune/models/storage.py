@@ -55,7 +55,7 @@ class CutNetwork:
     def at(self, dense: Bundle, plan: Path, weights: Path) -> Bundle:
         """The bundle with the weights of a file; it is shared, and not to be changed."""
         if self._last is None:
-            made = load_plan(plan)
+            made = serialization.read(Plan, plan, WorkdirError)
             network = deepcopy(dense.module)
             surgery.replay(network, made)
             self._last = weights, _with_weights(replace(dense, plans=(*dense.plans, made)), network, weights)
@@ -68,21 +68,6 @@ class CutNetwork:
 def _with_weights(bundle: Bundle, network: nn.Module, weights: Path) -> Bundle:
     network.load_state_dict(load_tensors(weights), strict=True)
     return replace(bundle, module=network.eval())
-
-
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write a plan as JSON."""
-    serialization.write(path, plan)
-
-
-def load_plan(path: Path) -> Plan:
-    """Read a plan."""
-    return serialization.read(Plan, path, WorkdirError)
-
-
-def masks_to_tensors(channels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Boolean masks as bytes, which every safetensors reader supports."""
-    return {name: keep.to(torch.uint8) for name, keep in channels.items()}
 
 
 # What torch.load and load_state_dict raise on a file of another kind.

@@ -229,7 +229,7 @@ def _cut(step: Step) -> None:
     plan, small = prune.run_cut(
         run.bundle, chosen.groups, chosen.masks, chosen.left_out, example, edited=chosen.edited
     )
-    models.save_plan(plan, step.out / "plan.json")
+    serialization.write(step.out / "plan.json", plan)
     models.save_network(small.module, step.out / "weights.safetensors")
 
 

@@ -1,6 +1,5 @@
 """The command `demo`: train a small network on real digits and compress it for this machine."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,13 @@ from edgeprune.train import TrainingJob, fit
 def demo(output: Path, *, log: Log) -> Result:
     """Train a small network on scikit-learn's digits and compress it for this machine."""
     log("demo: train a small network on 1,797 real digits")
-    files = prepare(output)
+    model, data = prepare(output)
     recipe = recipe_module.build(
         {},
         {
             "target": "local",
-            "model": {"path": str(files.model)},
-            "data": {"path": str(files.data)},
+            "model": {"path": str(model)},
+            "data": {"path": str(data)},
             "budget": {"macs": "50 %"},
             "tune": {"epochs": 2, "augment": "off"},
         },
@@ -40,14 +39,6 @@ WIDTHS = (32, 64, 128)
 CLASSES = 10
 HELD_OUT_SHARE = 0.25
 TRAINING = TuneTable(epochs=4, lr=0.05, batch=64, weight_decay=5e-4, distill=0.0, augment="off")
-
-
-@dataclass(frozen=True)
-class DemoFiles:
-    """model: a `.pt2` that takes pixels in [0, 1]. data: a `.npz` with a training and a test part."""
-
-    model: Path
-    data: Path
 
 
 class Block(nn.Module):
@@ -85,8 +76,8 @@ class DigitsNet(nn.Module):
         return self.classifier(torch.flatten(functional.adaptive_avg_pool2d(x, 1), 1))
 
 
-def prepare(folder: Path, seed: int = 0) -> DemoFiles:
-    """Train a network on three quarters of the digits and write it and the data; the last quarter is its test part."""
+def prepare(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """Train a network on three quarters of the digits; its `.pt2`, and the `.npz`, whose test part is the rest."""
     x, y = digits()
     learn, hold = stratified(y, HELD_OUT_SHARE, seed)
     data = folder / "digits.npz"
@@ -107,7 +98,7 @@ def prepare(folder: Path, seed: int = 0) -> DemoFiles:
             torch.export.save(program, file)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise ModelError(f"the demo's network can't be exported: {error}", "edgeprune doctor") from error
-    return DemoFiles(model, data)
+    return model, data
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgeprune import concurrency, data, devices, distributed, models, report, serialization
+from edgeprune import concurrency, data, devices, distributed, report, serialization
 from edgeprune import measure as measure_stage
 from edgeprune.devices import Device
 from edgeprune.errors import DeviceError, EdgepruneError, WorkdirError
 from edgeprune.measure import NOT_THERE, Measured, MeasureRequest, Pictures, densities, measure_unlabelled
 from edgeprune.pipeline.context import Context, DeviceResult, Ledger, OtherDevices, Step, beside_key
 from edgeprune.pipeline.intermediates import current_bundle, estimates, shipped
-from edgeprune.records import Bundle, Reading
+from edgeprune.records import Bundle, Plan, Reading
 from edgeprune.report import ON
 
 MEASURED, SITE = "measured.json", "device.json"
@@ -97,7 +97,7 @@ def _on(
         url, device = there
         site = DeviceResult(url, device.where(), device.facts())
         run.log(f"measure: dense and compressed in turn on {site.where}")
-        plan = models.load_plan(folders["cut"] / "plan.json")
+        plan = serialization.read(Plan, folders["cut"] / "plan.json", WorkdirError)
 
         def log(text: str) -> None:
             run.log(f"measure: {site.where}: {text.removeprefix('measure: ')}")

@@ -19,7 +19,6 @@ from edgeprune.models import (
     cost_model,
     deployed,
     load_tensors,
-    masks_to_tensors,
     normalized_example,
     save_tensors,
     total_params,
@@ -218,8 +217,9 @@ def counted_limits(budget: Budget, network: nn.Module, costs: CostModel) -> dict
 
 def write(chosen: Chosen, folder: Path) -> None:
     """Save the choice in a folder; `read` loads it."""
-    save_tensors(masks_to_tensors(dict(chosen.masks.channels)), folder / "masks.safetensors")
-    save_tensors(masks_to_tensors(dict(chosen.masks.weights)), folder / "weights.safetensors")
+    for name, masks in (("masks", chosen.masks.channels), ("weights", chosen.masks.weights)):
+        # As bytes, which every safetensors reader supports.
+        save_tensors({k: keep.to(torch.uint8) for k, keep in masks.items()}, folder / f"{name}.safetensors")
     save_tensors(dict(chosen.edited), folder / "edited.safetensors")
     rest = _Rest(chosen.groups, chosen.left_out, chosen.notes, chosen.record)
     serialization.write(folder / "chosen.json", rest)

@@ -3,5 +3,5 @@
 # fmt: off
 from edgeprune.report.assembly import build_sections, environment, layers, machine, sparse_notes, versions
 from edgeprune.report.per_device import ON, unread, views, where_of
-from edgeprune.report.rows import comparison, heading
+from edgeprune.report.rows import comparison, find, heading, value_of
 from edgeprune.report.stage import load, run, summary_lines

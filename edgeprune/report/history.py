@@ -4,7 +4,6 @@ A record is a mapping: what was recorded ("pqi") -> curve -> a list of numbers, 
 of each layer. Whatever else it holds is shown as words. Nothing is assumed of it: a report may come from elsewhere.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,7 @@ from typing import Any
 
 from edgeprune.quantities import show
 from edgeprune.records import METRICS, Report
-from edgeprune.report.rows import facts, quantity
+from edgeprune.report.rows import facts, number, quantity
 
 TITLE = "How the choice came about"
 # What counts the points of a record, when it says so.
@@ -51,7 +50,7 @@ CURVES = {
     ("deadwooding", "lambda_adv"): ("Multiplier of robustness", ""),
     ("deadwooding", "kd"): (
         "Distance in distillation",
-        "How far from the dense model's answers, mean of an epoch.",
+        "How far from the dense model's outputs, mean of an epoch.",
     ),
     ("deadwooding", "adv"): ("Distance under attack", "The same under attack."),
     ("deadwooding", "violation"): ("Violation of the constraints", "Mean of an epoch."),
@@ -63,7 +62,6 @@ CURVES = {
 }
 SHARES = ("accuracy", "validation", "density", "deadwood", "kept")
 # Shares are written in percent, and no other number is: an index of 0.3 is not 30 %.
-_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,8 @@ def _chapter(topic: str, record: Mapping[str, Any]) -> Chapter:
 
 def _with_unit(rest: Mapping[str, Any]) -> dict[str, Any]:
     value, metric = rest.get("budget"), METRICS.get(str(rest.get("metric")))
-    if metric is None or not isinstance(value, (int, float)) or isinstance(value, bool):
-        return dict(rest)
-    if not abs(value) < _LARGEST or not math.isfinite(value):
-        return dict(rest)
-    return {**rest, "budget": show(value, metric.unit)}
+    limit = number(value)
+    return {**rest, "budget": show(limit, metric.unit)} if metric and limit is not None else dict(rest)
 
 
 def _lists(key: str, value: Any) -> dict[str, tuple[float | None, ...]]:
@@ -174,10 +169,7 @@ def _numbers(value: Any) -> tuple[float | None, ...]:
         return ()
     if not all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in value):
         return ()
-    # A JSON integer may be longer than any float.
-    return tuple(
-        None if v is None or not abs(v) < _LARGEST or not math.isfinite(v) else float(v) for v in value
-    )
+    return tuple(number(v) for v in value)
 
 
 def _unit(key: str, curves: Sequence[Curve]) -> str:

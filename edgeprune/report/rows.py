@@ -19,6 +19,7 @@ WOBBLY = ("peak_memory", "energy")
 SAME_SHARE = 0.01
 # Up to here every whole number is a float of its own.
 EXACT = 2.0**53
+_LARGEST = 1e300
 LAYER_COLUMNS = (
     ("channels", "channels_before", "channels_after", ""),
     ("params", "params_before", "params_after", ""),
@@ -152,7 +153,7 @@ def change(before: Reading, after: Reading) -> tuple[str, bool | None]:
     """By how much a metric changed, in words, and whether that is better.
 
     Speed is a factor: of runs timed in turn, else of the two times when their 95 % intervals do not overlap.
-    Accuracies are in percentage points, everything else in percent of the dense model. Readings that were had in
+    Accuracies are in percentage points, everything else in percent of the dense model. Readings that were taken in
     different ways are not compared.
     """
     old, new = value_of(before), value_of(after)
@@ -184,13 +185,15 @@ def heading(report: Report) -> tuple[str, str]:
 
 def number_in(row: Mapping[str, Any], key: str) -> float | None:
     """A layer row's number, None when it is missing, not a number, not finite or negative."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    value = number(row.get(key))
+    return value if value is not None and value >= 0 else None
+
+
+def number(value: Any) -> float | None:
+    """A number from a report's JSON, None for anything else; a JSON integer may be longer than any float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > _LARGEST:
         return None
-    # A JSON integer may be longer than any float: it is no size or time of a layer.
-    if value < 0 or value > 1e300 or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if math.isfinite(value) else None
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -347,8 +350,6 @@ COLUMNS = (
     ("latency_s", "time", "s"),
 )
 
-_LARGEST = 1e300
-
 
 def candidates(report: Report) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns that have something in them, and the rows; both empty where nothing was tried.
@@ -362,23 +363,17 @@ def candidates(report: Report) -> tuple[list[str], list[list[str]]]:
     used = [
         (key, head, unit)
         for key, head, unit in COLUMNS
-        if any(_number(row.get(key)) is not None for row in tried)
+        if any(number(row.get(key)) is not None for row in tried)
     ]
     rows = [
         [
             str(row.get("name") or row.get("precision") or "-"),
-            *(quantity(_number(row.get(key)), unit) for key, _, unit in used),
+            *(quantity(number(row.get(key)), unit) for key, _, unit in used),
             _end(row),
         ]
         for row in tried
     ]
     return ["candidate", *(head for _, head, _ in used), "outcome"], rows
-
-
-def _number(value: Any) -> float | None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > _LARGEST:
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def _end(row: Mapping[str, Any]) -> str:

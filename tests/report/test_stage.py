@@ -170,7 +170,7 @@ def test_a_changed_report_is_refused_or_shown_but_never_a_crash(tmp_path: Path, 
     page = html_of(report, tmp_path)
     assert "<script" not in page
     check_page(page)
-    Console(file=StringIO()).print(tables.terminal(report))
+    Console(file=StringIO()).print(tables.report_table(report))
     assert all(isinstance(line, str) for line in stage.summary_lines(report))
 
 
@@ -179,7 +179,7 @@ def test_a_changed_report_is_refused_or_shown_but_never_a_crash(tmp_path: Path, 
 
 def shown(report: Report) -> str:
     out = StringIO()
-    Console(file=out, width=120).print(tables.terminal(report))
+    Console(file=out, width=120).print(tables.report_table(report))
     return out.getvalue()
 
 
