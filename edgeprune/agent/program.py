@@ -2,7 +2,7 @@
 
 Requests have "op" and "runtime"; times come back in ns, sizes in bytes. What goes wrong comes back as
 {"error", "kind", "hint"} with the exit status of that kind of error. Only "serve" stays open: behind its request, which
-is one line, come messages with images (agent_serve). Python 3.8; no package but the runtime's own.
+is one line, come messages with images (`agent.serve`). Python 3.8; no package but the runtime's own.
 What it measures is in agent_time, agent_memory and agent_energy; docs/measurement.md has every field.
 """
 

@@ -168,7 +168,7 @@ class Device(ABC):
     ) -> Dict[str, Any]:
         """Send one request to the agent on the device, in a fresh process, and give its answer.
 
-        Where this package is not installed, the agent travels with the request (`packing.START`).
+        Where this package is not installed, the agent travels with the request (`agent.START`).
         """
         prefix = ["env", *(f"{k}={v}" for k, v in env.items())] if env else []
         argv = [*prefix, *self.agent()]
@@ -214,7 +214,7 @@ class ShellDevice(Device):
 
     @property
     def talks(self) -> bool:
-        """Whether its agent is a program that can stay open; one word is one that `run` plays itself."""
+        """Whether its agent is a program that can stay open; a single word stands for one that `run` itself acts for."""
         return len(self.agent()) > 1
 
     @contextmanager

@@ -77,7 +77,7 @@ class Adb(ShellDevice):
 
     @property
     def line(self) -> Shell:
-        """As Attached.line."""
+        """See `ShellDevice.line`."""
         return Shell(self.name, self._attached, _explained)
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:

@@ -50,7 +50,7 @@ class Local(ShellDevice):
 
     @property
     def line(self) -> Shell:
-        """As Attached.line."""
+        """See `ShellDevice.line`."""
         return Shell(self.name, list, _explain)
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:

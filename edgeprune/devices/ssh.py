@@ -95,7 +95,7 @@ class Ssh(ShellDevice):
 
     @property
     def line(self) -> Shell:
-        """As Attached.line."""
+        """See `ShellDevice.line`."""
         return Shell(self.name, self._attached, self._explained)
 
     def run(self, argv: Sequence[str], stdin: str, timeout_s: float) -> Answer:

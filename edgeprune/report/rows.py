@@ -64,7 +64,7 @@ class LedgerRow:
 def comparison(report: Report) -> list[Row]:
     """The before/after table: one row per metric that either side has a reading of, in the order of METRICS.
 
-    Of several devices each has a row of its own. What was read without labels is left out (`report_unlabelled`).
+    Of several devices each has a row of its own. What was read without labels is left out (`unlabelled`).
     """
     present = {r.metric for r in (*report.before, *report.after)} - set(UNLABELLED)
     metrics = [m for m in METRICS if m in present] + sorted(present - set(METRICS))

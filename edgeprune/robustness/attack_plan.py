@@ -126,7 +126,7 @@ def reaches(network: nn.Module | None, x: Tensor) -> bool:
 
 def describe_gradients(victim: ModelUnderAttack, reach: Reach) -> str:
     """How gradients were obtained, for a report."""
-    more = " and on its straight-through twin" if reach.straight else ""
+    more = " and on its straight-through surrogate" if reach.straight else ""
     if victim.twin is None:
         return "black box on the file: no gradients, which overstates robustness"
     if not (reach.twin or reach.straight):

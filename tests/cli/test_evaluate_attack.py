@@ -148,7 +148,9 @@ def test_of_a_run_with_an_int8_file_the_reading_says_what_transferred_images_alo
     pgd = ["run", "--trust-run", "--attack", "pgd", "--eps", "2/255", "--limit", "30"]
     rows = {r["metric"]: r for r in evaluated(*pgd, folder=tmp_path, monkeypatch=monkeypatch)}
     robust = rows["robust_accuracy"]["conditions"]
-    assert robust["gradients"].startswith("white box on the torch network and on its straight-through twin")
+    assert robust["gradients"].startswith(
+        "white box on the torch network and on its straight-through surrogate"
+    )
     assert list(robust["broken"]) == [
         "clean", "pgd", "pgd-to-the-end", "pgd-from-dense", "pgd-straight-through", "pgd-to-the-end-straight-through",
     ]  # fmt: skip

@@ -356,7 +356,7 @@ def test_of_a_quantized_file_the_attacks_that_see_the_quantization_come_after_th
         *(f"{n}{attack_plan.STRAIGHT}" for n in ("apgd-ce", "apgd-ce-to-the-end", "apgd-t", "fab-t")), "square",
     ]  # fmt: skip
     assert verdicts.how == (
-        "white box on the torch network and on its straight-through twin, replayed on the file"
+        "white box on the torch network and on its straight-through surrogate, replayed on the file"
     )
     # An eps of two whole steps of the scale: rounding changes nothing that an attack can reach.
     assert list(verdicts.survived) == robust(split, EPS)
@@ -392,7 +392,7 @@ def test_a_bare_quantized_file_is_its_own_float_network_without_the_rounding(tmp
         assert float((victim.straight(x) - victim.twin(x)).abs().max()) > 0.01
     verdicts = run(victim, quick(AttackTable(name="fgsm", eps="2/255")), tmp_path / "a", split)
     assert verdicts.how.startswith(
-        "white box on the file's own graph in torch and on its straight-through twin"
+        "white box on the file's own graph in torch and on its straight-through surrogate"
     )
 
 

@@ -160,9 +160,9 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class InteractiveCommand:
-    """A command at the other end that stays open: it is told bytes and answers with bytes, in turns.
+    """A command at the other end that stays open: bytes are sent to it and it replies with bytes, in turns.
 
-    name, explain: as of `channels.Line`. token: what stands before and behind what it says. shown: for messages.
+    name, explain: see `Shell`. token: marks the beginning and end of its output. shown: for messages.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """An ONNX file as a network in torch, so that an attack gets gradients of the very graph that ships.
 
 The nodes are computed one by one in the file's order with the file's own numbers, all floats as float32. Quantizing and
-dequantizing is computed as in the file, with gradients that pass the rounding (onnx_twin_rounding.py).
+dequantizing is computed as in the file, with gradients that pass the rounding (`fake_quantize`).
 """
 
 from collections.abc import Mapping
