@@ -20,12 +20,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import _paths  # noqa: F401
 from hostile_files import KINDS, Kind, prepare
 from hostile_runs import LIMIT_S, Ended, run
 from sound_files import write_stock
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 COLUMNS = ("kind of file", "tried", "exit 0", "refused (2, 4, 7)", "other verdicts (1, 3, 5, 6, 8)", "exit 70",
            "ended otherwise", f"over {LIMIT_S:g} s", "canary", "wrote", "output")  # fmt: skip

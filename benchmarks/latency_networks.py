@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import _paths  # noqa: F401
 import torch
 from resnet20_cifar10 import ResNet20
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 CLASSES = 100
 

@@ -8,6 +8,7 @@ autocast as a share of float32's: medians of steps that are timed in turn.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -20,6 +21,9 @@ ROUNDS, IMAGES = 30, 64
 
 def main() -> None:
     """Time each network and print a line for it."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("| network | bfloat16 / float32 |\n|---|---|")

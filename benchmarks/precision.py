@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401
 import onnx
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -42,8 +43,6 @@ from edgeprune.quantize.stage import FILE
 from edgeprune.quantize.verification import closeness, verify
 from edgeprune.recipe.schema import DataTable, ExportTable, MeasureTable, QuantizeTable
 from edgeprune.records import InputSpec
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 LARGE, SMALL = InputSpec((3, 224, 224), 100), InputSpec((3, 32, 32), 10)
 LARGE_IMAGES, COMPARED = 24, 300

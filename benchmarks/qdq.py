@@ -1,6 +1,6 @@
 """Our Q/DQ writer beside onnxruntime's quantize_static that is given our ranges: size, accuracy, SQNR and time.
 
-    PYTHONPATH=examples python benchmarks/qdq.py DATA [--resnet20 WEIGHTS]... [--large NAME]...
+    python benchmarks/qdq.py DATA [--resnet20 WEIGHTS]... [--large NAME]...
 
 Both write the same prepared network with the same minmax ranges, without equalization and bias correction, so that only
 the writing differs. DATA: CIFAR-10 in class folders, a tar of them or an .npz. One row for each network.
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import _paths  # noqa: F401
 import numpy as np
 import onnx
 import torch

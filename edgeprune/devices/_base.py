@@ -214,7 +214,7 @@ class ShellDevice(Device):
 
     @property
     def talks(self) -> bool:
-        """Whether its agent is a program that can stay open; a single word stands for one that `run` itself acts for."""
+        """Whether its agent is a program that can stay open; of a single word, `run` plays the agent."""
         return len(self.agent()) > 1
 
     @contextmanager
