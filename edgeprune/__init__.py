@@ -9,7 +9,7 @@ from edgeprune.version import __version__
 if TYPE_CHECKING:
     from edgeprune.api import Run, compress, load
 
-# ONNX Runtime >= 1.29 collects telemetry unless it is told not to before it is imported.
+# ONNX Runtime >= 1.29 collects telemetry unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Run", "__version__", "compress", "load"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgeprune import models, pipeline, recipe
-from edgeprune.errors import EdgepruneError, told_shortage
+from edgeprune.errors import EdgepruneError, translated_os_errors
 from edgeprune.records import Bundle, Report, Verdict
 
 
@@ -22,7 +22,7 @@ class Run:
     module: nn.Module
 
 
-@told_shortage()
+@translated_os_errors()
 def load(path: str | Path, **model: Any) -> Bundle:
     """Load a model file or a run directory as safely as the command line does.
 
@@ -38,7 +38,7 @@ def load(path: str | Path, **model: Any) -> Bundle:
     return pipeline.load(recipe.build({}, {"model": {"path": str(path), **model}}).model)
 
 
-@told_shortage()
+@translated_os_errors()
 def compress(
     model: nn.Module,
     example_inputs: Tensor,

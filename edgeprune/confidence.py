@@ -25,10 +25,9 @@ def binomial(k: int, n: int, level: float = LEVEL) -> Tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """McNemar's exact test of paired answers: the two-sided probability of as uneven a split, if both are as good.
+    """McNemar's exact test of paired outputs: the two-sided probability of as uneven a split, if both are as good.
 
-    Returns:
-        p in (0, 1]: twice the smaller tail of a binomial with probability 1/2, at most 1; 1 when nothing differs.
+    That is twice the smaller tail of a binomial with probability 1/2, at most 1; 1 when nothing differs.
     """
     if gained < 0 or lost < 0:
         raise ValueError(f"counts must be at least 0, got {gained} and {lost}")
@@ -52,11 +51,7 @@ def quantile_interval(
 ) -> Optional[Tuple[float, float]]:
     """The two samples between which the true q-quantile lies, by order statistics.
 
-    Args:
-        level: how sure; each side may miss with at most (1 - level) / 2.
-
-    Returns:
-        (low, high), or None when there are too few samples to bound one side (the median needs 6,
+    Each side may miss with at most (1 - level) / 2. None when there are too few samples for that (the median needs 6).
     """
     if not 0.0 < q < 1.0 or not 0.0 < level < 1.0:
         raise ValueError(f"q and level must be in (0, 1), got {q} and {level}")

@@ -1,7 +1,7 @@
-"""The processes that torchrun starts, as one team: who this one is, means and copies over all, and a common end.
+"""The processes that torchrun starts, as one group: ranks, means and copies over all, and a common end.
 
-Process 0 leads. Without torchrun, or before `start`, a process is alone: its number is 0, the size is 1, and every
-function here gives what was put in. Nothing heavy is imported until a team is started.
+Process 0 leads. Without torchrun, or before `start`, a process is alone: its rank is 0, the size is 1, and every
+function here returns its argument. Nothing heavy is imported until a group is started.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OVER = "edgeprune/over"
 
 
 class PeerLost(DeviceError):
-    """Another process of the team has ended before its time."""
+    """Another process of the group has ended before its time."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def launch() -> Launch:
 
 
 def start() -> Store | None:
-    """Meet the other processes; gives where `stop` leaves its word, or None to a process that is alone.
+    """Meet the other processes; gives the store of the group, or None to a process that is alone.
 
     Tensors on the CPU travel by gloo. Where every process has a GPU of its own, which becomes its current one, those
     on the GPU travel by NCCL.
@@ -76,7 +76,7 @@ def start() -> Store | None:
     if gpus:
         torch.cuda.set_device(place.local_rank % gpus)
     fast = gpus >= place.local_size and dist.is_nccl_available()
-    with _parting():
+    with _peer_lost():
         store, rank, size = next(rendezvous("env://", timeout=START))
         store.set(f"edgeprune/gpu/{rank}", str(int(fast)))
         all_fast = all(store.get(f"edgeprune/gpu/{other}") == b"1" for other in range(size))
@@ -86,7 +86,7 @@ def start() -> Store | None:
 
 
 def stop(store: Store | None) -> None:
-    """Leave the team; processes that wait for this one get `Parted`. Process 0 leaves its word that it is over."""
+    """Leave the group; processes that wait for this one get `PeerLost`. Process 0 records that it is over."""
     if store is None:
         return
     import torch.distributed as dist
@@ -97,7 +97,7 @@ def stop(store: Store | None) -> None:
 
 
 def run_on_all_ranks(work: Callable[[], int]) -> int:
-    """Do the work of a command in every process of the team; process 0's exit code is the one that counts.
+    """Do the work of a command in every process of the group; process 0's exit code is the one that counts.
 
     The others print nothing and end with 0, also when process 0 fails, whose error it is; unless they fail while it
     does not.
@@ -120,7 +120,7 @@ def run_on_all_ranks(work: Callable[[], int]) -> int:
 
 
 def rank() -> int:
-    """The number of this process in its team; 0 leads."""
+    """The rank of this process in its group; 0 leads."""
     if not _joined():
         return 0
     import torch.distributed as dist
@@ -129,7 +129,7 @@ def rank() -> int:
 
 
 def size() -> int:
-    """How many processes the team has."""
+    """How many processes the group has."""
     if not _joined():
         return 1
     import torch.distributed as dist
@@ -156,7 +156,7 @@ def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for pile in piles.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in pile])
-            with _parting():
+            with _peer_lost():
                 dist.all_reduce(flat)
             parts = flat.div_(count).split([tensor.numel() for tensor in pile])
             for tensor, part in zip(pile, parts, strict=True):
@@ -172,7 +172,7 @@ def broadcast_(tensor: Tensor) -> Tensor:
 
     with torch.no_grad():
         sent = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with _parting():
+        with _peer_lost():
             dist.broadcast(sent, src=0)
         tensor.detach().copy_(sent)
     return tensor
@@ -186,7 +186,7 @@ def broadcast_object(value: T) -> T:
     import torch.distributed as dist
 
     box = [value]
-    with _parting():
+    with _peer_lost():
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
@@ -198,7 +198,7 @@ def barrier() -> None:
     import torch
     import torch.distributed as dist
 
-    with _parting():
+    with _peer_lost():
         dist.all_reduce(torch.zeros(1))
 
 
@@ -211,7 +211,7 @@ def _joined() -> bool:
 
 
 def _is_over(store: Store) -> bool:
-    """Whether process 0 has left its word, or took the place of words with it."""
+    """Whether process 0 has recorded its end, or its store is gone."""
     import torch.distributed as dist
 
     try:
@@ -224,15 +224,15 @@ def _is_over(store: Store) -> bool:
 
 
 @contextmanager
-def _parting() -> Iterator[None]:
+def _peer_lost() -> Iterator[None]:
     """What a broken connection raises, as an error that says what happened; gloo's errors have no type of their own."""
     try:
         yield
     except RuntimeError as error:
         reason = re.sub(r"^\[\S+:\d+\] ", "", str(error)).partition(". ")[0]
         raise PeerLost(
-            f"another process of the team has ended, or can't be reached ({reason})",
-            "look at what it says itself; start the same command again to go on",
+            f"another process of the group has ended, or can't be reached ({reason})",
+            "see its own message; start the same command again to go on",
         ) from error
 
 

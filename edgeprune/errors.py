@@ -7,9 +7,9 @@ EdgepruneError                     70 unless a subclass says otherwise
 │   ├── UnsafeModel                    loading it would run code that nobody allowed
 │   ├── UnsupportedModel               it has a part that can't be handled; names the layer
 │   └── InfeasibleBudget               no cut of this model meets the budget; says how far it got
-├── ParityError                     5  an exported or built file answers differently from its source
+├── ParityError                     5  the outputs of an exported or built file differ from its source
 ├── DeviceError                     6  a device can't be reached, or a command on it failed
-│   └── NoLayerTimes                   it does not tell how long each layer takes
+│   └── NoLayerTimes                   it gives no times of single layers
 └── WorkdirError                    7  the run directory is locked, corrupt or of another model
     └── NoRoom                         a disk is full or can't be written, or memory is exhausted
 """
@@ -79,7 +79,7 @@ class ModelError(EdgepruneError):
 
 
 class UnsafeModel(ModelError):
-    """Loading the file would run code, or asks for classes that nobody allowed."""
+    """Loading the file would run code, or needs classes that nobody allowed."""
 
 
 class UnsupportedModel(ModelError):
@@ -91,7 +91,7 @@ class InfeasibleBudget(ModelError):
 
 
 class ParityError(EdgepruneError):
-    """A file that was made from a model answers differently from it; the message says by how much."""
+    """The outputs of a file differ from those of the model it was made from; the message says by how much."""
 
     exit_code = 5
 
@@ -103,7 +103,7 @@ class DeviceError(EdgepruneError):
 
 
 class NoLayerTimes(DeviceError):
-    """A device does not tell how long each layer takes, so that it has no latency table."""
+    """A device gives no times of single layers, so that it has no latency table."""
 
 
 class WorkdirError(EdgepruneError):
@@ -116,11 +116,11 @@ class NoRoom(WorkdirError):
     """A disk is full, read-only or broken, a file may not grow, or memory is exhausted."""
 
 
-def shortage(error: Optional[BaseException], said: str = "", needed: int = 0) -> Optional[NoRoom]:
-    """What an exhausted disk or memory has raised, as the error to tell; None for anything else."""
+def shortage(error: Optional[BaseException], text: str = "", needed: int = 0) -> Optional[NoRoom]:
+    """What an exhausted disk or memory has raised, as the error to raise; None for anything else."""
     if isinstance(error, OSError) and error.errno in _DISK:
         path = os.fspath(error.filename2 or error.filename or "")  # of a copy, where it goes
-        text = said or f"{visible(str(path)) or 'a file'} can't be written: {error.strerror}"
+        text = text or f"{visible(str(path)) or 'a file'} can't be written: {error.strerror}"
         size = f"{needed} bytes are needed, " if needed else ""
         limit = "the limit of ulimit -f is less" if error.errno == errno.EFBIG else _free(path)
         return NoRoom(f"{text}; {size}{limit}", ROOM)
@@ -128,7 +128,7 @@ def shortage(error: Optional[BaseException], said: str = "", needed: int = 0) ->
         return NoRoom(f"no temporary folder can be written: {error}", ROOM)
     if isinstance(error, MemoryError) or (error and is_memory(str(error))):
         lines = str(error).splitlines()
-        return NoRoom(f"out of memory: {said or (lines[0] if lines else 'MemoryError')}", LESS)
+        return NoRoom(f"out of memory: {text or (lines[0] if lines else 'MemoryError')}", LESS)
     return None
 
 
@@ -145,7 +145,7 @@ def not_short() -> None:
 
 
 @contextmanager
-def told_shortage() -> Iterator[None]:
+def translated_os_errors() -> Iterator[None]:
     """Turn what an exhausted disk or memory raises inside into `NoRoom`; also as a decorator.
 
     What a path raises that the system refuses (too long, a circle of links, forbidden) becomes a `UsageError`.
@@ -155,12 +155,12 @@ def told_shortage() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, EdgepruneError):
             raise
-        told = shortage(error)
-        if told is None and isinstance(error, OSError) and error.filename and error.errno in _PATH:
-            told = UsageError(f"{error.filename} can't be used: {error.strerror}")
-        if told is None:
+        translated = shortage(error)
+        if translated is None and isinstance(error, OSError) and error.filename and error.errno in _PATH:
+            translated = UsageError(f"{error.filename} can't be used: {error.strerror}")
+        if translated is None:
             raise
-        raise told from error
+        raise translated from error
 
 
 def shortened(text: str) -> str:

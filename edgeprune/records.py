@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REPORT_SCHEMA = "edgeprune.report/1"
 MOST_SAMPLES = 10**12
-# A device and its processor as `devices.Device.where` and `abreast.names` write them; processors' names have a digit.
+# A device and its processor as `devices.Device.where` and `concurrency.names` write them; a processor has a digit.
 _PLACE = re.compile(
     r"(?:local(?:://\?python=.+)?|fake(?::.+)?|ssh://\S+|adb://\S*)(?: \w*\d\w*)?"
     r"(?: torch(?: [\w.+]+)?)?(?: \(emulated\))?(?: #\d+)?",

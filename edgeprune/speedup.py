@@ -10,7 +10,7 @@ from edgeprune.records import Reading
 SAME = 1.02
 # Where both files do the same work, as when only single weights were set to zero, a gain needs more than chance.
 SAME_WORK = 1.05
-# Wider than this, an interval round 1 says that the machine was too busy to tell.
+# Wider than this, an interval round 1 says that the machine was too busy to decide.
 WIDE = 1.05
 FASTER, UNDECIDED, NOT_FASTER = "faster", "undecided", "not faster"
 

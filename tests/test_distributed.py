@@ -115,7 +115,7 @@ def test_a_follower_that_fails_alone_says_so_and_takes_the_others_with_it(tmp_pa
     done = script(tmp_path, ENDING)
     assert done.returncode != 0 and "ValueError: process 1 has failed" in done.stderr
     assert "words of 0" in done.stdout and "words of 1" not in done.stdout
-    assert "another process of the team has ended" in done.stderr or "SIGTERM" in done.stderr
+    assert "another process of the group has ended" in done.stderr or "SIGTERM" in done.stderr
 
 
 def test_without_torchrun_a_process_is_its_own_team(monkeypatch: pytest.MonkeyPatch) -> None:

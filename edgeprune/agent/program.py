@@ -19,7 +19,7 @@ from typing import IO, Any, Callable, Dict, Mapping
 
 from edgeprune import host, runtimes, serialization
 from edgeprune.agent import protocol, resources, serve, timing
-from edgeprune.errors import EdgepruneError, UsageError, told_shortage
+from edgeprune.errors import EdgepruneError, UsageError, translated_os_errors
 from edgeprune.runtimes import FREE_BATCH, Runtime
 
 
@@ -36,7 +36,7 @@ def main() -> int:
             runtime = runtime_of(request.get("runtime"), request.get("options", {}))
             serve.serve(request, runtime, sys.stdin.fileno(), answer_to)
             return 0
-        with told_shortage():
+        with translated_os_errors():
             answer = handle(request)
     except EdgepruneError as error:
         status = error.exit_code

@@ -64,8 +64,8 @@ def compress(
     )  # fmt: skip
 
     def work() -> int:
-        wishes = {"budget": pipeline.budget_pairs(budget)} if budget else {}
-        built = pipeline.recipe_from(recipe_file, {**flags, **wishes}, sets or [])
+        limits = {"budget": pipeline.budget_pairs(budget)} if budget else {}
+        built = pipeline.recipe_from(recipe_file, {**flags, **limits}, sets or [])
         result = pipeline.compress(built, output, force=force, trust_run=trust_run, log=printed.log)
         printed.show_run(result, as_json)
         return result.exit_code
@@ -292,7 +292,7 @@ def main() -> None:
         if follows:
             sys.exit(0)
         message = error.format_message()
-        if message:  # it is empty when nothing was asked and the help was shown
+        if message:  # it is empty when the help was shown
             printed.print_error(message, "see edgeprune COMMAND --help", printed.USAGE, "--json" in sys.argv)
         code = printed.USAGE
     except typer.Abort as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from edgeprune.errors import EdgepruneError, line, told_shortage, visible
+from edgeprune.errors import EdgepruneError, line, translated_os_errors, visible
 from edgeprune.serialization import to_json
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def echo_json(value: Any) -> None:
 def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
     """The only `except`: an error becomes two lines on stderr and its own exit code."""
     try:
-        with told_shortage():
+        with translated_os_errors():
             code = work()
     except EdgepruneError as error:
         if debug:
@@ -72,10 +72,10 @@ def guard(work: Callable[[], int], as_json: bool, debug: bool) -> None:
 
 
 def print_interrupted(error: BaseException | None, as_json: bool) -> int:
-    """Say that it was Ctrl-C or SIGTERM; gives the exit code."""
-    told = "stopped by SIGTERM" if isinstance(error, Terminated) else "interrupted"
+    """Print that it was Ctrl-C or SIGTERM; gives the exit code."""
+    message = "stopped by SIGTERM" if isinstance(error, Terminated) else "interrupted"
     code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-    print_error(told, "start the same command again to go on", code, as_json)
+    print_error(message, "start the same command again to go on", code, as_json)
     return code
 
 
@@ -119,8 +119,8 @@ def show_run(result: Result, as_json: bool) -> None:
     """What a finished run came to, and last, on stderr, which devices gave no readings."""
     trouble = result.trouble
     if as_json:
-        said = {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
-        echo_json({**said, **_told(trouble)})
+        fields = {"run": str(result.folder), "report": to_json(result.report), "exit_code": result.exit_code}
+        echo_json({**fields, **_failure(trouble)})
     else:
         print_table(tables().report_table(result.report))
         print_lines(tables().summary(result))
@@ -134,14 +134,14 @@ def show_run(result: Result, as_json: bool) -> None:
 def show_readings(readings: Any, as_json: bool, trouble: EdgepruneError | None = None) -> None:
     """Readings of one file, and last, on stderr, which devices gave none."""
     if as_json:
-        echo_json({"readings": to_json(readings), **_told(trouble)})
+        echo_json({"readings": to_json(readings), **_failure(trouble)})
     else:
         print_table(tables().readings_table(readings))
     if trouble is not None:
         print_error(trouble.message, trouble.hint, trouble.exit_code, False)
 
 
-def _told(trouble: EdgepruneError | None) -> dict[str, Any]:
+def _failure(trouble: EdgepruneError | None) -> dict[str, Any]:
     if trouble is None:
         return {}
     return {"error": trouble.message, "hint": trouble.hint, "exit_code": trouble.exit_code}

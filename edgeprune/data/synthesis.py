@@ -154,12 +154,12 @@ class _Task:
             )
 
         with temporary_hooks(layer.register_forward_pre_hook(compare) for layer in self.remembered):
-            answers = logits(self.network, self._pixels(free))
+            outputs = logits(self.network, self._pixels(free))
         terms = [shift.pow(2).mean() + stretch.pow(2).mean() for shift, stretch in seen]
         distance = sum(float(shift.detach().abs().mean()) for shift, _ in seen) / max(1, len(seen))
         # Classes only where nothing else is known: they make images that are surer than any photograph, and layers
-        # that are solved on those answer photographs worse (ResNet-20 at half of the work: 72.0 % against 73.4 %).
-        return sum(terms) if terms else functional.cross_entropy(answers, classes), distance  # type: ignore[return-value]
+        # that are solved on those classify photographs worse (ResNet-20 at half of the work: 72.0 % against 73.4 %).
+        return sum(terms) if terms else functional.cross_entropy(outputs, classes), distance  # type: ignore[return-value]
 
 
 def _check_gradient(free: Tensor) -> None:

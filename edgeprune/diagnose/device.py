@@ -12,7 +12,7 @@ from edgeprune.records import Target
 
 # Above this many waiting programs for each core, timings are noisy.
 BUSY = 0.5
-# Less free space than this, and models or their answers on held-out images may not fit.
+# Less free space than this, and models or their outputs on held-out images may not fit.
 LITTLE_DISK = 10**9
 # Below this share of its highest clock a core is saving power.
 SLOW_CLOCK = 0.9
@@ -56,7 +56,7 @@ def look(device: Device, target: Target | None) -> list[Finding]:
             *_target(target, device, {}),
         ]
     jetson = "l4t" in facts or "power_mode" in facts or "Jetson" in str(facts.get("board", ""))
-    # Of this very Python the rows above have said it already.
+    # Of this very Python the rows above have it already.
     own = device.name == "local" and device.agent()[0] == sys.executable
     tensorrt = jetson or (target is not None and target.runtime == "tensorrt" and not own)
     rows = [_runtime(device, "onnxruntime", needed=target is None or target.runtime == "onnxruntime")]

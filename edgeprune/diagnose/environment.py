@@ -46,7 +46,7 @@ IMPORT_S = 180.0
 ON_TORCHVISION = ("torchvision", "timm")
 HELP = "from edgeprune.safe_loading.user_code import prepare_torchvision; prepare_torchvision()"
 
-# Each module is named before it is tried, so that one that kills the process can be told.
+# Each module is named before it is tried, so that one that kills the process is known.
 _TRY = """
 import sys
 sys.path[:] = [p for p in sys.path if p] + [sys.argv.pop(1)]
@@ -133,10 +133,10 @@ def _version(name: str) -> str:
 def _least() -> dict[str, str]:
     """Package, in small letters -> the oldest version that edgeprune works with; empty when run from its sources."""
     try:
-        wanted = metadata.requires("edgeprune") or []
+        requirements = metadata.requires("edgeprune") or []
     except metadata.PackageNotFoundError:
         return {}
-    found = (re.match(r"^([A-Za-z0-9_.-]+)[^;]*?>=\s*([0-9.]+)", line) for line in wanted)
+    found = (re.match(r"^([A-Za-z0-9_.-]+)[^;]*?>=\s*([0-9.]+)", line) for line in requirements)
     return {match.group(1).lower(): match.group(2) for match in found if match}
 
 
@@ -166,14 +166,14 @@ def broken_imports(modules: Sequence[str], first: str = "") -> dict[str, str]:
             answer = local.run([sys.executable, "-c", _TRY, root, first, *left], "", IMPORT_S)
         except DeviceError as error:
             return {**broken, **dict.fromkeys(left, error.message[:200])}
-        said = [line.split(" ", 2) for line in answer.stdout.splitlines() if line.startswith("@")]
-        tried = [words[1] for words in said if words[0] == "@try"]
+        lines = [line.split(" ", 2) for line in answer.stdout.splitlines() if line.startswith("@")]
+        tried = [words[1] for words in lines if words[0] == "@try"]
         broken |= {
             words[1]: words[2]
-            for words in said
+            for words in lines
             if words[0] == "@bad" and words[1] in left and len(words) == 3
         }
-        done = {words[1] for words in said if words[0] in ("@ok", "@bad")}
+        done = {words[1] for words in lines if words[0] in ("@ok", "@bad")}
         if not tried:
             return {**broken, **dict.fromkeys(left, f"python ended with status {answer.status}")}
         broken |= {name: f"python ended with status {answer.status}" for name in tried if name not in done}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import serialization
-from edgeprune.errors import EdgepruneError, ModelError, NoRoom, told_shortage
+from edgeprune.errors import EdgepruneError, ModelError, NoRoom, translated_os_errors
 from edgeprune.models import deployed, load_bundle, load_tensors, rebuild, save_tensors
 from edgeprune.recipe import ModelTable
 from edgeprune.records import Bundle, InputSpec, Plan, Source
@@ -61,7 +61,7 @@ def main() -> int:
     request = serialization.from_json(Request, json.load(sys.stdin))
     # Importing a user's architecture may print; nobody reads it here.
     try:
-        with redirect_stdout(sys.stderr), told_shortage():
+        with redirect_stdout(sys.stderr), translated_os_errors():
             serialization.write(Path(request.out + ".json"), _serve(request))
     except NoRoom as error:
         sys.stderr.write(" ".join(error.message.split()) + "\n")

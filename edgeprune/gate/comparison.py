@@ -1,4 +1,4 @@
-"""What two readings of one run say of each other: times taken in turn, and accuracies on the same images."""
+"""How two readings of one run compare: times taken in turn, and accuracies on the same images."""
 
 import math
 from collections.abc import Mapping

@@ -115,7 +115,7 @@ class OnnxFile:
         return self.image.type.tensor_type.elem_type
 
     @property
-    def said(self) -> str:
+    def listed(self) -> str:
         """All outputs with types and shapes."""
         return "; ".join(output.text for output in self.outputs)
 
@@ -131,7 +131,7 @@ class OnnxFile:
         found = next((output for output in self.outputs if output.name == name), None)
         if found is None:
             raise UsageError(
-                f"{self.path.name} has no output {name!r}; it has: {self.said}", "name one of them"
+                f"{self.path.name} has no output {name!r}; it has: {self.listed}", "name one of them"
             )
         if found.kind in (VALUES, OTHER):
             raise UsageError(*self.useless(found))
@@ -224,7 +224,7 @@ class OnnxFile:
                 f"The input {image} takes bytes: pixels were given as 0 to 255, without a mean and a std."
             )
         if why:
-            notes.append(f"Of the outputs {self.said}, the classes are read from {output.name!r}, {why}.")
+            notes.append(f"Of the outputs {self.listed}, the classes are read from {output.name!r}, {why}.")
         if output.kind in (LABELS, RANKS):
             first = "; the first of each image counts" if output.kind == RANKS else ""
             notes.append(f"The output {output.text} gives class numbers and no logits{first}.")
@@ -255,7 +255,7 @@ class OnnxFile:
         if len(left) != 1:
             who = ", ".join(repr(o.name) for o in named) or "none"
             raise UsageError(
-                f"it can't be told which output of {self.path.name} are the logits; it has: {self.said}; "
+                f"it is not known which output of {self.path.name} has the logits; it has: {self.listed}; "
                 f"better than guessing at the classes of {len(few)} images: {who}",
                 "name the output: --output NAME",
             )

@@ -13,7 +13,7 @@ def doctor(target: str | None, devices: Sequence[str]) -> tuple[Finding, ...]:
 
 
 def doctor_status(rows: Sequence[Finding]) -> int:
-    """The exit status of doctor: 6 where a device does not answer as it must, 3 where something else is missing."""
+    """The exit status of doctor: 6 where a device fails, 3 where something else is missing."""
     missing = [row for row in rows if row.status == "missing"]
     if any(row.name.startswith("device ") for row in missing):
         return DeviceError.exit_code

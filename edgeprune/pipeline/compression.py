@@ -201,11 +201,11 @@ def _prune(step: Step) -> None:
     if run.data is not None and train is not None:
         images, labels = data.calibration_set(run.data, run.recipe.data.calibration)
     trials = shared_probes if run.decisions.trains else measured_limits
-    lesson, notes = _lesson(run, run.recipe.tune) if run.decisions.trains else (run.recipe.tune, ())
+    table, notes = _training_table(run, run.recipe.tune) if run.decisions.trains else (run.recipe.tune, ())
     material = prune.PruningInputs(
         images, labels, trials(run, step.folders["dense"]), multiple_of(run), run.recipe.seed,
         unlabelled=images if run.decisions.looks_at_data else _synthetic(step),
-        train=train, table=lesson, scratch=step.scratch,
+        train=train, table=table, scratch=step.scratch,
         latency_model=latency_model(run, step.folders["dense"] / "dense.onnx"),
         file_share=run.decisions.file_share,
     )  # fmt: skip
@@ -252,11 +252,11 @@ def _tune(step: Step) -> None:
     ledger: tuple[Reading, ...] = ()
     notes: tuple[str, ...] = ()
     if run.data is not None:
-        run.log(f"tune: {_tune_words(run)}")
-        lesson, notes = _lesson(run, run.decisions.tuning)
+        run.log(f"tune: {_describe_tuning(run)}")
+        table, notes = _training_table(run, run.decisions.tuning)
         teacher = run.bundle if run.decisions.tuning.distill > 0 and run.decisions.tuning.epochs else None
         small, ledger = train.run(
-            small, run.data, lesson, calibration=run.recipe.data.calibration, teacher=teacher,
+            small, run.data, table, calibration=run.recipe.data.calibration, teacher=teacher,
             seed=run.recipe.seed, scratch=step.scratch, measured="repair" in step.folders,
             masks=prune.read(step.folders["prune"]).masks.weights,
         )  # fmt: skip
@@ -264,7 +264,7 @@ def _tune(step: Step) -> None:
     serialization.write(step.out / "ledger.json", Ledger(ledger, notes))
 
 
-def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]:
+def _training_table(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]:
     assert run.data is not None, "a method that trains is refused without data"
     dense = models.deployed(run.bundle).eval()
     found, notes = train.choose_augmentation(dense, run.data, table, run.recipe.seed)
@@ -273,7 +273,7 @@ def _lesson(run: Context, table: TuneTable) -> tuple[TuneTable, tuple[str, ...]]
     return found, notes
 
 
-def _tune_words(run: Context) -> str:
+def _describe_tuning(run: Context) -> str:
     if not run.decisions.trainable:
         return "nothing (the data is for evaluation only)"
     tuning = run.decisions.tuning

@@ -1,4 +1,4 @@
-"""What one run is: its context, what one stage of it is given, its result, and how a stage's module is had."""
+"""What one run is: its context, what one stage of it is given, its result, and the keys of its stages."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ EPOCHS = 10
 class Result:
     """A finished run: where it lies, its report, and how its own budget came out.
 
-    trouble: what to tell where some of several devices gave no readings, which is all that is missing; or None.
+    trouble: the error where some of several devices gave no readings, which is all that is missing; or None.
     """
 
     folder: Path
@@ -260,7 +260,7 @@ def stage_keys(run: Context) -> dict[str, str]:
 
 
 def beside_key(run: Context, keys: Mapping[str, str], url: str) -> str:
-    """What the readings of a further device depend on; the device itself is not asked, so that it may be away."""
+    """What the readings of a further device depend on; the device itself is not contacted, so that it may be away."""
     shipped = keys.get("quantize", keys["export"])
     return _key(run, "measure", shipped, {**_timing(run), "device": url}, run.data_key, "beside")
 
@@ -272,7 +272,7 @@ def dense_key(run: Context) -> str:
 
 
 def multiple_of(run: Context) -> int:
-    """What kept channels should be multiples of: the recipe's wish, or the target's fact for what is built."""
+    """What kept channels should be multiples of: the recipe's, or the target's fact for what is built."""
     precision = run.recipe.export.precision
     return (
         run.recipe.prune.multiple_of or run.target.multiple_of["fp32" if precision == "auto" else precision]
@@ -294,24 +294,24 @@ def _quantize_key(run: Context, keys: dict[str, str], where: str) -> str:
     clock = [_timing(run), where] if run.decisions.on_target and table.export.precision == "auto" else None
     ball = replace(recipe.attack(table), name="pgd", limit=0, batch=0)
     crafted = [ball, table.seed] if run.decisions.trainable and run.decisions.minds_attacks else None
-    wanted = (table.quantize, table.export.precision, run.target.precisions, run.target.int8, run.budget)
-    return _key(run, "quantize", keys["export"], *wanted, images, clock, crafted)
+    options = (table.quantize, table.export.precision, run.target.precisions, run.target.int8, run.budget)
+    return _key(run, "quantize", keys["export"], *options, images, clock, crafted)
 
 
 def _prune_key(run: Context, keys: dict[str, str]) -> str:
     timed = any(m.startswith("latency") for m in run.budget.limits)
     seen = run.data_key if run.decisions.trainable else None
     clock = [_timing(run), run.device.where()] if timed else None
-    # "auto" and the word that it comes to are the same. A method may look at the images that the repair will use.
+    # "auto" and what it is decided to be are the same. A method may look at the images that the repair will use.
     table = replace(run.recipe.prune, repair=run.decisions.repair)
     images = keys.get("synthesize")
-    lesson = run.recipe.tune if run.decisions.trains else None
+    training = run.recipe.tune if run.decisions.trains else None
     built = (
         run.recipe.export.precision
         if timed or "size" in run.budget.limits or run.decisions.file_share
         else ""
     )
-    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, lesson, built)
+    chosen_by = (table, run.budget, multiple_of(run), run.recipe.seed, seen, clock, images, training, built)
     return _key(run, "prune", keys["dense"], *chosen_by)
 
 

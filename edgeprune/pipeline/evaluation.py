@@ -29,7 +29,7 @@ def evaluate(
         recipe: `[attack]` with the name "auto" is none.
         limit: so many images, the same share of each class, 0 for all; None for all without an attack, and for
             `attack.limit` with one.
-        output: the name of a file's output that has the logits, "" where it is to be told.
+        output: the name of a file's output that has the logits, "" to find it.
     """
     if not recipe.data.path:
         raise UsageError("evaluate needs images", "give --data")
@@ -49,10 +49,10 @@ def evaluate(
 
 
 def _evaluated(
-    recipe: Recipe, subject: Bundle | OnnxFile, asked: tuple[int, str, bool], log: Log
+    recipe: Recipe, subject: Bundle | OnnxFile, options: tuple[int, str, bool], log: Log
 ) -> tuple[Reading, ...]:
-    """As `evaluate`. asked: limit, output, trust_run."""
-    path, (limit, output, trust_run) = Path(recipe.model.path), asked
+    """As `evaluate`. options: limit, output, trust_run."""
+    path, (limit, output, trust_run) = Path(recipe.model.path), options
     spec = subject.input if isinstance(subject, Bundle) else subject.spec(output)
     found, split = images(recipe, spec, limit)
     for note in found.notes:
@@ -88,9 +88,9 @@ def check_attack(recipe: Recipe) -> None:
 
 
 def with_notes(reading: Reading, notes: Sequence[str]) -> Reading:
-    """A reading whose conditions say what a reader of it must know of the images."""
-    said = {"notes": [*notes, *reading.conditions.get("notes", ())]} if notes else {}
-    return replace(reading, conditions={**reading.conditions, **said})
+    """A reading whose conditions have the notes on the images."""
+    known = {"notes": [*notes, *reading.conditions.get("notes", ())]} if notes else {}
+    return replace(reading, conditions={**reading.conditions, **known})
 
 
 def _device(recipe: Recipe) -> Device:
@@ -122,7 +122,7 @@ def _victim(path: Path, subject: Bundle | Judged, recipe: Recipe, place: _Place)
 
 
 def warnings(readings: tuple[Reading, ...]) -> list[str]:
-    """What a reader of readings must know: how they were had, and signs that they are too good to be true."""
+    """What a reader of readings must know: how they were taken, and signs that they are too good to be true."""
     lines: list[str] = []
     for reading in readings:
         facts = reading.conditions

@@ -248,7 +248,7 @@ def seconds_of(readings: Sequence[Reading], metric: str) -> float:
 
 
 def shared_probes(run: Context, dense: Path) -> dict[str, Probe]:
-    """The same for all processes of a team: what the first one reads, the others are told."""
+    """The same for all processes of a group: the first one reads and broadcasts."""
     own = measured_limits(run, dense) if run.work.leads else {}
 
     def reader(metric: str) -> Callable[[nn.Module], float]:

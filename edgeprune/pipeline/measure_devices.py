@@ -30,7 +30,7 @@ def measure(step: Step) -> None:
     networks = {"dense": run.bundle.module, "compressed": small.module}
     counted = densities(networks)
     measured = measure_stage.run(_wanted(run, run.device, step.out), files, small.plans[-1], counted=counted)
-    guessed, said = estimates(run, files)
+    guessed, about = estimates(run, files)
     measured = replace(
         measured,
         before=(*measured.before, *(r for name, r in guessed.items() if name == "dense")),
@@ -39,33 +39,33 @@ def measure(step: Step) -> None:
             *_without_labels(step, small, files),
             *(r for name, r in guessed.items() if name != "dense"),
         ),
-        notes=(*measured.notes, *said),
+        notes=(*measured.notes, *about),
     )
     serialization.write(step.out / MEASURED, measured)
 
 
 def look_ahead(run: Context, keys: Mapping[str, str]) -> None:
-    """Say at once, and not after hours, that a further device which is still to measure does not answer now."""
+    """Log at once, and not after hours, which of the further devices still to measure can't be reached now."""
     if not run.work.leads:
         return
-    asked = {
+    checks = {
         url: device.where
         for url, device in _further(run).items()
         if not run.work.is_done("measure", beside_key(run, keys, url))
     }
-    for url, future in concurrency.start(asked).items():
+    for url, future in concurrency.start(checks).items():
         try:
             future.result()
         except DeviceError as error:
             run.log(
-                f"measure: {url} does not answer now, and is asked again when it is its turn: {error.message}"
+                f"measure: {url} can't be reached now, and is tried again when it is its turn: {error.message}"
             )
 
 
 def side_by_side(
     run: Context, keys: Mapping[str, str], folders: Mapping[str, Path], first: Callable[[], Path]
 ) -> tuple[Path, OtherDevices]:
-    """Measure on all devices at the same time; those that have done so before are not asked again."""
+    """Measure on all devices at the same time; those that have done so before do not measure again."""
     devices = _further(run) if run.work.leads else {}
     jobs = {
         url: partial(_on, run, beside_key(run, keys, url), dict(folders), (url, device))
@@ -124,7 +124,7 @@ def _wanted(run: Context, device: Device, out: Path) -> MeasureRequest:
 
 
 def _without_labels(step: Step, small: Bundle, files: Mapping[str, Path]) -> tuple[Reading, ...]:
-    """What can be said without data: where images were synthesized, and where there is nothing else to be said."""
+    """Readings without data: where images were synthesized, or where there are no other ones."""
     run = step.run
     pictures = None
     if "synthesize" in step.folders:
@@ -161,10 +161,10 @@ class Joined:
 def joined(run: Context, measured: Measured, beside: OtherDevices) -> Joined:
     """Put what the further devices measured beside what the first one did."""
     first = run.device.where() if beside.found else ""
-    asked = [(run.recipe.measure.device, first), *((site.url, site.where) for site, _ in beside.found)]
+    places = [(run.recipe.measure.device, first), *((site.url, site.where) for site, _ in beside.found)]
     named = [
         _named(site, found, name)
-        for (site, found), name in zip(beside.found, concurrency.names(asked)[1:], strict=True)
+        for (site, found), name in zip(beside.found, concurrency.names(places)[1:], strict=True)
     ]
     parts = [part for _, part in named]
     rows = [
@@ -176,7 +176,7 @@ def joined(run: Context, measured: Measured, beside: OtherDevices) -> Joined:
         f"Without readings: {concurrency.describe(url, error)}." for url, error in beside.failed.items()
     ]
     for site, part in named:
-        notes += [_said(note, site.where) for note in part.notes if note not in measured.notes]
+        notes += [_with_place(note, site.where) for note in part.notes if note not in measured.notes]
     found = replace(
         measured,
         before=tuple(reading for part in parts for reading in part.before),
@@ -201,7 +201,7 @@ def _named(site: DeviceResult, measured: Measured, name: str) -> tuple[DeviceRes
 
 
 def _first_notes(notes: tuple[str, ...], first: str, beside: OtherDevices) -> list[str]:
-    """The notes of the device that decides, among those of others: what is said of times says of which.
+    """The notes of the device that decides, among those of others: notes on times name the device.
 
     The note that the target was not measured is left out where a device that is not this machine gave readings.
     """
@@ -209,12 +209,12 @@ def _first_notes(notes: tuple[str, ...], first: str, beside: OtherDevices) -> li
         return list(notes)
     far = any(not site.url.startswith(("local", "fake")) for site, _ in beside.found)
     kept = [note for note in notes if not (far and _elsewhere(note))]
-    return [_said(note, first) if note.startswith(OF_THE_TIMES) else note for note in kept]
+    return [_with_place(note, first) if note.startswith(OF_THE_TIMES) else note for note in kept]
 
 
 def _elsewhere(note: str) -> bool:
     return note.startswith(NOT_THERE)
 
 
-def _said(note: str, where: str) -> str:
+def _with_place(note: str, where: str) -> str:
     return note if where in note else f"On {where}: {note}"

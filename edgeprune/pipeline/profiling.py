@@ -25,7 +25,7 @@ PATIENCE_S = 0.0
 
 @dataclass(frozen=True)
 class Profiled:
-    """The readings of all devices, in their order; trouble: what to tell where some of several gave none, or None."""
+    """The readings of all devices, in their order; trouble: the error where some of several gave none, or None."""
 
     readings: tuple[Reading, ...]
     trouble: EdgepruneError | None = None
@@ -58,9 +58,9 @@ def profile(
     return replace(found, readings=(*found.readings, *(r for r in rows if r.metric != "clean_accuracy")))
 
 
-def _job(recipe: Recipe, file: OnnxFile, asked: tuple[int | None, str], log: Log) -> _Job:
-    (limit, output), spec = asked, file.spec(asked[1])
-    log(f"profile: outputs of {file.path.name}: {file.said}")
+def _job(recipe: Recipe, file: OnnxFile, options: tuple[int | None, str], log: Log) -> _Job:
+    (limit, output), spec = options, file.spec(options[1])
+    log(f"profile: outputs of {file.path.name}: {file.listed}")
     if not recipe.data.path:
         return _Job(recipe, file.timed, spec, log, whole=file.alone)
     found, images = evaluation.images(recipe, spec, limit or 0)
@@ -102,7 +102,7 @@ def table(recipe: Recipe, *, log: Log) -> LatencyTable:
     if named:
         raise UsageError(
             f"profile --table times the layers of a model on one device, but {' and '.join(named)} was given",
-            "ask for the table of each device by itself, and leave out --data and --attack",
+            "make the table of each device by itself, and leave out --data and --attack",
         )
     log(f"load: {recipe.model.path}")
     bundle, target = load(recipe.model), targets.target(recipe.target)
@@ -111,7 +111,7 @@ def table(recipe: Recipe, *, log: Log) -> LatencyTable:
     trials = measure.Trials(device, target, log, None)
     there = bench(trials, recipe.measure, log)
     prune = recipe.prune
-    wish = latency.SurveyOptions(
+    options = latency.SurveyOptions(
         prune.multiple_of or target.multiple_of["fp32"], prune.floor, prune.skip, recipe.seed
     )
     with scratch_folder() as folder:
@@ -121,15 +121,15 @@ def table(recipe: Recipe, *, log: Log) -> LatencyTable:
             table=recipe.export, meta={}, real=None,
         )  # fmt: skip
         with device.exclusively(wait_s=PATIENCE_S, log=log):
-            return latency.run(bundle, file, there, wish)
+            return latency.run(bundle, file, there, options)
 
 
 @dataclass(frozen=True)
 class _Job:
     """What is measured on every device alike: the file `path`.
 
-    whole: what answers images and makes engines, None for the same. images, judged: held-out images and
-    what is asked about them. notes: what a reader must know of the images.
+    whole: the file for accuracies and engines, None for the same. images, judged: held-out images and
+    what is judged on them. notes: what a reader must know of the images.
     """
 
     recipe: Recipe

@@ -57,17 +57,17 @@ def check_shipped(run: Path) -> None:
         "give `edgeprune compress` the same command again: it writes both anew",
     )
     try:
-        said = serialization.load(report)["environment"]["files"]
-        told = {name: str(said[name]) for name in PUBLISHED if name in said}
+        files = serialization.load(report)["environment"]["files"]
+        recorded = {name: str(files[name]) for name in PUBLISHED if name in files}
         found = {name: digest(run / name) for name in PUBLISHED if (run / name).is_file()}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         why = f"{run} is no finished run: {report} does not say which files it was made of"
         raise UsageError(f"{why} ({type(error).__name__}: {error})", again) from error
     for name in ("model.onnx", *found):
-        if name not in found or found[name] != told.get(name):
+        if name not in found or found[name] != recorded.get(name):
             raise UsageError(
                 f"{run / name} has sha256 {found.get(name, '(no such file)')}, "
-                f"but {report} was made of a file with {told.get(name, '(no such file)')}",
+                f"but {report} was made of a file with {recorded.get(name, '(no such file)')}",
                 again,
             )
 
@@ -126,7 +126,7 @@ def own_scratch(folder: Path) -> None:
 
 
 class Workdir:
-    """A run directory that this process holds, or follows where another process of its team holds it.
+    """A run directory that this process holds, or follows where another process of its group holds it.
 
     Use it with `with`. leads: whether this process is the one that writes. threads: how many this process computes
     with; made_with: stage -> how many made it, of those done. trusted: what somebody else made is believed.
@@ -175,7 +175,7 @@ class Workdir:
             self._follows.close()
 
     def agree(self, keys: Mapping[str, str]) -> dict[str, str]:
-        """The keys of the stages, when every process of the team came to the same."""
+        """The keys of the stages; refused where another process of the group has others."""
         led = distributed.broadcast_object(dict(keys))
         other = [name for name in {**led, **keys} if led.get(name) != keys.get(name)]
         if other:
@@ -186,7 +186,7 @@ class Workdir:
         return led
 
     def claim(self, identity: dict[str, Any], facts: dict[str, Any], *, again: bool) -> None:
-        """Say whose run this is, and write `edgeprune.lock`; `again` gives the folder to another model."""
+        """Record whose run this is: write `edgeprune.lock`; `again` gives the folder to another model."""
         path = self.root / LOCKFILE
         if path.exists() and not again:
             try:
@@ -223,7 +223,7 @@ class Workdir:
         return done
 
     def alone(self, name: str, key: str, work: Callable[[Path], None]) -> Path:
-        """As `stage`, but by process 0 alone and without a word to the others, so that any thread may call it."""
+        """As `stage`, but by process 0 alone and without the others, so that any thread may call it."""
         done = self._parent(name) / key
         if done.is_dir():
             self._verify(done)
@@ -250,7 +250,7 @@ class Workdir:
             }
             name = done.parent.name.partition("-")[2]
             record = {"stage": name, "key": key, "threads": self.threads, "files": files}
-            serialization.write(unfinished / "record.json", {**record, "seal": seal.seal(_words(record))})
+            serialization.write(unfinished / "record.json", {**record, "seal": seal.seal(_json(record))})
         shutil.rmtree(self.root / "scratch" / key, ignore_errors=True)
         with suppress(OSError):
             (self.root / "scratch").rmdir()
@@ -262,7 +262,7 @@ class Workdir:
     def scratch(self, key: str) -> Path:
         """Where a stage may keep what lets it go on after a kill; gone when the stage is done.
 
-        A follower's is empty and goes with it: what is kept, the first process keeps, and tells. What somebody else
+        A follower's is empty and goes with it: what is kept, the first process keeps and broadcasts. What somebody else
         has left there is deleted.
         """
         if not self.leads:
@@ -310,7 +310,7 @@ class Workdir:
             raise WorkdirError(f"{folder / bad} is not what was written there", again)
         if (stage, key) != (folder.parent.name.partition("-")[2], folder.name):
             raise WorkdirError(f"{folder} holds the stage {stage!r} of another run ({key!r})", again)
-        if not seal.holds(found, _words(record)):
+        if not seal.holds(found, _json(record)):
             if (
                 seal.seal("") and not self.trusted
             ):  # without a home there is no seal: what proves is done again
@@ -326,7 +326,7 @@ class Workdir:
         return threads if isinstance(threads, int) else 0
 
 
-def _words(record: Mapping[str, Any]) -> str:
+def _json(record: Mapping[str, Any]) -> str:
     return json.dumps(record, sort_keys=True)
 
 

@@ -87,8 +87,8 @@ def attack(recipe: Recipe) -> AttackTable:
     """
     table, tune = recipe.attack, recipe.tune
     adversarial = tune.objective != "natural"
-    asked = "standard" if "robust_accuracy" in recipe.budget else "pgd" if adversarial else "none"
-    name = asked if table.name == "auto" else table.name
+    chosen = "standard" if "robust_accuracy" in recipe.budget else "pgd" if adversarial else "none"
+    name = chosen if table.name == "auto" else table.name
     trained = tune.eps if adversarial and tune.norm == table.norm else ""
     return replace(table, name=name, eps=table.eps or trained or schema.USUAL_EPS_TEXT[table.norm])
 

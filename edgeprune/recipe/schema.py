@@ -153,7 +153,7 @@ class TuneTable:
     """[tune]: training with data, after a cut or, for a method that trains, while it chooses. Warm-up, then a cosine.
 
     epochs: all of them; of a method that trains they are its own. optimizer: sgd (Nesterov momentum) or adamw.
-    distill: the weight of the dense model's answers. eps: radius of the attack ("8/255"; empty for the norm's usual
+    distill: the weight of the dense model's outputs. eps: radius of the attack ("8/255"; empty for the norm's usual
     one), attack_step 0 for a step that fits attack_steps of them. beta: share of the clean images' loss in fgsm and
     pgd. trades: weight of the divergence. keep: "last" epoch, or the "best" on val_share of the training images.
     mixed: "auto", "fp32" or "bf16". augment: "on" (random shifts and mirrors; also `true`), "shift", "mirror", "off"
@@ -231,7 +231,7 @@ class AttackTable:
     """[attack]: how accuracy under attack is measured.
 
     name: "standard" (the four attacks of AutoAttack's standard version), "pgd", "fgsm", "none", or "auto": standard
-    where a robust accuracy is asked for. eps: radius ("8/255"; empty for the one that was trained against, or the
+    where the budget has a robust accuracy. eps: radius ("8/255"; empty for the one that was trained against, or the
     norm's usual one). limit: so many held-out images, the same share of each class; 0 is all. steps, restarts: of
     pgd. batch: images at a time; 0 is sized to memory.
     """

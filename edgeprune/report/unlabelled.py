@@ -57,7 +57,7 @@ def sentences(report: Report) -> Iterator[str]:
         kept = f", KL {_with_interval(kl)}" if kl is not None and value_of(kl) is not None else ""
         fitted = f"; {FITTED}" if same.conditions.get("fitted") is True else ""
         yield (
-            f"On {same.n} synthetic images (not accuracy{fitted}) {_with_interval(same)} of the answers are the dense "
+            f"On {same.n} synthetic images (not accuracy{fitted}) {_with_interval(same)} of the outputs are the dense "
             f"model's{kept}."
         )
 

@@ -71,7 +71,7 @@ class Session(ABC):
             logits = np.asarray(self.infer(full), dtype=np.float32)
             if logits.ndim != 2 or len(logits) != len(full):
                 raise UnsupportedModel(
-                    f"the model answers {len(full)} images with {logits.shape}; accepted: (N, K)"
+                    f"the output for {len(full)} images has the shape {logits.shape}; accepted: (N, K)"
                 )
             parts.append(logits[: len(chunk)])
         return np.concatenate(parts)
@@ -102,7 +102,7 @@ class Session(ABC):
         fits = x.ndim == len(wanted) and all(w is None or w == g for w, g in zip(wanted[1:], x.shape[1:]))
         if not fits or x.dtype.name != "float32":
             shape = ", ".join(str(w or "any") for w in ("N", *wanted[1:]))
-            raise UsageError(f"the model eats float32 ({shape}), got {x.dtype} {x.shape}")
+            raise UsageError(f"the input must be float32 ({shape}), got {x.dtype} {x.shape}")
 
 
 class Runtime(ABC):

@@ -35,7 +35,7 @@ from edgeprune.errors import (
     ModelError,
     NoRoom,
     UsageError,
-    told_shortage,
+    translated_os_errors,
     visible,
 )
 from edgeprune.models.batchnorm_folding import folded
@@ -183,10 +183,10 @@ def test_exhausted_memory_is_told_from_a_fault_of_the_network(error: Exception) 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise error
 
-    with pytest.raises(NoRoom, match="^out of memory: ") as caught, told_shortage():
+    with pytest.raises(NoRoom, match="^out of memory: ") as caught, translated_os_errors():
         logits(Network(), torch.zeros(2, 3))
     assert caught.value.exit_code == 7 and "tune.batch" in caught.value.hint
-    with pytest.raises(NoRoom), told_shortage():
+    with pytest.raises(NoRoom), translated_os_errors():
         try:
             raise error
         except Exception as cause:
@@ -207,9 +207,9 @@ def test_another_result_for_want_of_memory_is_no_result() -> None:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(ZeroDivisionError), told_shortage():
+    with pytest.raises(ZeroDivisionError), translated_os_errors():
         raise ZeroDivisionError
-    with pytest.raises(UsageError), told_shortage():
+    with pytest.raises(UsageError), translated_os_errors():
         try:
             raise OSError(errno.ENOENT, "no such file")
         except OSError as error:

@@ -231,7 +231,7 @@ def test_other_sizes_are_resized_on_the_shorter_side_and_cut_in_the_centre(tmp_p
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16", "CMYK", "LA"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_mode_becomes_what_the_model_eats(tmp_path: Path, mode: str, channels: int) -> None:
+def test_every_mode_becomes_the_input_of_the_model(tmp_path: Path, mode: str, channels: int) -> None:
     gray = np.full((8, 8), 255 if mode == "1" else 136, np.uint8)
     image = (
         Image.fromarray(gray.astype(np.uint16) * 257)

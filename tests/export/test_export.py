@@ -166,8 +166,8 @@ def test_the_file_says_what_it_eats_and_where_it_came_from(shipped: Artifact) ->
     assert json.loads(about["edgeprune.labels"]) == ["a", "b"]
     assert json.loads(about["edgeprune.normalization"])["mean"] == list(SPEC.mean)
     assert json.loads(about["edgeprune.normalization"])["std"] == list(SPEC.std)
-    eats = json.loads(about["edgeprune.input"])
-    assert (eats["shape"], eats["low"], eats["high"]) == ([*nets.SHAPE], 0.0, 1.0)
+    spec = json.loads(about["edgeprune.input"])
+    assert (spec["shape"], spec["low"], spec["high"]) == ([*nets.SHAPE], 0.0, 1.0)
 
 
 def test_one_whole_file_is_written_and_the_artifact_describes_it(shipped: Artifact) -> None:

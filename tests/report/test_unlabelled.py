@@ -59,7 +59,7 @@ def test_each_is_marked_for_what_it_is_not() -> None:
 def test_the_summary_says_them_in_plain_words() -> None:
     lines = stage.summary_lines(FULL)
     assert (
-        "On 256 synthetic images (not accuracy) 94.00 % (90.00 % to 97.00 %) of the answers are the dense model's, "
+        "On 256 synthetic images (not accuracy) 94.00 % (90.00 % to 97.00 %) of the outputs are the dense model's, "
         "KL 0.0123 nats (0.01 nats to 0.015 nats)." in lines
     )
     assert not any("synthetic" in line for line in stage.summary_lines(sample()))

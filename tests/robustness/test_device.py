@@ -333,7 +333,7 @@ PYTHONS = {
 FAULTS: dict[str, tuple[type[Exception], str]] = {
     "no python": (MissingDependency, "local has no /no/such/python"),
     "no model": (ModelError, "can't open .*on local"),
-    "shape": (UsageError, r"the model eats float32 .*on local"),
+    "shape": (UsageError, r"the input must be float32 .*on local"),
     "crash": (DeviceError, "was killed by signal 11"),
     "silence": (DeviceError, "did not answer for 0.2 s and was stopped"),
     "text": (DeviceError, "something else than a JSON object"),
