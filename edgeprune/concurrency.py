@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 def start(jobs: Mapping[str, Callable[[], T]]) -> dict[str, Future[T]]:
-    """Begin each job in a thread of its own; what it gives or raises is in its future.
-
-    Whoever is interrupted meanwhile need not wait for them: the threads end with the process, and what ran on a device
-    ends with its connection.
-    """
+    """Start each job in a daemon thread, which Ctrl-C need not wait for; its future has the result or the error."""
     return {name: _begin(name, job) for name, job in jobs.items()}
 
 
@@ -35,11 +31,7 @@ def results(
 
 
 def combined_error(failed: Mapping[str, EdgepruneError], count: int) -> EdgepruneError:
-    """One error for the devices that failed, of the kind of theirs where they are of one kind.
-
-    Args:
-        failed: URL, without a password -> its error; at least one. count: how many devices there were.
-    """
+    """One error for the devices that failed (URL -> error), of the type of theirs where all have one type."""
     why = "; ".join(describe(url, error) for url, error in failed.items())
     kinds = {type(error) for error in failed.values()}
     kind = kinds.pop() if len(kinds) == 1 else DeviceError

@@ -140,9 +140,7 @@ def size() -> int:
 def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
     """Put the mean over all processes into each tensor, in place: bit for bit the same everywhere.
 
-    Args:
-        tensors: floating point, of the same shapes, types and order in every process. All of one type and device
-            travel in one piece.
+    The tensors have the same shapes, types and order in every process; all of one type and device travel in one piece.
     """
     count = size()
     if count == 1 or not tensors:

@@ -26,10 +26,9 @@ _PLACE = re.compile(
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The input of a model: float32 (N, C, H, W) with values in [low, high]; it normalizes inside.
+    """The input of a model: float32 (N, C, H, W) with values in [low, high]; `classes` is K of the logits (N, K).
 
-    `mean` and `std` have one value per channel, or are empty when the network normalizes by itself
-    (or not at all). `classes` is K, the width of the logits (N, K).
+    `mean` and `std` have one value per channel, or are empty when the network normalizes by itself (or not at all).
     """
 
     shape: Tuple[int, int, int]
@@ -42,10 +41,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """How to get a network again: the file, and for weights without structure the architecture.
-
-    `kind` is one of pt2, pickle, state_dict, safetensors, memory.
-    """
+    """How to load a network again. kind: pt2, pickle, state_dict, safetensors or memory. arch: of weights alone."""
 
     kind: str
     path: str = ""
@@ -59,7 +55,7 @@ class Source:
 class Plan:
     """What was cut and what is left. JSON, and replayable on the original network without tracing.
 
-    removed: group name -> channel indices that go.
+    removed: group name -> channel indices.
     tensors: state-dict name -> ((axis, removed positions), ...), enough to shrink every tensor.
     attributes: module name -> {attribute: value after the cut}, such as out_channels.
     left_out: group name -> why it was not cut.
@@ -80,8 +76,7 @@ class Plan:
 class Bundle:
     """A network that can be saved, rebuilt and pruned again; dense when `plans` is empty.
 
-    `module` is the bare network (takes normalized input); `models.deployed` adds the normalization. `notes`: what was
-    changed in it while it was loaded.
+    `module` takes normalized input; `models.deployed` adds the normalization. `notes`: what loading changed in it.
     """
 
     module: nn.Module
@@ -167,13 +162,11 @@ class Target:
 class Reading:
     """One number with all that is needed to believe it.
 
-    value: in the metric's base unit (`METRICS`); None when it could not be had, and `conditions["why"]` says why.
+    value: in the metric's base unit (`METRICS`); None when there is none, and `conditions["why"]` says why.
     n: how many samples; spread: (low, high), a 95 % interval of the value, or None.
     where: "local x86_64" when it was measured there; "counted", "computed: HOW" or "estimated: HOW" otherwise.
     artifact: "dense", "compressed", or a file's name. conditions: threads, iterations, data set, and so on.
-
-    Raises:
-        DeviceError: the metric can't have such a value, unit, count or interval.
+    A value, unit, count or interval that the metric can't have is a DeviceError.
     """
 
     metric: str

@@ -7,6 +7,7 @@ name is removed by the next one (`sweep`), which knows by a lock that the proces
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -56,11 +57,8 @@ def write(path: Path, value: Any) -> None:
 
 
 def parse(text: str) -> Any:
-    """What a JSON text of somebody else says, where it can be meant.
-
-    Raises:
-        ValueError: not JSON; a key twice in one object; a number that no float holds; half a surrogate pair; deeper
-            than DEEPEST levels.
+    """Parse a foreign JSON text; a ValueError also for a key twice in one object, a number that no float holds, half a
+    surrogate pair, and more than DEEPEST levels.
     """
     try:
         data = json.loads(
@@ -82,6 +80,15 @@ def parse(text: str) -> Any:
     # Half a surrogate pair is legal in a JSON escape and can't be written to any output.
     json.dumps(data, ensure_ascii=False).encode("utf-8")
     return data
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def load(path: Path) -> Any:

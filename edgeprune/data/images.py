@@ -123,7 +123,7 @@ class OnDemand:
     def take(self, indices: Tensor) -> Tensor:
         """The images at `indices` (n,) as uint8 (n, C, H, W)."""
         wanted = [self.files[i] for i in indices.tolist()]
-        return torch.from_numpy(_decode_all(wanted, self.shape, _nothing))
+        return torch.from_numpy(_decode_all(wanted, self.shape, lambda _steps=1: None))
 
 
 def keep(files: Sequence[ImageFile], shape: tuple[int, int, int], in_memory: bool, label: str) -> Pixels:
@@ -144,10 +144,8 @@ def from_array(x: np.ndarray, shape: tuple[int, int, int]) -> Decoded:
             "give images of the model's channels",
         )
     out = np.empty((len(x), *shape), np.uint8)
-    for index, image in enumerate(x):
-        out[index] = fit(
-            _in_mode(Image.fromarray(image.squeeze(2) if x.shape[3] == 1 else image), MODES[shape[0]]), shape
-        )
+    for index, image in enumerate(x.squeeze(3) if x.shape[3] == 1 else x):
+        out[index] = fit(_in_mode(Image.fromarray(image), MODES[shape[0]]), shape)
     return Decoded(torch.from_numpy(out))
 
 
@@ -168,7 +166,8 @@ def describe(file: ImageFile) -> Header:
             lies = image.format != "TIFF" and _orientation(image) > 4
             size = (image.width, image.height) if lies else (image.height, image.width)
             frames = int(getattr(image, "n_frames", 1))
-            return Header(((1 if _is_gray(image) else 3), *size), frames, image.has_transparency_data)
+            gray = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+            return Header(((1 if gray else 3), *size), frames, image.has_transparency_data)
     except BROKEN as error:
         raise _unreadable(file, error) from error
 
@@ -223,10 +222,6 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _is_gray(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-
-
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit gray at 255 when it converts; the high byte is what is meant, as it is of 16-bit color.
@@ -266,7 +261,3 @@ def _unreadable(file: ImageFile, error: BaseException) -> UsageError:
 
 def _remove(name: str) -> str:
     return f"repair or remove {name!r}"
-
-
-def _nothing(steps: int = 1) -> None:
-    """No bar while batches are decoded."""

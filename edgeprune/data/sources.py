@@ -23,6 +23,7 @@ from numpy.lib import format as npy
 from edgeprune.data.images import MAX_FILE_BYTES, SUFFIXES, ImageFile
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.progress import bar
+from edgeprune.serialization import sha256
 
 TAR_MAX_BYTES = 8 * 2**30
 # Images are compressed already: what unpacks to more than so many times its size, and to more than a little, is a bomb.
@@ -115,12 +116,6 @@ def from_tar(path: Path) -> Found:
         ) from error
     ordered = tuple(files[name] for name in sorted(files))
     return Found(ordered, _visible(folders), passed, sha256(path))
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def most_bytes(size: int) -> int:

@@ -14,6 +14,7 @@ from edgeprune.data.sources import Found
 from edgeprune.errors import UsageError
 from edgeprune.recipe import DataTable
 from edgeprune.records import InputSpec
+from edgeprune.serialization import sha256
 
 PARTS = {
     "train": "train",
@@ -232,7 +233,7 @@ def _from_arrays(path: Path, spec: InputSpec, evaluate: bool) -> Parts:
             )
     parts = {name: Part(name, part.x, part.y) for name, part in arrays.items()}
     count = spec.classes or 1 + max(int(part.y.max()) for part in arrays.values())
-    return Parts(parts, tuple(str(k) for k in range(count)), notes, sources.sha256(path))
+    return Parts(parts, tuple(str(k) for k in range(count)), notes, sha256(path))
 
 
 def _check_classes(path: Path, classes: tuple[str, ...], outputs: int) -> None:

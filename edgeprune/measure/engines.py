@@ -18,8 +18,8 @@ from edgeprune.errors import DeviceError, MissingDependency, ModelError, ParityE
 from edgeprune.measure.answers import RUNTIME, Logits, predict
 from edgeprune.onnx_graph import ONNX_ERRORS
 from edgeprune.records import Artifact, InputSpec, Target
-from edgeprune.runtimes import CACHE, OLDEST, UNTOLD, beside, digest, workspace_mib
-from edgeprune.serialization import replace_file, scratch_folder
+from edgeprune.runtimes import CACHE, OLDEST, UNTOLD, beside, workspace_mib
+from edgeprune.serialization import replace_file, scratch_folder, sha256
 
 _ASK_S = 120.0
 
@@ -166,7 +166,7 @@ def _built(name: str, onnx_file: Path, path: str, place: Place, options: Mapping
         raise DeviceError(f"the agent on {place.device.name} built {name!r} and answered {answer!r:.200}")
     place.device.get(there, here)
     place.device.get(f"{there}.json", beside(here))
-    if facts.get("onnx") != digest(onnx_file) or facts.get("engine") != digest(here):
+    if facts.get("onnx") != sha256(onnx_file) or facts.get("engine") != sha256(here):
         raise ParityError(
             f"the engine of {onnx_file.name} that came from {place.device.name} is not the one that was built there",
             "was the connection lost? build it again",

@@ -13,8 +13,8 @@ from edgeprune.measure.latency import Latency
 from edgeprune.measure.place import place
 from edgeprune.recipe import MeasureTable
 from edgeprune.records import Target
-from edgeprune.runtimes import NodeTime, digest
-from edgeprune.serialization import scratch_folder
+from edgeprune.runtimes import NodeTime
+from edgeprune.serialization import scratch_folder, sha256
 
 _ASK_S = 120.0
 
@@ -82,7 +82,7 @@ class Trials:
         """What the device runs for each file: itself, or its engine; those of other files go unless `keep`."""
         if self.runtime != engines.TENSORRT:
             return dict(files)
-        keys = {name: digest(path)[:16] for name, path in files.items()}
+        keys = {name: sha256(path)[:16] for name, path in files.items()}
         for key in [k for k in self._engines if not keep and k not in keys.values()]:
             self._engines.pop(key).path.unlink(missing_ok=True)
         missing = {key: files[name] for name, key in keys.items() if key not in self._engines}

@@ -28,11 +28,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote.
-
-    Raises:
-        WorkdirError: not a readable safetensors file.
-    """
+    """Read what `save_tensors` wrote."""
     try:
         return load_file(str(path))
     except (OSError, SafetensorError) as error:
@@ -193,8 +189,7 @@ def load_state(
 ) -> dict[str, Any] | None:
     """The state saved under the same key, or None. Of several processes, process 0 reads for all unless `alone`.
 
-    Args:
-        device: where tensors that were on a GPU go; the CPU by default.
+    Tensors that were on a GPU go to `device`, the CPU by default.
     """
     content = _read(path) if alone or distributed.rank() == 0 else b""
     content = content if alone else distributed.broadcast_object(content)

@@ -20,7 +20,6 @@ from edgeprune.errors import WorkdirError
 from edgeprune.measure import nonzero_weights as count
 from edgeprune.pipeline.context import Context, Ledger, OtherDevices
 from edgeprune.pipeline.measure_devices import joined
-from edgeprune.pipeline.run_directory import digest
 from edgeprune.records import Bundle, Plan, Reading, Report
 
 
@@ -85,7 +84,7 @@ def lock_facts(run: Context) -> dict[str, Any]:
         chosen = data.calibration_digest(run.data.train.labels, run.recipe.data.calibration)
     return {
         "recipe": recipe.to_dict(run.recipe), "versions": report.versions(),
-        "data": run.data.fingerprint if run.data else None, "calibration": digest(calibration),
+        "data": run.data.fingerprint if run.data else None, "calibration": serialization.sha256(calibration),
         "calibration_images": chosen, "threads": run.work.threads,
     }  # fmt: skip
 

@@ -66,7 +66,7 @@ from edgeprune.pipeline.intermediates import (
 )
 from edgeprune.pipeline.latency_tables import latency_model
 from edgeprune.pipeline.measure_devices import look_ahead, measure, side_by_side
-from edgeprune.pipeline.run_directory import PUBLISHED, STAGES, Workdir, digest
+from edgeprune.pipeline.run_directory import PUBLISHED, STAGES, Workdir
 from edgeprune.quantities import suggest
 from edgeprune.recipe import ALLOW_ESTIMATES, Recipe, TuneTable, to_toml
 from edgeprune.records import Bundle, Reading
@@ -334,7 +334,7 @@ def _finish(run: Context, folders: Mapping[str, Path], beside: OtherDevices) -> 
         name: place / name for name in PUBLISHED for place in reversed(places) if (place / name).exists()
     }
     report = build_report(run, folders, small, beside)
-    hashes = {name: digest(path) for name, path in sources.items()}
+    hashes = {name: serialization.sha256(path) for name, path in sources.items()}
     report = replace(report, environment={**report.environment, "files": hashes})
     if run.work.leads:
         for name in PUBLISHED:

@@ -23,10 +23,10 @@ from edgeprune.data import Data
 from edgeprune.devices import Device
 from edgeprune.errors import EdgepruneError, InfeasibleBudget, UsageError
 from edgeprune.measure import Measured
-from edgeprune.pipeline.run_directory import STAGES, Workdir, check_plain, check_shipped, digest
+from edgeprune.pipeline.run_directory import STAGES, Workdir, check_plain, check_shipped
 from edgeprune.recipe import ExportTable, ModelTable, Recipe, TuneTable, with_defaults
 from edgeprune.records import Budget, Bundle, Reading, Report, Target, Verdict
-from edgeprune.serialization import to_json
+from edgeprune.serialization import sha256, to_json
 
 Log = Callable[[str], None]
 
@@ -168,14 +168,14 @@ class Context:
     def code_key(self) -> str:
         """What the network owes to a file of the user's code: editing it makes another network of the same weights."""
         path = Path(self.bundle.source.arch.rpartition(":")[0])
-        return digest(path) if path.suffix == ".py" and path.is_file() else ""
+        return sha256(path) if path.suffix == ".py" and path.is_file() else ""
 
     @property
     def data_key(self) -> list[Any] | None:
         """What the results owe to the data."""
         if not self.data:
             return None
-        calibration = digest(targets.resolve("calibration", self.recipe.data.calibration))
+        calibration = sha256(targets.resolve("calibration", self.recipe.data.calibration))
         return [data.VERSION, self.data.fingerprint, recipe.to_dict(self.recipe)["data"], calibration]
 
 

@@ -30,7 +30,6 @@ from edgeprune.export import check_for_tensorrt
 from edgeprune.measure import Trials, precision_of
 from edgeprune.models import deployed
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.run_directory import digest
 from edgeprune.prune import Probe
 from edgeprune.quantities import show
 from edgeprune.quantize import CalibrationSet
@@ -157,7 +156,9 @@ def victims(run: Context, folders: Mapping[str, Path], scratch: Path) -> dict[st
         ):
             weights = folders[name] / "weights.safetensors"
             module = deployed(run.cut.at(run.bundle, folders["cut"] / "plan.json", weights))
-            found[label] = robustness.of_network(label, module, digest(weights), others={"dense": dense})
+            found[label] = robustness.of_network(
+                label, module, serialization.sha256(weights), others={"dense": dense}
+            )
     twin = deployed(current_bundle(run, folders))
     exported = folders["export"] / "model.onnx"
     for name, path in (("exported", exported), ("quantized", shipped(folders))):

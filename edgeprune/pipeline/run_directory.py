@@ -26,7 +26,7 @@ from typing import Any
 from edgeprune import distributed, serialization
 from edgeprune.errors import UsageError, WorkdirError
 from edgeprune.pipeline import seal
-from edgeprune.serialization import scratch_folder, to_json
+from edgeprune.serialization import scratch_folder, sha256, to_json
 
 STAGES = ("dense", "synthesize", "prune", "cut", "repair", "tune", "export", "quantize", "measure", "attack")
 # What --trust-run keeps of somebody else's run; it does the rest again, where the proofs are.
@@ -36,15 +36,6 @@ LOCKFILE = "edgeprune.lock"
 PUBLISHED = ("model.onnx", "model.pt2", "weights.safetensors", "plan.json", "build_engine.sh", "dense.onnx")
 # A shared file system may show a new folder to other machines this much later.
 SIGHT_S = 60.0
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def check_shipped(run: Path) -> None:
@@ -59,7 +50,7 @@ def check_shipped(run: Path) -> None:
     try:
         files = serialization.load(report)["environment"]["files"]
         recorded = {name: str(files[name]) for name in PUBLISHED if name in files}
-        found = {name: digest(run / name) for name in PUBLISHED if (run / name).is_file()}
+        found = {name: sha256(run / name) for name in PUBLISHED if (run / name).is_file()}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         why = f"{run} is no finished run: {report} does not say which files it was made of"
         raise UsageError(f"{why} ({type(error).__name__}: {error})", again) from error
@@ -244,7 +235,7 @@ class Workdir:
         with serialization.replace_folder(done) as unfinished:
             work(unfinished)
             files = {
-                str(p.relative_to(unfinished)): digest(p)
+                str(p.relative_to(unfinished)): sha256(p)
                 for p in sorted(unfinished.rglob("*"))
                 if p.is_file()
             }
@@ -301,7 +292,7 @@ class Workdir:
             }
             del there["record.json"]
             wrong = (
-                n for n in sorted({*files, *there}) if n not in there or digest(there[n]) != files.get(n)
+                n for n in sorted({*files, *there}) if n not in there or sha256(there[n]) != files.get(n)
             )
             bad = next(wrong, "")
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

@@ -246,7 +246,8 @@ class Drawing:
 
 def drawing(plot: Plot) -> Drawing:
     """A line for each curve, those that change most above the others."""
-    frame = _Frame(*_value_range(plot), *_place_range(plot))
+    places = [at for curve in plot.curves for at in curve.at]
+    frame = _Frame(*_value_range(plot), min(places), max(places))
     named = _highlighted(plot.curves)
     height = SMALL_HEIGHT if plot.single else CURVES_HEIGHT
     order = sorted(plot.curves, key=lambda curve: curve.name in named)
@@ -309,11 +310,6 @@ def _value_range(plot: Plot) -> tuple[float, float]:
     if 0 <= low < 0.35 * high:
         return 0.0, widen(0.0, high, 0.05)[1]
     return widen(low, high, 0.08)
-
-
-def _place_range(plot: Plot) -> tuple[float, float]:
-    places = [at for curve in plot.curves for at in curve.at]
-    return min(places), max(places)
 
 
 def _line(plot: Plot, curve: Curve, color: str, frame: _Frame) -> Line:

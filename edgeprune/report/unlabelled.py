@@ -45,9 +45,11 @@ class UnlabelledRow:
 def without_labels(report: Report) -> list[UnlabelledRow]:
     """The readings that need no labels; empty when the run took none."""
     found = [r for r in (find(report.after, metric) for metric in UNLABELLED) if r is not None]
-    return [
-        UnlabelledRow(r.metric, _with_interval(r), NO_ACCURACY, _about(r), r.n, provenance(r)) for r in found
-    ]
+    rows = []
+    for r in found:
+        about = ABOUT[r.metric] + (f"; {FITTED}" if r.conditions.get("fitted") is True else "")
+        rows.append(UnlabelledRow(r.metric, _with_interval(r), NO_ACCURACY, about, r.n, provenance(r)))
+    return rows
 
 
 def sentences(report: Report) -> Iterator[str]:
@@ -60,11 +62,6 @@ def sentences(report: Report) -> Iterator[str]:
             f"On {same.n} synthetic images (not accuracy{fitted}) {_with_interval(same)} of the outputs are the dense "
             f"model's{kept}."
         )
-
-
-def _about(reading: Reading) -> str:
-    about = ABOUT[reading.metric]
-    return f"{about}; {FITTED}" if reading.conditions.get("fitted") is True else about
 
 
 def _with_interval(reading: Reading) -> str:

@@ -4,6 +4,6 @@
 from edgeprune.runtimes._base import FREE_BATCH, NodeTime, Runtime, Session
 from edgeprune.runtimes.engine.build_script import workspace_mib
 from edgeprune.runtimes.engine.cuda import Cuda, load
-from edgeprune.runtimes.engine.files import UNTOLD, beside, digest
+from edgeprune.runtimes.engine.files import UNTOLD, beside
 from edgeprune.runtimes.onnxruntime import OnnxRuntime
 from edgeprune.runtimes.tensorrt import CACHE, OLDEST

@@ -151,7 +151,7 @@ class TensorRT(Runtime):
         found = files.layers(_information(trt, _deserialized(trt, runtime, data, log)))
         files.judge(found, precision, onnx.name, multiplying(trt, network))
         facts = {
-            **machine(trt, cuda), "onnx": files.digest(onnx), "onnx_name": onnx.name,
+            **machine(trt, cuda), "onnx": serialization.sha256(onnx), "onnx_name": onnx.name,
             "precision": precision, "layers": files.counted(found), "workspace_bytes": workspace,
             "sparse": self.sparse, "cuda": cuda.version(), "build_s": round(time.perf_counter() - start, 3),
         }  # fmt: skip

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from edgeprune import serialization
 from edgeprune.cli.app import app
 from edgeprune.models import architectures
-from edgeprune.pipeline.run_directory import digest
 from edgeprune.records import Report
+from edgeprune.serialization import sha256
 
 FAST = ["--set", "measure.iterations=20", "--set", "measure.seconds=1.0"]
 # Images enough to go through every step, too few and too rough to be good.
@@ -140,13 +140,13 @@ def test_a_run_whose_files_were_changed_is_neither_evaluated_nor_resumed(
     for arguments in (["evaluate", str(model.parent), "--data", str(images)], ["profile", str(model.parent)]):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 2 and "sha256" in done.stderr, done.output
-        assert digest(model) in done.stderr and digest(run[0] / "model.onnx") in done.stderr
+        assert sha256(model) in done.stderr and sha256(run[0] / "model.onnx") in done.stderr
     (weight,) = model.parent.glob("5-tune/*/weights.safetensors")
     content = bytearray(weight.read_bytes())
     content[-1] ^= 1
     weight.write_bytes(content)
     record = json.loads((weight.parent / "record.json").read_text())
-    record["files"][weight.name] = digest(weight)
+    record["files"][weight.name] = sha256(weight)
     (weight.parent / "record.json").write_text(json.dumps(record))
     done = runner.invoke(app, command(weights, model.parent, "--data", str(images), "--epochs", "1"))
     assert done.exit_code == 7 and "changed together with its record" in done.stderr, done.output

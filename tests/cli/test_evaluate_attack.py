@@ -30,11 +30,12 @@ from edgeprune.measure import evaluate
 from edgeprune.models.bundle import deployed, load_bundle
 from edgeprune.onnx_graph.index import freed
 from edgeprune.pipeline import evaluation
-from edgeprune.pipeline.run_directory import PUBLISHED, digest, own_scratch
+from edgeprune.pipeline.run_directory import PUBLISHED, own_scratch
 from edgeprune.recipe import parse, schema
 from edgeprune.recipe.schema import ExportTable, ModelTable
 from edgeprune.records import Report
 from edgeprune.robustness.models_under_attack import HARMLESS, open_file
+from edgeprune.serialization import sha256
 
 runner = CliRunner()
 ARCH = f"{paths.NETS}:Plain"
@@ -69,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def told(run: Path, report: Report) -> None:
     """A report of the files as they are."""
-    files = {name: digest(run / name) for name in PUBLISHED if (run / name).exists()}
+    files = {name: sha256(run / name) for name in PUBLISHED if (run / name).exists()}
     serialization.write(run / "report.json", replace(report, environment={"files": files}))
 
 
@@ -205,7 +206,7 @@ def test_code_that_only_the_recipe_of_a_run_names_is_not_run(
     more = {"trust_pickle": True, "arch": f"{tmp_path / 'x.py'}:net", "allow_class": ["os.mkdir"]}
     text = parse.to_toml(parse.build({"model": {**table, names: more[names]}}, {}))
     (tmp_path / "run" / "recipe.toml").write_text(text)
-    (tmp_path / "run" / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": digest(file)}}))
+    (tmp_path / "run" / "edgeprune.lock").write_text(json.dumps({"model": {"sha256": sha256(file)}}))
     quick = ["--set", "measure.iterations=10", "--set", "measure.seconds=0.1"] if command == "profile" else []
     arguments = [command, "run", "--data", str(made / "data.npz"), "--attack", "fgsm", *QUICK, *quick]
     done = runner.invoke(app, arguments)

@@ -19,10 +19,11 @@ from edgeprune.errors import ModelError, UsageError, WorkdirError
 from edgeprune.models.bundle import load_bundle
 from edgeprune.pipeline import run_directory
 from edgeprune.pipeline.context import Context, dense_key
-from edgeprune.pipeline.run_directory import STAGES, Workdir, check_shipped, digest
+from edgeprune.pipeline.run_directory import STAGES, Workdir, check_shipped
 from edgeprune.recipe import parse
 from edgeprune.recipe.schema import ModelTable
 from edgeprune.records import Budget, Bundle, InputSpec, Source
+from edgeprune.serialization import sha256
 
 
 def test_a_stage_that_failed_leaves_nothing_and_is_done_again(tmp_path: Path) -> None:
@@ -198,13 +199,13 @@ def test_a_shipped_file_is_the_one_that_the_report_was_made_of(tmp_path: Path, n
     files = ("model.onnx", "model.pt2", "dense.onnx")
     for file in files:
         (tmp_path / file).write_bytes(b"as it was proven")
-    report = {"environment": {"files": {file: digest(tmp_path / file) for file in files}}}
+    report = {"environment": {"files": {file: sha256(tmp_path / file) for file in files}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     check_shipped(tmp_path)
     (tmp_path / name).write_bytes(b"as it was qroven")
     with pytest.raises(UsageError, match=name) as caught:
         check_shipped(tmp_path)
-    assert digest(tmp_path / name) in caught.value.message
+    assert sha256(tmp_path / name) in caught.value.message
     assert report["environment"]["files"][name] in caught.value.message
 
 
@@ -222,7 +223,7 @@ def forged(folder: Path, name: str, content: str) -> None:
     """Change a file of a finished stage together with its record."""
     (folder / name).write_text(content)
     record = json.loads((folder / "record.json").read_text())
-    record["files"][name] = digest(folder / name)
+    record["files"][name] = sha256(folder / name)
     (folder / "record.json").write_text(json.dumps(record))
 
 

@@ -15,7 +15,7 @@ import tensorrt_stubs as stubs
 from onnx import TensorProto, helper
 from onnx_files import save, write_net, write_one_conv
 
-from edgeprune import host, plugins, runtimes
+from edgeprune import host, plugins, runtimes, serialization
 from edgeprune.agent import program, resources
 from edgeprune.errors import (
     DeviceError,
@@ -112,8 +112,8 @@ def test_what_is_known_of_an_engine_is_written_beside_it(install: Any, tmp_path:
         "schema": "edgeprune.engine/1", "tensorrt": "10.13.3.9", "gpu": "Orin", "compute_capability": "8.7",
         "onnx_name": "net.onnx", "precision": "fp32", "layers": {"fp32": 3}, "cuda": "12.6",
     }  # fmt: skip
-    assert facts["onnx"] == files.digest(file)
-    assert facts["engine"] == files.digest(engine)
+    assert facts["onnx"] == serialization.sha256(file)
+    assert facts["engine"] == serialization.sha256(engine)
     assert not list(tmp_path.glob("*.tmp"))
 
 

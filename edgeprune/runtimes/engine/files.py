@@ -18,7 +18,6 @@ from edgeprune.errors import ModelError, ParityError
 SCHEMA = "edgeprune.engine/1"
 # What `counted` counts beside precisions: parts that are not opened, and layers without a type.
 UNTOLD = ("closed", "unknown")
-_CHUNK = 2**20
 # What must be here as it was where the engine was built. Orins of all sizes share a name and a compute capability.
 _FITS = {
     "tensorrt": "TensorRT {}", "gpu": "the GPU {}", "compute_capability": "compute capability {}",
@@ -60,15 +59,6 @@ class Layer:
         return bool(_CLOSED.search(self.kind))
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(_CHUNK), b""):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def beside(engine: Path) -> Path:
     """Where what is known of an engine is written."""
     return engine.with_name(engine.name + ".json")
@@ -99,9 +89,9 @@ def fresh(engine: Path, machine: Mapping[str, Any], onnx: Path | None = None) ->
         if told and facts[key] != machine.get(key):
             raise _stale(engine, f"it was built for {what.format(facts[key])}, here is {machine.get(key)}")
     source = onnx or engine.with_name(str(facts.get("onnx_name") or "?"))
-    if source.is_file() and digest(source) != facts.get("onnx"):
+    if source.is_file() and serialization.sha256(source) != facts.get("onnx"):
         raise _stale(engine, f"it was built from another {source.name} than the one that is here now")
-    if digest(engine) != facts.get("engine"):
+    if serialization.sha256(engine) != facts.get("engine"):
         raise _stale(engine, "the file has changed since it was built")
     return facts
 
